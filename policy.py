@@ -1,0 +1,726 @@
+"""One mixture-of-transformers policy that reads and writes text and images, at any size.
+
+The architecture is BAGEL's [arXiv:2505.14683; MoT, arXiv:2411.04996; Transfusion, arXiv:2408.11039]: Qwen2 blocks with two experts
+(0 understands: text and ViT tokens; 1 generates: autoencoder latents), separate weights, one joint attention. Text is causal, an image
+block sees itself fully and shares one rotary position. Everything that was read lives in a `Context`; acting and learning call the same
+three methods, with or without gradients, so the policy that samples and the policy that is scored are one function:
+
+    context = policy.empty(N)
+    logits, context = policy.append_text(context, tokens, mask)            # causal, understanding expert
+    context = policy.append_image(context, pixels=..., latents=...)        # clean image, t = 0
+    v = policy.velocity(context, x, t, size)                               # noisy image; the context stays as it was
+
+Folders have the layout of the released BAGEL-7B-MoT (llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, tokenizer files);
+bagel_config.json and ae_config.json hold what the release hard-codes and are optional.
+
+Differs: the marker tokens of an image come before its patches. They share its position and its full attention, so the order inside an
+image block changes nothing, and every call is [understanding tokens | generation tokens], one split. Image contexts use the posterior
+mean; the official encoder samples. Left out: sequence packing (batches are ragged, masks carry that) and the flash-attention kernel.
+
+Legend: N samples, L text positions, M image tokens, F features of one token, S positions already in the context, D width, H heads,
+V vocabulary. t is flow time, 1 = noise, 0 = data; x = (1-t)*data + t*noise; v = noise - data. Pixels are in [-1, 1].
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+UNDERSTANDING, GENERATION = 0, 1
+# The system prompts that BAGEL was trained with for thinking before an answer and before an image.
+THINK_TO_ANSWER = ("You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+                   "The reasoning process is enclosed within <think> </think> tags, i.e. "
+                   "<think> reasoning process here </think> answer here")
+THINK_TO_DRAW = ("You should first think about the planning process in the mind and then generate the image. \n"
+                 "The planning process is enclosed within <think> </think> tags, i.e. "
+                 "<think> planning process here </think> image here")
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+# What the release keeps in its scripts instead of its folder.
+RELEASE_BAGEL = dict(latent_patch_size=2, max_latent_size=64, vit_max_num_patch_per_side=70)
+RELEASE_AE = dict(in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=16, downsample=8,
+                  scale_factor=0.3611, shift_factor=0.1159)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The four JSON files of a policy folder, kept as they are so that saving writes them back unchanged."""
+
+    llm: dict                                                   # Qwen2 sizes: hidden_size, num_hidden_layers, ...
+    vit: dict                                                   # SigLIP sizes; one layer fewer than it lists is used
+    bagel: dict = field(default_factory=lambda: dict(RELEASE_BAGEL))
+    ae: dict = field(default_factory=lambda: dict(RELEASE_AE))
+
+    @property
+    def head_dim(self) -> int:
+        return self.llm["hidden_size"] // self.llm["num_attention_heads"]
+
+    @property
+    def latent_features(self) -> int:
+        """F of one latent token: a patch of the autoencoder's latent."""
+        return self.ae["z_channels"] * self.bagel["latent_patch_size"] ** 2
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent token and side."""
+        return self.ae["downsample"] * self.bagel["latent_patch_size"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values of all that was read, padding included (`valid` says which positions count)."""
+
+    keys: tuple[Tensor, ...]                                    # layers x (N, kv heads, S, head_dim)
+    values: tuple[Tensor, ...]                                  # layers x (N, kv heads, S, head_dim)
+    valid: Tensor                                               # (N, S) bool
+    position: Tensor                                            # (N,) rotary position of the next token
+
+    def repeat(self, G: int) -> "Context":
+        """Every row G times, prompt-major: a prompt is read once for its whole group."""
+        each = lambda x: x.repeat_interleave(G, dim=0)
+        return Context(tuple(map(each, self.keys)), tuple(map(each, self.values)), each(self.valid), each(self.position))
+
+    def rows(self, index: Tensor) -> "Context":
+        return Context(tuple(k[index] for k in self.keys), tuple(v[index] for v in self.values),
+                       self.valid[index], self.position[index])
+
+    def detach(self) -> "Context":
+        return replace(self, keys=tuple(k.detach() for k in self.keys), values=tuple(v.detach() for v in self.values))
+
+
+# ---- pieces ----
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; statistics in fp32, cast back before the weight as Qwen2 does (visible in bf16)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, rotate-half form. x (N, H, L, d); cos, sin (N, 1, L, d)."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+def rotary(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin tables of positions (N, L) -> two (N, 1, L, dim), computed in fp32."""
+    rate = theta ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim)   # (dim/2,)
+    angle = position[:, None, :, None].float() * rate                                              # (N, 1, L, dim/2)
+    angle = torch.cat([angle, angle], dim=-1)                                                      # (N, 1, L, dim)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def sincos_table(side: int, width: int) -> Tensor:
+    """Frozen 2-D position table (side*side, width): first half of the features encodes the column, second the row; [sin | cos]."""
+    rate = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))                 # (width/4,)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * rate                                # (side, width/4)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)                                            # (side, width/2)
+    column = line[None, :].expand(side, side, -1)
+    row = line[:, None].expand(side, side, -1)
+    return torch.cat([column, row], dim=-1).reshape(side * side, width).float()
+
+
+class TimeEmbedder(nn.Module):
+    """Flow time to width: [cos | sin] of t in [0, 1] (not times 1000) at 128 rates, then two linear layers with SiLU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:                                                        # (N,) -> (N, D)
+        rate = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
+        angle = t.float()[:, None] * rate                                                          # (N, 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class Expert(nn.Module):
+    """The weights of one modality in one block: norms, projections, query and key norms, gated MLP."""
+
+    def __init__(self, c: PolicyConfig):
+        super().__init__()
+        D, I, d, eps = c.llm["hidden_size"], c.llm["intermediate_size"], c.head_dim, c.llm["rms_norm_eps"]
+        kv = c.llm["num_key_value_heads"] * d
+        self.norm_in, self.norm_out = RMSNorm(D, eps), RMSNorm(D, eps)
+        self.q, self.k, self.v, self.o = nn.Linear(D, D), nn.Linear(D, kv), nn.Linear(D, kv), nn.Linear(D, D, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(d, eps), RMSNorm(d, eps)
+        self.gate, self.up, self.down = nn.Linear(D, I, bias=False), nn.Linear(D, I, bias=False), nn.Linear(I, D, bias=False)
+        self.head_dim = d
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.norm_in(x)                                                                        # (N, L, D)
+        q, k, v = (rearrange(f(x), "n l (h d) -> n h l d", d=self.head_dim) for f in (self.q, self.k, self.v))
+        return self.q_norm(q), self.k_norm(k), v                                                   # (N, H or kv, L, d)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.o(attended)                                                                   # (N, L, D)
+        y = self.norm_out(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))                                    # (N, L, D)
+
+
+class Block(nn.Module):
+    """Two experts, one attention [MoT Sec. 3]. `parts` holds the tokens of each expert, or None where a call has none."""
+
+    def __init__(self, c: PolicyConfig):
+        super().__init__()
+        self.experts = nn.ModuleList([Expert(c), Expert(c)])
+
+    def forward(self, parts, past_k, past_v, cos, sin, allowed):
+        active = [(e, x) for e, x in zip(self.experts, parts) if x is not None]
+        q, k, v = (torch.cat(z, dim=2) for z in zip(*[e.project(x) for e, x in active]))           # (N, H or kv, L, d)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)                # (N, kv, S+L, d)
+        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, enable_gqa=True)    # (N, H, L, d)
+        a = rearrange(a, "n h l d -> n l (h d)").split([x.shape[1] for _, x in active], dim=1)
+        done = iter([e.finish(x, a_e) for (e, x), a_e in zip(active, a)])
+        return [None if x is None else next(done) for x in parts], keys, values
+
+
+class VitBlock(nn.Module):
+    """One SigLIP encoder block; attribute names are the released key names."""
+
+    def __init__(self, width: int, hidden: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.self_attn = nn.ModuleDict({n: nn.Linear(width, width) for n in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+
+    def forward(self, x: Tensor, allowed: Tensor) -> Tensor:                                       # (N, M, W)
+        y, a = self.layer_norm1(x), self.self_attn
+        q, k, v = (rearrange(a[n](y), "n m (h d) -> n h m d", h=self.heads) for n in ("q_proj", "k_proj", "v_proj"))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)                             # (N, H, M, d)
+        x = x + a["out_proj"](rearrange(y, "n h m d -> n m (h d)"))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x)), approximate="tanh"))
+
+
+class Vit(nn.Module):
+    """SigLIP encoder over flattened patches of any grid: patch features (p_h, p_w, channel), learned position by id."""
+
+    def __init__(self, c: PolicyConfig):
+        super().__init__()
+        v, W = c.vit, c.vit["hidden_size"]
+        self.embeddings = nn.ModuleDict({
+            "patch_embedding": nn.Linear(v["patch_size"] ** 2 * v["num_channels"], W),
+            "position_embedding": nn.Embedding((v["image_size"] // v["patch_size"]) ** 2, W)})
+        blocks = [VitBlock(W, v["intermediate_size"], v["num_attention_heads"], v["layer_norm_eps"])
+                  for _ in range(v["num_hidden_layers"] - 1)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+        self.post_layernorm = nn.LayerNorm(W, v["layer_norm_eps"])
+
+    def forward(self, patches: Tensor, ids: Tensor, mask: Tensor) -> Tensor:                       # (N, M, F) -> (N, M, W)
+        x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](ids)
+        for block in self.encoder["layers"]:
+            x = block(x, own_attention(mask, causal=False))
+        return self.post_layernorm(x)
+
+
+# ---- masks and grids ----
+
+
+def own_attention(mask: Tensor, causal: bool) -> Tensor:
+    """Who sees whom inside one appended segment. mask (N, L) bool -> (N, 1, L, L) bool; rows are queries.
+
+        text "a b c"        image of 3 tokens        text with one padded position
+        1 0 0               1 1 1                    1 0 0
+        1 1 0               1 1 1                    1 1 0
+        1 1 1               1 1 1                    . . 1   (a padded query sees itself, so that no row is empty)
+    """
+    N, L = mask.shape
+    sees = mask[:, None, None, :].expand(N, 1, L, L)
+    if causal:
+        sees = sees & torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
+    return sees | torch.eye(L, dtype=torch.bool, device=mask.device)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """(N, C, h, w) -> (N, M, F): row-major patches, features ordered (p_h, p_w, C)."""
+    return rearrange(images, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(tokens: Tensor, patch: int, rows: int) -> Tensor:
+    """(N, M, F) -> (N, C, h, w), the inverse of `patchify` for a grid with `rows` rows of patches."""
+    return rearrange(tokens, "n (h w) (p q c) -> n c (h p) (w q)", p=patch, q=patch, h=rows)
+
+
+def grid_ids(sizes: list[tuple[int, int]], stride: int, side: int) -> tuple[Tensor, Tensor]:
+    """Position ids row*side+col and the mask of images of the given (height, width) -> (N, M) long, (N, M) bool, padded right."""
+    grids = []
+    for h, w in sizes:
+        if h % stride or w % stride or max(h, w) > side * stride or min(h, w) < stride:
+            raise ValueError(f"image of {h} x {w} pixels: each side must be a multiple of {stride} up to {side * stride}")
+        grids.append((torch.arange(h // stride)[:, None] * side + torch.arange(w // stride)).flatten())
+    ids = nn.utils.rnn.pad_sequence(grids, batch_first=True)
+    lengths = torch.tensor([len(g) for g in grids])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def fit_size(width: int, height: int, longest: int, shortest: int, stride: int, most: int = 14 * 14 * 9 * 1024) -> tuple[int, int]:
+    """BAGEL's resize rule: the (width, height), multiples of stride, that an input image is brought to before it is read."""
+    snap = lambda n: max(stride, int(round(n / stride) * stride))
+    scaled = lambda w, h, s: (snap(round(w * s)), snap(round(h * s)))
+    scale = max(min(longest / max(width, height), 1.0), shortest / min(width, height))
+    w, h = scaled(width, height, scale)
+    if w * h > most:
+        w, h = scaled(w, h, math.sqrt(most / (w * h)))
+    if max(w, h) > longest:
+        w, h = scaled(w, h, longest / max(w, h))
+    return w, h
+
+
+# ---- the policy ----
+
+
+class Policy(nn.Module):
+    """BAGEL at the sizes of `config`; `tokenizer` must know the four marker tokens. The autoencoder is frozen."""
+
+    def __init__(self, config: PolicyConfig, tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        known = tokenizer.get_vocab()
+        if missing := [m for m in MARKERS if m not in known]:
+            raise ValueError(f"tokenizer lacks the special tokens {missing}; BAGEL needs {list(MARKERS)}")
+        self.start, self.end, self.image_start, self.image_end = (known[m] for m in MARKERS)
+        D, V, W = config.llm["hidden_size"], config.llm["vocab_size"], config.vit["hidden_size"]
+        self.embed = nn.Embedding(V, D)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.llm["num_hidden_layers"])])
+        self.norms = nn.ModuleList([RMSNorm(D, config.llm["rms_norm_eps"]) for _ in range(2)])
+        self.head = nn.Linear(D, V, bias=False)
+        self.time_embedder = TimeEmbedder(D)
+        self.latent_in, self.latent_out = nn.Linear(config.latent_features, D), nn.Linear(D, config.latent_features)
+        self.vit = Vit(config)
+        self.connector = nn.ModuleDict({"fc1": nn.Linear(W, D), "fc2": nn.Linear(D, D)})
+        self.register_buffer("latent_positions", sincos_table(config.bagel["max_latent_size"], D))
+        self.register_buffer("vit_positions", sincos_table(config.bagel["vit_max_num_patch_per_side"], D))
+        self.autoencoder = build_autoencoder(config.ae)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def empty(self, N: int) -> Context:
+        """The context of N samples that have read nothing."""
+        c, like = self.config, self.embed.weight
+        none = like.new_zeros(N, c.llm["num_key_value_heads"], 0, c.head_dim)
+        layers = c.llm["num_hidden_layers"]
+        return Context((none,) * layers, (none,) * layers, torch.zeros(N, 0, dtype=torch.bool, device=like.device),
+                       torch.zeros(N, dtype=torch.long, device=like.device))
+
+    def _read(self, context: Context, parts: list, position: Tensor, mask: Tensor, causal: bool) -> tuple[list, Context]:
+        """Run the blocks over [understanding tokens | generation tokens] behind a context; both outputs normed by expert."""
+        N, L = mask.shape
+        seen = context.valid[:, None, None, :].expand(N, 1, L, context.valid.shape[1])
+        allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1)                           # (N, 1, L, S+L)
+        first = parts[0] if parts[0] is not None else parts[1]
+        cos, sin = rotary(position, self.config.head_dim, self.config.llm["rope_theta"], first.dtype)
+        keys, values = [], []
+        for block, k, v in zip(self.blocks, context.keys, context.values):
+            parts, k, v = block(parts, k, v, cos, sin, allowed)
+            keys.append(k), values.append(v)
+        out = [None if x is None else norm(x) for norm, x in zip(self.norms, parts)]
+        return out, replace(context, keys=tuple(keys), values=tuple(values), valid=torch.cat([context.valid, mask], dim=1))
+
+    def append_text(self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True):
+        """Read text causally with the understanding expert.
+
+        tokens (N, L) ids including <|im_start|> and <|im_end|>; mask (N, L) bool, False = padding (right). Returns (logits (N, L, V),
+        the longer context); logits=False returns None in their place and spares the vocabulary product.
+        """
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        position = context.position[:, None] + (mask.cumsum(1) - 1).clamp(min=0)                   # (N, L)
+        (x, _), longer = self._read(context, [self.embed(tokens), None], position, mask, causal=True)
+        return self.head(x) if logits else None, replace(longer, position=context.position + mask.sum(1))
+
+    def _image_block(self, context: Context, patches: Tensor, mask: Tensor, expert: int) -> tuple[list, Context]:
+        """One image block: both markers through the understanding expert, patches (N, M, D) through `expert`; one position."""
+        N, M, _ = patches.shape
+        ids = torch.tensor([self.image_start, self.image_end], device=patches.device).expand(N, 2)
+        markers = self.embed(ids).to(patches.dtype)                                                # (N, 2, D)
+        parts = [markers, patches] if expert == GENERATION else [torch.cat([markers, patches], dim=1), None]
+        mask = torch.cat([mask.new_ones(N, 2), mask], dim=1)                                       # (N, 2+M)
+        position = context.position[:, None].expand(N, 2 + M)
+        return self._read(context, parts, position, mask, causal=False)
+
+    def _embed_latents(self, x: Tensor, t: Tensor, size) -> tuple[Tensor, Tensor]:
+        ids, mask = self.latent_grid(size, len(x))
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))                # (N,)
+        x = self.latent_in(x.to(self.latent_in.weight.dtype))                                      # (N, M, D)
+        return x + self.time_embedder(t)[:, None] + self.latent_positions[ids], mask
+
+    def append_image(self, context: Context, pixels=None, latents: Tensor | None = None, size=None) -> Context:
+        """Read a clean image: `latents` (N, M, F) of `size` at t = 0 by the generation expert, then ViT patches of `pixels`
+        by the understanding expert; either may be left out. pixels: (N, 3, H, W), or a list of (3, H_i, W_i), in [-1, 1]."""
+        if pixels is None and latents is None:
+            raise ValueError("append_image got neither pixels nor latents; give at least one")
+        if latents is not None:
+            x, mask = self._embed_latents(latents, torch.zeros(()), size)
+            _, longer = self._image_block(context, x, mask, GENERATION)
+            context = replace(longer, position=context.position + 1)
+        if pixels is not None:
+            x, mask = self.embed_pixels(pixels)
+            _, longer = self._image_block(context, x, mask, UNDERSTANDING)
+            context = replace(longer, position=context.position + 1)
+        return context
+
+    def velocity(self, context: Context, x: Tensor, t, size) -> Tensor:
+        """Velocity noise - data of noisy latents x (N, M, F) at flow time t (scalar or (N,)) -> (N, M, F) fp32.
+
+        size: (height, width) in pixels for all, or one pair per sample. The context is not changed.
+        """
+        tokens, mask = self._embed_latents(x, t, size)
+        (_, out), _ = self._image_block(context, tokens, mask, GENERATION)
+        return self.latent_out(out).float()
+
+    def embed_pixels(self, pixels) -> tuple[Tensor, Tensor]:
+        """ViT tokens in the policy's width, positions added: (N, M, D) and their mask (N, M)."""
+        patch, side = self.config.vit["patch_size"], self.config.bagel["vit_max_num_patch_per_side"]
+        images = list(pixels) if isinstance(pixels, Tensor) else pixels
+        ids, mask = (z.to(self.device) for z in grid_ids([tuple(i.shape[-2:]) for i in images], patch, side))
+        weight = self.connector["fc1"].weight
+        patches = nn.utils.rnn.pad_sequence([patchify(i[None], patch)[0] for i in images], batch_first=True)
+        x = self.vit(patches.to(weight), ids, mask)                                                # (N, M, W)
+        x = self.connector["fc2"](F.gelu(self.connector["fc1"](x), approximate="tanh"))            # (N, M, D)
+        return x + self.vit_positions[ids], mask
+
+    def latent_grid(self, size, N: int) -> tuple[Tensor, Tensor]:
+        """Position ids and mask (N, M) of latent tokens for one (height, width), or for a list of N of them."""
+        sizes = [tuple(size)] if isinstance(size[0], int) else [tuple(s) for s in size]
+        ids, mask = grid_ids(sizes, self.config.stride, self.config.bagel["max_latent_size"])
+        return ids.to(self.device).expand(N, -1), mask.to(self.device).expand(N, -1)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) in [-1, 1] -> clean latent tokens (N, M, F): scale * (posterior mean - shift), fp32."""
+        mean = self.autoencoder.encode(pixels.to(self.device, self.autoencoder.dtype)).latent_dist.mean
+        z = self.config.ae["scale_factor"] * (mean.float() - self.config.ae["shift_factor"])       # (N, z, h, w)
+        return patchify(z, self.config.bagel["latent_patch_size"])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Latent tokens (N, M, F) of one size (height, width) -> pixels (N, 3, H, W), nominally in [-1, 1], not clamped."""
+        z = unpatchify(latents, self.config.bagel["latent_patch_size"], size[0] // self.config.stride)
+        z = z / self.config.ae["scale_factor"] + self.config.ae["shift_factor"]
+        return self.autoencoder.decode(z.to(self.autoencoder.dtype)).sample.float()
+
+    @torch.no_grad()
+    def sample_text(self, context: Context, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Write text after <|im_start|> with a key-value cache until <|im_end|> or for uniforms.shape[1] tokens.
+
+        uniforms (N, L) in [0, 1): one number per token, so that a sample does not depend on its batch; a token is the inverse of the
+        cumulative distribution at it. temperature 0 is greedy. Returns tokens (N, L'), mask (N, L') (through the end token) and their
+        log-probs (N, L') under the distribution that was sampled (greedy: temperature 1).
+        """
+        token = torch.full((len(uniforms), 1), self.start, device=self.device)
+        alive = torch.ones_like(token, dtype=torch.bool)                                           # (N, 1)
+        tokens, mask, logps = [], [], []
+        for i in range(uniforms.shape[1]):
+            logits, context = self.append_text(context, token, alive)
+            logp = torch.log_softmax(logits[:, -1].float() / (temperature or 1.0), dim=-1)         # (N, V)
+            if temperature:
+                below = logp.exp().cumsum(-1) <= uniforms[:, i, None]                              # (N, V)
+                token = below.sum(-1, keepdim=True).clamp(max=logp.shape[1] - 1)                   # (N, 1)
+            else:
+                token = logp.argmax(-1, keepdim=True)
+            tokens.append(torch.where(alive, token, self.end)), mask.append(alive), logps.append(logp.gather(1, token))
+            alive = alive & (token != self.end)
+            if not alive.any():
+                break
+        tokens, mask, logps = (torch.cat(z, dim=1) for z in (tokens, mask, logps))
+        return tokens, mask, torch.where(mask, logps, 0.0)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters by expert: 'understanding', 'generation' (latent and time layers included)."""
+        groups = {"understanding": [], "generation": []}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                own = re.search(r"experts\.1\.|norms\.1\.|^latent_|^time_embedder", name)
+                groups["generation" if own else "understanding"].append(p)
+        return groups
+
+    def save(self, folder: str | Path) -> None:
+        """Write the released layout (configs, ema.safetensors, ae.safetensors, tokenizer); adapters are merged; each file atomic."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        c = self.config
+        for name, content in dict(llm=c.llm, vit=c.vit, bagel=c.bagel, ae=c.ae).items():
+            write_atomic(folder / f"{name}_config.json", json.dumps(content, indent=2).encode())
+        own = {k: v for k, v in merged_state(self).items() if not k.startswith("autoencoder.")}
+        save_tensors({release_name(k): v for k, v in own.items()}, folder / "ema.safetensors")
+        ae = {release_ae_name(k, len(c.ae["ch_mult"])): v for k, v in self.autoencoder.state_dict().items()}
+        # The release stores the attention projections of the autoencoder as 1x1 convolutions.
+        ae = {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in ae.items()}
+        save_tensors(ae, folder / "ae.safetensors")
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Policy":
+        """Read a policy folder; every key and shape is checked and the missing or extra ones are named. dtype None keeps the file's."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"policy folder {folder} does not exist")
+        config = PolicyConfig(read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json"),
+                              read_json(folder / "bagel_config.json", RELEASE_BAGEL), read_json(folder / "ae_config.json", RELEASE_AE))
+        declare_torchvision_ops()
+        from transformers import AutoTokenizer
+        with torch.device("meta"):                              # no memory until the file's own tensors are assigned
+            policy = cls(config, AutoTokenizer.from_pretrained(folder))
+        n = len(config.ae["ch_mult"])
+        names = {release_name(k): k for k in policy.state_dict() if not k.startswith("autoencoder.")}
+        ae_names = {release_ae_name(k, n): k for k in policy.autoencoder.state_dict()}
+        assign(policy, read_tensors(folder, "ema"), names, folder / "ema.safetensors", dtype, device)
+        assign(policy.autoencoder, read_tensors(folder, "ae"), ae_names, folder / "ae.safetensors", dtype, device)
+        policy.autoencoder.requires_grad_(False)
+        return policy.to(device).eval()
+
+
+# ---- guidance ----
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance as BAGEL applies it; text_scale 1 is no guidance at all (image guidance included)."""
+
+    text_scale: float = 4.0
+    image_scale: float = 1.0
+    renorm: str = "global"                                      # global | channel | text_channel
+    renorm_min: float = 0.0
+    interval: tuple[float, float] = (0.4, 1.0)                  # active while low < t <= high, t after the shift
+
+
+def guided_velocity(policy: Policy, x: Tensor, t, size, full: Context, no_text: Context, no_image: Context, guidance: Guidance) -> Tensor:
+    """The velocity of `full`, pushed away from what the contexts without text and without image say -> (N, M, F).
+
+    Differs: the official 'global' renorm takes one norm over the whole tensor, right for one image per call; here it is per sample.
+    """
+    if guidance.renorm not in ("global", "channel", "text_channel"):
+        raise ValueError(f"renorm {guidance.renorm!r} is unknown; choose global, channel or text_channel")
+    v = policy.velocity(full, x, t, size)
+    low, high = guidance.interval
+    if guidance.text_scale <= 1 or not low < float(t) <= high:
+        return v
+    mask = policy.latent_grid(size, len(x))[1][..., None]                                          # (N, M, 1)
+    dims = (1, 2) if guidance.renorm == "global" else (2,)
+
+    def renormed(w: Tensor) -> Tensor:
+        # Never longer than the unguided velocity, so that large scales do not over-expose.
+        norm = lambda z: (z * mask).square().sum(dims, keepdim=True).sqrt()
+        return w * (norm(v) / (norm(w) + 1e-8)).clamp(guidance.renorm_min, 1.0)
+
+    without = policy.velocity(no_text, x, t, size)
+    guided = without + guidance.text_scale * (v - without)
+    if guidance.renorm == "text_channel":
+        guided = renormed(guided)
+    if guidance.image_scale > 1:
+        without = policy.velocity(no_image, x, t, size)
+        guided = without + guidance.image_scale * (guided - without)
+    return guided if guidance.renorm == "text_channel" else renormed(guided)
+
+
+# ---- low-rank adapters ----
+
+
+class LoRA(nn.Module):
+    """base(x) + alpha/rank * x A^T B^T [arXiv:2106.09685]; the base is frozen, A and B are fp32 masters, B starts at zero."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.scale, self.enabled = base.requires_grad_(False), alpha / rank, True
+        like = dict(dtype=torch.float32, device=base.weight.device)
+        self.A = nn.Parameter(torch.randn(rank, base.in_features, **like) / rank)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + (self.scale * (x.float() @ self.A.T @ self.B.T)).to(y.dtype) if self.enabled else y
+
+
+def add_lora(policy: Policy, rank: int, alpha: float, experts: tuple[int, ...] = (UNDERSTANDING, GENERATION)) -> Policy:
+    """Freeze the policy and put adapters on q, k, v, o and the MLP of the named experts, in place; returns the policy."""
+    policy.requires_grad_(False)
+    for block in policy.blocks:
+        for e in experts:
+            for name in ("q", "k", "v", "o", "gate", "up", "down"):
+                setattr(block.experts[e], name, LoRA(getattr(block.experts[e], name), rank, alpha))
+    return policy
+
+
+@contextlib.contextmanager
+def adapters_off(policy: Policy):
+    """Inside this block the policy is its own frozen reference."""
+    adapters = [m for m in policy.modules() if isinstance(m, LoRA)]
+    for m in adapters:
+        m.enabled = False
+    try:
+        yield policy
+    finally:
+        for m in adapters:
+            m.enabled = True
+
+
+def merged_state(policy: Policy) -> dict[str, Tensor]:
+    """The state dict without adapters: each adapted weight becomes base + alpha/rank * B A, in the base's dtype."""
+    state = {k: v for k, v in policy.state_dict().items() if not k.endswith((".A", ".B"))}
+    for name, m in policy.named_modules():
+        if isinstance(m, LoRA):
+            weight = m.base.weight
+            state[f"{name}.base.weight"] = (weight.float() + m.scale * m.B @ m.A).to(weight.dtype)
+    return {k.replace(".base.", "."): v for k, v in state.items()}
+
+
+# ---- files ----
+
+
+def release_name(name: str) -> str:
+    """Our parameter name -> the released key. Experts are a list here and a suffix there."""
+    suffix = {"0": "", "1": "_moe_gen"}
+    if m := re.match(r"blocks\.(\d+)\.experts\.(\d)\.(\w+)\.(weight|bias)$", name):
+        n, e, leaf, kind = m[1], suffix[m[2]], m[3], m[4]
+        if leaf in ("gate", "up", "down"):
+            inner = f"mlp{e}.{leaf}_proj"
+        elif leaf in ("norm_in", "norm_out"):
+            inner = {"norm_in": "input_layernorm", "norm_out": "post_attention_layernorm"}[leaf] + e
+        else:
+            inner = f"self_attn.{leaf if leaf.endswith('_norm') else leaf + '_proj'}{e}"
+        return f"language_model.model.layers.{n}.{inner}.{kind}"
+    if m := re.match(r"norms\.(\d)\.weight$", name):
+        return f"language_model.model.norm{suffix[m[1]]}.weight"
+    for ours, theirs in (("embed.", "language_model.model.embed_tokens."), ("head.", "language_model.lm_head."),
+                         ("latent_in.", "vae2llm."), ("latent_out.", "llm2vae."), ("vit.", "vit_model.vision_model."),
+                         ("latent_positions", "latent_pos_embed.pos_embed"), ("vit_positions", "vit_pos_embed.pos_embed")):
+        if name.startswith(ours):
+            return theirs + name[len(ours):]
+    return name                                                 # time_embedder.*, connector.*
+
+
+def release_ae_name(name: str, levels: int) -> str:
+    """diffusers' AutoencoderKL name -> the released (BFL) key; the decoder counts its levels from the other end."""
+    name = name.replace("down_blocks.", "down.").replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
+    name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    name = name.replace("mid_block.attentions.0.", "mid.attn_1.").replace("resnets.", "block.").replace("conv_shortcut", "nin_shortcut")
+    for ours, theirs in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        name = name.replace(f"attn_1.{ours}.", f"attn_1.{theirs}.")
+    return name.replace("conv_norm_out", "norm_out")
+
+
+def build_autoencoder(ae: dict):
+    """diffusers' AutoencoderKL at the sizes of ae_config.json (`norm_groups`, 32 in the release, may be given)."""
+    declare_torchvision_ops()
+    from diffusers import AutoencoderKL
+    widths = tuple(ae["ch"] * m for m in ae["ch_mult"])
+    if ae["downsample"] != 2 ** (len(widths) - 1):
+        raise ValueError(f"ae_config.json: downsample {ae['downsample']} does not match {len(widths)} levels (2 per level but the last)")
+    return AutoencoderKL(
+        in_channels=ae["in_channels"], out_channels=ae["out_ch"], latent_channels=ae["z_channels"], block_out_channels=widths,
+        layers_per_block=ae["num_res_blocks"], norm_num_groups=ae.get("norm_groups", 32), use_quant_conv=False, use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths))
+
+
+@functools.cache
+def declare_torchvision_ops():
+    """Let transformers and diffusers import where torchvision was built for another torch (a CUDA build beside a CPU torch).
+
+    Such a torchvision fails at import because its operators are not there; declaring their schemas is enough, since none is called.
+    The cache keeps the returned library alive. Does nothing where torchvision imports, or is not installed.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return None
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+def read_json(path: Path, default: dict | None = None) -> dict:
+    if not path.exists():
+        if default is None:
+            raise FileNotFoundError(f"{path} is missing; a policy folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors")
+        return dict(default)
+    return json.loads(path.read_text())
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of stem.safetensors, or of the shards that stem.safetensors.index.json lists."""
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
+    elif whole.exists():
+        files = [whole]
+    else:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".bin", ".pth", ".ckpt"))
+        found = f"; it holds {pickles}, and pickled weights are not read" if pickles else ""
+        raise FileNotFoundError(f"{folder} has no {stem}.safetensors{found}; convert the weights to safetensors")
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); download it again") from error
+    return tensors
+
+
+def assign(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], file: Path, dtype, device) -> None:
+    """Give `module` the tensors of a file. names: key in the file -> name in the module. Raises with all that do not fit."""
+    missing, extra = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
+    if missing or extra:
+        raise ValueError(f"{file}: {len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}")
+    want, state = module.state_dict(), {}
+    for key, name in names.items():
+        value = tensors[key]
+        if value.ndim == 4 and want[name].ndim == 2:
+            value = value[:, :, 0, 0]                           # the autoencoder's 1x1 convolutions
+        if value.shape != want[name].shape:
+            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(want[name].shape)}")
+        state[name] = value.to(device=device, dtype=dtype)
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file so that the path always holds a whole file: the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_image(image, longest: int = 1024, shortest: int = 512, stride: int = 16) -> Tensor:
+    """A PIL image as the policy reads it: on white, resized by BAGEL's rule (bicubic), -> (3, H, W) fp32 in [-1, 1]."""
+    from PIL import Image
+    if image.mode in ("RGBA", "LA", "P"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    image = image.convert("RGB")
+    image = image.resize(fit_size(*image.size, longest, shortest, stride), Image.Resampling.BICUBIC)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
