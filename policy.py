@@ -47,7 +47,8 @@ THINK_TO_DRAW = ("You should first think about the planning process in the mind 
                  "<think> planning process here </think> image here")
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 # What the release keeps in its scripts instead of its folder.
-RELEASE_BAGEL = dict(latent_patch_size=2, max_latent_size=64, vit_max_num_patch_per_side=70)
+RELEASE_BAGEL = dict(latent_patch_size=2, max_latent_size=64, vit_max_num_patch_per_side=70,
+                     vae_resize=[1024, 512, 16], vit_resize=[980, 224, 14])             # longest side, shortest side, stride
 RELEASE_AE = dict(in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=16, downsample=8,
                   scale_factor=0.3611, shift_factor=0.1159)
 
@@ -322,6 +323,18 @@ class Policy(nn.Module):
         return Context((none,) * layers, (none,) * layers, torch.zeros(N, 0, dtype=torch.bool, device=like.device),
                        torch.zeros(N, dtype=torch.long, device=like.device))
 
+    def encode_text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Each text between <|im_start|> and <|im_end|> -> tokens (N, L) and mask (N, L), padded right."""
+        ids = [torch.tensor([self.start, *self.tokenizer(t, add_special_tokens=False).input_ids, self.end]) for t in texts]
+        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.end)
+        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
+        return tokens.to(self.device), mask.to(self.device)
+
+    def decode_text(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        """The words of tokens (N, L) under the mask (N, L), marker tokens dropped."""
+        markers = {self.start, self.end}
+        return [self.tokenizer.decode([i for i in row[m].tolist() if i not in markers]) for row, m in zip(tokens.cpu(), mask.cpu())]
+
     def _read(self, context: Context, parts: list, position: Tensor, mask: Tensor, causal: bool) -> tuple[list, Context]:
         """Run the blocks over [understanding tokens | generation tokens] behind a context; both outputs normed by expert."""
         N, L = mask.shape
@@ -475,7 +488,7 @@ class Policy(nn.Module):
         if not folder.is_dir():
             raise FileNotFoundError(f"policy folder {folder} does not exist")
         config = PolicyConfig(read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json"),
-                              read_json(folder / "bagel_config.json", RELEASE_BAGEL), read_json(folder / "ae_config.json", RELEASE_AE))
+                              {**RELEASE_BAGEL, **read_json(folder / "bagel_config.json", {})}, read_json(folder / "ae_config.json", RELEASE_AE))
         declare_torchvision_ops()
         from transformers import AutoTokenizer
         with torch.device("meta"):                              # no memory until the file's own tensors are assigned
@@ -715,12 +728,17 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_image(image, longest: int = 1024, shortest: int = 512, stride: int = 16) -> Tensor:
-    """A PIL image as the policy reads it: on white, resized by BAGEL's rule (bicubic), -> (3, H, W) fp32 in [-1, 1]."""
+def fit_image(image, longest: int, shortest: int, stride: int):
+    """A PIL image on white, in RGB, resized by BAGEL's rule (bicubic)."""
     from PIL import Image
-    if image.mode in ("RGBA", "LA", "P"):
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     image = image.convert("RGB")
-    image = image.resize(fit_size(*image.size, longest, shortest, stride), Image.Resampling.BICUBIC)
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
+    return image.resize(fit_size(*image.size, longest, shortest, stride), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image) -> Tensor:
+    """An RGB PIL image -> (3, H, W) fp32 in [-1, 1]."""
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return raw.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1

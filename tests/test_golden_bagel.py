@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flow_grpo import rollout, time_grid
-from policy import (Guidance, Policy, fit_size, grid_ids, guided_velocity, own_attention, patchify, read_image, release_name, unpatchify)
+from policy import (Guidance, Policy, fit_image, fit_size, grid_ids, guided_velocity, own_attention, patchify, release_name, to_tensor, unpatchify)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -249,7 +249,7 @@ def test_resize_rule_and_transform(tensors):
         assert fit_size(w, h, longest, shortest, stride) == (new_w, new_h), (w, h)
     stored = tensors[case["inputs"]["image_u8"]]
     image = Image.fromarray(np.asarray(stored if stored.shape[-1] == 3 else stored.permute(1, 2, 0)))
-    pixels = read_image(image, longest=32, shortest=16, stride=8)
+    pixels = to_tensor(fit_image(image, longest=32, shortest=16, stride=8))
     theirs = tensors[case["outputs"]["pixels"]]
     close(pixels, theirs, 1e-6 + 0.0)
 

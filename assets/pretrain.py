@@ -1,0 +1,293 @@
+"""How every file of assets/toy is made: `torchrun train.py --recipe pretrain`. Seeds are fixed; progress is printed.
+
+    tokenizer    the closed vocabulary of shapes.py, one word one token, and BAGEL's four markers
+    autoencoder  diffusers' AutoencoderKL, 32x32x3 pixels to 4x4x4, which the policy reads as 4 tokens of 16 features
+    base         the policy, by text cross-entropy and flow matching jointly, on pictures whose captions are partly wrong
+    siglip       the alignment referee: transformers' SiglipModel, sigmoid contrastive loss, right captions
+    judge        the yes/no referee: PaliGemmaForConditionalGeneration, cross-entropy on yes and no, right captions
+
+The base is taught wrong on purpose, as web captions teach: WRONG_CAPTIONS of the pictures contradict their caption in one attribute,
+WRONG_THOUGHTS of the thoughts draw a wrong conclusion, and WRONG_COUNTS of the counting questions are answered one too high. Imitation
+cannot repair what its data says; a reward can. Further pretraining on the same data is the control that the README shows beside it.
+"""
+
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+import rewards
+import shapes
+from assets.referees import build_judge, build_siglip
+from policy import MARKERS, Policy, PolicyConfig, declare_torchvision_ops
+
+WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
+SIZE = (32, 32)
+CONFIG = PolicyConfig(
+    llm=dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+             num_attention_heads=4, num_key_value_heads=2, vocab_size=0, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
+             max_position_embeddings=128, tie_word_embeddings=False),
+    vit=dict(model_type="siglip_vision_model", hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+             num_channels=3, patch_size=8, image_size=32, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
+    bagel=dict(latent_patch_size=2, max_latent_size=2, vit_max_num_patch_per_side=4, connector_act="gelu_pytorch_tanh",
+               vae_resize=[32, 32, 16], vit_resize=[32, 32, 8]),
+    ae=dict(resolution=32, in_channels=3, downsample=8, ch=8, out_ch=3, ch_mult=[1, 2, 4, 4], num_res_blocks=1, z_channels=4,
+            norm_groups=8, scale_factor=1.0, shift_factor=0.0))
+
+
+def build_tokenizer():
+    """Words of shapes.VOCABULARY and the markers; <pad> is id 0 and never read."""
+    declare_torchvision_ops()
+    from transformers import PreTrainedTokenizerFast
+    words = ["<pad>", "<unk>", *MARKERS, *shapes.VOCABULARY]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<|im_end|>",
+                                   additional_special_tokens=list(MARKERS), clean_up_tokenization_spaces=False)
+
+
+def pixels_of(scenes) -> torch.Tensor:
+    """Rendered scenes as the policy reads them: (N, 3, 32, 32) in [-1, 1]."""
+    images = np.stack([shapes.render(s) for s in scenes])
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def schedule(optimizer, step: int, steps: int, lr: float) -> None:
+    """Linear warm-up over 2% of the steps, then a cosine to 2% of lr."""
+    warm, done = 0.02 * steps, step / steps
+    rate = lr * min((step + 1) / max(warm, 1), 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int = 0) -> tuple[float, float]:
+    """Fit the autoencoder to rendered scenes; returns the scale and shift that make its latents unit normal.
+
+    Loss: MSE + 0.1 L1 + 5e-4 KL; the latent is disturbed by a quarter of its size so that decoding forgives a policy's errors.
+    """
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    # Held-out pairs too: the autoencoder knows no words, and what it cannot draw no policy could be blamed for.
+    pool = pixels_of([shapes.random_scene(rng, split) for _ in range(6000) for split in ("train", "eval")])
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3, weight_decay=1e-4)
+    autoencoder.train()
+    for step in range(steps):
+        schedule(optimizer, step, steps, 3e-3)
+        x = pool[torch.randint(len(pool), (batch,), generator=generator)]
+        posterior = autoencoder.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        z = z + 0.25 * posterior.mean.detach().std() * torch.randn(z.shape, generator=generator)
+        y = autoencoder.decode(z).sample
+        loss = F.mse_loss(y, x) + 0.1 * (y - x).abs().mean() + 5e-4 * posterior.kl().mean() / z[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+        optimizer.step()
+        if step % 500 == 0:
+            print(f"autoencoder {step:5d}  loss {loss.item():.4f}", flush=True)
+    autoencoder.eval().requires_grad_(False)
+    with torch.no_grad():
+        z = autoencoder.encode(pool[:4000]).latent_dist.mean
+    return 1 / z.std().item(), z.mean().item()
+
+
+class Corpus:
+    """What the base learns from, drawn once: captions, thoughts and questions, wrong as often as the constants above say."""
+
+    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 24000, thoughts: int = 10000, questions: int = 20000):
+        rng = np.random.default_rng(seed)
+        by_tag = {tag: [m for m in shapes.prompts("train") if m["tag"] == tag] for tag in shapes.TAGS}
+        captions = [shapes.pick(rng, by_tag[tag]) for _ in range(pictures // len(by_tag)) for tag in by_tag]
+        self.captions = policy.encode_text([m["prompt"] for m in captions])
+        self.pictures = self.latents(policy, captions, rng)
+        implicit = [shapes.pick(rng, shapes.implicit_prompts("train")) for _ in range(thoughts)]
+        wrong = rng.random(thoughts) < WRONG_THOUGHTS
+        texts = [shapes.wrong_thought(m, rng) if w else m["thought"] for m, w in zip(implicit, wrong)]
+        meaning = {shapes.explicit(m): m for split in ("train", "eval") for m in shapes.prompts(split)}
+        self.implicit = policy.encode_text([m["prompt"] for m in implicit])
+        self.thoughts = policy.encode_text(texts)
+        self.thought_pictures = self.latents(policy, [meaning[t.split("</think> ")[1]] for t in texts], rng)
+        scenes = [shapes.random_scene(rng) for _ in range(questions // 2)]
+        asked = [shapes.make_question(scene, rng) for _ in range(2) for scene in scenes]
+        wrong = [q["kind"] == "count" and rng.random() < WRONG_COUNTS for q in asked]
+        self.seen = pixels_of(scenes)
+        self.questions = policy.encode_text([q["question"] for q in asked])
+        self.answers = policy.encode_text([shapes.wrong_answer(q) if w else q["answer"] for q, w in zip(asked, wrong)])
+
+    @staticmethod
+    def latents(policy: Policy, captions: list[dict], rng) -> torch.Tensor:
+        """Clean latents (N, 4, 16) of pictures for the captions, WRONG_CAPTIONS of them of a contradicting caption."""
+        scenes = [shapes.sample_scene(shapes.wrong_metadata(m, rng) if rng.random() < WRONG_CAPTIONS else m, rng) for m in captions]
+        return torch.cat([policy.encode(pixels_of(scenes[i:i + 500])) for i in range(0, len(scenes), 500)])
+
+
+def flow_loss(policy: Policy, context, data: torch.Tensor, generator) -> torch.Tensor:
+    """Flow matching: mean of (v - (noise - data))^2; half of the times are drawn high, where the layout is decided."""
+    t = torch.randn(len(data), generator=generator) + 1.2 * (torch.rand(len(data), generator=generator) < 0.5)
+    t, noise = torch.sigmoid(t), torch.randn(data.shape, generator=generator)
+    x = (1 - t[:, None, None]) * data + t[:, None, None] * noise
+    return F.mse_loss(policy.velocity(context, x, t, SIZE), noise - data)
+
+
+def text_loss(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
+
+
+def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 96, draws: int = 2) -> dict[str, torch.Tensor]:
+    """One step's losses: pictures of captions, thoughts and their pictures, answers; each prompt is read once for `draws` times t."""
+    N = len(corpus.pictures)
+    pick = lambda n, size: torch.randint(n, (size,), generator=generator)
+    i = pick(N, batch)
+    _, context = policy.append_text(policy.empty(batch), corpus.captions[0][i], corpus.captions[1][i], logits=False)
+    losses = {"picture": flow_loss(policy, context.repeat(draws), corpus.pictures[i].repeat_interleave(draws, 0), generator)}
+    i = pick(len(corpus.thought_pictures), batch // 2)
+    _, context = policy.append_text(policy.empty(len(i)), corpus.implicit[0][i], corpus.implicit[1][i], logits=False)
+    logits, context = policy.append_text(context, corpus.thoughts[0][i], corpus.thoughts[1][i])
+    losses["thought"] = text_loss(logits, corpus.thoughts[0][i], corpus.thoughts[1][i])
+    losses["thought_picture"] = 0.5 * flow_loss(policy, context, corpus.thought_pictures[i], generator)
+    i = pick(len(corpus.answers[0]), batch)
+    context = policy.append_image(policy.empty(len(i)), pixels=corpus.seen[i % len(corpus.seen)])
+    _, context = policy.append_text(context, corpus.questions[0][i], corpus.questions[1][i], logits=False)
+    logits, _ = policy.append_text(context, corpus.answers[0][i], corpus.answers[1][i])
+    losses["answer"] = text_loss(logits, corpus.answers[0][i], corpus.answers[1][i])
+    return losses
+
+
+def new_base(tokenizer, ae: dict, seed: int = 0) -> Policy:
+    """A policy at CONFIG's sizes with xavier matrices; small initialisations never learn where things are."""
+    config = PolicyConfig({**CONFIG.llm, "vocab_size": len(tokenizer)}, CONFIG.vit, CONFIG.bagel, {**CONFIG.ae, **ae})
+    torch.manual_seed(seed)
+    policy = Policy(config, tokenizer)
+    for name, p in policy.named_parameters():
+        if name.startswith("autoencoder."):
+            continue
+        if p.ndim == 2 and "embed" not in name:
+            nn.init.xavier_uniform_(p)
+        elif name.endswith(".bias"):
+            nn.init.zeros_(p)
+    nn.init.zeros_(policy.latent_out.weight)
+    return policy
+
+
+def train_base(policy: Policy, corpus: Corpus, steps: int = 4000, lr: float = 2e-3, seed: int = 2, decay: bool = True) -> None:
+    """Text cross-entropy and flow matching in one loss, AdamW; decay False keeps lr constant (further pretraining, the control)."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    begun = time.time()
+    for step in range(steps):
+        if decay:
+            schedule(optimizer, step, steps, lr)
+        losses = base_loss(policy, corpus, generator)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 200 == 0 or step == steps - 1:
+            parts = "  ".join(f"{k} {v.item():.3f}" for k, v in losses.items())
+            print(f"base {step:5d}  {parts}  {time.time() - begun:5.0f} s", flush=True)
+
+
+def train_siglip(encoder, steps: int = 1500, batch: int = 64, lr: float = 1e-3, seed: int = 3) -> None:
+    """SigLIP's pairwise sigmoid loss; a pair is positive where the picture satisfies the caption, whoever's caption it is."""
+    rng, model = np.random.default_rng(seed), encoder.model.train().requires_grad_(True)
+    pool = [m for split in ("train", "eval") for m in shapes.prompts(split) + shapes.implicit_prompts(split)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    for step in range(steps):
+        schedule(optimizer, step, steps, lr)
+        asked = [shapes.pick(rng, pool) for _ in range(batch)]
+        asked[batch // 2:] = [shapes.wrong_metadata(m, rng) for m in asked[:batch // 2]]         # hard negatives
+        scenes = [shapes.sample_scene(m, rng, training=False) for m in asked]
+        images = pixels_of(scenes) * 0.5 + 0.5
+        image = F.normalize(model.vision_model(pixel_values=encoder.pixels(images)).pooler_output, dim=-1)
+        text = F.normalize(model.text_model(input_ids=encoder.tokens([m["prompt"] for m in asked])).pooler_output, dim=-1)
+        right = torch.tensor([[1.0 if shapes.satisfies(m, shapes.discrete(s)) else -1.0 for m in asked] for s in scenes])
+        loss = -F.logsigmoid(right * (image @ text.T * model.logit_scale.exp() + model.logit_bias)).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 300 == 0 or step == steps - 1:
+            print(f"siglip {step:5d}  loss {loss.item():.3f}", flush=True)
+    model.eval().requires_grad_(False)
+
+
+def train_judge(judge, steps: int = 2000, batch: int = 64, lr: float = 1e-3, seed: int = 4) -> None:
+    """Cross-entropy on yes and no: half of the rows ask of a prompt whether it is true, half of an answer whether it is right."""
+    rng, model = np.random.default_rng(seed), judge.model.train().requires_grad_(True)
+    pool = [m for split in ("train", "eval") for m in shapes.prompts(split) + shapes.implicit_prompts(split)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    for step in range(steps):
+        schedule(optimizer, step, steps, lr)
+        scenes, asked, right = [], [], []
+        for i in range(batch):
+            if i % 2:
+                m = shapes.pick(rng, pool)
+                other = m if rng.random() < 0.5 else shapes.wrong_metadata(m, rng)
+                scenes.append(shapes.sample_scene(other, rng, training=False))
+                asked.append(f"is this {m['prompt']} ?")
+                right.append(shapes.satisfies(m, shapes.discrete(scenes[-1])))
+            else:
+                scenes.append(shapes.random_scene(rng, shapes.pick(rng, ("train", "eval"))))
+                q = shapes.make_question(scenes[-1], rng, training=False)
+                options = {"count": shapes.COUNTS, "color": tuple(shapes.COLORS), "shape": shapes.SHAPES}.get(q["kind"], ("yes", "no"))
+                wrong = shapes.pick(rng, [o for o in options if o != q["answer"]])
+                right.append(bool(rng.random() < 0.5))
+                asked.append(f"{q['question']} is the answer {q['answer'] if right[-1] else wrong} ?")
+        logits = judge.logits(pixels_of(scenes) * 0.5 + 0.5, asked)
+        loss = F.cross_entropy(logits, torch.tensor([0 if r else 1 for r in right]))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 300 == 0 or step == steps - 1:
+            said = (logits.argmax(1) == 0).tolist()
+            print(f"judge {step:5d}  loss {loss.item():.3f}  right {np.mean([a == b for a, b in zip(said, right)]):.2f}", flush=True)
+    model.eval().requires_grad_(False)
+
+
+def make_autoencoder(folder, seed: int = 0) -> Policy:
+    """An untrained base around a trained autoencoder; the first half of the work, so that the second can be repeated."""
+    policy = new_base(build_tokenizer(), {}, seed)
+    policy.autoencoder.to(memory_format=torch.channels_last)
+    scale, shift = train_autoencoder(policy.autoencoder)
+    policy.config.ae.update(scale_factor=scale, shift_factor=shift)
+    return policy
+
+
+def main(folder) -> None:
+    """Make everything in `folder` (assets/toy): policy/, siglip/, judge/."""
+    begun = time.time()
+    policy = make_autoencoder(folder)
+    print(f"autoencoder done after {time.time() - begun:.0f} s", flush=True)
+    train_base(policy, Corpus(policy))
+    policy.eval().save(folder / "policy")
+    print(f"base done after {time.time() - begun:.0f} s", flush=True)
+    torch.manual_seed(5)
+    build_siglip(folder / "siglip", shapes.VOCABULARY)
+    encoder = rewards.load_siglip(str(folder / "siglip"))
+    train_siglip(encoder)
+    encoder.model.save_pretrained(folder / "siglip")
+    torch.manual_seed(6)
+    build_judge(folder / "judge", shapes.VOCABULARY)
+    judge = rewards.load_judge(str(folder / "judge"))
+    train_judge(judge)
+    judge.model.save_pretrained(folder / "judge")
+    print(f"all of {folder} done after {time.time() - begun:.0f} s", flush=True)
+
+
+class Imitation:
+    """Further pretraining in the training loop: the control of a reinforcement run. AdamW's learning rates are the run's own."""
+
+    def __init__(self, policy: Policy, seed: int):
+        self.policy, self.seed, self.corpus = policy, seed, Corpus(policy, seed=1)
+
+    def step(self, step: int, optimizer) -> dict:
+        losses = base_loss(self.policy, self.corpus, torch.Generator().manual_seed(10**6 * (self.seed + 1) + step))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        optimizer.step()
+        return {"loss": sum(losses.values()).item()} | {f"control/{k}": v.item() for k, v in losses.items()}

@@ -1,0 +1,325 @@
+"""What the policy promises beside the official numbers: padding, sharing, caching, adapters, files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from grpo import token_logp
+from policy import (Guidance, LoRA, Policy, PolicyConfig, adapters_off, add_lora, guided_velocity, release_ae_name, release_name,
+                    save_tensors)
+
+GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
+SIZE = (16, 24)                                                 # 2 x 3 latent tokens of 8 pixels
+few = settings(max_examples=15)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy.load(GOLDEN)
+
+
+def words(generator, n, low=3, high=9, vocabulary=280):
+    """A ragged batch of random token ids -> tokens (n, L), mask (n, L)."""
+    lengths = torch.randint(low, high + 1, (n,), generator=generator)
+    tokens = torch.randint(0, vocabulary, (n, int(lengths.max())), generator=generator)
+    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+
+
+def noisy(generator, n):
+    return torch.randn(n, 6, 16, generator=generator)
+
+
+@few
+@given(seed=st.integers(0, 10**6))
+def test_padding_and_batch_neighbours_change_nothing(policy, seed):
+    g = torch.Generator().manual_seed(seed)
+    tokens, mask = words(g, 4)
+    more, more_mask = words(g, 4, 1, 5)
+    x = noisy(g, 4)
+    with torch.no_grad():
+        _, context = policy.append_text(policy.empty(4), torch.where(mask, tokens, 7), mask)
+        logits, context = policy.append_text(context, more, more_mask)
+        v = policy.velocity(context, x, 0.6, SIZE)
+        for i in range(4):
+            _, alone = policy.append_text(policy.empty(1), tokens[i:i + 1, mask[i]])
+            own, alone = policy.append_text(alone, more[i:i + 1, more_mask[i]])
+            assert torch.allclose(own[0], logits[i][more_mask[i]], atol=2e-5)
+            assert torch.allclose(policy.velocity(alone, x[i:i + 1], 0.6, SIZE)[0], v[i], atol=2e-5)
+
+
+def test_padded_positions_carry_no_gradient_to_their_content(policy):
+    g = torch.Generator().manual_seed(1)
+    tokens, mask = words(g, 3)
+    grads = []
+    for filler in (5, 200):
+        policy.zero_grad()
+        _, context = policy.append_text(policy.empty(3), torch.where(mask, tokens, filler), mask)
+        policy.velocity(context, noisy(torch.Generator().manual_seed(2), 3), 0.5, SIZE).square().sum().backward()
+        grads.append(policy.blocks[0].experts[0].k.weight.grad.clone())
+    assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_images_of_several_sizes_in_one_batch(policy):
+    g = torch.Generator().manual_seed(3)
+    sizes = [(16, 24), (8, 8), (32, 16)]
+    pixels = [torch.rand(3, 20, 30, generator=g), torch.rand(3, 10, 10, generator=g), torch.rand(3, 50, 20, generator=g)]
+    tokens = [torch.randn((h // 8) * (w // 8), 16, generator=g) for h, w in sizes]
+    x = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    with torch.no_grad():
+        context = policy.append_image(policy.empty(3), pixels=pixels, latents=x, size=sizes)
+        v = policy.velocity(context, x, 0.4, sizes)
+        guided = guided_velocity(policy, x, 0.4, sizes, context, policy.empty(3), policy.empty(3), Guidance(3.0, 2.0, "global", 0.1, (0, 1)))
+        for i in range(3):
+            alone = policy.append_image(policy.empty(1), pixels=pixels[i][None], latents=tokens[i][None], size=sizes[i])
+            assert torch.allclose(policy.velocity(alone, tokens[i][None], 0.4, sizes[i])[0], v[i, :len(tokens[i])], atol=2e-5)
+            one = guided_velocity(policy, tokens[i][None], 0.4, sizes[i], alone, policy.empty(1), policy.empty(1),
+                                  Guidance(3.0, 2.0, "global", 0.1, (0, 1)))
+            assert torch.allclose(one[0], guided[i, :len(tokens[i])], atol=5e-5)
+
+
+def test_a_repeated_prompt_is_the_prompt_read_once_per_sample(policy):
+    """Shared prefix against the plain path, values and gradients."""
+    g = torch.Generator().manual_seed(4)
+    tokens, mask = words(g, 2)
+    G, x = 3, noisy(g, 6)
+
+    def run(shared):
+        policy.zero_grad()
+        rows = slice(None) if shared else torch.arange(2).repeat_interleave(G)
+        t, m = tokens[rows], mask[rows]
+        _, context = policy.append_text(policy.empty(len(t)), t, m)
+        v = policy.velocity(context.repeat(G) if shared else context, x, 0.7, SIZE)
+        v.square().sum().backward()
+        return v.detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+    (v, grads), (plain_v, plain_grads) = run(True), run(False)
+    assert torch.allclose(v, plain_v, atol=1e-5)
+    for n in plain_grads:
+        assert (grads[n] - plain_grads[n]).norm() <= 1e-4 * plain_grads[n].norm() + 1e-6, n
+
+
+@few
+@given(seed=st.integers(0, 10**6), cut=st.integers(1, 6))
+def test_text_in_two_pieces_is_text_in_one(policy, seed, cut):
+    tokens = torch.randint(0, 280, (2, 8), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        whole, context = policy.append_text(policy.empty(2), tokens)
+        first, half = policy.append_text(policy.empty(2), tokens[:, :cut])
+        second, both = policy.append_text(half, tokens[:, cut:])
+    assert torch.allclose(torch.cat([first, second], 1), whole, atol=2e-5)
+    assert torch.equal(both.position, context.position)
+
+
+def test_later_text_cannot_change_earlier_logits_and_image_tokens_see_one_another(policy):
+    g = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 280, (1, 6), generator=g)
+    changed = tokens.clone()
+    changed[0, 4] += 1
+    with torch.no_grad():
+        a, context = policy.append_text(policy.empty(1), tokens)
+        b, _ = policy.append_text(policy.empty(1), changed)
+        assert torch.equal(a[:, :4], b[:, :4]) and not torch.equal(a[:, 4:], b[:, 4:])
+        x = noisy(g, 1)
+        y = x.clone()
+        y[0, 5] += 1.0
+        moved = (policy.velocity(context, x, 0.5, SIZE) - policy.velocity(context, y, 0.5, SIZE)).abs().amax(-1)[0]
+    assert (moved > 0).all()
+
+
+def test_velocity_leaves_the_context_alone(policy):
+    tokens = torch.arange(5)[None]
+    with torch.no_grad():
+        _, context = policy.append_text(policy.empty(1), tokens)
+        held = [k.clone() for k in context.keys]
+        policy.velocity(context, noisy(torch.Generator().manual_seed(6), 1), 0.5, SIZE)
+    assert context.valid.shape[1] == 5 and all(torch.equal(a, b) for a, b in zip(held, context.keys))
+
+
+def test_text_alone_gives_the_generation_expert_no_gradient(policy):
+    policy.zero_grad()
+    logits, _ = policy.append_text(policy.empty(1), torch.arange(6)[None])
+    logits.square().sum().backward()
+    parts = policy.parts()
+    assert all(p.grad is None for p in parts["generation"])
+    assert policy.blocks[0].experts[0].q.weight.grad is not None
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    assert sorted(map(id, parts["understanding"] + parts["generation"])) == sorted(map(id, trained))
+
+
+def test_written_tokens_have_the_log_probs_of_the_distribution_sampled(policy):
+    g = torch.Generator().manual_seed(7)
+    tokens, mask = words(g, 3)
+    _, context = policy.append_text(policy.empty(3), tokens, mask)
+    written, alive, logp = policy.sample_text(context, torch.rand(3, 7, generator=g), temperature=0.8)
+    fed = torch.cat([torch.full((3, 1), policy.start), written[:, :-1]], dim=1)
+    logits, _ = policy.append_text(context, fed, alive)
+    again = torch.where(alive, token_logp(logits, written, 0.8), 0.0)
+    assert torch.allclose(again, logp, atol=2e-5)
+
+
+def test_sampling_inverts_the_cumulative_distribution(policy):
+    """Evenly spaced uniforms reproduce the next-token distribution."""
+    N = 2000
+    _, context = policy.append_text(policy.empty(1), torch.arange(4)[None])
+    logits, _ = policy.append_text(context, torch.tensor([[policy.start]]))
+    uniforms = ((torch.arange(N) + 0.5) / N)[:, None]
+    written, _, _ = policy.sample_text(context.repeat(N), uniforms)
+    share = torch.bincount(written[:, 0], minlength=logits.shape[-1]) / N
+    assert (share - logits[0, -1].softmax(-1)).abs().max() <= 1.5 / N
+
+
+def test_writing_stops_at_the_end_token_and_masks_what_follows(policy):
+    _, context = policy.append_text(policy.empty(40), torch.arange(4)[None].expand(40, 4))
+    written, alive, logp = policy.sample_text(context, torch.rand(40, 30, generator=torch.Generator().manual_seed(8)), temperature=3.0)
+    for row, m in zip(written, alive):
+        ends = (row == policy.end).nonzero().flatten()
+        assert m.sum() == (ends[0] + 1 if len(ends) else len(row))
+    assert (logp[~alive] == 0).all()
+
+
+def test_adapters_start_as_the_policy_and_switch_off():
+    policy, plain = Policy.load(GOLDEN), Policy.load(GOLDEN)
+    add_lora(policy, rank=2, alpha=4.0)
+    tokens = torch.arange(5)[None]
+    base = plain.append_text(plain.empty(1), tokens)[0]
+    assert torch.equal(policy.append_text(policy.empty(1), tokens)[0], base)
+    for m in policy.modules():
+        if isinstance(m, LoRA):
+            torch.nn.init.normal_(m.B, std=0.1)
+    tuned = policy.append_text(policy.empty(1), tokens)[0]
+    assert not torch.allclose(tuned, base, atol=1e-3)
+    with adapters_off(policy):
+        assert torch.equal(policy.append_text(policy.empty(1), tokens)[0], base)
+    assert torch.equal(policy.append_text(policy.empty(1), tokens)[0], tuned)
+    assert {n.split(".")[-1] for n, p in policy.named_parameters() if p.requires_grad} == {"A", "B"}
+
+
+def test_saving_merges_adapters_and_loading_gives_the_same_function(tmp_path):
+    policy = add_lora(Policy.load(GOLDEN), rank=2, alpha=4.0)
+    for m in policy.modules():
+        if isinstance(m, LoRA):
+            torch.nn.init.normal_(m.B, std=0.1)
+    policy.save(tmp_path)
+    again = Policy.load(tmp_path)
+    x = noisy(torch.Generator().manual_seed(9), 1)
+    with torch.no_grad():
+        for p in (policy, again):
+            p.out = p.velocity(p.append_text(p.empty(1), torch.arange(5)[None])[1], x, 0.3, SIZE)
+    assert torch.allclose(policy.out, again.out, atol=1e-5)
+
+
+def test_a_saved_folder_has_the_released_layout_bit_for_bit(tmp_path):
+    Policy.load(GOLDEN).save(tmp_path)
+    for name in ("ema.safetensors", "ae.safetensors"):
+        ours, theirs = load_file(tmp_path / name), load_file(GOLDEN / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    for name in ("llm_config.json", "vit_config.json", "ae_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((GOLDEN / name).read_text())
+
+
+def test_sharded_folders_load(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "p")
+    tensors = load_file(tmp_path / "p" / "ema.safetensors")
+    (tmp_path / "p" / "ema.safetensors").unlink()
+    names, where = sorted(tensors), {}
+    for i, part in enumerate((names[:50], names[50:])):
+        save_file({k: tensors[k] for k in part}, tmp_path / "p" / f"shard{i}.safetensors")
+        where |= {k: f"shard{i}.safetensors" for k in part}
+    (tmp_path / "p" / "ema.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert torch.equal(Policy.load(tmp_path / "p").embed.weight, Policy.load(GOLDEN).embed.weight)
+
+
+def broken(tmp_path, change):
+    folder = tmp_path / "p"
+    shutil.copytree(GOLDEN, folder)
+    change(folder)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        Policy.load(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edit(change):
+    def apply(folder):
+        tensors = load_file(folder / "ema.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "ema.safetensors")
+    return apply
+
+
+def test_bad_folders_are_refused_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        Policy.load(tmp_path / "nowhere")
+
+
+def test_missing_and_extra_keys_are_named(tmp_path):
+    said = broken(tmp_path, edit(lambda t: (t.pop("llm2vae.bias"), t.update(strange=torch.zeros(1)))))
+    assert "llm2vae.bias" in said and "strange" in said
+
+
+def test_a_wrong_shape_is_named(tmp_path):
+    assert "llm2vae.bias" in broken(tmp_path, edit(lambda t: t.update({"llm2vae.bias": torch.zeros(3)})))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    said = broken(tmp_path, lambda f: ((f / "ema.safetensors").unlink(), torch.save({}, f / "pytorch_model.bin")))
+    assert "pickle" in said and "pytorch_model.bin" in said
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    assert "safetensors" in broken(tmp_path, lambda f: (f / "ema.safetensors").write_bytes((f / "ema.safetensors").read_bytes()[:5000]))
+
+
+def test_a_tokenizer_without_the_markers_is_refused(tmp_path):
+    def change(folder):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["added_tokens_decoder"] = {k: v for k, v in config["added_tokens_decoder"].items() if "vision" not in v["content"]}
+        config["additional_special_tokens"] = []
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "<|vision_start|>" in broken(tmp_path, change)
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    save_tensors({"a": torch.ones(2)}, path)
+    def full(tensors, target, metadata=None):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("policy.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors({"a": torch.zeros(2)}, path)
+    assert torch.equal(load_file(path)["a"], torch.ones(2)) and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_release_has_the_published_keys_and_shapes():
+    """The 7B configuration on the meta device: 1,223 tensors, 14,607,260,128 values, 244 of the autoencoder."""
+    llm = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+               vocab_size=152064, rope_theta=1e6, rms_norm_eps=1e-6)
+    vit = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, patch_size=14, image_size=980, num_hidden_layers=27,
+               num_channels=3, layer_norm_eps=1e-6)
+    tokenizer = Policy.load(GOLDEN).tokenizer
+    with torch.device("meta"):
+        policy = Policy(PolicyConfig(llm, vit), tokenizer)
+    state = {release_name(k): tuple(v.shape) for k, v in policy.state_dict().items() if not k.startswith("autoencoder.")}
+    assert len(state) == 1223
+    assert sum(torch.Size(s).numel() for s in state.values()) == 14_607_260_128
+    for key, shape in {
+        "language_model.model.layers.27.self_attn.k_proj_moe_gen.bias": (512,), "language_model.lm_head.weight": (152064, 3584),
+        "language_model.model.layers.0.mlp_moe_gen.down_proj.weight": (3584, 18944), "time_embedder.mlp.0.weight": (3584, 256),
+        "vae2llm.weight": (3584, 64), "llm2vae.bias": (64,), "latent_pos_embed.pos_embed": (4096, 3584),
+        "vit_pos_embed.pos_embed": (4900, 3584), "connector.fc1.weight": (3584, 1152), "language_model.model.norm_moe_gen.weight": (3584,),
+        "vit_model.vision_model.embeddings.patch_embedding.weight": (1152, 588),
+        "vit_model.vision_model.encoder.layers.25.mlp.fc1.weight": (4304, 1152),
+        "language_model.model.layers.3.post_attention_layernorm_moe_gen.weight": (3584,),
+    }.items():
+        assert state[key] == shape, key
+    ae = {release_ae_name(k, 4) for k in policy.autoencoder.state_dict()}
+    assert len(ae) == 244
+    assert sum(v.numel() for v in policy.autoencoder.state_dict().values()) == pytest.approx(83.82e6, rel=1e-4)
+    assert {"decoder.up.3.block.0.conv1.weight", "encoder.down.1.block.0.nin_shortcut.weight", "encoder.mid.attn_1.proj_out.bias"} <= ae
