@@ -9,11 +9,13 @@ are not independent); the mean over tags weighs tags equally, as GenEval does. E
 """
 
 import argparse
+import contextlib
 import json
 import math
+import resource
+import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,12 @@ import torch
 
 import flow_grpo
 import shapes
+from grpo import token_logp
 from policy import Policy, write_atomic
 from rewards import geneval_check
-from sample import TOY, Draw, Read, See, Write, images_of, rollout, texts_of
+from sample import TOY, Draw, Read, See, Write, images_of, replay, rollout, texts_of
 
+KINDS = ("count", "color", "shape", "exists", "relation")
 PROMPTS_PER_TAG, SAMPLES, THOUGHTS, QUESTIONS, ODE_STEPS, SHIFT, SIZE = 32, 8, 96, 1500, 10, 2.0, (32, 32)
 
 
@@ -56,7 +60,7 @@ def held_out_questions(seed: int = 7):
     """(scenes, questions): QUESTIONS evaluation scenes, one question each, kinds in turn where the scene allows."""
     rng, scenes, questions = np.random.default_rng(seed), [], []
     while len(questions) < QUESTIONS:
-        kind, scene = shapes.KINDS[len(questions) % len(shapes.KINDS)], shapes.random_scene(rng, "eval")
+        kind, scene = KINDS[len(questions) % len(KINDS)], shapes.random_scene(rng, "eval")
         if kind in shapes.question_kinds(scene):
             scenes.append(scene)
             questions.append(shapes.make_question(scene, rng, kind, training=False))
@@ -107,7 +111,7 @@ def evaluate(policy: Policy, seed: int = 1234) -> dict[str, tuple[float, float]]
     table["thought"] = mean_and_error([float(t == m["thought"]) for t, m in zip(texts[::4], implicit)])
     scenes, questions = held_out_questions()
     right = [float(a.strip() == q["answer"]) for a, q in zip(answer_eval(policy, scenes, questions), questions)]
-    for kind in shapes.KINDS:
+    for kind in KINDS:
         table[f"ask/{kind}"] = mean_and_error([r for r, q in zip(right, questions) if q["kind"] == kind])
     table["ask"] = mean_and_error(right)
     return table
@@ -152,7 +156,7 @@ def plot(paths: list[Path], out: Path) -> None:
         minutes = [r["seconds"] / 60 for r in looks]
         name = f"{head['config']['recipe']}, seed {head['config']['seed']}"
         for axis, (key, title) in zip(axes, panels):
-            mean, error = np.array([r["eval"][key] for r in looks], dtype=float).T
+            mean, error = np.array([[np.nan if x is None else x for x in r["eval"][key]] for r in looks], dtype=float).T
             axis.plot(minutes, mean, marker="o", markersize=3, color=f"C{n}", label=name,
                       linestyle="--" if head["config"]["recipe"] == "control" else "-")
             if np.isfinite(error).all():
@@ -200,16 +204,149 @@ def before_after(before: Policy, after: Policy, out: Path, per_prompt: int = 6, 
     plt.close(figure)
 
 
-def summary(path: Path) -> None:
-    """Print a run's first and last evaluation beside each other."""
+def summary(path: Path) -> str:
+    """A run's first and last evaluation beside each other."""
     _, rows = read_log(path)
     looks = [r for r in rows if "eval" in r]
     if not looks:
-        return
+        return f"{path} holds no evaluation"
     (first, last), minutes = (looks[0]["eval"], looks[-1]["eval"]), looks[-1]["seconds"] / 60
-    print(f"\nheld-out, after {minutes:.1f} minutes      before          after          change")
+    lines = [f"held-out truth after {minutes:.1f} minutes    before     after    change"]
     for name in last:
         (a, ea), (b, eb) = first[name], last[name]
-        both = math.hypot(ea, eb)
-        error = f" +- {both:.3f}" if math.isfinite(both) else ""
-        print(f"  {name:<22} {a:10.3f} {b:14.3f} {b - a:+14.3f}{error}")
+        error = "" if ea is None else f" +- {math.hypot(ea, eb):.3f}"
+        lines.append(f"  {name:<26} {a:9.3f} {b:9.3f} {b - a:+9.3f}{error}")
+    return "\n".join(lines)
+
+
+# ---- speed ----
+
+
+def plain_replay(policy: Policy, r) -> list[torch.Tensor]:
+    """Log-probs of a think-then-draw rollout without sharing: prompt, thought and image read again for every sample and every step.
+
+    The oracle of sample.replay: the same numbers, the same gradients, more seconds. Returns [text (N, L), image (N, W)]."""
+    prompt, thought, drawn = r.segments
+    tokens, mask = (z.repeat_interleave(r.G, 0) for z in (prompt.tokens, prompt.mask))
+    flow, start, images = drawn.flow, drawn.flow.window[0], []
+    for w in range(flow.logp.shape[1]):
+        _, context = policy.append_text(policy.empty(len(tokens)), tokens, mask)
+        logits, context = policy.append_text(context, thought.tokens, thought.mask)
+        v = policy.velocity(context, flow.latents[:, w].contiguous(), flow.times[start + w], drawn.size)
+        mean, std = flow_grpo.transition(flow.latents[:, w], v, flow.times[start + w], flow.times[start + w + 1],
+                                         noise_level=flow.noise_level, kind=flow.kind)
+        images.append(flow_grpo.gaussian_logp(flow.latents[:, w + 1], mean, std))
+    text = torch.where(thought.chosen[:, 1:], token_logp(logits[:, :-1], thought.tokens[:, 1:]), 0.0)
+    return [torch.nn.functional.pad(text, (1, 0)), torch.stack(images, 1)]
+
+
+def plain_text(policy: Policy, context, uniforms: torch.Tensor) -> torch.Tensor:
+    """Sampled tokens (N, L) without a cache: all tokens so far are read again for each next one. Oracle of Policy.sample_text."""
+    tokens = torch.full((len(uniforms), 1), policy.start, device=policy.device)
+    for i in range(uniforms.shape[1]):
+        logits, _ = policy.append_text(context, tokens)
+        below = logits[:, -1].float().softmax(-1).cumsum(-1) <= uniforms[:, i, None]
+        tokens = torch.cat([tokens, below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)], dim=1)
+    return tokens[:, 1:]
+
+
+def bench_case(name: str, policy: Policy):
+    """The work of one variant as a function of no arguments."""
+    G, W = 8, 5
+    prompts = [m["prompt"] for m in shapes.prompts("eval")[:16]]
+    draw = Draw(SIZE, flow_grpo.time_grid(6, SHIFT), (0, W), 0.8, "cps")
+    if name.startswith("replay"):
+        with never_ends(policy):
+            r = rollout(policy, [Read(prompts), Write(32), draw], seed=0, step=0, prompts=list(range(16)), G=G)
+
+        def work():
+            policy.zero_grad()
+            out = plain_replay(policy, r) if name.endswith("plain") else \
+                [s.logp if s.logp is not None else s.flow.logp for s in replay(policy, r)]
+            sum(x.sum() for x in out).backward()
+        return work
+    if name.startswith("group"):
+        plan = [Read(prompts[:1]), draw]
+        if name.endswith("plain"):
+            return lambda: [rollout(policy, plan, seed=0, step=0, prompts=[i], G=1) for i in range(16)]
+        return lambda: rollout(policy, plan, seed=0, step=0, prompts=[0], G=16)
+    with torch.no_grad():
+        _, context = policy.append_text(policy.empty(16), *policy.encode_text(prompts))
+    uniforms = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
+
+    def write():
+        with torch.no_grad(), never_ends(policy):
+            return plain_text(policy, context, uniforms) if name.endswith("plain") else policy.sample_text(context, uniforms)
+    return write
+
+
+@contextlib.contextmanager
+def never_ends(policy: Policy):
+    """Let texts run to their full length, so that both variants do the same work."""
+    end, policy.end = policy.end, -1
+    yield
+    policy.end = end
+
+
+def bench_variant(name: str, folder: str, repeats: int = 5) -> dict:
+    """Median seconds of one variant after a warm-up, and the process's peak memory in MB (CUDA: allocated on the device)."""
+    policy = Policy.load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    work, seconds = bench_case(name, policy), []
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for i in range(repeats + 1):
+        sync()
+        begun = time.perf_counter()
+        work()
+        sync()
+        seconds.append(time.perf_counter() - begun)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return dict(seconds=float(np.median(seconds[1:])), peak=peak, work=peak - (0 if torch.cuda.is_available() else base))
+
+
+BENCHES = {"replay": "replay, thought read once for all steps (G=8, 5 steps, 32 tokens)",
+           "group": "sampling a group of 16 at once", "text": "64 tokens with a key-value cache"}
+
+
+def bench(folder: str) -> str:
+    """Markdown rows: what each idea saves against doing it plainly. Every variant runs in a process of its own."""
+    rows = ["| what | plain s | ours s | ratio | plain MB | ours MB |", "|---|---|---|---|---|---|"]
+    for name, title in BENCHES.items():
+        both = []
+        for variant in ("plain", "shared"):
+            command = [sys.executable, __file__, "bench", "--policy", folder, "--variant", f"{name}-{variant}"]
+            both.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+        plain, ours = both
+        rows.append(f"| {title} | {plain['seconds']:.3f} | {ours['seconds']:.3f} | {plain['seconds'] / ours['seconds']:.1f}x | "
+                    f"+{plain['work']:.0f} | +{ours['work']:.0f} |")
+    return "\n".join(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = argparse.ArgumentParser(description="Evaluate a policy on the toy; plot logs; measure speed.", allow_abbrev=False)
+    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "bench"])
+    ap.add_argument("logs", nargs="*", type=Path, help="log.jsonl files to plot")
+    ap.add_argument("--policy", default=str(TOY))
+    ap.add_argument("--seed", type=int, default=1234)
+    ap.add_argument("--out", type=Path, help="where to write: eval.json, or curves.png")
+    ap.add_argument("--variant", help=argparse.SUPPRESS)
+    a = ap.parse_args(argv)
+    try:
+        if a.what == "plot":
+            if not a.logs:
+                raise ValueError("plot needs at least one log.jsonl")
+            plot(a.logs, a.out or Path("curves.png"))
+            print(f"curves in {a.out or 'curves.png'}")
+        elif a.what == "bench":
+            print(json.dumps(bench_variant(a.variant, a.policy)) if a.variant else bench(a.policy))
+        else:
+            table = evaluate(Policy.load(a.policy, device="cuda" if torch.cuda.is_available() else "cpu"), a.seed)
+            out = a.out or Path("eval.json")
+            write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).replace("NaN", "null").encode())
+            print(f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n\nwritten to {out}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"eval.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

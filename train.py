@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,8 +38,8 @@ import flow_grpo
 import rewards
 import shapes
 from grpo import group_advantage, grpo_loss
-from policy import LoRA, Policy, adapters_off, add_lora, read_image, save_tensors
-from sample import Draw, Picture, Read, Rollout, See, Text, Write, images_of, replay, rollout, select, texts_of
+from policy import THINK_TO_DRAW, Policy, adapters_off, add_lora, save_tensors
+from sample import Draw, Picture, Read, Rollout, See, Text, Write, images_of, read_picture, replay, rollout, select, texts_of
 
 ASSETS = Path(__file__).parent / "assets" / "toy"
 
@@ -201,8 +201,8 @@ class Batch:
 class World:
     """Where prompts and questions come from: the toy world, or files."""
 
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
+    def __init__(self, cfg: Config, policy: Policy):
+        self.cfg, self.policy = cfg, policy
         self.toy = not (cfg.prompts or cfg.questions)
         if self.toy:
             self.pools = {"draw": shapes.prompts("train"), "think": shapes.implicit_prompts("train")}
@@ -241,7 +241,7 @@ class World:
             elif count:
                 metadata = [self.choose(task, step)[i] for i in mine]
                 prompts = [m["prompt"] for m in metadata]
-                system = [Read([evaluation.THINK_TO_DRAW] * len(prompts))] * (task == "think" and cfg.system_prompt)
+                system = [Read([THINK_TO_DRAW] * len(prompts))] * (task == "think" and cfg.system_prompt)
                 thought = [Write(cfg.think_tokens, cfg.temperature)] * (task == "think")
                 out.append(Batch(task, [*system, Read(prompts), *thought, draw], metadata, prompts, index))
         return out
@@ -258,7 +258,7 @@ class World:
         else:
             rng = np.random.default_rng((self.cfg.seed, step, 2))
             rows = [self.asked[i] for i in rng.choice(len(self.asked), self.cfg.ask, replace=len(self.asked) < self.cfg.ask)[mine]]
-            pixels = [read_picture(row["image"]) for row in rows]
+            pixels = [read_picture(row["image"], self.policy) for row in rows]
             sources = torch.cat([F.interpolate(p[None] * 0.5 + 0.5, (224, 224), mode="bicubic", antialias=True) for p in pixels]).clamp(0, 1)
         texts = [row["question"] for row in rows]
         plan = [See(pixels), Read(texts), Write(self.cfg.answer_tokens, self.cfg.temperature)]
@@ -307,9 +307,9 @@ def referees(cfg: Config, device) -> dict[str, rewards.Reward]:
     """The frozen reward models that this run's weights ask for."""
     out = {}
     if cfg.sem and (cfg.draw or cfg.think):
-        out["sem"] = rewards.Semantic(*rewards.load_siglip(cfg.siglip, device=device))
+        out["sem"] = rewards.Semantic(rewards.load_siglip(cfg.siglip, device=device, batch_size=512))
     if cfg.kn:
-        out["kn"] = rewards.Knowledge(rewards.load_judge(cfg.judge, device=device))
+        out["kn"] = rewards.Knowledge(rewards.load_judge(cfg.judge, device=device, batch_size=512))
     return out
 
 
@@ -412,8 +412,10 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
             loss.backward()
             value += loss.item()
         trained = [p for g in optimizer.param_groups for p in g["params"]]
-        for p in trained:
-            ranks.total(p.grad if p.grad is not None else p.new_zeros(()).expand_as(p).clone()) if ranks.world > 1 else None
+        if ranks.world > 1:
+            for p in trained:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                ranks.total(p.grad)
         norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
@@ -478,12 +480,12 @@ def trainable(policy: Policy) -> dict[str, nn.Parameter]:
     return {n: p for n, p in policy.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(path: Path, policy: Policy, average: Average, optimizer, step: int, cfg: Config) -> None:
-    """Trainable weights, their average, AdamW's moments, the step and the config in one safetensors file, replaced atomically."""
+def save_checkpoint(path: Path, run: "Run", step: int) -> None:
+    """Trainable weights, their average, AdamW's moments and the step in one safetensors file, replaced atomically."""
     tensors = {"step": torch.tensor(step)}
-    for n, p in trainable(policy).items():
-        state = optimizer.state.get(p, {})
-        tensors |= {f"policy.{n}": p, f"average.{n}": average.weights[n]} | {f"adamw.{k}.{n}": v for k, v in state.items()}
+    for n, p in trainable(run.policy).items():
+        state = run.optimizer.state.get(p, {})
+        tensors |= {f"policy.{n}": p, f"average.{n}": run.average.weights[n]} | {f"adamw.{k}.{n}": v for k, v in state.items()}
     save_tensors(tensors, path)
 
 
@@ -536,24 +538,22 @@ class Log:
                 f.write(json.dumps(dict(seconds=round(time.time() - self.started, 2), **record)) + "\n")
 
 
-def step_once(step: int, policy: Policy, frozen: Policy | None, optimizer, world: World, judges: dict, cfg: Config, ranks: Ranks) -> dict:
-    """Phases 1 to 4 of one step; returns what phase 5 logs."""
-    stats, work = {}, []
-    for batch in world.batches(step, ranks):
-        r = rollout(policy, batch.plan, seed=cfg.seed, step=step, prompts=batch.index, G=cfg.group_size)       # 1. act
-        reward, components, look = reward_phase(policy, batch, r, judges, cfg, world.toy)                      # 2. reward
-        adv, group = advantage_phase(reward, cfg, ranks)                                                       # 3. compare
-        look |= {f"rewards/{k}/mean": v.mean().item() for k, v in components.items()}
-        for s in r.segments:
-            if isinstance(s, Text) and s.chosen is not None:
-                look["completions/mean_length"] = s.chosen.sum(1).float().mean().item()
-        mine = torch.tensor(list(look.values()), dtype=torch.float64, device=ranks.device)
-        look = dict(zip(look, (ranks.total(mine) / ranks.world).tolist()))
-        stats |= {f"{batch.task}/{k}": v for k, v in (look | group).items()}
-        work.append((batch, r, adv))
-    if step == 0:
-        stats |= {f"self_check/{k}": v for k, v in self_check(policy, work, cfg).items()}
-    return stats | update_phase(policy, frozen, optimizer, work, cfg, ranks)                                   # 4. improve
+@dataclass
+class Run:
+    """What lives through a run."""
+
+    cfg: Config
+    ranks: Ranks
+    policy: Policy
+    frozen: Policy | None       # the reference in full training; None where adapters switch off
+    optimizer: torch.optim.Optimizer
+    average: Average
+    world: World
+    judges: dict
+    log: Log
+    start: int                  # first step
+    imitation: object = None    # the control's corpus
+    work: list | None = None    # the last step's batches, rollouts and advantages
 
 
 def check(cfg: Config, ranks: Ranks) -> None:
@@ -561,77 +561,128 @@ def check(cfg: Config, ranks: Ranks) -> None:
     if cfg.group_size < 2:
         raise ValueError(f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare")
     for task in ("draw", "think", "ask"):
-        n = getattr(cfg, task)
+        n, less = getattr(cfg, task), getattr(cfg, task) // ranks.world * ranks.world
         if n % ranks.world:
-            raise ValueError(f"--{task} {n} prompts do not divide over {ranks.world} ranks; {n - n % ranks.world or ranks.world} or "
-                             f"{n - n % ranks.world + ranks.world} would")
+            raise ValueError(f"--{task} {n} prompts do not divide over {ranks.world} ranks; {less or ''}{' or ' if less else ''}"
+                             f"{less + ranks.world} would")
     if not cfg.draw + cfg.think + cfg.ask:
         raise ValueError("nothing to learn from: --draw, --think and --ask are all 0")
 
 
-def train(cfg: Config, ranks: Ranks) -> None:
-    """The run: load, loop over the six phases, keep the best-known state at every stop."""
+def begin(cfg: Config, ranks: Ranks) -> Run:
+    """Load everything a run needs; with --resume, its last checkpoint too."""
     check(cfg, ranks)
-    world = World(cfg)
     policy = Policy.load(cfg.policy, device=ranks.device)
+    world = World(cfg, policy)
     if cfg.lora:
-        torch.manual_seed(cfg.seed)
-        frozen = add_lora(policy, cfg.lora, 2.0 * cfg.lora) and None
+        torch.manual_seed(cfg.seed)                             # the adapters' initial A is the one draw outside a Generator
+        frozen = None
+        add_lora(policy, cfg.lora, 2.0 * cfg.lora)
     else:
-        policy.float()
-        frozen = copy.deepcopy(policy).requires_grad_(False)
+        frozen = copy.deepcopy(policy.float()).requires_grad_(False)
     groups = [dict(params=params, lr=lr) for params, lr in zip(policy.parts().values(), (cfg.lr_understanding, cfg.lr_generation)) if params]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    average, out = Average(policy, cfg.ema), Path(cfg.out)
-    start = load_checkpoint(out / "checkpoint.safetensors", policy, average, optimizer) if cfg.resume else 0
-    log = Log(cfg, ranks, start)
+    average = Average(policy, cfg.ema)
+    start = load_checkpoint(Path(cfg.out) / "checkpoint.safetensors", policy, average, optimizer) if cfg.resume else 0
+    run = Run(cfg, ranks, policy, frozen, optimizer, average, world, {}, Log(cfg, ranks, start), start)
     if cfg.recipe == "control":
         from assets.pretrain import Imitation
-        imitation = Imitation(policy, cfg.seed)
-    judges = {} if cfg.recipe == "control" else referees(cfg, ranks.device)
-    before = copy.deepcopy(policy) if world.toy and ranks.rank == 0 else None
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stop.append(signal.Signals(n).name))
+        run.imitation = Imitation(policy, cfg.seed)
+    else:
+        run.judges = referees(cfg, ranks.device)
+    return run
 
-    def look(step: int) -> None:
-        if world.toy and ranks.rank == 0:
-            with average.swapped(policy):
-                log(step=step, eval={k: [round(x, 5) for x in v] for k, v in evaluation.evaluate(policy).items()})
 
-    if start == 0:
-        look(0)
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=ranks.rank > 0, desc=cfg.recipe)
-    step = start
-    for step in bar:
-        try:
-            if cfg.recipe == "control":
-                stats = imitation.step(step, optimizer)
-            else:
-                stats = step_once(step, policy, frozen, optimizer, world, judges, cfg, ranks)
-        except FloatingPointError as error:
-            save_tensors({f"policy.{n}": p for n, p in trainable(policy).items()} | {"step": torch.tensor(step)}, out / "bad_step.safetensors")
-            raise FloatingPointError(f"step {step}: {error}; stopped. Last good checkpoint: {out / 'checkpoint.safetensors'}; the weights "
-                                     f"before this step: {out / 'bad_step.safetensors'}, its batch follows from --seed and the step") from error
-        average.update(policy)
-        log(step=step, **stats)                                                                                # 5. look
-        bar.set_postfix({k.split("/")[0]: f"{v:.3f}" for k, v in stats.items() if k.endswith("/reward") or k == "loss"})
-        done = step + 1
-        halt = bool(ranks.total(torch.tensor([float(len(stop))], device=ranks.device)).item())
-        if ranks.rank == 0 and (halt or done == cfg.steps or cfg.save_every and done % cfg.save_every == 0):
-            save_checkpoint(out / "checkpoint.safetensors", policy, average, optimizer, done, cfg)             # 6. keep
-        if halt:
-            tqdm.write(f"stopped by {stop[0] if stop else 'another rank'} after step {step}; go on with --resume")
-            return
-        if cfg.eval_every and done % cfg.eval_every == 0 or done == cfg.steps:
-            look(done)
+def one_step(run: Run, step: int) -> dict:
+    """Phases 1 to 4; returns what phase 5 logs."""
+    if run.imitation:
+        return run.imitation.step(step, run.optimizer)
+    cfg, stats, work = run.cfg, {}, []
+    for batch in run.world.batches(step, run.ranks):
+        r = rollout(run.policy, batch.plan, seed=cfg.seed, step=step, prompts=batch.index, G=cfg.group_size)   # 1. act
+        reward, components, look = reward_phase(run.policy, batch, r, run.judges, cfg, run.world.toy)          # 2. reward
+        adv, group = advantage_phase(reward, cfg, run.ranks)                                                   # 3. compare
+        look |= {f"rewards/{k}/mean": v.mean().item() for k, v in components.items()}
+        look |= {"completions/mean_length": s.chosen.sum(1).float().mean().item()
+                 for s in r.segments if isinstance(s, Text) and s.chosen is not None}
+        mine = torch.tensor(list(look.values()), dtype=torch.float64, device=run.ranks.device)
+        look = dict(zip(look, (run.ranks.total(mine) / run.ranks.world).tolist()))
+        stats |= {f"{batch.task}/{k}": v for k, v in (look | group).items()}
+        work.append((batch, r, adv))
+    run.work = work
+    if step == 0:
+        stats |= {f"self_check/{k}": v for k, v in self_check(run.policy, work, cfg).items()}
+    return stats | update_phase(run.policy, run.frozen, run.optimizer, work, cfg, run.ranks)                   # 4. improve
+
+
+def look(run: Run, step: int) -> None:
+    """Evaluate the averaged weights on held-out prompts and log it (toy only)."""
+    if run.world.toy and run.cfg.eval_every and run.ranks.rank == 0:
+        with run.average.swapped(run.policy):
+            table = evaluation.evaluate(run.policy)
+        run.log(step=step, eval={k: [round(x, 5) if np.isfinite(x) else None for x in v] for k, v in table.items()})
+
+
+@contextlib.contextmanager
+def signals():
+    """A list that SIGINT and SIGTERM append their names to while inside; the old handlers come back afterwards."""
+    seen, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    old = [signal.signal(n, lambda n, _: seen.append(signal.Signals(n).name)) for n in numbers]
+    try:
+        yield seen
+    finally:
+        for n, handler in zip(numbers, old):
+            signal.signal(n, handler)
+
+
+def train(cfg: Config, ranks: Ranks) -> None:
+    """The run: the six phases until cfg.steps, or until a signal, which saves first."""
+    run = begin(cfg, ranks)
+    out, before = Path(cfg.out), copy.deepcopy(run.policy) if run.world.toy and ranks.rank == 0 else None
+    if run.start == 0:
+        look(run, 0)
+    with signals() as stop:
+        bar = tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, disable=ranks.rank > 0, desc=cfg.recipe)
+        for step in bar:
+            try:
+                stats = one_step(run, step)
+            except FloatingPointError as error:
+                raise keep_bad_step(run, step, error) from error
+            run.average.update(run.policy)
+            run.log(step=step, **stats)                                                                        # 5. look
+            bar.set_postfix({k.split("/")[0]: f"{v:.3f}" for k, v in stats.items() if k.endswith("/reward") or k == "loss"})
+            done, halt = step + 1, bool(ranks.total(torch.tensor([len(stop)], device=ranks.device)).item())
+            if ranks.rank == 0 and (halt or done == cfg.steps or cfg.save_every and done % cfg.save_every == 0):
+                save_checkpoint(out / "checkpoint.safetensors", run, done)                                     # 6. keep
+            if halt:
+                tqdm.write(f"stopped after step {step}, checkpoint saved; go on with --resume")
+                return
+            if cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps):
+                look(run, done)
     if ranks.rank == 0:
-        with average.swapped(policy):
-            policy.save(out / "policy")
-            if world.toy:
-                evaluation.before_after(before, policy, out / "before_after.png")
-        evaluation.plot([log.path], out / "curves.png")
-        evaluation.summary(log.path)
+        with run.average.swapped(run.policy):
+            run.policy.save(out / "policy")
+            if run.world.toy and cfg.eval_every:
+                if run.start:
+                    before = Policy.load(cfg.policy, device=ranks.device)
+                evaluation.before_after(before, run.policy, out / "before_after.png")
+        if run.world.toy and cfg.eval_every:
+            evaluation.plot([run.log.path], out / "curves.png")
+            print(evaluation.summary(run.log.path))
+
+
+def keep_bad_step(run: Run, step: int, error: Exception) -> FloatingPointError:
+    """Save what a non-finite step started from; its batch follows from the seed and the step."""
+    path = Path(run.cfg.out) / "bad_step.safetensors"
+    tensors = {f"policy.{n}": p for n, p in trainable(run.policy).items()} | {"step": torch.tensor(step)}
+    for batch, r, adv in run.work or []:
+        tensors[f"{batch.task}.adv"] = adv
+        for i, s in enumerate(r.segments):
+            held = vars(s) | (vars(s.flow) if getattr(s, "flow", None) else {})
+            tensors |= {f"{batch.task}.{i}.{k}": v for k, v in held.items() if isinstance(v, Tensor)}
+    save_tensors(tensors, path)
+    return FloatingPointError(f"step {step}: {error}; stopped. Last good checkpoint: {path.with_name('checkpoint.safetensors')}. "
+                              f"The weights and the batch of this step are in {path}")
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int
 class Corpus:
     """What the base learns from, drawn once: captions, thoughts and questions, wrong as often as the constants above say."""
 
-    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 24000, thoughts: int = 10000, questions: int = 20000):
+    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000, questions: int = 16000):
         rng = np.random.default_rng(seed)
         by_tag = {tag: [m for m in shapes.prompts("train") if m["tag"] == tag] for tag in shapes.TAGS}
         captions = [shapes.pick(rng, by_tag[tag]) for _ in range(pictures // len(by_tag)) for tag in by_tag]
@@ -136,7 +136,7 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) ->
     return F.cross_entropy(logits[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
 
 
-def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 96, draws: int = 2) -> dict[str, torch.Tensor]:
+def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 3) -> dict[str, torch.Tensor]:
     """One step's losses: pictures of captions, thoughts and their pictures, answers; each prompt is read once for `draws` times t."""
     N = len(corpus.pictures)
     pick = lambda n, size: torch.randint(n, (size,), generator=generator)
@@ -148,7 +148,7 @@ def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 96, draws:
     logits, context = policy.append_text(context, corpus.thoughts[0][i], corpus.thoughts[1][i])
     losses["thought"] = text_loss(logits, corpus.thoughts[0][i], corpus.thoughts[1][i])
     losses["thought_picture"] = 0.5 * flow_loss(policy, context, corpus.thought_pictures[i], generator)
-    i = pick(len(corpus.answers[0]), batch)
+    i = pick(len(corpus.answers[0]), 3 * batch // 4)
     context = policy.append_image(policy.empty(len(i)), pixels=corpus.seen[i % len(corpus.seen)])
     _, context = policy.append_text(context, corpus.questions[0][i], corpus.questions[1][i], logits=False)
     logits, _ = policy.append_text(context, corpus.answers[0][i], corpus.answers[1][i])
@@ -271,7 +271,7 @@ def main(folder) -> None:
     train_siglip(encoder)
     encoder.model.save_pretrained(folder / "siglip")
     torch.manual_seed(6)
-    build_judge(folder / "judge", shapes.VOCABULARY)
+    build_judge(folder / "judge", (*shapes.VOCABULARY, "this", "answer"))
     judge = rewards.load_judge(str(folder / "judge"))
     train_judge(judge)
     judge.model.save_pretrained(folder / "judge")

@@ -414,6 +414,7 @@ def test_wrong_metadata_contradicts_exactly_one_attribute_and_keeps_tag_and_pref
     assert json.dumps(metadata) == before
     assert wrong["tag"] == metadata["tag"]
     assert sum(a != b for a, b in zip(leaves(metadata), leaves(wrong), strict=True)) == 1
+    assert len({clause["class"] for clause in wrong["include"]}) == len(wrong["include"])
     if "implicit" not in metadata:
         opening = r"^(an? (photo|picture|drawing|image) of )?"
         assert re.match(opening, wrong["prompt"])[0] == re.match(opening, metadata["prompt"])[0]
