@@ -56,6 +56,10 @@ class Samples:
 Reward = Callable[[Samples], Tensor]
 
 
+class RewardError(RuntimeError):
+    """A reward could not be computed; one line with its name and a prompt."""
+
+
 @dataclass
 class _Naming:
     """A context in which an error is raised again as one line that names the reward and a prompt."""
@@ -69,13 +73,13 @@ class _Naming:
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception):
             what = " ".join(f"{kind.__name__}: {error}".split())
-            raise RuntimeError(f"reward '{self.name}' failed on prompt {self.prompt!r}: {what}") from error
+            raise RewardError(f"reward '{self.name}' failed on prompt {self.prompt!r}: {what}") from error
 
 
 def score(rewards: dict[str, Reward], samples: Samples) -> dict[str, Tensor]:
     """Every reward on the batch: name -> (N,) fp32 on the CPU, finite.
 
-    Errors: RuntimeError, one line with the reward's name and the first offending prompt (the batch's first where the reward
+    Errors: RewardError, one line with the reward's name and the first offending prompt (the batch's first where the reward
     itself raised), when a reward raises or returns anything but N finite floats.
     """
     scores, N = {}, len(samples.prompts)

@@ -213,6 +213,10 @@ class World:
         for task in ("draw", "think"):
             if getattr(cfg, task) and not self.pools[task]:
                 raise ValueError(f"--{task} {getattr(cfg, task)} needs --prompts; or set --{task} 0")
+            for m in self.pools[task] if not self.toy else []:
+                used, room = len(policy.tokenizer(m["prompt"]).input_ids), policy.config.llm["max_position_embeddings"] - cfg.think_tokens
+                if used > room:
+                    raise ValueError(f"prompt of {used} tokens is longer than the context ({room} beside the thought): {m['prompt'][:60]!r}")
         if cfg.ask and not self.toy and not self.asked:
             raise ValueError(f"--ask {cfg.ask} needs --questions; or set --ask 0")
 
@@ -437,7 +441,7 @@ def self_check(policy: Policy, work: list, cfg: Config) -> dict:
             clip = cfg.text_clip if scored.logp is not None else cfg.image_clip
             out[name] = gap
             if gap > max(10 * clip, 0.05):
-                raise RuntimeError(f"self-check: replay and rollout log-probs of {name} differ by {gap:.2g} before any update; "
+                raise ValueError(f"self-check: replay and rollout log-probs of {name} differ by {gap:.2g} before any update; "
                                    "they must be one function")
             if gap > clip:
                 tqdm.write(f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the clip range {clip:g}")
@@ -693,7 +697,7 @@ def main() -> None:
             pretrain.main(ASSETS)
         else:
             train(cfg, ranks)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, rewards.RewardError) as error:
         sys.exit(f"train.py: {error}")
     finally:
         if dist.is_initialized():

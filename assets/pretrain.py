@@ -26,7 +26,7 @@ from assets.referees import build_judge, build_siglip
 from policy import MARKERS, Policy, PolicyConfig, declare_torchvision_ops
 
 WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
-SIZE = (32, 32)
+SIZE, QUESTIONS = (32, 32), 4                                   # pixels; questions about each scene of the corpus
 CONFIG = PolicyConfig(
     llm=dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4,
              num_attention_heads=4, num_key_value_heads=2, vocab_size=0, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
@@ -57,8 +57,8 @@ def pixels_of(scenes) -> torch.Tensor:
 
 
 def schedule(optimizer, step: int, steps: int, lr: float) -> None:
-    """Linear warm-up over 2% of the steps, then a cosine to 2% of lr."""
-    warm, done = 0.02 * steps, step / steps
+    """Linear warm-up over 5% of the steps, then a cosine to 2% of lr."""
+    warm, done = 0.05 * steps, step / steps
     rate = lr * min((step + 1) / max(warm, 1), 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -97,7 +97,7 @@ def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int
 class Corpus:
     """What the base learns from, drawn once: captions, thoughts and questions, wrong as often as the constants above say."""
 
-    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000, questions: int = 16000):
+    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000, scenes: int = 8000):
         rng = np.random.default_rng(seed)
         by_tag = {tag: [m for m in shapes.prompts("train") if m["tag"] == tag] for tag in shapes.TAGS}
         captions = [shapes.pick(rng, by_tag[tag]) for _ in range(pictures // len(by_tag)) for tag in by_tag]
@@ -110,8 +110,8 @@ class Corpus:
         self.implicit = policy.encode_text([m["prompt"] for m in implicit])
         self.thoughts = policy.encode_text(texts)
         self.thought_pictures = self.latents(policy, [meaning[t.split("</think> ")[1]] for t in texts], rng)
-        scenes = [shapes.random_scene(rng) for _ in range(questions // 2)]
-        asked = [shapes.make_question(scene, rng) for _ in range(2) for scene in scenes]
+        scenes = [shapes.random_scene(rng) for _ in range(scenes)]
+        asked = [shapes.make_question(scene, rng) for scene in scenes for _ in range(QUESTIONS)]
         wrong = [q["kind"] == "count" and rng.random() < WRONG_COUNTS for q in asked]
         self.seen = pixels_of(scenes)
         self.questions = policy.encode_text([q["question"] for q in asked])
@@ -148,8 +148,9 @@ def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws:
     logits, context = policy.append_text(context, corpus.thoughts[0][i], corpus.thoughts[1][i])
     losses["thought"] = text_loss(logits, corpus.thoughts[0][i], corpus.thoughts[1][i])
     losses["thought_picture"] = 0.5 * flow_loss(policy, context, corpus.thought_pictures[i], generator)
-    i = pick(len(corpus.answers[0]), 3 * batch // 4)
-    context = policy.append_image(policy.empty(len(i)), pixels=corpus.seen[i % len(corpus.seen)])
+    i = pick(len(corpus.seen), 3 * batch // 8)
+    context = policy.append_image(policy.empty(len(i)), pixels=corpus.seen[i]).repeat(QUESTIONS)
+    i = (i[:, None] * QUESTIONS + torch.arange(QUESTIONS)).flatten()
     _, context = policy.append_text(context, corpus.questions[0][i], corpus.questions[1][i], logits=False)
     logits, _ = policy.append_text(context, corpus.answers[0][i], corpus.answers[1][i])
     losses["answer"] = text_loss(logits, corpus.answers[0][i], corpus.answers[1][i])
@@ -191,11 +192,23 @@ def train_base(policy: Policy, corpus: Corpus, steps: int = 4000, lr: float = 2e
             print(f"base {step:5d}  {parts}  {time.time() - begun:5.0f} s", flush=True)
 
 
+def xavier(model) -> None:
+    """Xavier matrices, as the base has; the published classes' small normal initialisation hardly starts to learn at these widths."""
+    for name, p in model.named_parameters():
+        if p.ndim == 2 and "embed" not in name:
+            nn.init.xavier_uniform_(p)
+        elif "position_embedding" in name:
+            nn.init.normal_(p, std=0.5)
+
+
 def train_siglip(encoder, steps: int = 1500, batch: int = 64, lr: float = 1e-3, seed: int = 3) -> None:
     """SigLIP's pairwise sigmoid loss; a pair is positive where the picture satisfies the caption, whoever's caption it is."""
     rng, model = np.random.default_rng(seed), encoder.model.train().requires_grad_(True)
+    xavier(model)
     pool = [m for split in ("train", "eval") for m in shapes.prompts(split) + shapes.implicit_prompts(split)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    nn.init.constant_(model.logit_scale, math.log(10.0))        # SigLIP's initial temperature and bias (arXiv:2303.15343, Sec. 3.2)
+    nn.init.constant_(model.logit_bias, -10.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         schedule(optimizer, step, steps, lr)
         asked = [shapes.pick(rng, pool) for _ in range(batch)]
@@ -214,11 +227,12 @@ def train_siglip(encoder, steps: int = 1500, batch: int = 64, lr: float = 1e-3, 
     model.eval().requires_grad_(False)
 
 
-def train_judge(judge, steps: int = 2000, batch: int = 64, lr: float = 1e-3, seed: int = 4) -> None:
+def train_judge(judge, steps: int = 3000, batch: int = 64, lr: float = 5e-4, seed: int = 4) -> None:
     """Cross-entropy on yes and no: half of the rows ask of a prompt whether it is true, half of an answer whether it is right."""
     rng, model = np.random.default_rng(seed), judge.model.train().requires_grad_(True)
+    xavier(model)
     pool = [m for split in ("train", "eval") for m in shapes.prompts(split) + shapes.implicit_prompts(split)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         schedule(optimizer, step, steps, lr)
         scenes, asked, right = [], [], []

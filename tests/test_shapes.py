@@ -69,7 +69,7 @@ def picture(*parts):
     """An image from (color, y slice, x slice) patches on the ground."""
     image = np.full((32, 32, 3), 245, np.uint8)
     for color, rows, columns in parts:
-        image[rows, columns] = COLORS.get(color, color)
+        image[rows, columns] = COLORS[color] if isinstance(color, str) else color
     return image
 
 
@@ -112,6 +112,13 @@ def test_a_batch_is_read_as_its_images_are_one_by_one():
     rng = np.random.default_rng(1)
     images = degrade(np.stack([render(random_scene(rng)) for _ in range(40)] + [picture(), picture()]), rng)
     assert detect(images) == [detect(image)[0] for image in images]
+
+
+def test_the_surest_object_comes_first():
+    pale = np.rint(245 + 0.65 * (np.array(COLORS["blue"]) - 245))
+    image = picture((pale, slice(3, 13), slice(3, 13)), ("red", slice(19, 29), slice(19, 29)))
+    assert [thing["color"] for thing in detect(image)[0]] == ["red", "blue"]
+    assert [thing["color"] for thing in detect(image[::-1, ::-1])[0]] == ["red", "blue"]
 
 
 def test_no_image_gives_no_list_and_a_blank_one_an_empty_list():

@@ -1,0 +1,166 @@
+"""Acting and learning walk one trajectory: replay is rollout, sharing is the plain way, samples do not depend on their batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import flow_grpo
+from eval import plain_replay, plain_text
+from policy import Guidance, Policy
+from sample import Draw, Picture, Read, See, Text, Write, images_of, main, read_picture, replay, rollout, save_grid, select, texts_of
+
+GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
+DRAW = Draw((16, 24), flow_grpo.time_grid(6, 2.0), (1, 4), 0.8, "cps")
+PROMPTS = ["a red cat", "a blue dog on the box", "x"]
+GUIDED = Guidance(3.0, 2.0, "channel", 0.0, (0.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy.load(GOLDEN)
+
+
+def plans():
+    pixels = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return {"question": [See(pixels), Read(PROMPTS), Write(5)],
+            "text to image": [Read(PROMPTS), DRAW],
+            "think, draw": [Read(PROMPTS), Write(5, 0.9), DRAW],
+            "edit": [See(pixels, latents=True), Read(PROMPTS), DRAW],
+            "think, edit": [See(pixels, latents=True), Read(PROMPTS), Write(4), DRAW]}
+
+
+@pytest.mark.parametrize("guidance", [None, GUIDED])
+@pytest.mark.parametrize("layout", plans())
+def test_replay_with_unchanged_weights_gives_the_log_probs_of_the_rollout(policy, layout, guidance):
+    r = rollout(policy, plans()[layout], seed=1, step=2, prompts=[0, 1, 2], G=4, guidance=guidance)
+    scored = replay(policy, r)
+    chosen = [s for s in r.segments if (s.chosen if isinstance(s, Text) else s.flow) is not None]
+    assert [s.segment for s in scored] == chosen and chosen
+    for s in scored:
+        if s.logp is not None:
+            assert torch.allclose(s.logp, s.segment.logp, atol=2e-5)
+        else:
+            assert torch.allclose(s.flow.logp, s.segment.flow.logp, atol=2e-5)
+
+
+def test_sharing_the_prefix_is_the_plain_way_values_and_gradients(policy):
+    r = rollout(policy, plans()["think, draw"][:1] + [Write(5), DRAW], seed=1, step=0, prompts=[0, 1, 2], G=3)
+    grads = []
+    for scored in ([s.logp if s.logp is not None else s.flow.logp for s in replay(policy, r)], plain_replay(policy, r)):
+        policy.zero_grad()
+        (scored[0].sum() + (scored[1] * torch.arange(3)).sum()).backward()
+        grads.append(([x.detach() for x in scored], {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}))
+    (values, ours), (plain_values, plain) = grads
+    for a, b in zip(values, plain_values):
+        assert torch.allclose(a, b, atol=2e-5)
+    assert ours.keys() == plain.keys()
+    for n in plain:
+        assert (ours[n] - plain[n]).norm() <= 1e-4 * plain[n].norm() + 1e-5, n
+
+
+def test_cached_writing_is_full_recomputation(policy):
+    with torch.no_grad():
+        _, context = policy.append_text(policy.empty(3), *policy.encode_text(PROMPTS))
+        uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(3))
+        tokens, mask, _ = policy.sample_text(context, uniforms)
+        plain = plain_text(policy, context, uniforms)[:, :tokens.shape[1]]
+    assert torch.equal(tokens[mask], plain[mask])
+
+
+def test_a_sample_depends_on_its_seed_step_prompt_and_place_alone(policy):
+    plan = lambda prompts: [Read(prompts), Write(5), DRAW]
+    whole = rollout(policy, plan(PROMPTS), seed=1, step=2, prompts=[7, 8, 9], G=4)
+    part = rollout(policy, plan(PROMPTS[1:2]), seed=1, step=2, prompts=[8], G=4)
+    a, b = select(whole, 1, 2), part
+    assert texts_of(policy, a) == texts_of(policy, b)
+    assert torch.allclose(a.segments[-1].flow.data, b.segments[-1].flow.data, atol=2e-5)
+    for change in (dict(seed=2, step=2, prompts=[8]), dict(seed=1, step=3, prompts=[8]), dict(seed=1, step=2, prompts=[7])):
+        other = rollout(policy, plan(PROMPTS[1:2]), G=4, **change)
+        assert not torch.allclose(other.segments[-1].flow.data, b.segments[-1].flow.data)
+    assert torch.get_rng_state().equal(torch.get_rng_state())
+
+
+def test_sampling_leaves_the_global_generator_alone(policy):
+    before = torch.get_rng_state()
+    rollout(policy, [Read(PROMPTS), Write(3), DRAW], seed=1, step=0, prompts=[0, 1, 2], G=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_micro_batches_are_slices_of_the_whole(policy):
+    r = rollout(policy, plans()["think, edit"], seed=1, step=0, prompts=[0, 1, 2], G=4)
+    whole = replay(policy, r)
+    for i in range(3):
+        for a, b in zip(replay(policy, select(r, i, i + 1)), whole):
+            rows = slice(4 * i, 4 * i + 4)
+            if a.logp is not None:
+                assert torch.allclose(a.logp, b.logp[rows], atol=2e-5)
+            else:
+                assert torch.allclose(a.flow.logp, b.flow.logp[rows], atol=2e-5)
+
+
+def test_shared_noise_starts_a_group_from_one_point(policy):
+    plan = [Read(PROMPTS), Draw((16, 24), flow_grpo.time_grid(4), (0, 2), 0.5, "cps", shared_noise=True)]
+    start = rollout(policy, plan, seed=0, step=0, prompts=[0, 1, 2], G=4).segments[-1].flow.latents[:, 0].view(3, 4, -1)
+    assert (start == start[:, :1]).all() and not torch.equal(start[0], start[1])
+
+
+def test_a_truncated_thought_is_closed_and_only_sampled_tokens_are_chosen(policy):
+    r = rollout(policy, [Read(PROMPTS), Write(4)], seed=0, step=0, prompts=[0, 1, 2], G=8)
+    s = r.segments[-1]
+    assert (s.tokens[:, 0] == policy.start).all() and not s.chosen[:, 0].any()
+    for tokens, mask, chosen, logp in zip(s.tokens, s.mask, s.chosen, s.logp):
+        read = tokens[mask]
+        assert read[-1] == policy.end and (read[1:-1] != policy.end).all()
+        assert chosen.sum() in (4, mask.sum() - 1) and (chosen <= mask).all() and (logp[~chosen] == 0).all()
+
+
+def test_the_thought_is_read_by_the_image(policy):
+    """The image behind a thought differs from the image without it, under the same noise."""
+    r = rollout(policy, [Read(PROMPTS), Write(5), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
+    bare = r.segments[0], r.segments[2]
+    v = replay(policy, r)[1].flow.v
+    assert not torch.allclose(replay(policy, type(r)(bare, r.B, r.G))[0].flow.v, v, atol=1e-3)
+
+
+def test_given_segments_come_first(policy):
+    with pytest.raises(ValueError, match="put what is given first"):
+        rollout(policy, [Write(3), Read(PROMPTS)], seed=0, step=0, prompts=[0, 1, 2], G=2)
+
+
+def test_pictures_come_out_in_range_and_grids_are_written(policy, tmp_path):
+    r = rollout(policy, [Read(PROMPTS), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
+    images = images_of(policy, r)
+    assert images.shape == (6, 3, 16, 24) and 0 <= images.min() and images.max() <= 1
+    save_grid(images, str(tmp_path / "grid.png"), columns=4)
+    assert Image.open(tmp_path / "grid.png").size == (4 * 26 - 2, 2 * 18 - 2)
+    assert isinstance(r.segments[-1], Picture) and texts_of(policy, r) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken"])
+def test_an_unreadable_image_is_named_in_one_line(policy, tmp_path, content):
+    path = tmp_path / "picture.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="picture.png cannot be read") as error:
+        read_picture(str(path), policy)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_draws_thinks_and_answers(tmp_path, capsys):
+    out = str(tmp_path / "s.png")
+    main(["a red circle left of a blue square", "--n", "3", "--out", out])
+    assert Image.open(out).size[0] == 3 * 130 - 2
+    main(["as many circles as a triangle has sides", "--think", "--n", "1", "--out", out])
+    assert "<think>" in capsys.readouterr().out
+    main(["how many circles ?", "--question", out])
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["x", "--policy", "nowhere"], "policy folder nowhere does not exist"), (["x", "--n", "0"], "at least one"),
+    (["x", "--question", "missing.png"], "image missing.png does not exist")])
+def test_bad_input_ends_in_one_line(argv, said):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert said in str(stop.value.code) and "\n" not in str(stop.value.code)

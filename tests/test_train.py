@@ -1,0 +1,289 @@
+"""The loop: the same run whatever the micro-batch, the ranks and the interruptions; bad input in one line; a reward that rises."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from policy import Policy
+from sample import rollout
+from train import Config, Ranks, parse
+
+ROOT = Path(train.__file__).parent
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SMALL = ["--draw", "2", "--think", "2", "--ask", "2", "--group_size", "4", "--eval_every", "0", "--save_every", "0"]
+
+
+def small(out, *more):
+    return parse([*SMALL, "--out", str(out), *map(str, more)])
+
+
+def checkpoint(out):
+    return load_file(Path(out) / "checkpoint.safetensors")
+
+
+def records(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def said(argv, world=1):
+    """The one line that the command prints for bad input."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "train.py"] if world == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py"]
+    done = subprocess.run([*launch, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr
+
+
+# ---- one run, however it is cut ----
+
+
+@pytest.mark.parametrize("recipe", ["lvrpo", "unigrpo"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, recipe):
+    train.train(small(tmp_path / "whole", "--recipe", recipe, "--steps", 4), ALONE)
+    train.train(small(tmp_path / "cut", "--recipe", recipe, "--steps", 2), ALONE)
+    train.train(small(tmp_path / "cut", "--recipe", recipe, "--steps", 4, "--resume"), ALONE)
+    whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and int(whole["step"]) == 4
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    strip = lambda rows: [{k: v for k, v in r.items() if k not in ("seconds", "config", "command")} for r in rows]
+    assert strip(records(tmp_path / "whole"))[1:] == strip(records(tmp_path / "cut"))[1:]
+
+
+def gradients(tmp_path, *more):
+    """The gradients of step 0, before the clip."""
+    run = train.begin(small(tmp_path, "--grad_clip", 1e9, "--lr_understanding", 0, "--lr_generation", 0, *more), ALONE)
+    train.one_step(run, 0)
+    return {n: p.grad for n, p in train.trainable(run.policy).items() if p.grad is not None}
+
+
+def test_micro_batches_leave_the_gradient_equal(tmp_path):
+    whole, parts = gradients(tmp_path), gradients(tmp_path, "--micro", 1)
+    assert whole.keys() == parts.keys()
+    for n in whole:
+        assert (whole[n] - parts[n]).norm() <= 1e-4 * whole[n].norm() + 1e-6, n
+
+
+def test_two_ranks_give_the_run_of_one(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for world in (1, 2):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py", *SMALL,
+                        "--steps", "2", "--advantage", "batch", "--out", str(tmp_path / str(world))], cwd=ROOT, env=env, check=True,
+                       capture_output=True)
+    one, two = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
+    assert one.keys() <= two.keys()
+    for n in one:
+        if n.startswith("adamw.exp_avg."):                      # a running mean of the gradients
+            assert (one[n] - two[n]).norm() <= 1e-3 * one[n].norm() + 1e-6, n
+    for a, b in zip(records(tmp_path / "1")[1:], records(tmp_path / "2")[1:]):
+        for k in ("draw/reward", "think/reward", "ask/reward", "grad_norm", "draw/layout_entropy"):
+            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5), k
+
+
+def test_a_run_leaves_the_reference_and_the_referees_alone(tmp_path):
+    run = train.begin(small(tmp_path), ALONE)
+    frozen = [p.clone() for p in run.frozen.parameters()]
+    judge = [p.clone() for p in run.judges["kn"].judge.model.parameters()]
+    train.one_step(run, 0)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, run.frozen.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(judge, run.judges["kn"].judge.model.parameters()))
+    assert not torch.equal(run.policy.blocks[0].experts[1].q.weight, run.frozen.blocks[0].experts[1].q.weight)
+
+
+def test_adapters_train_against_the_policy_without_them(tmp_path):
+    train.train(small(tmp_path, "--lora", 4, "--steps", 2, "--lr_generation", 1e-2), ALONE)
+    log = records(tmp_path)
+    assert log[1]["draw/image/velocity_mse"] == 0 and log[2]["draw/image/velocity_mse"] > 0
+    assert all(".A" in k or ".B" in k for k in checkpoint(tmp_path) if k.startswith("policy."))
+    assert Policy.load(tmp_path / "policy").embed.weight.shape == Policy.load(parse([]).policy).embed.weight.shape
+
+
+def test_rollout_and_replay_agree_before_the_first_update(tmp_path):
+    train.train(small(tmp_path, "--steps", 1), ALONE)
+    gaps = {k: v for k, v in records(tmp_path)[1].items() if k.startswith("self_check/")}
+    assert set(gaps) == {"self_check/draw/image", "self_check/think/text", "self_check/think/image", "self_check/ask/text"}
+    assert max(gaps.values()) <= 1e-4
+
+
+def test_self_check_stops_a_run_whose_paths_differ(tmp_path, monkeypatch):
+    run = train.begin(small(tmp_path), ALONE)
+
+    def shifted(*args, **kwargs):
+        r = rollout(*args, **kwargs)
+        change = lambda s: dataclasses.replace(s, logp=s.logp + 3.0) if getattr(s, "logp", None) is not None else s
+        return dataclasses.replace(r, segments=tuple(map(change, r.segments)))
+
+    monkeypatch.setattr(train, "rollout", shifted)
+    with pytest.raises(ValueError, match="must be one function"):
+        train.one_step(run, 0)
+
+
+# ---- what is kept ----
+
+
+def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path):
+    command = [sys.executable, "train.py", *SMALL, "--steps", "400", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "log.jsonl").exists() or len(records(tmp_path)) < 3:
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    step = int(checkpoint(tmp_path)["step"])
+    train.train(small(tmp_path, "--steps", step + 1, "--resume"), ALONE)
+    assert [r["step"] for r in records(tmp_path)[1:]] == list(range(step + 1))
+
+
+def test_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    code = ("import torch, pathlib, sys; from policy import save_tensors\n"
+            "path, i = pathlib.Path(sys.argv[1]), 0\n"
+            "while True:\n    save_tensors({'a': torch.full((4_000_000,), float(i))}, path); i += 1; print(i, flush=True)\n")
+    path = tmp_path / "checkpoint.safetensors"
+    for wait in (0.0, 0.013, 0.029):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        while int(process.stdout.readline()) < 2:
+            pass
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        a = load_file(path)["a"]
+        assert (a == a[0]).all()
+
+
+def test_a_full_disk_at_save_keeps_the_old_checkpoint_and_is_said(tmp_path, monkeypatch):
+    train.train(small(tmp_path, "--steps", 1), ALONE)
+    old = (tmp_path / "checkpoint.safetensors").read_bytes()
+
+    def full(tensors, target, metadata=None):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("policy.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train.train(small(tmp_path, "--steps", 2, "--resume"), ALONE)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == old
+
+
+@pytest.mark.parametrize("change, names", [(lambda t: t.pop("policy.head.weight"), "policy.head.weight"),
+                                           (lambda t: t.update(strange=torch.zeros(1)), "strange")])
+def test_a_checkpoint_with_missing_or_extra_keys_names_them(tmp_path, change, names):
+    train.train(small(tmp_path, "--steps", 1), ALONE)
+    tensors = checkpoint(tmp_path)
+    change(tensors)
+    save_file(tensors, tmp_path / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match=names):
+        train.train(small(tmp_path, "--steps", 2, "--resume"), ALONE)
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path):
+    tmp_path.joinpath("checkpoint.safetensors").write_bytes(b"")
+    torch.save({"step": 1}, tmp_path / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match="pickled checkpoints are not read"):
+        train.train(small(tmp_path, "--steps", 2, "--resume"), ALONE)
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_batch(tmp_path, monkeypatch):
+    train.train(small(tmp_path, "--steps", 1), ALONE)
+    old = (tmp_path / "checkpoint.safetensors").read_bytes()
+    monkeypatch.setattr(train, "grpo_loss", lambda logp, *a, **k: (logp.sum() * float("nan"), {}))
+    with pytest.raises(FloatingPointError, match="step 1.*think loss is nan.*checkpoint.safetensors"):
+        train.train(small(tmp_path, "--steps", 3, "--resume"), ALONE)
+    bad = load_file(tmp_path / "bad_step.safetensors")
+    assert int(bad["step"]) == 1 and "think.1.tokens" in bad and "draw.1.latents" in bad and "draw.adv" in bad
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == old
+
+
+# ---- input ----
+
+
+def test_every_field_of_the_config_is_read():
+    sources = "".join((ROOT / f).read_text() for f in ("train.py",))
+    for f in dataclasses.fields(Config):
+        assert re.search(rf"\bcfg\.{f.name}\b", sources) or f'"{f.name}"' in sources.split("class World")[1], f.name
+
+
+def test_a_recipe_is_its_column_with_the_scale_and_what_was_given():
+    cfg = parse(["--recipe", "unigrpo", "--scale", "bagel", "--group_size", "16", "--no-ratio_norm"])
+    assert (cfg.text_kl, cfg.epochs, cfg.lr_understanding, cfg.lr_generation) == (0.0, 2, 1e-6, 3e-5)
+    assert (cfg.group_size, cfg.ratio_norm, cfg.denoise_steps) == (16, False, 25)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"), (["--recipe", "ppo"], "invalid choice: 'ppo'"),
+    (["--policy", "nowhere"], "policy folder nowhere does not exist"), (["--group_size", "1"], "at least 2 samples"),
+    (["--prompts", "nowhere.jsonl", "--ins", "0"], "file nowhere.jsonl does not exist")])
+def test_bad_input_ends_in_one_clear_line(tmp_path, argv, words):
+    err = said([*argv, "--out", str(tmp_path)])
+    assert words in err and "Traceback" not in err
+
+
+def test_a_batch_that_ranks_cannot_share_says_what_would_be(tmp_path):
+    with pytest.raises(ValueError, match="--draw 3 prompts do not divide over 2 ranks; 2 or 4 would"):
+        train.check(small(tmp_path, "--draw", 3), Ranks(0, 2, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"prompt": "a"}\n{"prompt": \n', r"p.jsonl:2: not a JSON object"), ('{"prompt": "a"}\n\n{"text": "b"}\n', r"p.jsonl:3: .*lacks \['prompt'\]"),
+    ('["a"]\n', r"p.jsonl:1: must be an object")])
+def test_a_bad_prompts_file_names_file_and_line(tmp_path, text, words):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        train.begin(small(tmp_path, "--prompts", tmp_path / "p.jsonl", "--ask", 0), ALONE)
+
+
+def test_prompts_and_questions_from_files_train(tmp_path):
+    from PIL import Image
+    Image.new("RGBA", (40, 20), (200, 0, 0, 90)).save(tmp_path / "i.png")
+    (tmp_path / "p.txt").write_text("a red circle\n\na blue square\n")
+    (tmp_path / "q.jsonl").write_text(json.dumps(dict(image="i.png", question="how many circles ?", answer="zero")) + "\n")
+    train.train(small(tmp_path, "--prompts", tmp_path / "p.txt", "--questions", tmp_path / "q.jsonl", "--ins", 0, "--steps", 1), ALONE)
+    assert "draw/rewards/sem/mean" in records(tmp_path)[1] and "ask/rewards/ins/mean" in records(tmp_path)[1]
+
+
+def test_an_unreadable_image_of_a_question_is_named(tmp_path):
+    (tmp_path / "i.png").write_text("no image")
+    (tmp_path / "q.jsonl").write_text(json.dumps(dict(image="i.png", question="how many ?", answer="zero")))
+    run = train.begin(small(tmp_path, "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0), ALONE)
+    with pytest.raises(ValueError, match="i.png cannot be read"):
+        train.one_step(run, 0)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("red " * 500)
+    with pytest.raises(ValueError, match="longer than the context"):
+        train.begin(small(tmp_path, "--prompts", tmp_path / "p.txt", "--ask", 0, "--ins", 0), ALONE)
+
+
+@pytest.mark.parametrize("bad, words", [
+    (lambda s: torch.full((len(s.prompts),), float("nan")), "reward 'sem' failed on prompt '.+nan"),
+    (lambda s: torch.zeros(3, 2), "reward 'sem' failed on prompt '.+expected a float tensor"),
+    (lambda s: 1 / 0, "reward 'sem' failed on prompt '.+ZeroDivisionError")])
+def test_a_broken_reward_stops_the_run_with_its_name_and_the_prompt(tmp_path, bad, words):
+    run = train.begin(small(tmp_path), ALONE)
+    run.judges["sem"] = bad
+    with pytest.raises(RuntimeError, match=words) as error:
+        train.one_step(run, 0)
+    assert "\n" not in str(error.value)
+
+
+# ---- it learns ----
+
+
+def test_the_reward_of_a_short_run_rises(tmp_path):
+    """Questions alone: thirty steps at a high rate lift the sampled answers' accuracy well beyond its noise."""
+    train.train(parse(["--draw", "0", "--think", "0", "--ask", "24", "--group_size", "8", "--kn", "0", "--steps", "30", "--eval_every", "0",
+                       "--lr_understanding", "3e-4", "--out", str(tmp_path)]), ALONE)
+    reward = torch.tensor([r["ask/reward"] for r in records(tmp_path)[1:]])
+    first, last = reward[:8], reward[-8:]
+    assert last.mean() - first.mean() > 2 * (first.var() / 8 + last.var() / 8).sqrt() and last.mean() > first.mean() + 0.04
