@@ -52,12 +52,15 @@ RECIPES = {
     "sem":             (1.0, 0.0),        # weight of r_sem, SigLIP cosine [LVRPO Eq. 5]                              (o), -
     "ins":             (1.0, 1.0),        # weight of r_ins, rules on detections; of a question: right answer         (o), terminal reward (o)
     "kn":              (1.0, 0.0),        # weight of r_kn, yes/no confidence of the judge                            (o), -
+    "dense":           (0.0, 0.0),        # weight of r_dense, max over patches per key phrase [LVRPO Eq. 12]           (o), -
+    "format":          (0.0, 0.0),        # weight of the think tags of a thought [AlphaGRPO]                         -, -
     "graded":          (True, True),      # r_ins as the fraction of rules kept, else all-of                          (o), (o)
     "text_clip":       (0.2, 0.2),        # token ratio clip                                                          (o), (o)
     "text_kl":         (0.02, 0.0),       # weight of k3 to the reference                                             (o), 0
+    "image_weight":    (30.0, 1.0),       # of the image loss beside the text loss [UniGRPO Eq. 7: lambda]            (o), 1
     "image_clip":      (1e-3, 1e-3),      # ratio clip of a noisy step, log-density averaged over entries             (o), 1e-6 at 65,536 entries
-    "image_kl":        (0.0, 0.0),        # weight of the transition KL to the reference                              (o), 0
-    "velocity_mse":    (0.05, 0.05),      # weight of |v - v_ref|^2 per entry                                         (o), 1.5e-5 (sum)
+    "image_kl":        (0.02, 0.0),       # weight of the transition KL to the reference                              (o), 0
+    "velocity_mse":    (0.0, 2e-4),       # weight of |v - v_ref|^2 per entry                                         (o), 1.5e-5 (sum)
     "ratio_norm":      (False, True),     # RatioNorm [UniGRPO Eq. 5]                                                 -, yes
     "step_weights":    (True, True),      # 1/|dt| per noisy step, mean 1 [GRPO-Guard]                                (o), (o)
     "epochs":          (1, 2),            # updates per batch                                                         (o), 2
@@ -99,11 +102,14 @@ class Config:
     sem: float = 0.0
     ins: float = 0.0
     kn: float = 0.0
+    dense: float = 0.0
+    format: float = 0.0
     graded: bool = True
     normalise: str = "sum"      # sum: the components are added, then normalised by group; each: the other way round
     advantage: str = "group"    # whose spread divides: group, batch, none
     text_clip: float = 0.0
     text_kl: float = 0.0
+    image_weight: float = 1.0
     image_clip: float = 0.0
     image_kl: float = 0.0
     velocity_mse: float = 0.0
@@ -310,8 +316,10 @@ def read_questions(path: str) -> list[dict]:
 def referees(cfg: Config, device) -> dict[str, rewards.Reward]:
     """The frozen reward models that this run's weights ask for."""
     out = {}
-    if cfg.sem and (cfg.draw or cfg.think):
-        out["sem"] = rewards.Semantic(rewards.load_siglip(cfg.siglip, device=device, batch_size=512))
+    if (cfg.sem or cfg.dense) and (cfg.draw or cfg.think):
+        encoder = rewards.load_siglip(cfg.siglip, device=device, batch_size=512)
+        out |= {"sem": rewards.Semantic(encoder)} if cfg.sem else {}
+        out |= {"dense": rewards.Dense(encoder)} if cfg.dense else {}
     if cfg.kn:
         out["kn"] = rewards.Knowledge(rewards.load_judge(cfg.judge, device=device, batch_size=512))
     return out
@@ -329,7 +337,9 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
         table["ins"] = rewards.answer_accuracy
         table |= {k: judges[k] for k in ("kn",) if k in judges}
     else:
-        table |= {k: judges[k] for k in ("sem", "kn") if k in judges}
+        table |= judges
+        if cfg.format and batch.task == "think":
+            table["format"] = lambda samples: rewards.think_format(samples, answer=False)
         if toy:
             found = evaluation.detector(images)
             table["ins"] = rewards.Instruction(lambda _: found, cfg.graded)
@@ -377,7 +387,7 @@ def segment_loss(scored, reference, adv: Tensor, totals: dict, cfg: Config) -> t
     loss, stats = flow_grpo.flow_grpo_loss(
         scored.flow, s.flow, adv, total=totals["image"], low=cfg.image_clip, high=cfg.image_clip, ratio_norm=cfg.ratio_norm,
         weights=weights, reference=None if reference is None else reference.flow, kl_beta=cfg.image_kl, mse_weight=cfg.velocity_mse)
-    return loss, {f"image/{k}": float(v) for k, v in stats.items() if v.ndim == 0}
+    return cfg.image_weight * loss, {f"image/{k}": float(v) for k, v in stats.items() if v.ndim == 0}
 
 
 def counts(r: Rollout) -> Tensor:

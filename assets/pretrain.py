@@ -27,6 +27,7 @@ from policy import MARKERS, Policy, PolicyConfig, declare_torchvision_ops
 
 WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
 SIZE, QUESTIONS = (32, 32), 4                                   # pixels; questions about each scene of the corpus
+ROUNDS = ((2200, 2e-3, 2, 24), (2000, 1.5e-3, 3, 24), (1000, 1e-3, 4, 64))              # steps, lr, seed, scenes asked about per step
 CONFIG = PolicyConfig(
     llm=dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4,
              num_attention_heads=4, num_key_value_heads=2, vocab_size=0, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
@@ -97,7 +98,7 @@ def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int
 class Corpus:
     """What the base learns from, drawn once: captions, thoughts and questions, wrong as often as the constants above say."""
 
-    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000, scenes: int = 8000):
+    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000, scenes: int = 16000):
         rng = np.random.default_rng(seed)
         by_tag = {tag: [m for m in shapes.prompts("train") if m["tag"] == tag] for tag in shapes.TAGS}
         captions = [shapes.pick(rng, by_tag[tag]) for _ in range(pictures // len(by_tag)) for tag in by_tag]
@@ -136,7 +137,7 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) ->
     return F.cross_entropy(logits[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
 
 
-def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 3) -> dict[str, torch.Tensor]:
+def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 3, scenes: int = 24) -> dict[str, torch.Tensor]:
     """One step's losses: pictures of captions, thoughts and their pictures, answers; each prompt is read once for `draws` times t."""
     N = len(corpus.pictures)
     pick = lambda n, size: torch.randint(n, (size,), generator=generator)
@@ -148,7 +149,7 @@ def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws:
     logits, context = policy.append_text(context, corpus.thoughts[0][i], corpus.thoughts[1][i])
     losses["thought"] = text_loss(logits, corpus.thoughts[0][i], corpus.thoughts[1][i])
     losses["thought_picture"] = 0.5 * flow_loss(policy, context, corpus.thought_pictures[i], generator)
-    i = pick(len(corpus.seen), 3 * batch // 8)
+    i = pick(len(corpus.seen), scenes)
     context = policy.append_image(policy.empty(len(i)), pixels=corpus.seen[i]).repeat(QUESTIONS)
     i = (i[:, None] * QUESTIONS + torch.arange(QUESTIONS)).flatten()
     _, context = policy.append_text(context, corpus.questions[0][i], corpus.questions[1][i], logits=False)
@@ -173,16 +174,15 @@ def new_base(tokenizer, ae: dict, seed: int = 0) -> Policy:
     return policy
 
 
-def train_base(policy: Policy, corpus: Corpus, steps: int = 4000, lr: float = 2e-3, seed: int = 2, decay: bool = True) -> None:
-    """Text cross-entropy and flow matching in one loss, AdamW; decay False keeps lr constant (further pretraining, the control)."""
+def train_base(policy: Policy, corpus: Corpus, steps: int, lr: float, seed: int, scenes: int) -> None:
+    """One round: text cross-entropy and flow matching in one loss, AdamW, a cosine; `scenes` pictures are asked about per step."""
     generator = torch.Generator().manual_seed(seed)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     begun = time.time()
     for step in range(steps):
-        if decay:
-            schedule(optimizer, step, steps, lr)
-        losses = base_loss(policy, corpus, generator)
+        schedule(optimizer, step, steps, lr)
+        losses = base_loss(policy, corpus, generator, scenes=scenes)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -276,7 +276,9 @@ def main(folder) -> None:
     begun = time.time()
     policy = make_autoencoder(folder)
     print(f"autoencoder done after {time.time() - begun:.0f} s", flush=True)
-    train_base(policy, Corpus(policy))
+    corpus = Corpus(policy)
+    for steps, lr, seed, scenes in ROUNDS:
+        train_base(policy, corpus, steps, lr, seed, scenes)
     policy.eval().save(folder / "policy")
     print(f"base done after {time.time() - begun:.0f} s", flush=True)
     torch.manual_seed(5)

@@ -1,0 +1,88 @@
+"""The evaluation judges the truth on held-out prompts, by the tag, with honest errors."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import shapes
+from eval import evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot, read_log, summary, to_bytes, truth
+from policy import Policy
+from sample import TOY
+
+
+def test_held_out_prompts_are_evaluation_prompts_of_every_tag():
+    chosen = {m["prompt"] for m in held_out_prompts()}
+    assert not chosen & {m["prompt"] for m in shapes.prompts("train")}
+    assert {m["tag"] for m in held_out_prompts()} == set(shapes.TAGS)
+    assert any("held_out" in m for m in held_out_prompts())
+
+
+def test_held_out_questions_are_about_evaluation_scenes_and_cover_the_kinds():
+    scenes, questions = held_out_questions()
+    assert all(shapes.scene_split(s) == "eval" for s in scenes)
+    kinds = [q["kind"] for q in questions]
+    assert len(questions) == evaluation.QUESTIONS and min(kinds.count(k) for k in evaluation.KINDS) >= 0.15 * len(kinds)
+
+
+def test_truth_is_one_on_scenes_that_satisfy_the_prompt_and_zero_on_wrong_ones():
+    rng = np.random.default_rng(0)
+    metadata = held_out_prompts()
+    right = np.stack([shapes.render(shapes.sample_scene(m, rng, training=False)) for m in metadata])
+    wrong = np.stack([shapes.render(shapes.sample_scene(shapes.wrong_metadata(m, rng), rng, training=False)) for m in metadata])
+    assert truth(metadata, shapes.detect(right)).min() == 1.0 and truth(metadata, shapes.detect(wrong)).max() == 0.0
+
+
+def test_pixels_survive_the_way_to_the_detector():
+    image = shapes.render(shapes.random_scene(np.random.default_rng(1)))
+    back = to_bytes(torch.from_numpy(image[None]).permute(0, 3, 1, 2) / 255)
+    assert (back[0] == image).all()
+
+
+def test_errors_are_standard_errors_of_the_mean():
+    mean, error = mean_and_error([0.0, 1.0, 1.0, 0.0])
+    assert mean == 0.5 and error == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert math.isnan(mean_and_error([1.0])[1])
+
+
+def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(monkeypatch):
+    """evaluate() with drawing and answering replaced by ground truth: every truth is 1."""
+    def draw(policy, metadata, think, seed, samples=evaluation.SAMPLES):
+        rng = np.random.default_rng(seed)
+        images = np.stack([shapes.render(shapes.sample_scene(m, rng, training=False)) for m in metadata for _ in range(samples)])
+        return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, [m["thought"] for m in metadata for _ in range(samples)] if think else None
+
+    monkeypatch.setattr(evaluation, "draw_eval", draw)
+    monkeypatch.setattr(evaluation, "answer_eval", lambda policy, scenes, questions: [q["answer"] for q in questions])
+    table = evaluate(None)
+    assert all(mean == 1.0 for name, (mean, _) in table.items() if name not in ("layout_entropy", "pairwise_distance"))
+    assert table["draw"][1] == 0.0
+
+
+def test_evaluation_is_repeatable_and_the_base_is_useful_but_imperfect():
+    policy = Policy.load(TOY)
+    table = evaluate(policy)
+    assert table == pytest.approx(evaluate(policy), nan_ok=True) or json.dumps(table) == json.dumps(evaluate(policy))
+    assert 0.25 <= table["draw"][0] <= 0.6 and 0.6 <= table["ask"][0] <= 0.85
+
+
+def test_logs_plot_and_sum_up_and_a_torn_line_is_dropped(tmp_path):
+    row = {k: [0.5, 0.01] for k in ("draw", "think", "ask", "layout_entropy", "pairwise_distance", "draw/held_out")}
+    row["layout_entropy"] = [2.0, None]
+    lines = [json.dumps({"config": {"recipe": "lvrpo", "seed": 0}}), json.dumps({"step": 0, "seconds": 1.0, "eval": row}),
+             json.dumps({"step": 9, "seconds": 61.0, "eval": row | {"draw": [0.75, 0.01]}}), '{"step": 10, "sec']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert len(read_log(tmp_path / "log.jsonl")[1]) == 2
+    assert "+0.250 +- 0.014" in summary(tmp_path / "log.jsonl")
+    plot([tmp_path / "log.jsonl"], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert markdown_row("x", {k: (m, float("nan") if e is None else e) for k, (m, e) in row.items()}).count("|") == 8
+
+
+def test_a_file_that_is_no_log_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="first line must hold the config"):
+        read_log(tmp_path / "x.jsonl")
