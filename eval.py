@@ -57,14 +57,19 @@ def held_out_prompts() -> list[dict]:
 
 
 def held_out_questions(seed: int = 7):
-    """(scenes, questions): QUESTIONS evaluation scenes, one question each, kinds in turn where the scene allows."""
+    """(scenes, questions): QUESTIONS evaluation scenes, one question each, kinds in turn; half of the scenes hold a HELD_OUT pair."""
     rng, scenes, questions = np.random.default_rng(seed), [], []
     while len(questions) < QUESTIONS:
-        kind, scene = KINDS[len(questions) % len(KINDS)], shapes.random_scene(rng, "eval")
-        if kind in shapes.question_kinds(scene):
+        turn, scene = len(questions), shapes.random_scene(rng, "eval")
+        kind = KINDS[turn % len(KINDS)]
+        if has_held_out(scene) == (turn // len(KINDS) % 2 == 1) and kind in shapes.question_kinds(scene):
             scenes.append(scene)
             questions.append(shapes.make_question(scene, rng, kind, training=False))
     return scenes, questions
+
+
+def has_held_out(scene) -> bool:
+    return any((o.color, o.shape) in shapes.HELD_OUT for o in scene)
 
 
 def mean_and_error(values) -> tuple[float, float]:
@@ -114,6 +119,7 @@ def evaluate(policy: Policy, seed: int = 1234) -> dict[str, tuple[float, float]]
     for kind in KINDS:
         table[f"ask/{kind}"] = mean_and_error([r for r, q in zip(right, questions) if q["kind"] == kind])
     table["ask"] = mean_and_error(right)
+    table["ask/held_out"] = mean_and_error([r for r, s in zip(right, scenes) if has_held_out(s)])
     return table
 
 

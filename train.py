@@ -46,7 +46,7 @@ ASSETS = Path(__file__).parent / "assets" / "toy"
 # One row a switch, one column a method. The paper's value where it is confirmed; (o) marks ours, where the paper's is not known.
 METHODS = ("lvrpo", "unigrpo")
 RECIPES = {
-    "draw":            (16, 0),           # prompts per step drawn at once                                            (o), -
+    "draw":            (24, 0),           # prompts per step drawn at once                                            (o), -
     "think":           (8, 32),           # prompts per step thought about, then drawn                                (o), 32
     "ask":             (16, 0),           # questions per step                                                        (o), -
     "sem":             (1.0, 0.0),        # weight of r_sem, SigLIP cosine [LVRPO Eq. 5]                              (o), -
@@ -59,18 +59,19 @@ RECIPES = {
     "text_kl":         (0.02, 0.0),       # weight of k3 to the reference                                             (o), 0
     "image_weight":    (30.0, 1.0),       # of the image loss beside the text loss [UniGRPO Eq. 7: lambda]            (o), 1
     "image_clip":      (1e-3, 1e-3),      # ratio clip of a noisy step, log-density averaged over entries             (o), 1e-6 at 65,536 entries
-    "image_kl":        (0.02, 0.0),       # weight of the transition KL to the reference                              (o), 0
-    "velocity_mse":    (0.0, 2e-4),       # weight of |v - v_ref|^2 per entry                                         (o), 1.5e-5 (sum)
+    "image_kl":        (0.005, 0.0),      # weight of the transition KL to the reference                              (o), 0
+    "velocity_mse":    (0.0, 5e-5),       # weight of |v - v_ref|^2 per entry                                         (o), 1.5e-5 (sum)
     "ratio_norm":      (False, True),     # RatioNorm [UniGRPO Eq. 5]                                                 -, yes
     "step_weights":    (True, True),      # 1/|dt| per noisy step, mean 1 [GRPO-Guard]                                (o), (o)
     "epochs":          (1, 2),            # updates per batch                                                         (o), 2
+    "steps":           (150, 100),        # batches of rollouts on the toy                                            (o), (o)
 }
 
 # What depends on size: the toy's values are ours, measured; BAGEL's are UniGRPO's Table 3 but for resolution and group.
 SCALES = {
-    "toy": dict(group_size=16, lr_understanding=2e-4, lr_generation=3e-4, denoise_steps=6, shift=2.0, noise_level=0.8, sampler="cps",
+    "toy": dict(group_size=16, lr_understanding=2e-4, lr_generation=5e-4, denoise_steps=6, shift=2.0, noise_level=0.8, sampler="cps",
                 window=3, window_low=0, window_high=3, shared_noise=True, resolution=32, think_tokens=24, answer_tokens=4,
-                lora=0, system_prompt=False, steps=200),
+                lora=0, system_prompt=False),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, shared_noise=False, resolution=512, think_tokens=256, answer_tokens=256,
                   lora=64, system_prompt=True, steps=1000),
@@ -564,9 +565,9 @@ class Run:
     average: Average
     world: World
     judges: dict
+    imitation: object           # of the control; else None
     log: Log
     start: int                  # first step
-    imitation: object = None    # the control's corpus
     work: list | None = None    # the last step's batches, rollouts and advantages
 
 
@@ -598,13 +599,13 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
     average = Average(policy, cfg.ema)
     start = load_checkpoint(Path(cfg.out) / "checkpoint.safetensors", policy, average, optimizer) if cfg.resume else 0
-    run = Run(cfg, ranks, policy, frozen, optimizer, average, world, {}, Log(cfg, ranks, start), start)
+    judges, imitation = {}, None
     if cfg.recipe == "control":
         from assets.pretrain import Imitation
-        run.imitation = Imitation(policy, cfg.seed)
+        imitation = Imitation(policy, cfg.seed)
     else:
-        run.judges = referees(cfg, ranks.device)
-    return run
+        judges = referees(cfg, ranks.device)
+    return Run(cfg, ranks, policy, frozen, optimizer, average, world, judges, imitation, Log(cfg, ranks, start), start)
 
 
 def one_step(run: Run, step: int) -> dict:

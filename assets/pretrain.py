@@ -23,7 +23,7 @@ from torch import nn
 import rewards
 import shapes
 from assets.referees import build_judge, build_siglip
-from policy import MARKERS, Policy, PolicyConfig, declare_torchvision_ops
+from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 
 WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
 SIZE, QUESTIONS = (32, 32), 4                                   # pixels; questions about each scene of the corpus
@@ -65,8 +65,8 @@ def schedule(optimizer, step: int, steps: int, lr: float) -> None:
         group["lr"] = rate
 
 
-def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int = 0) -> tuple[float, float]:
-    """Fit the autoencoder to rendered scenes; returns the scale and shift that make its latents unit normal.
+def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int = 0) -> None:
+    """Fit the autoencoder to rendered scenes.
 
     Loss: MSE + 0.1 L1 + 5e-4 KL; the latent is disturbed by a quarter of its size so that decoding forgives a policy's errors.
     """
@@ -89,10 +89,6 @@ def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int
         optimizer.step()
         if step % 500 == 0:
             print(f"autoencoder {step:5d}  loss {loss.item():.4f}", flush=True)
-    autoencoder.eval().requires_grad_(False)
-    with torch.no_grad():
-        z = autoencoder.encode(pool[:4000]).latent_dist.mean
-    return 1 / z.std().item(), z.mean().item()
 
 
 class Corpus:
@@ -158,9 +154,9 @@ def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws:
     return losses
 
 
-def new_base(tokenizer, ae: dict, seed: int = 0) -> Policy:
+def new_base(tokenizer, seed: int) -> Policy:
     """A policy at CONFIG's sizes with xavier matrices; small initialisations never learn where things are."""
-    config = PolicyConfig({**CONFIG.llm, "vocab_size": len(tokenizer)}, CONFIG.vit, CONFIG.bagel, {**CONFIG.ae, **ae})
+    config = PolicyConfig({**CONFIG.llm, "vocab_size": len(tokenizer)}, CONFIG.vit, CONFIG.bagel, dict(CONFIG.ae))
     torch.manual_seed(seed)
     policy = Policy(config, tokenizer)
     for name, p in policy.named_parameters():
@@ -201,7 +197,7 @@ def xavier(model) -> None:
             nn.init.normal_(p, std=0.5)
 
 
-def train_siglip(encoder, steps: int = 1500, batch: int = 64, lr: float = 1e-3, seed: int = 3) -> None:
+def train_siglip(encoder, steps: int = 2500, batch: int = 64, lr: float = 1e-3, seed: int = 3) -> None:
     """SigLIP's pairwise sigmoid loss; a pair is positive where the picture satisfies the caption, whoever's caption it is."""
     rng, model = np.random.default_rng(seed), encoder.model.train().requires_grad_(True)
     xavier(model)
@@ -227,7 +223,7 @@ def train_siglip(encoder, steps: int = 1500, batch: int = 64, lr: float = 1e-3, 
     model.eval().requires_grad_(False)
 
 
-def train_judge(judge, steps: int = 3000, batch: int = 64, lr: float = 5e-4, seed: int = 4) -> None:
+def train_judge(judge, steps: int = 4500, batch: int = 64, lr: float = 5e-4, seed: int = 4) -> None:
     """Cross-entropy on yes and no: half of the rows ask of a prompt whether it is true, half of an answer whether it is right."""
     rng, model = np.random.default_rng(seed), judge.model.train().requires_grad_(True)
     xavier(model)
@@ -262,36 +258,44 @@ def train_judge(judge, steps: int = 3000, batch: int = 64, lr: float = 5e-4, see
     model.eval().requires_grad_(False)
 
 
-def make_autoencoder(folder, seed: int = 0) -> Policy:
-    """An untrained base around a trained autoencoder; the first half of the work, so that the second can be repeated."""
-    policy = new_base(build_tokenizer(), {}, seed)
-    policy.autoencoder.to(memory_format=torch.channels_last)
-    scale, shift = train_autoencoder(policy.autoencoder)
-    policy.config.ae.update(scale_factor=scale, shift_factor=shift)
-    return policy
+def latent_statistics(policy: Policy, scenes: int = 1000) -> None:
+    """Set the config's scale and shift so that the policy's latents are unit normal."""
+    rng = np.random.default_rng(0)
+    x = pixels_of([shapes.random_scene(rng, split) for _ in range(scenes) for split in ("train", "eval")])
+    with torch.no_grad():
+        z = torch.cat([policy.autoencoder.encode(part).latent_dist.mean for part in x.split(500)])
+    policy.config.ae.update(scale_factor=1 / z.std().item(), shift_factor=z.mean().item())
 
 
 def main(folder) -> None:
     """Make everything in `folder` (assets/toy): policy/, siglip/, judge/."""
     begun = time.time()
-    policy = make_autoencoder(folder)
-    print(f"autoencoder done after {time.time() - begun:.0f} s", flush=True)
+    say = lambda what: print(f"{what} done after {time.time() - begun:.0f} s", flush=True)
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(CONFIG.ae).to(memory_format=torch.channels_last)
+    train_autoencoder(autoencoder)
+    say("autoencoder")
+    policy = new_base(build_tokenizer(), seed=0)
+    policy.autoencoder.load_state_dict(autoencoder.state_dict())
+    policy.autoencoder.eval().requires_grad_(False)
+    latent_statistics(policy)
     corpus = Corpus(policy)
     for steps, lr, seed, scenes in ROUNDS:
         train_base(policy, corpus, steps, lr, seed, scenes)
     policy.eval().save(folder / "policy")
-    print(f"base done after {time.time() - begun:.0f} s", flush=True)
+    say("base")
     torch.manual_seed(5)
     build_siglip(folder / "siglip", shapes.VOCABULARY)
     encoder = rewards.load_siglip(str(folder / "siglip"))
     train_siglip(encoder)
     encoder.model.save_pretrained(folder / "siglip")
+    say("siglip")
     torch.manual_seed(6)
     build_judge(folder / "judge", (*shapes.VOCABULARY, "this", "answer"))
     judge = rewards.load_judge(str(folder / "judge"))
     train_judge(judge)
     judge.model.save_pretrained(folder / "judge")
-    print(f"all of {folder} done after {time.time() - begun:.0f} s", flush=True)
+    say(f"all of {folder}")
 
 
 class Imitation:
