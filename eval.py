@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,10 @@ import shapes
 from grpo import token_logp
 from policy import Policy, write_atomic
 from rewards import geneval_check
-from sample import TOY, Draw, Read, See, Write, images_of, replay, rollout, texts_of
+from sample import TOY, Draw, Read, See, Text, Write, images_of, replay, rollout, texts_of
 
 KINDS = ("count", "color", "shape", "exists", "relation")
-PROMPTS_PER_TAG, SAMPLES, THOUGHTS, QUESTIONS, ODE_STEPS, SHIFT, SIZE = 32, 8, 96, 1500, 10, 2.0, (32, 32)
+PROMPTS_PER_TAG, SAMPLES, THOUGHTS, QUESTIONS, ODE_STEPS, SHIFT, SIZE = 32, 8, 96, 1000, 10, 2.0, (32, 32)
 
 
 def to_bytes(images: torch.Tensor) -> np.ndarray:
@@ -47,29 +48,28 @@ def truth(metadata: list[dict], detections: list[list[dict]]) -> np.ndarray:
     return np.array([float(geneval_check(m, found)[0]) for m, found in zip(metadata, detections)])
 
 
-def held_out_prompts() -> list[dict]:
-    """PROMPTS_PER_TAG evaluation prompts of every tag, evenly spaced in the list; all of a tag that has fewer."""
-    out = []
-    for tag in shapes.TAGS:
-        pool = [m for m in shapes.prompts("eval") if m["tag"] == tag]
-        out += [pool[i] for i in np.unique(np.linspace(0, len(pool) - 1, PROMPTS_PER_TAG).round().astype(int))]
-    return out
+def spaced(rows: list, n: int) -> list:
+    """n rows evenly spaced in the list; all where it has fewer."""
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
 
 
-def held_out_questions(seed: int = 7):
-    """(scenes, questions): QUESTIONS evaluation scenes, one question each, kinds in turn; half of the scenes hold a HELD_OUT pair."""
+def held_out_prompts(pairs: bool = False) -> list[dict]:
+    """Evaluation prompts, none of which is trained on: PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training, or,
+    pairs=True, as many of all tags together that name a pair that training never shows."""
+    pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
+    return spaced(pool, PROMPTS_PER_TAG) if pairs else [m for tag in shapes.TAGS for m in spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
+
+
+def held_out_questions(pairs: bool = False, seed: int = 7):
+    """(scenes, questions): QUESTIONS scenes that training never shows, one question each, kinds in turn; with pairs=True half as many,
+    each with a (colour, shape) pair that training never shows."""
     rng, scenes, questions = np.random.default_rng(seed), [], []
-    while len(questions) < QUESTIONS:
-        turn, scene = len(questions), shapes.random_scene(rng, "eval")
-        kind = KINDS[turn % len(KINDS)]
-        if has_held_out(scene) == (turn // len(KINDS) % 2 == 1) and kind in shapes.question_kinds(scene):
+    while len(questions) < QUESTIONS // (1 + pairs):
+        kind, scene = KINDS[len(questions) % len(KINDS)], shapes.random_scene(rng, "eval")
+        if any((o.color, o.shape) in shapes.HELD_OUT for o in scene) == pairs and kind in shapes.question_kinds(scene):
             scenes.append(scene)
             questions.append(shapes.make_question(scene, rng, kind, training=False))
     return scenes, questions
-
-
-def has_held_out(scene) -> bool:
-    return any((o.color, o.shape) in shapes.HELD_OUT for o in scene)
 
 
 def mean_and_error(values) -> tuple[float, float]:
@@ -95,22 +95,25 @@ def answer_eval(policy: Policy, scenes, questions, batch: int = 500) -> list[str
     return out
 
 
-def evaluate(policy: Policy, seed: int = 1234) -> dict[str, tuple[float, float]]:
-    """name -> (mean, standard error): draw/<tag>, draw, draw/held_out, think, thought, ask/<kind>, ask, and the diversity of draw."""
-    table = {}
-    metadata = held_out_prompts()
+def drawn_truth(policy: Policy, metadata: list[dict], seed: int):
+    """(share of true samples per prompt (B,), images, detections) of prompts drawn at once."""
     images, _ = draw_eval(policy, metadata, think=False, seed=seed)
     found = detector(images)
-    right = truth([m for m in metadata for _ in range(SAMPLES)], found).reshape(-1, SAMPLES).mean(1)       # (B,)
+    return truth([m for m in metadata for _ in range(SAMPLES)], found).reshape(-1, SAMPLES).mean(1), images, found
+
+
+def evaluate(policy: Policy, seed: int = 1234) -> dict[str, tuple[float, float]]:
+    """name -> (mean, standard error): draw/<tag>, draw, think, thought, ask/<kind>, ask, the variety of draw within groups, and draw and
+    ask on pairs that training never shows (held_out)."""
+    table, metadata = {}, held_out_prompts()
+    right, images, found = drawn_truth(policy, metadata, seed)
     for tag in shapes.TAGS:
         table[f"draw/{tag}"] = mean_and_error([r for r, m in zip(right, metadata) if m["tag"] == tag])
     parts = [table[f"draw/{tag}"] for tag in shapes.TAGS]
     table["draw"] = (float(np.mean([m for m, _ in parts])), math.sqrt(sum(e * e for _, e in parts)) / len(parts))
-    table["draw/held_out"] = mean_and_error([r for r, m in zip(right, metadata) if "held_out" in m])
-    variety = shapes.diversity(to_bytes(images), found, SAMPLES)
-    table |= {name: (value, float("nan")) for name, value in variety.items()}
-    implicit = shapes.implicit_prompts("eval")
-    implicit = [implicit[i] for i in np.linspace(0, len(implicit) - 1, THOUGHTS).round().astype(int)]
+    table["draw/held_out"] = mean_and_error(drawn_truth(policy, held_out_prompts(pairs=True), seed + 2)[0])
+    table |= {name: (value, float("nan")) for name, value in shapes.diversity(to_bytes(images), found, SAMPLES).items()}
+    implicit = spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], THOUGHTS)
     images, texts = draw_eval(policy, implicit, think=True, seed=seed + 1, samples=4)
     table["think"] = mean_and_error(truth([m for m in implicit for _ in range(4)], detector(images)).reshape(-1, 4).mean(1))
     table["thought"] = mean_and_error([float(t == m["thought"]) for t, m in zip(texts[::4], implicit)])
@@ -119,7 +122,8 @@ def evaluate(policy: Policy, seed: int = 1234) -> dict[str, tuple[float, float]]
     for kind in KINDS:
         table[f"ask/{kind}"] = mean_and_error([r for r, q in zip(right, questions) if q["kind"] == kind])
     table["ask"] = mean_and_error(right)
-    table["ask/held_out"] = mean_and_error([r for r, s in zip(right, scenes) if has_held_out(s)])
+    scenes, questions = held_out_questions(pairs=True)
+    table["ask/held_out"] = mean_and_error([a.strip() == q["answer"] for a, q in zip(answer_eval(policy, scenes, questions), questions)])
     return table
 
 
@@ -130,7 +134,7 @@ def print_table(table: dict[str, tuple[float, float]]) -> str:
 
 def markdown_row(name: str, table: dict[str, tuple[float, float]]) -> str:
     cell = lambda k: f"{table[k][0]:.3f} ± {table[k][1]:.3f}" if math.isfinite(table[k][1]) else f"{table[k][0]:.2f}"
-    return f"| {name} | " + " | ".join(cell(k) for k in ("draw", "think", "ask", "draw/held_out", "layout_entropy", "pairwise_distance")) + " |"
+    return f"| {name} | " + " | ".join(cell(k) for k in ("draw", "think", "ask", "draw/held_out", "ask/held_out", "layout_entropy", "pairwise_distance")) + " |"
 
 
 # ---- pictures ----
@@ -159,6 +163,8 @@ def plot(paths: list[Path], out: Path) -> None:
     for n, path in enumerate(paths):
         head, rows = read_log(path)
         looks = [r for r in rows if "eval" in r]
+        if not looks:
+            raise ValueError(f"{path} holds no evaluation to plot")
         minutes = [r["seconds"] / 60 for r in looks]
         name = f"{head['config']['recipe']}, seed {head['config']['seed']}"
         for axis, (key, title) in zip(axes, panels):
@@ -183,8 +189,8 @@ def before_after(before: Policy, after: Policy, out: Path, per_prompt: int = 6, 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plain = [[m for m in held_out_prompts() if m["tag"] == tag][5] for tag in shapes.TAGS]
-    implicit = [m for m in shapes.implicit_prompts("eval")][::31][:2]
+    plain = [spaced([m for m in held_out_prompts() if m["tag"] == tag], 3)[1] for tag in shapes.TAGS]
+    implicit = spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], 4)[1:3]
     grids = []
     for policy in (before, after):
         drawn, _ = draw_eval(policy, plain, False, seed, per_prompt)
@@ -262,8 +268,12 @@ def bench_case(name: str, policy: Policy):
     prompts = [m["prompt"] for m in shapes.prompts("eval")[:16]]
     draw = Draw(SIZE, flow_grpo.time_grid(6, SHIFT), (0, W), 0.8, "cps")
     if name.startswith("replay"):
-        with never_ends(policy):
-            r = rollout(policy, [Read(prompts), Write(32), draw], seed=0, step=0, prompts=list(range(16)), G=G)
+        r = rollout(policy, [Read(prompts), draw], seed=0, step=0, prompts=list(range(16)), G=G)
+        words = torch.randint(8, policy.config.llm["vocab_size"], (16 * G, 34), generator=torch.Generator().manual_seed(0))
+        words[:, 0], words[:, -1] = policy.start, policy.end
+        read = torch.ones_like(words, dtype=torch.bool)
+        thought = Text(*(z.to(policy.device) for z in (words, read, read.clone(), torch.zeros(words.shape))))
+        r = replace(r, segments=(r.segments[0], thought, r.segments[1]))
 
         def work():
             policy.zero_grad()
@@ -278,7 +288,7 @@ def bench_case(name: str, policy: Policy):
         return lambda: rollout(policy, plan, seed=0, step=0, prompts=[0], G=16)
     with torch.no_grad():
         _, context = policy.append_text(policy.empty(16), *policy.encode_text(prompts))
-    uniforms = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(16, 64, generator=torch.Generator().manual_seed(0)).to(policy.device)
 
     def write():
         with torch.no_grad(), never_ends(policy):
@@ -290,8 +300,10 @@ def bench_case(name: str, policy: Policy):
 def never_ends(policy: Policy):
     """Let texts run to their full length, so that both variants do the same work."""
     end, policy.end = policy.end, -1
-    yield
-    policy.end = end
+    try:
+        yield
+    finally:
+        policy.end = end
 
 
 def bench_variant(name: str, folder: str, repeats: int = 5) -> dict:
@@ -321,7 +333,10 @@ def bench(folder: str) -> str:
         both = []
         for variant in ("plain", "shared"):
             command = [sys.executable, __file__, "bench", "--policy", folder, "--variant", f"{name}-{variant}"]
-            both.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"variant {name}-{variant}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
+            both.append(json.loads(done.stdout.splitlines()[-1]))
         plain, ours = both
         rows.append(f"| {title} | {plain['seconds']:.3f} | {ours['seconds']:.3f} | {plain['seconds'] / ours['seconds']:.1f}x | "
                     f"+{plain['work']:.0f} | +{ours['work']:.0f} |")

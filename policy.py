@@ -91,13 +91,6 @@ class Context:
         each = lambda x: x.repeat_interleave(G, dim=0)
         return Context(tuple(map(each, self.keys)), tuple(map(each, self.values)), each(self.valid), each(self.position))
 
-    def rows(self, index: Tensor) -> "Context":
-        return Context(tuple(k[index] for k in self.keys), tuple(v[index] for v in self.values),
-                       self.valid[index], self.position[index])
-
-    def detach(self) -> "Context":
-        return replace(self, keys=tuple(k.detach() for k in self.keys), values=tuple(v.detach() for v in self.values))
-
 
 # ---- pieces ----
 
@@ -323,9 +316,16 @@ class Policy(nn.Module):
         return Context((none,) * layers, (none,) * layers, torch.zeros(N, 0, dtype=torch.bool, device=like.device),
                        torch.zeros(N, dtype=torch.long, device=like.device))
 
-    def encode_text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Each text between <|im_start|> and <|im_end|> -> tokens (N, L) and mask (N, L), padded right."""
+    def encode_text(self, texts: list[str], room: int = 0) -> tuple[Tensor, Tensor]:
+        """Each text between <|im_start|> and <|im_end|> -> tokens (N, L) and mask (N, L), padded right.
+
+        ValueError for a text that leaves less than `room` positions of the context (max_position_embeddings).
+        """
         ids = [torch.tensor([self.start, *self.tokenizer(t, add_special_tokens=False).input_ids, self.end]) for t in texts]
+        limit = self.config.llm.get("max_position_embeddings", 32768) - room
+        for text, row in zip(texts, ids):
+            if len(row) > limit:
+                raise ValueError(f"text of {len(row)} tokens is longer than the context, which has room for {limit}: {text[:60]!r}")
         tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.end)
         mask = torch.arange(tokens.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
         return tokens.to(self.device), mask.to(self.device)
@@ -406,8 +406,8 @@ class Policy(nn.Module):
         images = list(pixels) if isinstance(pixels, Tensor) else pixels
         ids, mask = (z.to(self.device) for z in grid_ids([tuple(i.shape[-2:]) for i in images], patch, side))
         weight = self.connector["fc1"].weight
-        patches = nn.utils.rnn.pad_sequence([patchify(i[None], patch)[0] for i in images], batch_first=True)
-        x = self.vit(patches.to(weight), ids, mask)                                                # (N, M, W)
+        patches = nn.utils.rnn.pad_sequence([patchify(i[None].to(weight), patch)[0] for i in images], batch_first=True)
+        x = self.vit(patches, ids, mask)                                                # (N, M, W)
         x = self.connector["fc2"](F.gelu(self.connector["fc1"](x), approximate="tanh"))            # (N, M, D)
         return x + self.vit_positions[ids], mask
 
@@ -418,8 +418,11 @@ class Policy(nn.Module):
         return ids.to(self.device).expand(N, -1), mask.to(self.device).expand(N, -1)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) in [-1, 1] -> clean latent tokens (N, M, F): scale * (posterior mean - shift), fp32."""
+    def encode(self, pixels) -> Tensor:
+        """Pixels (N, 3, H, W), or a list of (3, H_i, W_i), in [-1, 1] -> clean latent tokens (N, M, F), padded right, fp32:
+        scale * (posterior mean - shift)."""
+        if isinstance(pixels, list):
+            return nn.utils.rnn.pad_sequence([self.encode(p[None])[0] for p in pixels], batch_first=True)
         mean = self.autoencoder.encode(pixels.to(self.device, self.autoencoder.dtype)).latent_dist.mean
         z = self.config.ae["scale_factor"] * (mean.float() - self.config.ae["shift_factor"])       # (N, z, h, w)
         return patchify(z, self.config.bagel["latent_patch_size"])
@@ -439,6 +442,8 @@ class Policy(nn.Module):
         cumulative distribution at it. temperature 0 is greedy. Returns tokens (N, L'), mask (N, L') (through the end token) and their
         log-probs (N, L') under the distribution that was sampled (greedy: temperature 1).
         """
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}, must be 0 (greedy) or above")
         token = torch.full((len(uniforms), 1), self.start, device=self.device)
         alive = torch.ones_like(token, dtype=torch.bool)                                           # (N, 1)
         tokens, mask, logps = [], [], []
@@ -446,7 +451,8 @@ class Policy(nn.Module):
             logits, context = self.append_text(context, token, alive)
             logp = torch.log_softmax(logits[:, -1].float() / (temperature or 1.0), dim=-1)         # (N, V)
             if temperature:
-                below = logp.exp().cumsum(-1) <= uniforms[:, i, None]                              # (N, V)
+                cumulative = logp.double().exp().cumsum(-1)     # fp32 would end off 1 by 1e-5 at BAGEL's vocabulary
+                below = cumulative <= uniforms[:, i, None] * cumulative[:, -1:]                    # (N, V)
                 token = below.sum(-1, keepdim=True).clamp(max=logp.shape[1] - 1)                   # (N, 1)
             else:
                 token = logp.argmax(-1, keepdim=True)
@@ -491,8 +497,11 @@ class Policy(nn.Module):
                               {**RELEASE_BAGEL, **read_json(folder / "bagel_config.json", {})}, read_json(folder / "ae_config.json", RELEASE_AE))
         declare_torchvision_ops()
         from transformers import AutoTokenizer
-        with torch.device("meta"):                              # no memory until the file's own tensors are assigned
-            policy = cls(config, AutoTokenizer.from_pretrained(folder))
+        try:
+            with torch.device("meta"):                          # no memory until the file's own tensors are assigned
+                policy = cls(config, AutoTokenizer.from_pretrained(folder))
+        except KeyError as error:
+            raise ValueError(f"a config file of {folder} lacks the field {error}") from error
         n = len(config.ae["ch_mult"])
         names = {release_name(k): k for k in policy.state_dict() if not k.startswith("autoencoder.")}
         ae_names = {release_ae_name(k, n): k for k in policy.autoencoder.state_dict()}
@@ -670,7 +679,10 @@ def read_json(path: Path, default: dict | None = None) -> dict:
         if default is None:
             raise FileNotFoundError(f"{path} is missing; a policy folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors")
         return dict(default)
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error.msg} in line {error.lineno})") from error
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:

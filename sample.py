@@ -46,7 +46,7 @@ class Read:
 class See:
     """A given image per prompt: ViT patches, and clean latents before them if the answer is a changed image."""
 
-    pixels: Tensor                                              # (B, 3, H, W) in [-1, 1]
+    pixels: Tensor | list[Tensor]                               # (B, 3, H, W), or B of (3, H_i, W_i), in [-1, 1]
     latents: bool = False
 
 
@@ -88,8 +88,8 @@ class Text:
 class Picture:
     """An image segment. Given: pixels (and latents). Chosen: N rows of a flow trajectory."""
 
-    size: tuple[int, int]
-    pixels: Tensor | None = None                                # (B, 3, H, W)
+    size: tuple[int, int] | list[tuple[int, int]]               # of all, or of each
+    pixels: Tensor | list[Tensor] | None = None                 # (B, 3, H, W), or B of (3, H_i, W_i)
     latents: Tensor | None = None                               # (B, M, F) clean
     flow: flow_grpo.Trajectory | None = None
 
@@ -167,8 +167,9 @@ def rollout(policy: Policy, plan: list, *, seed: int, step: int, prompts: list[i
             segment = Text(*policy.encode_text(item.texts))
             reader.text(segment.tokens, segment.mask)
         elif isinstance(item, See):
-            pixels = item.pixels.to(policy.device)
-            segment = Picture(tuple(pixels.shape[-2:]), pixels, policy.encode(pixels) if item.latents else None)
+            pixels = item.pixels
+            size = tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) else [tuple(p.shape[-2:]) for p in pixels]
+            segment = Picture(size, pixels, policy.encode(pixels) if item.latents else None)
             reader.image(segment.pixels, segment.latents, segment.size)
         else:
             if not repeated:
@@ -202,8 +203,7 @@ def write(policy: Policy, reader: Reader, uniforms: Tensor, temperature: float) 
 def replay(policy: Policy, r: Rollout) -> list[Scored]:
     """Learn: score the chosen segments of a rollout under `policy`, with gradients if they are on. Contexts are built inside the graph."""
     reader, repeated, out = Reader(policy, r.B, r.guidance), False, []
-    for i, s in enumerate(r.segments):
-        last = i == len(r.segments) - 1
+    for s in r.segments:
         given = s.chosen is None if isinstance(s, Text) else s.flow is None
         if not given and not repeated:
             reader.repeat(r.G)
@@ -230,7 +230,8 @@ def select(r: Rollout, first: int, last: int) -> Rollout:
                            logp=None if s.logp is None else s.logp[rows])
         if s.flow is not None:
             return replace(s, flow=flow_grpo.select(s.flow, slice(first * r.G, last * r.G)))
-        return replace(s, pixels=s.pixels[first:last], latents=None if s.latents is None else s.latents[first:last])
+        return replace(s, pixels=s.pixels[first:last], latents=None if s.latents is None else s.latents[first:last],
+                       size=s.size[first:last] if isinstance(s.size, list) else s.size)
     return replace(r, segments=tuple(map(part, r.segments)), B=last - first)
 
 
@@ -257,7 +258,7 @@ def read_picture(path: str, policy: Policy) -> Tensor:
         image.load()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"image {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
     for rule in ("vae_resize", "vit_resize"):
         image = fit_image(image, *policy.config.bagel[rule])
@@ -297,8 +298,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(a: argparse.Namespace) -> str:
     """Carry out a parsed command line; returns what to print."""
-    if a.n < 1:
-        raise ValueError(f"--n {a.n}: at least one sample")
+    if a.n < 1 or a.steps is not None and a.steps < 1:
+        raise ValueError(f"--n {a.n}, --steps {a.steps}: at least one sample and one step")
     policy = Policy.load(a.policy, device="cuda" if torch.cuda.is_available() else "cpu")
     toy = policy.config.llm["hidden_size"] < 512
     system = [] if toy or not a.think else [Read([THINK_TO_ANSWER if a.question else THINK_TO_DRAW])]

@@ -2,7 +2,7 @@
 
     torchrun train.py                                           # lvrpo on the toy, from assets/toy, minutes on a laptop
     torchrun train.py --recipe unigrpo --group_size 16 --out out/unigrpo
-    torchrun --nproc_per_node=8 train.py --recipe unigrpo --scale bagel --policy BAGEL-7B-MoT --prompts prompts.jsonl
+    torchrun --nproc_per_node=8 train.py --recipe unigrpo --scale bagel --policy BAGEL-7B-MoT --prompts prompts.jsonl --ins 0 --sem 1
     torchrun train.py --recipe pretrain                         # makes everything in assets/toy again
 
 Plain `python train.py` is one process. Every random number derives from (seed, step, prompt, sample), so there is no generator state to
@@ -17,6 +17,7 @@ import copy
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ import flow_grpo
 import rewards
 import shapes
 from grpo import group_advantage, grpo_loss
-from policy import THINK_TO_DRAW, Policy, adapters_off, add_lora, save_tensors
+from policy import THINK_TO_DRAW, Policy, adapters_off, add_lora, save_tensors, write_atomic
 from sample import Draw, Picture, Read, Rollout, See, Text, Write, images_of, read_picture, replay, rollout, select, texts_of
 
 ASSETS = Path(__file__).parent / "assets" / "toy"
@@ -50,7 +51,8 @@ RECIPES = {
     "think":           (8, 32),           # prompts per step thought about, then drawn                                (o), 32
     "ask":             (16, 0),           # questions per step                                                        (o), -
     "sem":             (1.0, 0.0),        # weight of r_sem, SigLIP cosine [LVRPO Eq. 5]                              (o), -
-    "ins":             (1.0, 1.0),        # weight of r_ins, rules on detections; of a question: right answer         (o), terminal reward (o)
+    "ins":             (1.0, 1.0),        # weight of r_ins of an image, rules on detections [LVRPO Eq. 7]            (o), terminal reward (o)
+    "accuracy":        (1.0, 0.0),        # weight of the right answer to a question: r_ins of a text                 (o), -
     "kn":              (1.0, 0.0),        # weight of r_kn, yes/no confidence of the judge                            (o), -
     "dense":           (0.0, 0.0),        # weight of r_dense, max over patches per key phrase [LVRPO Eq. 12]           (o), -
     "format":          (0.0, 0.0),        # weight of the think tags of a thought [AlphaGRPO]                         -, -
@@ -64,7 +66,7 @@ RECIPES = {
     "ratio_norm":      (False, True),     # RatioNorm [UniGRPO Eq. 5]                                                 -, yes
     "step_weights":    (True, True),      # 1/|dt| per noisy step, mean 1 [GRPO-Guard]                                (o), (o)
     "epochs":          (1, 2),            # updates per batch                                                         (o), 2
-    "steps":           (150, 100),        # batches of rollouts on the toy                                            (o), (o)
+    "steps":           (180, 100),        # batches of rollouts on the toy                                            (o), (o)
 }
 
 # What depends on size: the toy's values are ours, measured; BAGEL's are UniGRPO's Table 3 but for resolution and group.
@@ -102,6 +104,7 @@ class Config:
     ask: int = 0
     sem: float = 0.0
     ins: float = 0.0
+    accuracy: float = 0.0
     kn: float = 0.0
     dense: float = 0.0
     format: float = 0.0
@@ -147,6 +150,8 @@ def parse(argv: list[str] | None = None) -> Config:
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         ap.add_argument(f"--{f.name}", **kind)
     given = {k: v for k, v in vars(ap.parse_args(argv)).items() if v is not None}
+    if given["recipe"] == "pretrain":
+        given.setdefault("out", str(ASSETS))
     column = METHODS.index(given["recipe"]) if given["recipe"] in METHODS else 0
     return Config(**({k: row[column] for k, row in RECIPES.items()} | SCALES[given["scale"]] | given))
 
@@ -217,13 +222,13 @@ class World:
             lines = read_prompts(cfg.prompts) if cfg.prompts else []
             self.pools = {"draw": lines, "think": lines}
             self.asked = read_questions(cfg.questions) if cfg.questions else []
+        if not self.toy and cfg.ins and (cfg.draw or cfg.think):
+            raise ValueError("--ins on images needs the toy's detector; with --prompts set --ins 0 and use --sem or --kn")
         for task in ("draw", "think"):
             if getattr(cfg, task) and not self.pools[task]:
                 raise ValueError(f"--{task} {getattr(cfg, task)} needs --prompts; or set --{task} 0")
-            for m in self.pools[task] if not self.toy else []:
-                used, room = len(policy.tokenizer(m["prompt"]).input_ids), policy.config.llm["max_position_embeddings"] - cfg.think_tokens
-                if used > room:
-                    raise ValueError(f"prompt of {used} tokens is longer than the context ({room} beside the thought): {m['prompt'][:60]!r}")
+            if not self.toy:
+                policy.encode_text([m["prompt"] for m in self.pools[task]], room=cfg.think_tokens)             # too long a prompt is an error
         if cfg.ask and not self.toy and not self.asked:
             raise ValueError(f"--ask {cfg.ask} needs --questions; or set --ask 0")
 
@@ -280,7 +285,11 @@ class World:
 def read_lines(path: str) -> list[tuple[int, str]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"file {path} does not exist")
-    return [(i, line) for i, line in enumerate(Path(path).read_text().splitlines(), 1) if line.strip()]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
@@ -301,7 +310,11 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
 def read_prompts(path: str) -> list[dict]:
     """Prompts as metadata: a .jsonl file of GenEval's format, or plain text, one prompt a line."""
     if path.endswith(".jsonl"):
-        return [{"tag": "", "include": [], **row} for row in read_json_lines(path, ("prompt",))]
+        rows = [{"tag": "", "include": [], **row} for row in read_json_lines(path, ("prompt",))]
+        for row in rows:
+            if not isinstance(row["tag"], str) or not isinstance(row["include"], list) or not all(isinstance(c, dict) and "class" in c for c in row["include"]):
+                raise ValueError(f"{path}: prompt {row['prompt'][:60]!r}: tag must be text and include a list of objects with a class")
+        return rows
     return [{"tag": "", "include": [], "prompt": line.strip()} for _, line in read_lines(path)]
 
 
@@ -335,7 +348,7 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
                               each(batch.answers) if batch.answers else None)
     look, table = {}, {}
     if batch.task == "ask":
-        table["ins"] = rewards.answer_accuracy
+        table["accuracy"] = rewards.answer_accuracy
         table |= {k: judges[k] for k in ("kn",) if k in judges}
     else:
         table |= judges
@@ -346,13 +359,11 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
             table["ins"] = rewards.Instruction(lambda _: found, cfg.graded)
             look = {"truth": evaluation.truth(samples.metadata, found).mean().item(),
                     **shapes.diversity(evaluation.to_bytes(images), found, r.G)}
-        elif cfg.ins:
-            raise ValueError("--ins needs the toy's detector; with --prompts set --ins 0 and use --sem or --kn")
     components = rewards.score(table, samples)
     weights = {k: getattr(cfg, k) for k in components}
     total = rewards.combine(components, weights, normalise=cfg.normalise, G=r.G)
     if batch.task == "ask":
-        look = {"truth": components["ins"].mean().item()}
+        look = {"truth": components["accuracy"].mean().item()}
     look |= {f"advantage_share/{k}": v for k, v in rewards.variance_share(components, weights, r.G).items()}
     return total, components, look
 
@@ -361,9 +372,9 @@ def advantage_phase(reward: Tensor, cfg: Config, ranks: Ranks) -> tuple[Tensor, 
     """Advantages of this rank's samples; statistics span all ranks."""
     everyone = ranks.gather(reward.to(ranks.device))
     adv = group_advantage(everyone, cfg.group_size, scale=cfg.advantage)
-    spread = everyone.view(-1, cfg.group_size).std(1, correction=0)
-    stats = {"reward": everyone.mean().item(), "reward_std": spread.mean().item(),
-             "frac_reward_zero_std": (spread == 0).float().mean().item()}
+    groups = everyone.view(-1, cfg.group_size)                  # (B of all ranks, G)
+    stats = {"reward": everyone.mean().item(), "reward_std": groups.std(1, correction=0).mean().item(),
+             "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean().item()}
     return adv[ranks.rank * len(reward):][:len(reward)], stats
 
 
@@ -401,7 +412,7 @@ def counts(r: Rollout) -> Tensor:
 def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tuple[Batch, Rollout, Tensor]], cfg: Config,
                  ranks: Ranks) -> dict:
     """cfg.epochs optimiser steps on the rollouts. Micro-batches and ranks add up: each loss is divided by global counts."""
-    parts, log = [], {}
+    parts, log = [], {}                                         # log: name -> values of the last epoch's micro-batches
     for batch, r, adv in work:
         text, image = ranks.total(counts(r).to(ranks.device)).tolist()
         size = cfg.micro or r.B
@@ -414,7 +425,7 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
             parts.append((batch.task, part, adv[i * r.G:(i + part.B) * r.G], dict(text=text, image=image), reference))
     for _ in range(cfg.epochs):
         optimizer.zero_grad()
-        value = 0.0
+        value, log = 0.0, {}
         for task, part, adv, totals, reference in parts:
             loss = 0.0
             for scored, ref in zip(replay(policy, part), reference):
@@ -427,17 +438,23 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
             loss.backward()
             value += loss.item()
         trained = [p for g in optimizer.param_groups for p in g["params"]]
-        if ranks.world > 1:
-            for p in trained:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                ranks.total(p.grad)
+        for p in trained:                                       # zeros, so that every rank has the same list
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            ranks.total(p.grad)
         norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         optimizer.step()
-        log.setdefault("loss", []).append(value)
-        log.setdefault("grad_norm", []).append(norm.item())
-    return {k: float(np.mean(v)) for k, v in log.items()}
+    out = over_ranks(log, ranks)
+    return out | {"loss": ranks.total(torch.tensor(value, dtype=torch.float64, device=ranks.device)).item(), "grad_norm": norm.item()}
+
+
+def over_ranks(log: dict[str, list[float]], ranks: Ranks) -> dict[str, float]:
+    """One number per name: the mean over micro-batches and ranks, or the least and largest where the name says min or max."""
+    row = {k: min(v) if k.endswith("min") else max(v) if k.endswith("max") else float(np.mean(v)) for k, v in log.items()}
+    everyone = ranks.gather(torch.tensor([list(row.values())], dtype=torch.float64, device=ranks.device))      # (ranks, names)
+    pick = lambda k, column: column.min() if k.endswith("min") else column.max() if k.endswith("max") else column.mean()
+    return {k: pick(k, everyone[:, i]).item() for i, k in enumerate(row)}
 
 
 @torch.no_grad()
@@ -520,8 +537,10 @@ def load_checkpoint(path: Path, policy: Policy, average: Average, optimizer) -> 
     if missing or extra:
         raise ValueError(f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} keys extra {extra[:6]}; "
                          "was it written with another --policy or --lora?")
-    if bad := [n for n, p in params.items() if tensors[f"policy.{n}"].shape != p.shape]:
-        raise ValueError(f"{path}: {bad[0]} has shape {tuple(tensors[f'policy.{bad[0]}'].shape)}, the policy {tuple(params[bad[0]].shape)}")
+    for key, value in tensors.items():
+        n = re.sub(r"^(policy|average|adamw\.exp_avg(_sq)?)\.", "", key)
+        if n in params and value.shape != params[n].shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, the policy {tuple(params[n].shape)}")
     with torch.no_grad():
         for n, p in params.items():
             p.copy_(tensors[f"policy.{n}"])
@@ -532,25 +551,40 @@ def load_checkpoint(path: Path, policy: Policy, average: Average, optimizer) -> 
 
 
 class Log:
-    """out/log.jsonl, one JSON object a line; the first tells what ran. Only rank 0 writes."""
+    """out/log.jsonl, one JSON object a line; the first tells what ran. Only rank 0 writes. A resumed run goes on in the same file,
+    a run that starts anew keeps the old file as log.previous.jsonl."""
 
     def __init__(self, cfg: Config, ranks: Ranks, begun: int):
-        self.path, self.active, self.started = Path(cfg.out) / "log.jsonl", ranks.rank == 0, time.time()
+        self.path, self.active, self.started, self.evaluated = Path(cfg.out) / "log.jsonl", ranks.rank == 0, time.time(), set()
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", -1) < begun] \
-            if begun and self.path.exists() else []
-        self.started -= max([json.loads(line).get("seconds", 0.0) for line in kept], default=0.0)
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
-        head = dict(config=asdict(cfg), command=" ".join(sys.argv), commit=git.stdout.strip() or None, world=ranks.world,
+        kept = []
+        if self.path.exists() and not begun:
+            os.replace(self.path, self.path.with_name("log.previous.jsonl"))
+        elif self.path.exists():
+            head, rows = evaluation.read_log(self.path)
+            kept = [head] + [r for r in rows if r["step"] < begun or "eval" in r and r["step"] == begun]
+        self.started -= max([r.get("seconds", 0.0) for r in kept], default=0.0)
+        self.evaluated = {r["step"] for r in kept if "eval" in r}
+        head = dict(config=asdict(cfg), command=" ".join(sys.argv), commit=commit(), world=ranks.world,
                     versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-        self.path.write_text("\n".join(kept or [json.dumps(head)]) + "\n")
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept or [head]).encode())
 
     def __call__(self, **record) -> None:
         if self.active:
             with self.path.open("a") as f:
                 f.write(json.dumps(dict(seconds=round(time.time() - self.started, 2), **record)) + "\n")
+
+
+def commit() -> str | None:
+    """The commit of these files, with "+" where they differ from it; None outside git or without it."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 @dataclass
@@ -575,6 +609,21 @@ def check(cfg: Config, ranks: Ranks) -> None:
     """Refuse what cannot work, before anything is loaded."""
     if cfg.group_size < 2:
         raise ValueError(f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare")
+    least = dict(draw=0, think=0, ask=0, micro=0, steps=0, eval_every=0, save_every=0, lora=0, epochs=1, denoise_steps=1, window=1,
+                 window_low=0, think_tokens=1, answer_tokens=1, resolution=1)
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
+    if cfg.temperature <= 0:
+        raise ValueError(f"--temperature {cfg.temperature}: sampling needs a temperature above 0")
+    last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
+    if not cfg.window_low + cfg.window <= cfg.window_high <= last:
+        raise ValueError(f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in "
+                         f"{last} noisy steps")
+    if cfg.recipe != "control":
+        for task, weights in (("draw", ("sem", "ins", "kn", "dense")), ("think", ("sem", "ins", "kn", "dense", "format")), ("ask", ("accuracy", "kn"))):
+            if getattr(cfg, task) and not any(getattr(cfg, w) for w in weights):
+                raise ValueError(f"--{task} has no reward: give one of {', '.join('--' + w for w in weights)} a weight")
     for task in ("draw", "think", "ask"):
         n, less = getattr(cfg, task), getattr(cfg, task) // ranks.world * ranks.world
         if n % ranks.world:
@@ -632,7 +681,7 @@ def one_step(run: Run, step: int) -> dict:
 
 def look(run: Run, step: int) -> None:
     """Evaluate the averaged weights on held-out prompts and log it (toy only)."""
-    if run.world.toy and run.cfg.eval_every and run.ranks.rank == 0:
+    if run.world.toy and run.cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated:
         with run.average.swapped(run.policy):
             table = evaluation.evaluate(run.policy)
         run.log(step=step, eval={k: [round(x, 5) if np.isfinite(x) else None for x in v] for k, v in table.items()})
@@ -654,8 +703,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
     """The run: the six phases until cfg.steps, or until a signal, which saves first."""
     run = begin(cfg, ranks)
     out, before = Path(cfg.out), copy.deepcopy(run.policy) if run.world.toy and ranks.rank == 0 else None
-    if run.start == 0:
-        look(run, 0)
+    look(run, run.start)
     with signals() as stop:
         bar = tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, disable=ranks.rank > 0, desc=cfg.recipe)
         for step in bar:
@@ -663,6 +711,10 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 stats = one_step(run, step)
             except FloatingPointError as error:
                 raise keep_bad_step(run, step, error) from error
+            except (ValueError, OSError, rewards.RewardError):
+                if ranks.rank == 0 and step > run.start:        # raised before the update: the weights are those of the step before
+                    save_checkpoint(out / "checkpoint.safetensors", run, step)
+                raise
             run.average.update(run.policy)
             run.log(step=step, **stats)                                                                        # 5. look
             bar.set_postfix({k.split("/")[0]: f"{v:.3f}" for k, v in stats.items() if k.endswith("/reward") or k == "loss"})
@@ -687,8 +739,8 @@ def train(cfg: Config, ranks: Ranks) -> None:
 
 
 def keep_bad_step(run: Run, step: int, error: Exception) -> FloatingPointError:
-    """Save what a non-finite step started from; its batch follows from the seed and the step."""
-    path = Path(run.cfg.out) / "bad_step.safetensors"
+    """Save the weights and the batch of a step whose loss or gradient is not finite, one file per rank."""
+    path, good = Path(run.cfg.out) / f"bad_step_{run.ranks.rank}.safetensors", Path(run.cfg.out) / "checkpoint.safetensors"
     tensors = {f"policy.{n}": p for n, p in trainable(run.policy).items()} | {"step": torch.tensor(step)}
     for batch, r, adv in run.work or []:
         tensors[f"{batch.task}.adv"] = adv
@@ -696,7 +748,7 @@ def keep_bad_step(run: Run, step: int, error: Exception) -> FloatingPointError:
             held = vars(s) | (vars(s.flow) if getattr(s, "flow", None) else {})
             tensors |= {f"{batch.task}.{i}.{k}": v for k, v in held.items() if isinstance(v, Tensor)}
     save_tensors(tensors, path)
-    return FloatingPointError(f"step {step}: {error}; stopped. Last good checkpoint: {path.with_name('checkpoint.safetensors')}. "
+    return FloatingPointError(f"step {step}: {error}; stopped. Last good checkpoint: {good if good.exists() else 'none yet'}. "
                               f"The weights and the batch of this step are in {path}")
 
 
@@ -705,7 +757,9 @@ def main() -> None:
     try:
         if cfg.recipe == "pretrain":
             from assets import pretrain
-            pretrain.main(ASSETS)
+            if ranks.world > 1:
+                raise ValueError("--recipe pretrain runs in one process")
+            pretrain.main(Path(cfg.out))
         else:
             train(cfg, ranks)
     except (ValueError, OSError, FloatingPointError, rewards.RewardError) as error:

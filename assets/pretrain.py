@@ -124,7 +124,7 @@ class Corpus:
 def flow_loss(policy: Policy, context, data: torch.Tensor, generator) -> torch.Tensor:
     """Flow matching: mean of (v - (noise - data))^2; half of the times are drawn high, where the layout is decided."""
     t = torch.randn(len(data), generator=generator) + 1.2 * (torch.rand(len(data), generator=generator) < 0.5)
-    t, noise = torch.sigmoid(t), torch.randn(data.shape, generator=generator)
+    t, noise = torch.sigmoid(t).to(data.device), torch.randn(data.shape, generator=generator).to(data.device)
     x = (1 - t[:, None, None]) * data + t[:, None, None] * noise
     return F.mse_loss(policy.velocity(context, x, t, SIZE), noise - data)
 
@@ -307,6 +307,8 @@ class Imitation:
     def step(self, step: int, optimizer) -> dict:
         losses = base_loss(self.policy, self.corpus, torch.Generator().manual_seed(10**6 * (self.seed + 1) + step))
         optimizer.zero_grad()
+        if not all(torch.isfinite(v) for v in losses.values()):
+            raise FloatingPointError(f"the control's losses are {[v.item() for v in losses.values()]}")
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
         optimizer.step()

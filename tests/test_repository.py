@@ -67,7 +67,7 @@ def test_every_command_of_the_readme_parses(command, monkeypatch, tmp_path):
         for inner in ("run", "plot", "bench", "evaluate"):
             if hasattr(module, inner):
                 monkeypatch.setattr(module, inner, lambda *a, **k: ran.append(a) or {k: (0.0, 0.0) for k in (
-                    "draw", "think", "ask", "draw/held_out", "layout_entropy", "pairwise_distance")})
+                    "draw", "think", "ask", "draw/held_out", "ask/held_out", "layout_entropy", "pairwise_distance")})
         if name == "eval":
             monkeypatch.setattr(module.Policy, "load", lambda *a, **k: None)
             argv = [*argv, "--out", str(tmp_path / "out.json")]

@@ -79,7 +79,6 @@ def test_a_sample_depends_on_its_seed_step_prompt_and_place_alone(policy):
     for change in (dict(seed=2, step=2, prompts=[8]), dict(seed=1, step=3, prompts=[8]), dict(seed=1, step=2, prompts=[7])):
         other = rollout(policy, plan(PROMPTS[1:2]), G=4, **change)
         assert not torch.allclose(other.segments[-1].flow.data, b.segments[-1].flow.data)
-    assert torch.get_rng_state().equal(torch.get_rng_state())
 
 
 def test_sampling_leaves_the_global_generator_alone(policy):
