@@ -52,7 +52,7 @@ RECIPES = {
     "ask":             (16, 0),           # questions per step                                                        (o), -
     "sem":             (1.0, 0.0),        # weight of r_sem, SigLIP cosine [LVRPO Eq. 5]                              (o), -
     "ins":             (1.0, 1.0),        # weight of r_ins of an image, rules on detections [LVRPO Eq. 7]            (o), terminal reward (o)
-    "accuracy":        (1.0, 0.0),        # weight of the right answer to a question: r_ins of a text                 (o), -
+    "accuracy":        (1.0, 1.0),        # weight of the right answer to a question: r_ins of a text                 (o), (o)
     "kn":              (1.0, 0.0),        # weight of r_kn, yes/no confidence of the judge                            (o), -
     "dense":           (0.0, 0.0),        # weight of r_dense, max over patches per key phrase [LVRPO Eq. 12]           (o), -
     "format":          (0.0, 0.0),        # weight of the think tags of a thought [AlphaGRPO]                         -, -
@@ -227,7 +227,7 @@ class World:
         for task in ("draw", "think"):
             if getattr(cfg, task) and not self.pools[task]:
                 raise ValueError(f"--{task} {getattr(cfg, task)} needs --prompts; or set --{task} 0")
-            if not self.toy:
+            if not self.toy and self.pools[task]:
                 policy.encode_text([m["prompt"] for m in self.pools[task]], room=cfg.think_tokens)             # too long a prompt is an error
         if cfg.ask and not self.toy and not self.asked:
             raise ValueError(f"--ask {cfg.ask} needs --questions; or set --ask 0")
@@ -326,6 +326,12 @@ def read_questions(path: str) -> list[dict]:
 
 # ---- the six phases ----
 
+TASK_REWARDS = {"draw": ("sem", "ins", "kn", "dense"), "think": ("sem", "ins", "kn", "dense", "format"), "ask": ("accuracy", "kn")}
+
+
+def reward_weights(cfg: Config) -> dict[str, float]:
+    return dict(sem=cfg.sem, ins=cfg.ins, accuracy=cfg.accuracy, kn=cfg.kn, dense=cfg.dense, format=cfg.format)
+
 
 def referees(cfg: Config, device) -> dict[str, rewards.Reward]:
     """The frozen reward models that this run's weights ask for."""
@@ -360,7 +366,7 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
             look = {"truth": evaluation.truth(samples.metadata, found).mean().item(),
                     **shapes.diversity(evaluation.to_bytes(images), found, r.G)}
     components = rewards.score(table, samples)
-    weights = {k: getattr(cfg, k) for k in components}
+    weights = {k: reward_weights(cfg)[k] for k in components}
     total = rewards.combine(components, weights, normalise=cfg.normalise, G=r.G)
     if batch.task == "ask":
         look = {"truth": components["accuracy"].mean().item()}
@@ -620,10 +626,9 @@ def check(cfg: Config, ranks: Ranks) -> None:
     if not cfg.window_low + cfg.window <= cfg.window_high <= last:
         raise ValueError(f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in "
                          f"{last} noisy steps")
-    if cfg.recipe != "control":
-        for task, weights in (("draw", ("sem", "ins", "kn", "dense")), ("think", ("sem", "ins", "kn", "dense", "format")), ("ask", ("accuracy", "kn"))):
-            if getattr(cfg, task) and not any(getattr(cfg, w) for w in weights):
-                raise ValueError(f"--{task} has no reward: give one of {', '.join('--' + w for w in weights)} a weight")
+    for task, names in TASK_REWARDS.items():
+        if cfg.recipe != "control" and getattr(cfg, task) and not any(reward_weights(cfg)[k] for k in names):
+            raise ValueError(f"--{task} has no reward: give one of {', '.join('--' + k for k in names)} a weight")
     for task in ("draw", "think", "ask"):
         n, less = getattr(cfg, task), getattr(cfg, task) // ranks.world * ranks.world
         if n % ranks.world:
@@ -746,7 +751,7 @@ def keep_bad_step(run: Run, step: int, error: Exception) -> FloatingPointError:
         tensors[f"{batch.task}.adv"] = adv
         for i, s in enumerate(r.segments):
             held = vars(s) | (vars(s.flow) if getattr(s, "flow", None) else {})
-            tensors |= {f"{batch.task}.{i}.{k}": v for k, v in held.items() if isinstance(v, Tensor)}
+            tensors |= {f"{batch.task}.{i}.{k}": v.clone() for k, v in held.items() if isinstance(v, Tensor)}
     save_tensors(tensors, path)
     return FloatingPointError(f"step {step}: {error}; stopped. Last good checkpoint: {good if good.exists() else 'none yet'}. "
                               f"The weights and the batch of this step are in {path}")

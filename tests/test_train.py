@@ -320,9 +320,12 @@ def test_a_broken_reward_stops_the_run_with_its_name_and_the_prompt(tmp_path, ba
 
 
 def test_the_reward_of_a_short_run_rises(tmp_path):
-    """Questions alone: thirty steps at a high rate lift the sampled answers' accuracy well beyond its noise."""
-    train.train(parse(["--draw", "0", "--think", "0", "--ask", "24", "--group_size", "8", "--kn", "0", "--steps", "30", "--eval_every", "0",
-                       "--lr_understanding", "3e-4", "--out", str(tmp_path)]), ALONE)
-    reward = torch.tensor([r["ask/reward"] for r in records(tmp_path)[1:]])
-    first, last = reward[:8], reward[-8:]
-    assert last.mean() - first.mean() > 2 * (first.var() / 8 + last.var() / 8).sqrt() and last.mean() > first.mean() + 0.04
+    """Text to image alone for twenty-four steps: reward and truth rise well beyond their noise, and variety stays."""
+    train.train(parse(["--draw", "24", "--think", "0", "--ask", "0", "--sem", "0", "--kn", "0", "--image_kl", "0", "--steps", "24",
+                       "--eval_every", "0", "--out", str(tmp_path)]), ALONE)
+    rows = records(tmp_path)[1:]
+    for key in ("draw/reward", "draw/truth"):
+        value = torch.tensor([r[key] for r in rows])
+        first, last = value[:6], value[-6:]
+        assert last.mean() - first.mean() > max(0.05, 2 * (first.var() / 6 + last.var() / 6).sqrt()), key
+    assert rows[-1]["draw/layout_entropy"] > 0.8 * rows[0]["draw/layout_entropy"]
