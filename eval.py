@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -154,12 +155,12 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
 
 
 def plot(paths: list[Path], out: Path) -> None:
-    """Held-out truth with two standard errors, and within-group variety, over minutes; one colour a run."""
+    """Held-out truth with two standard errors, within-group variety, and the training reward, over minutes; one colour a run."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     panels = (("draw", "text to image"), ("think", "think, then draw"), ("ask", "questions"), ("layout_entropy", "layout entropy, bits"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(17, 3.4), layout="constrained")
     for n, path in enumerate(paths):
         head, rows = read_log(path)
         looks = [r for r in rows if "eval" in r]
@@ -175,6 +176,13 @@ def plot(paths: list[Path], out: Path) -> None:
                 axis.fill_between(minutes, mean - 2 * error, mean + 2 * error, color=f"C{n}", alpha=0.15, linewidth=0)
             axis.set(title=title, xlabel="minutes")
             axis.spines[["top", "right"]].set_visible(False)
+        steps = [r for r in rows if "eval" not in r]
+        keys = [k for k in (steps[0] if steps else {}) if re.fullmatch(r"\w+/reward", k)]
+        if keys:
+            reward = np.array([[r[k] for k in keys] for r in steps]).mean(1)
+            axes[-1].plot([r["seconds"] / 60 for r in steps], reward / reward[:5].mean(), color=f"C{n}", linewidth=1)
+    axes[-1].set(title="training reward, start = 1", xlabel="minutes")
+    axes[-1].spines[["top", "right"]].set_visible(False)
     for axis in axes[:3]:
         axis.set_ylim(0, 1)
     axes[0].set_ylabel("held-out truth")

@@ -125,10 +125,12 @@ def is_eval(split):
 
 
 def build(tag, include, prefix=""):
-    """Metadata in GenEval's format; counting gets its exclude clause (count + 1), HELD_OUT pairs the key "held_out"."""
+    """Metadata in GenEval's format; HELD_OUT pairs get the key "held_out".
+
+    Differs: every prompt excludes more objects of any shape than it names, not only counting prompts: where extra objects are free,
+    a policy soon fills its pictures with them."""
     metadata = {"tag": tag, "include": [dict(clause) for clause in include]}
-    if tag == "counting":
-        metadata["exclude"] = [{"class": clause["class"], "count": clause["count"] + 1} for clause in include]
+    metadata["exclude"] = [{"class": s, "count": 1 + sum(c["count"] for c in include if c["class"] == s)} for s in SHAPES]
     metadata["prompt"] = prefix + explicit(metadata)
     if any((clause.get("color"), clause["class"]) in HELD_OUT for clause in include):
         metadata["held_out"] = True

@@ -251,7 +251,8 @@ def test_all_six_tags_are_in_both_splits_and_in_genevals_format():
         assert json.loads(json.dumps(prompts(split))) == prompts(split)
         for m in prompts(split):
             assert {"tag", "include", "prompt"} <= set(m) <= {"tag", "include", "exclude", "prompt", "held_out"}
-            assert ("exclude" in m) == (m["tag"] == "counting")
+            named = {s: sum(c["count"] for c in m["include"] if c["class"] == s) for s in SHAPES}
+            assert {c["class"]: c["count"] - 1 for c in m["exclude"]} == named
             assert [c for c in m["include"] if "position" in c] == (m["include"][1:] if m["tag"] == "position" else [])
 
 
