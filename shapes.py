@@ -339,17 +339,19 @@ def make_edit(scene, rng, training=True):
 
 
 def critique(metadata, objects):
-    """The first thing wrong with object tuples, in words."""
-    for clause in metadata["include"]:
-        shape, group = clause["class"], [o for o in objects if o[0] == clause["class"]]
-        n = len(group)
-        if n < clause["count"] or any(n >= c["count"] for c in metadata.get("exclude", ()) if c["class"] == shape):
+    """The first thing wrong with object tuples, in words: a number, then a colour, then the relation."""
+    wanted = {s: sum(clause["count"] for clause in metadata["include"] if clause["class"] == s) for s in SHAPES}
+    for shape, count in wanted.items():
+        n = sum(o[0] == shape for o in objects)
+        if n != count:
             be, plural = ("is", "") if n == 1 else ("are", "s")
-            return f"there {be} {COUNTS[n]} {shape}{plural} , there should be {COUNTS[clause['count']]}"
+            return f"there {be} {COUNTS[n]} {shape}{plural} , there should be {COUNTS[count]}"
+    for clause in metadata["include"]:
+        group = [o for o in objects if o[0] == clause["class"]]
         if sum(o[1] == clause.get("color", o[1]) for o in group) < clause["count"]:
-            return f"the {shape} is {group[0][1]} , it should be {clause['color']}"
+            return f"the {clause['class']} is {group[0][1]} , it should be {clause['color']}"
         if "position" in clause and not satisfies(metadata, objects):
-            return f"the {shape} should be {clause['position'][0]} the {metadata['include'][clause['position'][1]]['class']}"
+            return f"the {clause['class']} should be {clause['position'][0]} the {metadata['include'][clause['position'][1]]['class']}"
     return "it is as it should be"
 
 

@@ -35,12 +35,15 @@ def beside(a, relation, b):
 
 
 def english(prompt, scene):
-    """Read an explicit prompt as a person would: an oracle that shares nothing with the metadata."""
+    """Read an explicit prompt as a person would, nothing more in the picture than it says: an oracle that shares nothing with the
+    metadata."""
     prompt = re.sub(r"^an? (photo|picture|drawing|image) of ", "", prompt)
     if found := re.fullmatch(r"an? (\w+) (left of|right of|above|below) an? (\w+)", prompt):
-        return any(beside(a, found[2], b) for a in scene for b in scene if (a.shape, b.shape) == (found[1], found[3]))
+        return len(scene) == 2 and any(beside(a, found[2], b) for a in scene for b in scene if (a.shape, b.shape) == (found[1], found[3]))
     if found := re.fullmatch(r"(two|three|four) (\w+)s", prompt):
-        return sum(o.shape == found[2] for o in scene) == NUMBERS[found[1]]
+        return len(scene) == NUMBERS[found[1]] and all(o.shape == found[2] for o in scene)
+    if len(scene) != 1 + prompt.count(" and "):
+        return False
     for part in prompt.split(" and "):
         *color, shape = re.fullmatch(r"an? (.+)", part)[1].split()
         if not any(o.shape == shape and color in ([], [o.color]) for o in scene):
