@@ -59,14 +59,14 @@ RECIPES = {
     "graded":          (True, True),      # r_ins as the fraction of rules kept, else all-of                          (o), (o)
     "text_clip":       (0.2, 0.2),        # token ratio clip                                                          (o), (o)
     "text_kl":         (0.02, 0.0),       # weight of k3 to the reference                                             (o), 0
-    "image_weight":    (30.0, 1.0),       # of the image loss beside the text loss [UniGRPO Eq. 7: lambda]            (o), 1
+    "image_weight":    (300.0, 1.0),      # of the image loss beside the text loss [UniGRPO Eq. 7: lambda]            (o), 1
     "image_clip":      (1e-3, 1e-3),      # ratio clip of a noisy step, log-density averaged over entries             (o), 1e-6 at 65,536 entries
-    "image_kl":        (0.005, 0.0),      # weight of the transition KL to the reference                              (o), 0
+    "image_kl":        (0.003, 0.0),      # weight of the transition KL to the reference                              (o), 0
     "velocity_mse":    (0.0, 5e-5),       # weight of |v - v_ref|^2 per entry                                         (o), 1.5e-5 (sum)
     "ratio_norm":      (False, True),     # RatioNorm [UniGRPO Eq. 5]                                                 -, yes
     "step_weights":    (True, True),      # 1/|dt| per noisy step, mean 1 [GRPO-Guard]                                (o), (o)
-    "epochs":          (1, 2),            # updates per batch                                                         (o), 2
-    "steps":           (200, 75),        # batches of rollouts on the toy                                            (o), (o)
+    "epochs":          (2, 2),            # updates per batch                                                         (o), 2
+    "steps":           (150, 75),        # batches of rollouts on the toy                                            (o), (o)
 }
 
 # What depends on size: the toy's values are ours, measured; BAGEL's are UniGRPO's Table 3 but for resolution and group.
