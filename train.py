@@ -66,7 +66,7 @@ RECIPES = {
     "ratio_norm":      (False, True),     # RatioNorm [UniGRPO Eq. 5]                                                 -, yes
     "step_weights":    (True, True),      # 1/|dt| per noisy step, mean 1 [GRPO-Guard]                                (o), (o)
     "epochs":          (2, 2),            # updates per batch                                                         (o), 2
-    "steps":           (150, 75),        # batches of rollouts on the toy                                            (o), (o)
+    "steps":           (150, 100),        # batches of rollouts on the toy                                            (o), (o)
 }
 
 # What depends on size: the toy's values are ours, measured; BAGEL's are UniGRPO's Table 3 but for resolution and group.

@@ -102,3 +102,9 @@ def test_the_assets_stay_small_and_hold_no_pickle():
     files = [p for p in (ROOT / "assets").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) < 12 * 2**20
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+
+
+def test_the_readme_has_no_gap_and_its_pictures_exist():
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", README)
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert len(pictures) >= 2 and all((ROOT / p).is_file() for p in pictures)
