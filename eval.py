@@ -277,7 +277,7 @@ def bench_case(name: str, policy: Policy):
     draw = Draw(SIZE, flow_grpo.time_grid(6, SHIFT), (0, W), 0.8, "cps")
     if name.startswith("replay"):
         r = rollout(policy, [Read(prompts), draw], seed=0, step=0, prompts=list(range(16)), G=G)
-        words = torch.randint(8, policy.config.llm["vocab_size"], (16 * G, 34), generator=torch.Generator().manual_seed(0))
+        words = torch.randint(8, policy.config.llm["vocab_size"], (16 * G, 66), generator=torch.Generator().manual_seed(0))
         words[:, 0], words[:, -1] = policy.start, policy.end
         read = torch.ones_like(words, dtype=torch.bool)
         thought = Text(*(z.to(policy.device) for z in (words, read, read.clone(), torch.zeros(words.shape))))
@@ -330,7 +330,7 @@ def bench_variant(name: str, folder: str, repeats: int = 5) -> dict:
     return dict(seconds=float(np.median(seconds[1:])), peak=peak, work=peak - (0 if torch.cuda.is_available() else base))
 
 
-BENCHES = {"replay": "replay, thought read once for all steps (G=8, 5 steps, 32 tokens)",
+BENCHES = {"replay": "replay, thought of 64 tokens read once for all 5 steps (G=8)",
            "group": "sampling a group of 16 at once", "text": "64 tokens with a key-value cache"}
 
 
