@@ -27,15 +27,20 @@ import json
 import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 UNDERSTANDING, GENERATION = 0, 1
 # The system prompts that BAGEL was trained with for thinking before an answer and before an image.
@@ -47,8 +52,7 @@ THINK_TO_DRAW = ("You should first think about the planning process in the mind 
                  "<think> planning process here </think> image here")
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 # What the release keeps in its scripts instead of its folder.
-RELEASE_BAGEL = dict(latent_patch_size=2, max_latent_size=64, vit_max_num_patch_per_side=70,
-                     vae_resize=[1024, 512, 16], vit_resize=[980, 224, 14])             # longest side, shortest side, stride
+RELEASE_BAGEL = dict(latent_patch_size=2, max_latent_size=64, vit_max_num_patch_per_side=70)
 RELEASE_AE = dict(in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, z_channels=16, downsample=8,
                   scale_factor=0.3611, shift_factor=0.1159)
 
@@ -67,6 +71,11 @@ class PolicyConfig:
         return self.llm["hidden_size"] // self.llm["num_attention_heads"]
 
     @property
+    def queries_per_key(self) -> int:
+        """H / kv heads."""
+        return self.llm["num_attention_heads"] // self.llm["num_key_value_heads"]
+
+    @property
     def latent_features(self) -> int:
         """F of one latent token: a patch of the autoencoder's latent."""
         return self.ae["z_channels"] * self.bagel["latent_patch_size"] ** 2
@@ -75,6 +84,19 @@ class PolicyConfig:
     def stride(self) -> int:
         """Pixels per latent token and side."""
         return self.ae["downsample"] * self.bagel["latent_patch_size"]
+
+    @property
+    def vae_resize(self) -> tuple[int, int, int]:
+        """Longest side, shortest side, stride in pixels of an image on its way to the autoencoder; 1024, 512, 16 in the release."""
+        longest = self.bagel["max_latent_size"] * self.stride
+        return tuple(self.bagel.get("vae_resize", (longest, longest // 2, self.stride)))
+
+    @property
+    def vit_resize(self) -> tuple[int, int, int]:
+        """The same on the way to the ViT; 980, 224, 14 in the release."""
+        patch = self.vit["patch_size"]
+        longest = self.bagel["vit_max_num_patch_per_side"] * patch
+        return tuple(self.bagel.get("vit_resize", (longest, min(16 * patch, longest), patch)))
 
 
 @dataclass(frozen=True)
@@ -173,15 +195,23 @@ class Block(nn.Module):
 
     def __init__(self, c: PolicyConfig):
         super().__init__()
-        self.experts = nn.ModuleList([Expert(c), Expert(c)])
+        self.experts, self.checkpointing = nn.ModuleList([Expert(c), Expert(c)]), False
 
-    def forward(self, parts, past_k, past_v, cos, sin, allowed):
+    def forward(self, *inputs):
+        """(parts, past_k, past_v, cos, sin, allowed) -> (parts, keys, values); checkpointing computes it again in the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(*inputs)
+
+    def _forward(self, parts, past_k, past_v, cos, sin, allowed):
         active = [(e, x) for e, x in zip(self.experts, parts) if x is not None]
         q, k, v = (torch.cat(z, dim=2) for z in zip(*[e.project(x) for e, x in active]))           # (N, H or kv, L, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)                # (N, kv, S+L, d)
-        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, enable_gqa=True)    # (N, H, L, d)
-        a = rearrange(a, "n h l d -> n l (h d)").split([x.shape[1] for _, x in active], dim=1)
+        # The heads that share keys are more queries to them: no key is copied, and every kernel that takes a mask can be used.
+        q = rearrange(q, "n (h r) l d -> n h (r l) d", h=keys.shape[1])                            # (N, kv, H/kv*L, d)
+        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)                     # (N, kv, H/kv*L, d)
+        a = rearrange(a, "n h (r l) d -> n l (h r d)", l=k.shape[2]).split([x.shape[1] for _, x in active], dim=1)
         done = iter([e.finish(x, a_e) for (e, x), a_e in zip(active, a)])
         return [None if x is None else next(done) for x in parts], keys, values
 
@@ -303,6 +333,7 @@ class Policy(nn.Module):
         self.register_buffer("latent_positions", sincos_table(config.bagel["max_latent_size"], D))
         self.register_buffer("vit_positions", sincos_table(config.bagel["vit_max_num_patch_per_side"], D))
         self.autoencoder = build_autoencoder(config.ae)
+        self.sharded, self.stored = False, None                 # set by `shard`; dtype of the file that was loaded
 
     @property
     def device(self) -> torch.device:
@@ -310,11 +341,12 @@ class Policy(nn.Module):
 
     def empty(self, N: int) -> Context:
         """The context of N samples that have read nothing."""
-        c, like = self.config, self.embed.weight
-        none = like.new_zeros(N, c.llm["num_key_value_heads"], 0, c.head_dim)
+        c, kind = self.config, self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed.weight.dtype
+        none = torch.zeros(N, c.llm["num_key_value_heads"], 0, c.head_dim, dtype=dtype, device=self.device)
         layers = c.llm["num_hidden_layers"]
-        return Context((none,) * layers, (none,) * layers, torch.zeros(N, 0, dtype=torch.bool, device=like.device),
-                       torch.zeros(N, dtype=torch.long, device=like.device))
+        return Context((none,) * layers, (none,) * layers, torch.zeros(N, 0, dtype=torch.bool, device=self.device),
+                       torch.zeros(N, dtype=torch.long, device=self.device))
 
     def encode_text(self, texts: list[str], room: int = 0) -> tuple[Tensor, Tensor]:
         """Each text between <|im_start|> and <|im_end|> -> tokens (N, L) and mask (N, L), padded right.
@@ -340,6 +372,7 @@ class Policy(nn.Module):
         N, L = mask.shape
         seen = context.valid[:, None, None, :].expand(N, 1, L, context.valid.shape[1])
         allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1)                           # (N, 1, L, S+L)
+        allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)                             # (N, 1, H/kv*L, S+L)
         first = parts[0] if parts[0] is not None else parts[1]
         cos, sin = rotary(position, self.config.head_dim, self.config.llm["rope_theta"], first.dtype)
         keys, values = [], []
@@ -458,7 +491,10 @@ class Policy(nn.Module):
                 token = logp.argmax(-1, keepdim=True)
             tokens.append(torch.where(alive, token, self.end)), mask.append(alive), logps.append(logp.gather(1, token))
             alive = alive & (token != self.end)
-            if not alive.any():
+            going = alive.any().int()
+            if self.sharded:                                    # ranks that gather parameters from one another stop together
+                dist.all_reduce(going, dist.ReduceOp.MAX)
+            if not going:
                 break
         tokens, mask, logps = (torch.cat(z, dim=1) for z in (tokens, mask, logps))
         return tokens, mask, torch.where(mask, logps, 0.0)
@@ -473,23 +509,32 @@ class Policy(nn.Module):
         return groups
 
     def save(self, folder: str | Path) -> None:
-        """Write the released layout (configs, ema.safetensors, ae.safetensors, tokenizer); adapters are merged; each file atomic."""
-        folder = Path(folder)
+        """Write the released layout (configs, ema.safetensors, ae.safetensors, tokenizer) in the dtype that was loaded; adapters are
+        merged; each file is replaced atomically. Of a sharded policy all ranks call it, and rank 0 writes."""
+        folder, c, levels = Path(folder), self.config, len(self.config.ae["ch_mult"])
+        own = {release_name(k): v for k, v in merged_state(self) if not k.startswith("autoencoder.")}
+        if self.sharded and dist.get_rank():
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        c = self.config
         for name, content in dict(llm=c.llm, vit=c.vit, bagel=c.bagel, ae=c.ae).items():
             write_atomic(folder / f"{name}_config.json", json.dumps(content, indent=2).encode())
-        own = {k: v for k, v in merged_state(self).items() if not k.startswith("autoencoder.")}
-        save_tensors({release_name(k): v for k, v in own.items()}, folder / "ema.safetensors")
-        ae = {release_ae_name(k, len(c.ae["ch_mult"])): v for k, v in self.autoencoder.state_dict().items()}
+        save_tensors(own, folder / "ema.safetensors")
+        ae = {release_ae_name(k, levels): v for k, v in self.autoencoder.state_dict().items()}
         # The release stores the attention projections of the autoencoder as 1x1 convolutions.
-        ae = {k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in ae.items()}
-        save_tensors(ae, folder / "ae.safetensors")
-        self.tokenizer.save_pretrained(folder)
+        save_tensors({k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in ae.items()}, folder / "ae.safetensors")
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:
+            self.tokenizer.save_pretrained(fresh)
+            for file in Path(fresh).iterdir():
+                os.replace(file, folder / file.name)
 
     @classmethod
-    def load(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Policy":
-        """Read a policy folder; every key and shape is checked and the missing or extra ones are named. dtype None keeps the file's."""
+    def load(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None, prepare=None, adapter: str | Path = "") -> "Policy":
+        """Read a policy folder; every key and shape is checked and the missing or extra ones are named.
+
+        dtype None keeps the file's. prepare(policy) sees the policy without memory (meta device) and may freeze it, add adapters or
+        `shard` it; then what it leaves trainable becomes fp32, and a sharded rank reads its shard alone. Tensors go from the file to
+        their place one by one. adapter: a folder of `save_adapters` to put on.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"policy folder {folder} does not exist")
@@ -500,15 +545,20 @@ class Policy(nn.Module):
         try:
             with torch.device("meta"):                          # no memory until the file's own tensors are assigned
                 policy = cls(config, AutoTokenizer.from_pretrained(folder))
-        except KeyError as error:
+        except (KeyError, ZeroDivisionError) as error:
             raise ValueError(f"a config file of {folder} lacks the field {error}") from error
-        n = len(config.ae["ch_mult"])
-        names = {release_name(k): k for k in policy.state_dict() if not k.startswith("autoencoder.")}
-        ae_names = {release_ae_name(k, n): k for k in policy.autoencoder.state_dict()}
-        assign(policy, read_tensors(folder, "ema"), names, folder / "ema.safetensors", dtype, device)
-        assign(policy.autoencoder, read_tensors(folder, "ae"), ae_names, folder / "ae.safetensors", dtype, device)
         policy.autoencoder.requires_grad_(False)
-        return policy.to(device).eval()
+        if prepare:
+            prepare(policy)
+        names = {release_name(k): k for k in policy.state_dict() if not k.startswith("autoencoder.") and not k.endswith((".A", ".B"))}
+        ae_names = {release_ae_name(k, len(config.ae["ch_mult"])): k for k in policy.autoencoder.state_dict()}
+        masters = {k for k, p in policy.named_parameters() if p.requires_grad} if prepare else ()
+        policy.stored = assign(policy, folder, "ema", names, dtype, device, masters)
+        assign(policy.autoencoder, folder, "ae", ae_names, dtype, device)
+        reset_adapters(policy, device)
+        if adapter:
+            load_adapters(policy, adapter)
+        return policy.eval()
 
 
 # ---- guidance ----
@@ -562,14 +612,14 @@ class LoRA(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.base, self.scale, self.enabled = base.requires_grad_(False), alpha / rank, True
+        self.base, self.rank, self.alpha, self.enabled = base.requires_grad_(False), rank, alpha, True
         like = dict(dtype=torch.float32, device=base.weight.device)
         self.A = nn.Parameter(torch.randn(rank, base.in_features, **like) / rank)
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y + (self.scale * (x.float() @ self.A.T @ self.B.T)).to(y.dtype) if self.enabled else y
+        return y + (self.alpha / self.rank * (x.to(self.A.dtype) @ self.A.T @ self.B.T)).to(y.dtype) if self.enabled else y
 
 
 def add_lora(policy: Policy, rank: int, alpha: float, experts: tuple[int, ...] = (UNDERSTANDING, GENERATION)) -> Policy:
@@ -582,27 +632,123 @@ def add_lora(policy: Policy, rank: int, alpha: float, experts: tuple[int, ...] =
     return policy
 
 
+def adapters(policy: Policy) -> dict[str, LoRA]:
+    """Name -> adapter."""
+    return {n: m for n, m in policy.named_modules() if isinstance(m, LoRA)}
+
+
+def reset_adapters(policy: Policy, device, seed: int = 0) -> None:
+    """Fresh adapters in place of those without memory: A normal / rank from (seed, place), B zero, whatever the ranks."""
+    for i, m in enumerate(adapters(policy).values()):
+        A = torch.randn(m.A.shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) / m.rank
+        for name, value in (("A", A), ("B", torch.zeros(m.B.shape))):
+            setattr(m, name, nn.Parameter(placed(value, getattr(m, name)).to(device)))
+
+
 @contextlib.contextmanager
 def adapters_off(policy: Policy):
     """Inside this block the policy is its own frozen reference."""
-    adapters = [m for m in policy.modules() if isinstance(m, LoRA)]
-    for m in adapters:
+    held = adapters(policy).values()
+    for m in held:
         m.enabled = False
     try:
         yield policy
     finally:
-        for m in adapters:
+        for m in held:
             m.enabled = True
 
 
-def merged_state(policy: Policy) -> dict[str, Tensor]:
-    """The state dict without adapters: each adapted weight becomes base + alpha/rank * B A, in the base's dtype."""
-    state = {k: v for k, v in policy.state_dict().items() if not k.endswith((".A", ".B"))}
-    for name, m in policy.named_modules():
-        if isinstance(m, LoRA):
-            weight = m.base.weight
-            state[f"{name}.base.weight"] = (weight.float() + m.scale * m.B @ m.A).to(weight.dtype)
-    return {k.replace(".base.", "."): v for k, v in state.items()}
+def merged_state(policy: Policy):
+    """(name, tensor) of the state dict one by one, whole and on the CPU, in the stored dtype, without adapters: each adapted weight
+    becomes base + alpha/rank * B A."""
+    held = {f"{n}.base.weight": m for n, m in adapters(policy).items()}
+    for name, value in policy.state_dict().items():
+        if name.endswith((".A", ".B")):
+            continue
+        value = whole(value)
+        if m := held.get(name):
+            value = value.float() + m.alpha / m.rank * whole(m.B.detach()) @ whole(m.A.detach())
+        yield name.replace(".base.", "."), value.to("cpu", policy.stored)
+
+
+def save_adapters(policy: Policy, folder: str | Path) -> None:
+    """Write the adapters alone, as the peft library names and stores them: adapter_model.safetensors and adapter_config.json.
+    Of a sharded policy all ranks call it, and rank 0 writes."""
+    held = adapters(policy)
+    if not held:
+        raise ValueError("the policy has no adapters to save; it was trained whole")
+    tensors = {f"base_model.model.{release_name(f'{n}.weight').removesuffix('.weight')}.lora_{k}.weight": whole(getattr(m, k)).cpu()
+               for n, m in held.items() for k in "AB"}
+    if policy.sharded and dist.get_rank():
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    some = next(iter(held.values()))
+    config = dict(peft_type="LORA", r=some.rank, lora_alpha=some.alpha, lora_dropout=0.0, bias="none", fan_in_fan_out=False,
+                  target_modules=sorted({k.split(".lora_")[0].split(".")[-1] if ".mlp" not in k else ".".join(k.split(".lora_")[0].split(".")[-2:])
+                                         for k in tensors}))
+    write_atomic(Path(folder) / "adapter_config.json", json.dumps(config, indent=2).encode())
+    save_tensors(tensors, Path(folder) / "adapter_model.safetensors")
+
+
+def load_adapters(policy: Policy, folder: str | Path) -> Policy:
+    """Put the adapters of a folder of `save_adapters` on the policy, in place; their keys and shapes are checked."""
+    config, files = read_json(Path(folder) / "adapter_config.json"), open_tensors(Path(folder), "adapter_model")
+    experts = tuple(e for e in (UNDERSTANDING, GENERATION) if any(("_moe_gen" in k) == e for k in files))
+    add_lora(policy, config["r"], config["lora_alpha"], experts)
+    names = {f"base_model.model.{release_name(f'{n}.weight').removesuffix('.weight')}.lora_{k}.weight": f"{n}.{k}"
+             for n in adapters(policy) for k in "AB"}
+    assign(policy, Path(folder), "adapter_model", names, torch.float32, policy.device)
+    return policy
+
+
+# ---- several GPUs ----
+
+
+def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
+    """FSDP2 over all ranks, in place: each block, the embedding and the head are cut in rows and gathered when they are called.
+
+    dtype: of gathered parameters (bf16 beside fp32 masters); gradients are averaged over the ranks in fp32. What is small (norms, time
+    and latent layers, connector, ViT embeddings, autoencoder) stays whole on every rank, and its gradients are the caller's to add up.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*policy.blocks, *policy.vit.encoder["layers"], policy.embed, policy.head):
+        fully_shard(module, mp_policy=precision)
+    # FSDP2's root would hold back gradients of parameters that several calls before one backward use, so the root holds none.
+    fully_shard(policy, ignored_params={p for p in policy.parameters() if not isinstance(p, DTensor)})
+    for method in ("append_text", "append_image", "velocity"):
+        register_fsdp_forward_method(policy, method)
+    policy.sharded = True
+    return policy
+
+
+@contextlib.contextmanager
+def gathered(policy: Policy, room: float | None = None):
+    """Keep parameters whole once gathered, for the many calls of a rollout, if they need at most `room` bytes (None: any number)."""
+    parts = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+    keep = room is None or sum(p.numel() * p.element_size() for p in policy.parameters()) <= room
+    for m in parts:
+        m.set_reshard_after_forward(not keep, recurse=False)
+    try:
+        yield policy
+    finally:
+        for m in parts:
+            m.set_reshard_after_forward(True, recurse=False)
+            m.reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """The full tensor of a sharded one, gathered from all ranks; x itself otherwise."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a full tensor, sharded as `like` is; the value itself where it is not."""
+    if not isinstance(like, DTensor):
+        return value
+    rows = -(-len(value) // like.device_mesh.size())            # fully_shard cuts dimension 0 as torch.chunk does
+    start = min(rows * like.device_mesh.get_local_rank(), len(value))
+    local = value[start:start + rows].clone()
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 # ---- files ----
@@ -610,7 +756,7 @@ def merged_state(policy: Policy) -> dict[str, Tensor]:
 
 def release_name(name: str) -> str:
     """Our parameter name -> the released key. Experts are a list here and a suffix there."""
-    suffix = {"0": "", "1": "_moe_gen"}
+    suffix, name = {"0": "", "1": "_moe_gen"}, name.replace(".base.", ".")
     if m := re.match(r"blocks\.(\d+)\.experts\.(\d)\.(\w+)\.(weight|bias)$", name):
         n, e, leaf, kind = m[1], suffix[m[2]], m[3], m[4]
         if leaf in ("gate", "up", "down"):
@@ -685,40 +831,47 @@ def read_json(path: Path, default: dict | None = None) -> dict:
         raise ValueError(f"{path} is not JSON ({error.msg} in line {error.lineno})") from error
 
 
-def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """All tensors of stem.safetensors, or of the shards that stem.safetensors.index.json lists."""
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+def open_tensors(folder: Path, stem: str) -> dict:
+    """Key -> open file of stem.safetensors, or of the shards that stem.safetensors.index.json lists. Nothing is read yet."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists():
         files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
-    elif whole.exists():
-        files = [whole]
+    elif single.exists():
+        files = [single]
     else:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".bin", ".pth", ".ckpt"))
-        found = f"; it holds {pickles}, and pickled weights are not read" if pickles else ""
+        there = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".bin", ".pth", ".ckpt")) if folder.is_dir() else []
+        found = f"; it holds {there}, and pickled weights are not read" if there else ""
         raise FileNotFoundError(f"{folder} has no {stem}.safetensors{found}; convert the weights to safetensors")
-    tensors = {}
+    opened = {}
     for file in files:
         try:
-            tensors |= load_file(file)
+            handle = safe_open(file, framework="pt")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{index} lists {file.name}, which is missing; download it again") from error
         except SafetensorError as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}); download it again") from error
-    return tensors
+        opened |= {key: handle for key in handle.keys()}
+    return opened
 
 
-def assign(module: nn.Module, tensors: dict[str, Tensor], names: dict[str, str], file: Path, dtype, device) -> None:
-    """Give `module` the tensors of a file. names: key in the file -> name in the module. Raises with all that do not fit."""
-    missing, extra = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
+def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=()) -> torch.dtype:
+    """Give `module` the tensors of a file one by one and return the file's dtype. names: key in the file -> name in the module;
+    masters: names that become fp32. Raises with all that do not fit."""
+    files, file = open_tensors(folder, stem), folder / f"{stem}.safetensors"
+    missing, extra = sorted(names.keys() - files.keys()), sorted(files.keys() - names.keys())
     if missing or extra:
         raise ValueError(f"{file}: {len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}")
-    want, state = module.state_dict(), {}
+    want, state, stored = module.state_dict(), {}, None
     for key, name in names.items():
-        value = tensors[key]
+        value = files[key].get_tensor(key)
+        stored = stored or value.dtype
         if value.ndim == 4 and want[name].ndim == 2:
             value = value[:, :, 0, 0]                           # the autoencoder's 1x1 convolutions
         if value.shape != want[name].shape:
             raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(want[name].shape)}")
-        state[name] = value.to(device=device, dtype=dtype)
+        state[name] = placed(value, want[name]).to(device=device, dtype=torch.float32 if name in masters else dtype)
     module.load_state_dict(state, strict=False, assign=True)
+    return stored
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

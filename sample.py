@@ -3,7 +3,8 @@
     question        See(pixels), Read(questions), Write(8)
     text to image   Read(prompts), Draw(size, times, ...)
     think, draw     Read(prompts), Write(24), Draw(size, times, ...)
-    edit            See(pixels, latents=True), Read(instructions), Draw(...)
+    edit            See(pixels, source), Read(instructions), Draw(...)
+    several rounds  Read(prompts), Draw(...), Read(instructions), Write(24), Draw(...)     what was drawn is read back clean
 
 `rollout` walks a plan of these and keeps, for each chosen segment, what the update needs: tokens, mask and log-probs of text; the
 latents around every noisy step, means and log-probs of an image. `replay` walks the kept segments under other weights. The given
@@ -14,6 +15,7 @@ Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M lat
     python sample.py "a red circle left of a blue square" --n 8                 # draws a grid into samples.png
     python sample.py "as many circles as a triangle has sides" --think          # writes a thought first
     python sample.py "how many circles ?" --question samples.png                # answers about an image
+    python sample.py "make the sky red" --edit photo.png --policy BAGEL-7B-MoT  # draws an image changed
 """
 
 import argparse
@@ -27,7 +29,7 @@ from torch import Tensor
 
 import flow_grpo
 from grpo import token_logp
-from policy import THINK_TO_ANSWER, THINK_TO_DRAW, Guidance, Policy, fit_image, guided_velocity, to_tensor
+from policy import THINK_TO_ANSWER, THINK_TO_DRAW, Guidance, Policy, fit_image, fit_size, guided_velocity, to_tensor
 
 TOY = Path(__file__).parent / "assets" / "toy" / "policy"
 
@@ -37,17 +39,18 @@ TOY = Path(__file__).parent / "assets" / "toy" / "policy"
 
 @dataclass(frozen=True)
 class Read:
-    """Given text, one per prompt."""
+    """Given text, one per prompt; behind a chosen segment too, for all samples of the prompt."""
 
     texts: list[str]
 
 
 @dataclass(frozen=True)
 class See:
-    """A given image per prompt: ViT patches, and clean latents before them if the answer is a changed image."""
+    """A given image per prompt: ViT patches of `pixels`, and before them the clean latents of `source`, the same image at the
+    autoencoder's size, if the answer is a changed image."""
 
     pixels: Tensor | list[Tensor]                               # (B, 3, H, W), or B of (3, H_i, W_i), in [-1, 1]
-    latents: bool = False
+    source: Tensor | list[Tensor] | None = None                 # the same
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Write:
 class Draw:
     """An image that the policy chooses: noisy steps inside the window, ODE elsewhere; an empty window is plain sampling."""
 
-    size: tuple[int, int]                                       # (height, width) in pixels
+    size: tuple[int, int] | list[tuple[int, int]]               # (height, width) in pixels; one per prompt only with an empty window
     times: Tensor                                               # (K+1,) flow_grpo.time_grid
     window: tuple[int, int] = (0, 0)
     noise_level: float = 0.0
@@ -86,10 +89,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image segment. Given: pixels (and latents). Chosen: N rows of a flow trajectory."""
+    """An image segment. Given: pixels (and latents). Chosen: N rows of a flow trajectory, and pixels if it is read back."""
 
-    size: tuple[int, int] | list[tuple[int, int]]               # of all, or of each
-    pixels: Tensor | list[Tensor] | None = None                 # (B, 3, H, W), or B of (3, H_i, W_i)
+    size: tuple[int, int] | list[tuple[int, int]]               # of all, or of each; of the latents where there are some
+    pixels: Tensor | list[Tensor] | None = None                 # (B or N, 3, H, W), or a list of (3, H_i, W_i), as the ViT reads them
     latents: Tensor | None = None                               # (B, M, F) clean
     flow: flow_grpo.Trajectory | None = None
 
@@ -129,6 +132,7 @@ class Reader:
         return out
 
     def image(self, pixels: Tensor | None, latents: Tensor | None, size: tuple[int, int]) -> None:
+        """Read a clean image; no_image goes without it."""
         self.full = self.policy.append_image(self.full, pixels=pixels, latents=latents, size=size)
         self.no_text = self.full
 
@@ -144,49 +148,88 @@ class Reader:
         return lambda x, t: guided_velocity(self.policy, x, t, size, self.full, self.no_text, self.no_image, self.guidance)
 
 
-def generators(seed: int, step: int, prompts: list[int], G: int) -> list[torch.Generator]:
+def generators(seed: int, step: int, prompts: list[int], samples: range) -> list[torch.Generator]:
     """One CPU generator per sample from (seed, step, prompt index, sample index), prompt-major: ranks and batch splits change nothing."""
-    keys = [(seed, step, p, g) for p in prompts for g in range(G)]
+    keys = [(seed, step, p, g) for p in prompts for g in samples]
     words = [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1) for key in keys]
     return [torch.Generator().manual_seed(word) for word in words]
 
 
+def initial_noise(policy: Policy, sizes: list[tuple[int, int]], source: list[torch.Generator], W: int) -> Tensor:
+    """Standard normal (1+W, N, M, F): where each sample starts and its W noisy steps, its own tokens alone, padded with zeros."""
+    F, lengths = policy.config.latent_features, policy.latent_grid(sizes, len(sizes))[1].sum(1).tolist()
+    each = [torch.randn(1 + W, M, F, generator=g).transpose(0, 1) for M, g in zip(lengths, source)]       # (M_i, 1+W, F)
+    return torch.nn.utils.rnn.pad_sequence(each, batch_first=True).permute(2, 0, 1, 3).to(policy.device)
+
+
 @torch.no_grad()
-def rollout(policy: Policy, plan: list, *, seed: int, step: int, prompts: list[int], G: int, guidance: Guidance | None = None) -> Rollout:
+def rollout(policy: Policy, plan: list, *, seed: int, step: int, prompts: list[int], G: int, first: int = 0,
+            guidance: Guidance | None = None) -> Rollout:
     """Act: walk the plan for the prompts with the given indices (they seed the samples), G samples each, without gradients.
 
-    A sample's random numbers are drawn in the order of its chosen segments. shared_noise takes the initial noise of sample 0.
+    first: number of the first sample within its group, for a rank that draws a part of it. A sample's random numbers are drawn in the
+    order of its chosen segments. shared_noise takes the initial noise of sample 0. An image that is drawn before the plan's end is
+    read back clean: its latents at t = 0, then its pixels through the ViT.
     """
     B, segments, repeated = len(prompts), [], False
-    source, reader = generators(seed, step, prompts, G), Reader(policy, B, guidance)
-    draw = lambda f, *shape: torch.stack([f(*shape, generator=g) for g in source]).to(policy.device)
-    for item in plan:
-        if isinstance(item, (Read, See)) and repeated:
-            raise ValueError("a given segment behind a chosen one is not supported; put what is given first")
+    source, reader = generators(seed, step, prompts, range(first, first + G)), Reader(policy, B, guidance)
+    lead = generators(seed, step, prompts, range(1))                          # sample 0 of each prompt, wherever it is drawn
+    draw_uniforms = lambda length, held: torch.stack([torch.rand(length, generator=g) for g in held]).to(policy.device)
+    for place, item in enumerate(plan):
+        if not repeated and isinstance(item, (Write, Draw)):
+            reader.repeat(G)
+            repeated = True
         if isinstance(item, Read):
-            segment = Text(*policy.encode_text(item.texts))
+            segment = Text(*policy.encode_text([t for t in item.texts for _ in range(G if repeated else 1)]))
             reader.text(segment.tokens, segment.mask)
         elif isinstance(item, See):
-            pixels = item.pixels
-            size = tuple(pixels.shape[-2:]) if isinstance(pixels, Tensor) else [tuple(p.shape[-2:]) for p in pixels]
-            segment = Picture(size, pixels, policy.encode(pixels) if item.latents else None)
+            if repeated:
+                raise ValueError("an image given behind a chosen segment is not supported; put it first")
+            sized = item.pixels if item.source is None else item.source
+            size = tuple(sized.shape[-2:]) if isinstance(sized, Tensor) else [tuple(p.shape[-2:]) for p in sized]
+            segment = Picture(size, item.pixels, None if item.source is None else policy.encode(item.source))
             reader.image(segment.pixels, segment.latents, segment.size)
+        elif isinstance(item, Write):
+            segment = write(policy, reader, draw_uniforms(item.length, source), item.temperature)
+            draw_uniforms(item.length, lead)
+            reader.text(segment.tokens, segment.mask, thought=True)
         else:
-            if not repeated:
-                reader.repeat(G)
-                repeated = True
-            if isinstance(item, Write):
-                segment = write(policy, reader, draw(torch.rand, item.length), item.temperature)
-                reader.text(segment.tokens, segment.mask, thought=True)
-            else:
-                W, M = item.window[1] - item.window[0], policy.latent_grid(item.size, 1)[0].shape[1]
-                noise = draw(torch.randn, 1 + W, M, policy.config.latent_features).transpose(0, 1)     # (1+W, N, M, F)
-                start = flow_grpo.shared_noise(noise[0, ::G], G) if item.shared_noise else noise[0]
-                segment = Picture(item.size, flow=flow_grpo.rollout(
-                    reader.velocity(item.size), start, item.times.to(policy.device), window=item.window, noise_level=item.noise_level,
-                    kind=item.kind, step_noise=noise[1:]))
+            W = item.window[1] - item.window[0]
+            size = item.size if isinstance(item.size, tuple) else [s for s in item.size for _ in range(G)]
+            if W and isinstance(size, list):
+                raise ValueError("images of several sizes cannot share noisy steps, whose log-densities average over entries; "
+                                 "draw them with an empty window")
+            noise = initial_noise(policy, size if isinstance(size, list) else [size] * (B * G), source, W)
+            shared = initial_noise(policy, [size] * B, lead, W)[0] if item.shared_noise else None
+            segment = Picture(size, flow=flow_grpo.rollout(
+                reader.velocity(size), noise[0] if shared is None else flow_grpo.shared_noise(shared, G), item.times.to(policy.device),
+                window=item.window, noise_level=item.noise_level, kind=item.kind, step_noise=noise[1:]))
+            if place + 1 < len(plan):
+                segment = replace(segment, pixels=seen_again(policy, segment))
+                reader.image(segment.pixels, segment.flow.data, size)
         segments.append(segment)
     return Rollout(tuple(segments), B, G, guidance)
+
+
+def seen_again(policy: Policy, drawn: Picture) -> list[Tensor]:
+    """The pixels of drawn images as the ViT reads them: clamped, resized by BAGEL's rule."""
+    out = []
+    for image in decode(policy, drawn):
+        w, h = fit_size(image.shape[-1], image.shape[-2], *policy.config.vit_resize)
+        image = image[None].clamp(-1, 1)
+        out.append(image[0] if (h, w) == image.shape[-2:] else
+                   torch.nn.functional.interpolate(image, (h, w), mode="bicubic", antialias=True).clamp(-1, 1)[0])
+    return out
+
+
+def decode(policy: Policy, drawn: Picture) -> list[Tensor]:
+    """The images of a chosen segment, N of (3, H_i, W_i), nominally in [-1, 1]."""
+    data = drawn.flow.data
+    if isinstance(drawn.size, tuple):
+        batch = max(1, min(256, 2**22 // (drawn.size[0] * drawn.size[1])))   # the decoder's widest layer holds 128 numbers a pixel
+        return [image for z in data.split(batch) for image in policy.decode(z, drawn.size)]
+    tokens = policy.latent_grid(drawn.size, len(data))[1].sum(1).tolist()
+    return [policy.decode(z[None, :M], size)[0] for z, M, size in zip(data, tokens, drawn.size)]
 
 
 def write(policy: Policy, reader: Reader, uniforms: Tensor, temperature: float) -> Text:
@@ -218,21 +261,51 @@ def replay(policy: Policy, r: Rollout) -> list[Scored]:
             reader.image(s.pixels, s.latents, s.size)
         else:
             out.append(Scored(s, flow=flow_grpo.replay(reader.velocity(s.size), s.flow)))
+            if s.pixels is not None:
+                reader.image(s.pixels, s.flow.data, s.size)
     return out
 
 
-def select(r: Rollout, first: int, last: int) -> Rollout:
-    """Prompts first..last-1 of a rollout: a micro-batch of whole groups."""
-    def part(s):
+def select(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
+    """Some prompts of a rollout, and of each some samples (None: all): a micro-batch."""
+    samples = range(r.G) if samples is None else samples
+    of_prompts = list(prompts)
+    of_samples = [p * r.G + g for p in prompts for g in samples]
+    pick = lambda x, rows: x if x is None else [x[i] for i in rows] if isinstance(x, list) else x[rows]
+
+    def part(s, begun):
+        rows = of_samples if begun else of_prompts
         if isinstance(s, Text):
-            rows = slice(first, last) if s.chosen is None else slice(first * r.G, last * r.G)
-            return replace(s, tokens=s.tokens[rows], mask=s.mask[rows], chosen=None if s.chosen is None else s.chosen[rows],
-                           logp=None if s.logp is None else s.logp[rows])
-        if s.flow is not None:
-            return replace(s, flow=flow_grpo.select(s.flow, slice(first * r.G, last * r.G)))
-        return replace(s, pixels=s.pixels[first:last], latents=None if s.latents is None else s.latents[first:last],
-                       size=s.size[first:last] if isinstance(s.size, list) else s.size)
-    return replace(r, segments=tuple(map(part, r.segments)), B=last - first)
+            return replace(s, tokens=s.tokens[rows], mask=s.mask[rows], chosen=pick(s.chosen, rows), logp=pick(s.logp, rows))
+        return replace(s, pixels=pick(s.pixels, rows), latents=pick(s.latents, rows), flow=s.flow and flow_grpo.select(s.flow, torch.tensor(rows)),
+                       size=pick(s.size, rows) if isinstance(s.size, list) else s.size)
+
+    chosen = [s.chosen is not None if isinstance(s, Text) else s.flow is not None for s in r.segments]
+    segments = tuple(part(s, any(chosen[:i + 1])) for i, s in enumerate(r.segments))
+    return replace(r, segments=segments, B=len(of_prompts), G=len(samples))
+
+
+def join(parts: list[Rollout]) -> Rollout:
+    """Rollouts of the same plan for other prompts, behind one another; texts are padded to the longest."""
+    def cat(rows):
+        if rows[0] is None:
+            return None
+        if isinstance(rows[0], list):
+            return [x for row in rows for x in row]
+        if rows[0].ndim == 2:                                   # text: tokens, masks, log-probs
+            longest = max(x.shape[1] for x in rows)
+            rows = [torch.nn.functional.pad(x, (0, longest - x.shape[1])) for x in rows]
+        return torch.cat(rows)
+
+    def joined(same):
+        first = same[0]
+        if isinstance(first, Text):
+            return replace(first, **{k: cat([getattr(s, k) for s in same]) for k in ("tokens", "mask", "chosen", "logp")})
+        flow = first.flow and replace(first.flow, **{k: torch.cat([getattr(s.flow, k) for s in same]) for k in ("latents", "means", "logp", "data")})
+        size = cat([s.size for s in same]) if isinstance(first.size, list) else first.size
+        return replace(first, size=size, pixels=cat([s.pixels for s in same]), latents=cat([s.latents for s in same]), flow=flow)
+
+    return replace(parts[0], segments=tuple(joined(same) for same in zip(*(r.segments for r in parts))), B=sum(r.B for r in parts))
 
 
 def texts_of(policy: Policy, r: Rollout) -> list[str] | None:
@@ -241,17 +314,18 @@ def texts_of(policy: Policy, r: Rollout) -> list[str] | None:
     return policy.decode_text(written[-1].tokens, written[-1].chosen) if written else None
 
 
-def images_of(policy: Policy, r: Rollout, batch: int = 256) -> Tensor | None:
-    """What the samples drew last: (N, 3, H, W) fp32 in [0, 1], or None."""
+def images_of(policy: Policy, r: Rollout) -> Tensor | list[Tensor] | None:
+    """What the samples drew last: (N, 3, H, W) fp32 in [0, 1], a list of (3, H_i, W_i) where sizes differ, or None."""
     drawn = [s for s in r.segments if isinstance(s, Picture) and s.flow is not None]
     if not drawn:
         return None
-    pixels = torch.cat([policy.decode(z, drawn[-1].size) for z in drawn[-1].flow.data.split(batch)])
-    return (pixels * 0.5 + 0.5).clamp(0, 1)
+    images = [(image * 0.5 + 0.5).clamp(0, 1) for image in decode(policy, drawn[-1])]
+    return torch.stack(images) if isinstance(drawn[-1].size, tuple) else images
 
 
-def read_picture(path: str, policy: Policy) -> Tensor:
-    """An image file as the policy's ViT reads it: (3, H, W) in [-1, 1], first brought to the autoencoder's size, as BAGEL does."""
+def read_picture(path: str, policy: Policy) -> tuple[Tensor, Tensor]:
+    """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each. The ViT's is made of the other, as
+    BAGEL does."""
     from PIL import Image, UnidentifiedImageError
     try:
         image = Image.open(path)
@@ -260,9 +334,8 @@ def read_picture(path: str, policy: Policy) -> Tensor:
         raise FileNotFoundError(f"image {path} does not exist") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
-    for rule in ("vae_resize", "vit_resize"):
-        image = fit_image(image, *policy.config.bagel[rule])
-    return to_tensor(image)
+    source = fit_image(image, *policy.config.vae_resize)
+    return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
 
 
 def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
@@ -277,17 +350,36 @@ def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
     Image.fromarray(sheet).save(path)
 
 
+# What depends on size when a person samples; BAGEL's are the official inferencer's: 50 points are 49 steps. Guidance of a text-to-image
+# call and of an edit.
+SAMPLING = {
+    "toy": dict(size=32, steps=10, shift=2.0, tokens=24, system_prompt=False, zoom=4, guidance=Guidance(1.0), edit=Guidance(1.0)),
+    "bagel": dict(size=1024, steps=49, shift=3.0, tokens=1024, system_prompt=True, zoom=1, guidance=Guidance(4.0),
+                  edit=Guidance(4.0, 2.0, "text_channel", 0.0, (0.0, 1.0))),
+}
+
+
+def scale_of(width: int) -> str:
+    """The column of a scale table for a policy of this width: everything from 1024 on is BAGEL's."""
+    return "bagel" if width >= 1024 else "toy"
+
+
 def main(argv: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description="Prompt in, PNG grid or answer out.", allow_abbrev=False)
-    ap.add_argument("prompt", help="what to draw, or what to ask about --question")
+    ap.add_argument("prompt", help="what to draw, what to ask about --question, or how to change --edit")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder: assets/toy/policy, out/policy, BAGEL-7B-MoT")
+    ap.add_argument("--adapter", default="", help="a folder of adapters to put on, such as out/adapter")
     ap.add_argument("--think", action="store_true", help="write a thought first")
     ap.add_argument("--question", metavar="IMAGE", help="answer the prompt about this image instead of drawing")
+    ap.add_argument("--edit", metavar="IMAGE", help="draw this image changed as the prompt says")
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--n", type=int, default=8, help="samples")
+    ap.add_argument("--size", type=int, help="pixels per side (32 for the toy, 1024 for BAGEL; an edit keeps the image's size)")
     ap.add_argument("--steps", type=int, help="denoising steps (10 for the toy, 49 for BAGEL)")
     ap.add_argument("--temperature", type=float, default=0.0, help="of the text; 0 is greedy")
-    ap.add_argument("--guidance", type=float, default=1.0, help="text guidance scale (BAGEL: 4); 1 is none")
+    ap.add_argument("--guidance", type=float, help="text guidance scale (1 for the toy, 4 for BAGEL); 1 is none")
+    ap.add_argument("--image_guidance", type=float, help="image guidance scale of an edit (1 for the toy, 2 for BAGEL)")
+    ap.add_argument("--renorm", choices=["global", "channel", "text_channel"], help="how guided velocities are kept short")
     ap.add_argument("--out", default="samples.png")
     a = ap.parse_args(argv)
     try:
@@ -300,20 +392,25 @@ def run(a: argparse.Namespace) -> str:
     """Carry out a parsed command line; returns what to print."""
     if a.n < 1 or a.steps is not None and a.steps < 1:
         raise ValueError(f"--n {a.n}, --steps {a.steps}: at least one sample and one step")
-    policy = Policy.load(a.policy, device="cuda" if torch.cuda.is_available() else "cpu")
-    toy = policy.config.llm["hidden_size"] < 512
-    system = [] if toy or not a.think else [Read([THINK_TO_ANSWER if a.question else THINK_TO_DRAW])]
-    length = 24 if toy else 1024
-    settings = dict(seed=a.seed, step=0, prompts=[0], guidance=Guidance(a.guidance) if a.guidance > 1 else None)
+    if a.question and a.edit:
+        raise ValueError("--question answers and --edit draws; give one of them")
+    policy = Policy.load(a.policy, device="cuda" if torch.cuda.is_available() else "cpu", adapter=a.adapter)
+    scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
+    system = [Read([THINK_TO_ANSWER if a.question else THINK_TO_DRAW])] if scale["system_prompt"] and a.think else []
+    write = Write(scale["tokens"], a.temperature)
     if a.question:
-        plan = [*system, See(read_picture(a.question, policy)[None]), Read([a.prompt]), Write(length, a.temperature)]
-        return "\n".join(texts_of(policy, rollout(policy, plan, G=a.n if a.temperature else 1, **settings)))
-    size = 32 if toy else 1024
-    draw = Draw((size, size), flow_grpo.time_grid(a.steps or (10 if toy else 49), 2.0 if toy else 3.0))
-    plan = [*system, Read([a.prompt]), *([Write(length, a.temperature)] * a.think), draw]
-    r = rollout(policy, plan, G=a.n, **settings)
-    columns = min(a.n, 8)
-    save_grid(images_of(policy, r), a.out, columns, zoom=4 if toy else 1)
+        pixels, _ = read_picture(a.question, policy)
+        plan = [*system, See(pixels[None]), Read([a.prompt]), write]
+        return "\n".join(texts_of(policy, rollout(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n if a.temperature else 1)))
+    guidance, size, seen = scale["edit" if a.edit else "guidance"], (a.size or scale["size"],) * 2, []
+    asked = dict(text_scale=a.guidance, image_scale=a.image_guidance, renorm=a.renorm)
+    guidance = replace(guidance, **{k: v for k, v in asked.items() if v is not None})
+    if a.edit:
+        pixels, source = read_picture(a.edit, policy)
+        seen, size = [See(pixels[None], source[None])], tuple(source.shape[-2:])
+    plan = [*system, *seen, Read([a.prompt]), *[write] * a.think, Draw(size, flow_grpo.time_grid(a.steps or scale["steps"], scale["shift"]))]
+    r = rollout(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n, guidance=guidance if guidance.text_scale > 1 else None)
+    save_grid(images_of(policy, r), a.out, columns=min(a.n, 8), zoom=scale["zoom"])
     return "\n".join([*dict.fromkeys(texts_of(policy, r) or []), f"{a.n} images in {a.out}"])
 
 

@@ -2,36 +2,40 @@
 
     torchrun train.py                                           # lvrpo on the toy, from assets/toy, minutes on a laptop
     torchrun train.py --recipe unigrpo --group_size 16 --out out/unigrpo
-    torchrun --nproc_per_node=8 train.py --recipe unigrpo --scale bagel --policy BAGEL-7B-MoT --prompts prompts.jsonl --ins 0 --sem 1
+    torchrun --nproc_per_node=8 train.py --recipe unigrpo --policy BAGEL-7B-MoT --prompts prompts.jsonl
     torchrun train.py --recipe pretrain                         # makes everything in assets/toy again
 
 Plain `python train.py` is one process. Every random number derives from (seed, step, prompt, sample), so there is no generator state to
 keep: a checkpoint is the weights, their average, the optimiser and the step, and a resumed run is the uninterrupted one, bit for bit.
+Ranks share prompts, and groups where there are more ranks than prompts; losses are divided by global counts, so neither the ranks nor
+the micro-batches change a gradient.
 
 Legend: B prompts per step and task, G samples each, N = B*G prompt-major, L text positions, W noisy steps.
 """
 
 import argparse
 import contextlib
-import copy
 import json
+import math
 import os
 import platform
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import eval as evaluation
@@ -39,8 +43,10 @@ import flow_grpo
 import rewards
 import shapes
 from grpo import group_advantage, grpo_loss
-from policy import THINK_TO_DRAW, Policy, adapters_off, add_lora, save_tensors, write_atomic
-from sample import Draw, Picture, Read, Rollout, See, Text, Write, images_of, read_picture, replay, rollout, select, texts_of
+from policy import (GENERATION, THINK_TO_DRAW, UNDERSTANDING, Policy, adapters_off, add_lora, gathered, placed, read_json, save_adapters,
+                    save_tensors, shard, whole, write_atomic)
+from sample import (Draw, Picture, Read, Rollout, See, Text, Write, images_of, join, read_picture, replay, rollout, scale_of, select,
+                    texts_of)
 
 ASSETS = Path(__file__).parent / "assets" / "toy"
 
@@ -76,7 +82,9 @@ SCALES = {
                 lora=0, system_prompt=False),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, shared_noise=False, resolution=512, think_tokens=256, answer_tokens=256,
-                  lora=64, system_prompt=True, steps=1000),
+                  lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=96,
+                  # The toy's detector is not for photographs, and its referees are not either.
+                  ins=0.0, sem=1.0, siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448"),
 }
 
 
@@ -97,7 +105,8 @@ class Config:
     steps: int = 0              # optimisation steps = batches of rollouts
     eval_every: int = 50        # 0: only before and after
     save_every: int = 50
-    micro: int = 0              # prompts per micro-batch and task; 0: all at once
+    micro: int = 0              # samples per micro-batch of an update, at least one; 0: all at once
+    rollout_batch: int = 0      # samples drawn at once, in whole groups of a rank; 0: all
     group_size: int = 0         # G
     draw: int = 0
     think: int = 0
@@ -133,7 +142,11 @@ class Config:
     think_tokens: int = 0
     answer_tokens: int = 0
     system_prompt: bool = False  # BAGEL's think prompt before the user's
-    lora: int = 0               # rank on both experts; 0 trains all weights against a frozen copy
+    experts: str = "both"       # what is trained: both, understanding, generation
+    lora: int = 0               # rank of adapters, whose absence is the reference; 0 trains all weights against a frozen copy
+    shard: bool = False         # FSDP2: weights, gradients and optimiser cut over the ranks
+    bf16: bool = False          # compute in bf16; what is trained stays fp32
+    checkpointing: bool = False  # compute activations again in the backward pass, block by block
     lr_understanding: float = 0.0
     lr_generation: float = 0.0
     weight_decay: float = 0.0
@@ -145,13 +158,19 @@ def parse(argv: list[str] | None = None) -> Config:
     """Command line -> Config: recipe column, then scale, then what was given. Unknown names are refused."""
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     ap.add_argument("--recipe", default="lvrpo", choices=[*METHODS, "control", "pretrain"])
-    ap.add_argument("--scale", default="toy", choices=[*SCALES])
+    ap.add_argument("--scale", choices=[*SCALES], help="default: by the width of --policy")
     for f in fields(Config)[2:]:
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         ap.add_argument(f"--{f.name}", **kind)
     given = {k: v for k, v in vars(ap.parse_args(argv)).items() if v is not None}
     if given["recipe"] == "pretrain":
         given.setdefault("out", str(ASSETS))
+    sizes = Path(given.get("policy", Config.policy)) / "llm_config.json"
+    given.setdefault("scale", scale_of(read_json(sizes, {}).get("hidden_size", 0)))
+    if given.get("prompts") or given.get("questions"):          # a task without data is left out unless it is asked for
+        for task in ("draw", "think", "ask"):
+            if not given.get("questions" if task == "ask" else "prompts"):
+                given.setdefault(task, 0)
     column = METHODS.index(given["recipe"]) if given["recipe"] in METHODS else 0
     return Config(**({k: row[column] for k, row in RECIPES.items()} | SCALES[given["scale"]] | given))
 
@@ -181,6 +200,22 @@ class Ranks:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
+    def share(self, count: int) -> tuple[int, int]:
+        """Into how many parts prompts are dealt, and into how many each group is; their product is the number of ranks."""
+        parts = math.gcd(count, self.world)
+        return parts, self.world // parts
+
+    def groups(self, x: Tensor, count: int, G: int) -> Tensor:
+        """x (n,) of the samples of each rank -> (count, G) of all."""
+        parts, cuts = self.share(count)
+        return self.gather(x).view(parts, cuts, count // parts, G // cuts).transpose(1, 2).reshape(count, G)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The inverse: x (count, G) of all samples -> (n,) of this rank's."""
+        count, G = x.shape
+        parts, cuts = self.share(count)
+        return x.view(parts, count // parts, cuts, G // cuts)[self.rank // cuts, :, self.rank % cuts].flatten()
+
 
 def setup() -> Ranks:
     """Read torchrun's environment; nccl where there are GPUs, else gloo."""
@@ -189,7 +224,7 @@ def setup() -> Ranks:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return Ranks(rank, world, device)
 
@@ -199,13 +234,15 @@ def setup() -> Ranks:
 
 @dataclass(frozen=True)
 class Batch:
-    """One task's prompts on this rank, and, after acting, their rollout. Lists have one entry per prompt."""
+    """One task's prompts on this rank. Lists have one entry per prompt."""
 
     task: str                   # draw | think | ask
+    step: int
     plan: list
     metadata: list[dict]
     prompts: list[str]
     index: list[int]            # of each prompt among the step's, over all ranks and tasks; seeds the samples
+    samples: range              # of each group, on this rank
     sources: Tensor | None = None    # (B, 3, H, W) in [0, 1], the image of a question
     answers: list[str] | None = None
 
@@ -249,20 +286,22 @@ class World:
                     cfg.sampler, cfg.shared_noise)
         for task in ("draw", "think", "ask"):
             count = getattr(cfg, task)
-            mine = range(ranks.rank * count // ranks.world, (ranks.rank + 1) * count // ranks.world)
+            parts, cuts = ranks.share(count)
+            part, cut, size = ranks.rank // cuts, ranks.rank % cuts, cfg.group_size // cuts
+            mine, samples = range(part * count // parts, (part + 1) * count // parts), range(cut * size, (cut + 1) * size)
             index = [first + i for i in mine]
             first += count
             if task == "ask" and count:
-                out.append(self.questions(step, list(mine), index))
+                out.append(self.questions(step, list(mine), index, samples))
             elif count:
                 metadata = [self.choose(task, step)[i] for i in mine]
                 prompts = [m["prompt"] for m in metadata]
                 system = [Read([THINK_TO_DRAW] * len(prompts))] * (task == "think" and cfg.system_prompt)
                 thought = [Write(cfg.think_tokens, cfg.temperature)] * (task == "think")
-                out.append(Batch(task, [*system, Read(prompts), *thought, draw], metadata, prompts, index))
+                out.append(Batch(task, step, [*system, Read(prompts), *thought, draw], metadata, prompts, index, samples))
         return out
 
-    def questions(self, step: int, mine: list[int], index: list[int]) -> Batch:
+    def questions(self, step: int, mine: list[int], index: list[int], samples: range) -> Batch:
         if self.toy:
             drawn = []
             for i in mine:
@@ -274,12 +313,12 @@ class World:
         else:
             rng = np.random.default_rng((self.cfg.seed, step, 2))
             rows = [self.asked[i] for i in rng.choice(len(self.asked), self.cfg.ask, replace=len(self.asked) < self.cfg.ask)[mine]]
-            pixels = [read_picture(row["image"], self.policy) for row in rows]
+            pixels = [read_picture(row["image"], self.policy)[0] for row in rows]
             sources = torch.cat([F.interpolate(p[None] * 0.5 + 0.5, (224, 224), mode="bicubic", antialias=True) for p in pixels]).clamp(0, 1)
         texts = [row["question"] for row in rows]
         plan = [See(pixels), Read(texts), Write(self.cfg.answer_tokens, self.cfg.temperature)]
         metadata = [{"tag": row.get("kind", ""), "include": []} for row in rows]
-        return Batch("ask", plan, metadata, texts, index, sources, [row["answer"] for row in rows])
+        return Batch("ask", step, plan, metadata, texts, index, samples, sources, [row["answer"] for row in rows])
 
 
 def read_lines(path: str) -> list[tuple[int, str]]:
@@ -345,8 +384,31 @@ def referees(cfg: Config, device) -> dict[str, rewards.Reward]:
     return out
 
 
-def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Config, toy: bool) -> tuple[Tensor, dict, dict]:
-    """Score a rollout -> (summed reward (N,), components name -> (N,), what to log beside them)."""
+def act(policy: Policy, batch: Batch, cfg: Config) -> Rollout:
+    """The batch's rollout, at most cfg.rollout_batch samples at once."""
+    G, parts = len(batch.samples), []
+    size = max(1, cfg.rollout_batch // G) if cfg.rollout_batch else len(batch.index)
+    with compute(cfg, policy.device), gathered(policy, spare(policy.device)):
+        for i in range(0, len(batch.index), size):
+            pick = lambda x: x if x is None else x[i:i + size]
+            plan = [replace(s, texts=pick(s.texts)) if isinstance(s, Read) else See(pick(s.pixels), pick(s.source)) if isinstance(s, See) else s
+                    for s in batch.plan]
+            parts.append(rollout(policy, plan, seed=cfg.seed, step=batch.step, prompts=batch.index[i:i + size], G=G, first=batch.samples.start))
+    return join(parts)
+
+
+def compute(cfg: Config, device: torch.device):
+    """bf16 autocast where it is asked for: of the policy's own calls, not of losses and rewards."""
+    return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else contextlib.nullcontext()
+
+
+def spare(device: torch.device) -> float | None:
+    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU; any number on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else None
+
+
+def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Config, toy: bool) -> tuple[dict, dict]:
+    """Score a rollout -> (components name -> (N,), what to log beside them)."""
     each = lambda rows: [row for row in rows for _ in range(r.G)]
     images = images_of(policy, r)
     samples = rewards.Samples(each(batch.prompts), each(batch.metadata), texts_of(policy, r), images,
@@ -366,22 +428,26 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
             look = {"truth": evaluation.truth(samples.metadata, found).mean().item(),
                     **shapes.diversity(evaluation.to_bytes(images), found, r.G)}
     components = rewards.score(table, samples)
-    weights = {k: reward_weights(cfg)[k] for k in components}
-    total = rewards.combine(components, weights, normalise=cfg.normalise, G=r.G)
     if batch.task == "ask":
         look = {"truth": components["accuracy"].mean().item()}
-    look |= {f"advantage_share/{k}": v for k, v in rewards.variance_share(components, weights, r.G).items()}
-    return total, components, look
+    return components, look
 
 
-def advantage_phase(reward: Tensor, cfg: Config, ranks: Ranks) -> tuple[Tensor, dict]:
-    """Advantages of this rank's samples; statistics span all ranks."""
-    everyone = ranks.gather(reward.to(ranks.device))
-    adv = group_advantage(everyone, cfg.group_size, scale=cfg.advantage)
-    groups = everyone.view(-1, cfg.group_size)                  # (B of all ranks, G)
-    stats = {"reward": everyone.mean().item(), "reward_std": groups.std(1, correction=0).mean().item(),
+def advantage_phase(components: dict[str, Tensor], count: int, cfg: Config, ranks: Ranks) -> tuple[Tensor, dict]:
+    """Advantages of this rank's samples; the groups and their statistics are those of all ranks' `count` prompts."""
+    G, weights = cfg.group_size, {k: reward_weights(cfg)[k] for k in components}
+    components = {k: ranks.groups(v.to(ranks.device), count, G).flatten() for k, v in components.items()}
+    reward = rewards.combine(components, weights, normalise=cfg.normalise, G=G)
+    adv, groups = group_advantage(reward, G, scale=cfg.advantage), reward.view(-1, G)
+    stats = {"reward": reward.mean().item(), "reward_std": groups.std(1, correction=0).mean().item(),
              "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean().item()}
-    return adv[ranks.rank * len(reward):][:len(reward)], stats
+    stats |= {f"rewards/{k}/mean": v.mean().item() for k, v in components.items()}
+    stats |= {f"advantage_share/{k}": v for k, v in rewards.variance_share(components, weights, G).items()}
+    return ranks.own(adv.view(count, G)), stats
+
+
+def needs_reference(cfg: Config) -> bool:
+    return bool(cfg.text_kl or cfg.image_kl or cfg.velocity_mse)
 
 
 @contextlib.contextmanager
@@ -415,44 +481,62 @@ def counts(r: Rollout) -> Tensor:
     return torch.tensor([text, image], dtype=torch.float64)
 
 
+def micro_batches(r: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
+    """Parts of a rollout and their rows: whole groups while `size` samples hold one, else pieces of a group; 0 is one part."""
+    prompts, samples = (r.B, r.G) if not size else (size // r.G, r.G) if size >= r.G else (1, size)
+    cuts = [(range(i, min(i + prompts, r.B)), range(g, min(g + samples, r.G))) for i in range(0, r.B, prompts) for g in range(0, r.G, samples)]
+    return [(select(r, p, s), [i * r.G + g for i in p for g in s]) for p, s in cuts]
+
+
 def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tuple[Batch, Rollout, Tensor]], cfg: Config,
                  ranks: Ranks) -> dict:
     """cfg.epochs optimiser steps on the rollouts. Micro-batches and ranks add up: each loss is divided by global counts."""
     parts, log = [], {}                                         # log: name -> values of the last epoch's micro-batches
     for batch, r, adv in work:
         text, image = ranks.total(counts(r).to(ranks.device)).tolist()
-        size = cfg.micro or r.B
-        for i in range(0, r.B, size):
-            part = select(r, i, min(i + size, r.B))
+        for part, rows in micro_batches(r, cfg.micro):
             reference = [None] * 2
-            if cfg.text_kl or cfg.image_kl or cfg.velocity_mse:
-                with torch.no_grad(), reference_of(policy, frozen) as ref:
+            if needs_reference(cfg):
+                with torch.no_grad(), compute(cfg, policy.device), reference_of(policy, frozen) as ref:
                     reference = replay(ref, part)
-            parts.append((batch.task, part, adv[i * r.G:(i + part.B) * r.G], dict(text=text, image=image), reference))
+            parts.append((batch.task, part, adv[rows], dict(text=text, image=image), reference))
+    averaged = ranks.world if policy.sharded else 1             # FSDP2 averages the shards' gradients over ranks; ours add up
     for _ in range(cfg.epochs):
         optimizer.zero_grad()
         value, log = 0.0, {}
         for task, part, adv, totals, reference in parts:
             loss = 0.0
-            for scored, ref in zip(replay(policy, part), reference):
+            with compute(cfg, policy.device):
+                scored_segments = replay(policy, part)
+            for scored, ref in zip(scored_segments, reference):
                 piece, stats = segment_loss(scored, ref, adv, totals, cfg)
                 loss = loss + piece
                 for k, v in stats.items():
                     log.setdefault(f"{task}/{k}", []).append(v)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the {task} loss is {loss.item()}")
-            loss.backward()
+            (averaged * loss).backward()
             value += loss.item()
-        trained = [p for g in optimizer.param_groups for p in g["params"]]
-        for p in trained:                                       # zeros, so that every rank has the same list
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            ranks.total(p.grad)
-        norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        norm = clip(optimizer, cfg.grad_clip, ranks, averaged)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         optimizer.step()
     out = over_ranks(log, ranks)
     return out | {"loss": ranks.total(torch.tensor(value, dtype=torch.float64, device=ranks.device)).item(), "grad_norm": norm.item()}
+
+
+def clip(optimizer, most: float, ranks: Ranks, averaged: int) -> Tensor:
+    """Add the gradients of all ranks up where FSDP2 has not, clip their common norm to `most` and return what it was."""
+    groups = [g["params"] for g in optimizer.param_groups]
+    for p in (p for params in groups for p in params):          # zeros, so that every rank has the same list
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if not isinstance(p, DTensor):
+            ranks.total(p.grad).div_(averaged)
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in params])) for params in groups]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for params in groups:
+        nn.utils.clip_grads_with_norm_(params, most, norm)
+    return norm
 
 
 def over_ranks(log: dict[str, list[float]], ranks: Ranks) -> dict[str, float]:
@@ -469,11 +553,13 @@ def self_check(policy: Policy, work: list, cfg: Config) -> dict:
     the two paths are different functions."""
     out = {}
     for batch, r, _ in work:
-        for scored in replay(policy, r):
+        with compute(cfg, policy.device):
+            scored_segments = [s for part, _ in micro_batches(r, cfg.micro) for s in replay(policy, part)]
+        for scored in scored_segments:
             s, name = scored.segment, f"{batch.task}/{'text' if isinstance(scored.segment, Text) else 'image'}"
             gap = (scored.logp - s.logp if scored.logp is not None else scored.flow.logp - s.flow.logp).abs().max().item()
             clip = cfg.text_clip if scored.logp is not None else cfg.image_clip
-            out[name] = gap
+            out[name] = max(gap, out.get(name, 0.0))
             if gap > max(10 * clip, 0.05):
                 raise ValueError(f"self-check: replay and rollout log-probs of {name} differ by {gap:.2g} before any update; "
                                    "they must be one function")
@@ -518,42 +604,71 @@ def trainable(policy: Policy) -> dict[str, nn.Parameter]:
     return {n: p for n, p in policy.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(path: Path, run: "Run", step: int) -> None:
-    """Trainable weights, their average, AdamW's moments and the step in one safetensors file, replaced atomically."""
-    tensors = {"step": torch.tensor(step)}
+def state(run: "Run") -> dict[str, Tensor]:
+    """The live tensors of a checkpoint but for the step: trainable weights, their average, AdamW's moments."""
+    out = {}
     for n, p in trainable(run.policy).items():
-        state = run.optimizer.state.get(p, {})
-        tensors |= {f"policy.{n}": p, f"average.{n}": run.average.weights[n]} | {f"adamw.{k}.{n}": v for k, v in state.items()}
-    save_tensors(tensors, path)
+        out |= {f"policy.{n}": p.detach(), f"average.{n}": run.average.weights[n]}
+        out |= {f"adamw.{k}.{n}": v for k, v in run.optimizer.state[p].items()}
+    return out
 
 
-def load_checkpoint(path: Path, policy: Policy, average: Average, optimizer) -> int:
-    """Put a checkpoint into the run's objects and return its step. All keys and shapes are checked before anything changes."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path} to resume from")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); pickled checkpoints are not read") from error
-    params = trainable(policy)
-    adamw = ("step", "exp_avg", "exp_avg_sq")
-    want = {"step"} | {f"{kind}.{n}" for n in params for kind in ("policy", "average")}
-    want |= {f"adamw.{k}.{n}" for n in params for k in adamw if f"adamw.step.{n}" in tensors}
-    missing, extra = sorted(want - tensors.keys()), sorted(tensors.keys() - want)
+def save_checkpoint(run: "Run", step: int) -> None:
+    """Replace out/checkpoint.safetensors atomically; of a sharded run the folder out/checkpoint, which all ranks write together
+    (torch.distributed.checkpoint, in safetensors) and which any number of ranks reads."""
+    out, tensors = Path(run.cfg.out), state(run) | {"step": torch.tensor(step)}
+    single, folder, fresh, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.tmp", out / "checkpoint.old"
+    if not run.policy.sharded:
+        if run.ranks.rank == 0:
+            save_tensors(tensors, single)
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    if run.ranks.rank == 0:
+        shutil.rmtree(fresh, ignore_errors=True)
+    dist.barrier()
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(fresh), save_distributed=True))
+    dist.barrier()
+    if run.ranks.rank == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)                                    # a kill before this line leaves the old one, which is looked for too
+        shutil.rmtree(old, ignore_errors=True)
+        single.unlink(missing_ok=True)
+    dist.barrier()
+
+
+def load_checkpoint(run: "Run") -> int:
+    """Put the checkpoint in cfg.out into the run's tensors and return its step. All keys and shapes are checked before anything changes."""
+    out, into = Path(run.cfg.out), state(run)
+    path = next((p for p in (out / "checkpoint", out / "checkpoint.old", out / "checkpoint.safetensors") if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"no checkpoint {out / 'checkpoint.safetensors'} to resume from")
+    if path.is_dir():
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        shapes_there = {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()}
+    else:
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); pickled checkpoints are not read") from error
+        shapes_there = {k: tuple(v.shape) for k, v in tensors.items()}
+    want = {"step": ()} | {k: tuple(v.shape) for k, v in into.items()}
+    missing, extra = sorted(want.keys() - shapes_there.keys()), sorted(shapes_there.keys() - want.keys())
     if missing or extra:
         raise ValueError(f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} keys extra {extra[:6]}; "
-                         "was it written with another --policy or --lora?")
-    for key, value in tensors.items():
-        n = re.sub(r"^(policy|average|adamw\.exp_avg(_sq)?)\.", "", key)
-        if n in params and value.shape != params[n].shape:
-            raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, the policy {tuple(params[n].shape)}")
-    with torch.no_grad():
-        for n, p in params.items():
-            p.copy_(tensors[f"policy.{n}"])
-            average.weights[n].copy_(tensors[f"average.{n}"])
-            if f"adamw.step.{n}" in tensors:
-                optimizer.state[p] = {k: tensors[f"adamw.{k}.{n}"].to("cpu" if k == "step" else p.device) for k in adamw}
-    return int(tensors["step"])
+                         "was it written with another --policy, --lora or --experts?")
+    for key, shape in want.items():
+        if shapes_there[key] != shape:
+            raise ValueError(f"{path}: {key} has shape {shapes_there[key]}, the policy {shape}")
+    step = torch.tensor(0)
+    if path.is_dir():
+        dcp.load(into | {"step": step}, storage_reader=reader, no_dist=not dist.is_initialized())
+    else:
+        for key, value in into.items():
+            value.copy_(placed(tensors[key].to(value.device), value))
+        step = tensors["step"]
+    return int(step)
 
 
 class Log:
@@ -606,8 +721,8 @@ class Run:
     world: World
     judges: dict
     imitation: object           # of the control; else None
-    log: Log
-    start: int                  # first step
+    start: int = 0              # first step
+    log: Log | None = None
     work: list | None = None    # the last step's batches, rollouts and advantages
 
 
@@ -615,7 +730,13 @@ def check(cfg: Config, ranks: Ranks) -> None:
     """Refuse what cannot work, before anything is loaded."""
     if cfg.group_size < 2:
         raise ValueError(f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare")
-    least = dict(draw=0, think=0, ask=0, micro=0, steps=0, eval_every=0, save_every=0, lora=0, epochs=1, denoise_steps=1, window=1,
+    if cfg.experts not in ("both", *EXPERTS):
+        raise ValueError(f"--experts {cfg.experts}: choose both, {', '.join(EXPERTS)}")
+    if cfg.experts == "generation" and cfg.ask:
+        raise ValueError(f"--ask {cfg.ask} questions teach the understanding expert, which --experts generation freezes; set --ask 0")
+    if cfg.shard and "RANK" not in os.environ:
+        raise ValueError("--shard cuts the policy over ranks; start with torchrun")
+    least = dict(draw=0, think=0, ask=0, micro=0, rollout_batch=0, steps=0, eval_every=0, save_every=0, lora=0, epochs=1, denoise_steps=1, window=1,
                  window_low=0, think_tokens=1, answer_tokens=1, resolution=1)
     for name, low in least.items():
         if getattr(cfg, name) < low:
@@ -631,35 +752,106 @@ def check(cfg: Config, ranks: Ranks) -> None:
             raise ValueError(f"--{task} has no reward: give one of {', '.join('--' + k for k in names)} a weight")
     for task in ("draw", "think", "ask"):
         n, less = getattr(cfg, task), getattr(cfg, task) // ranks.world * ranks.world
-        if n % ranks.world:
+        cuts = ranks.share(n)[1]
+        if n and cfg.group_size % cuts:
             raise ValueError(f"--{task} {n} prompts do not divide over {ranks.world} ranks; {less or ''}{' or ' if less else ''}"
-                             f"{less + ranks.world} would")
+                             f"{less + ranks.world} would, or a --group_size that is a multiple of {cuts}")
     if not cfg.draw + cfg.think + cfg.ask:
         raise ValueError("nothing to learn from: --draw, --think and --ask are all 0")
+
+
+EXPERTS = {"understanding": UNDERSTANDING, "generation": GENERATION}
+
+
+def load_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
+    """The policy to train, or its frozen reference. Its memory is checked on the meta device, before a weight is read."""
+    def prepare(policy: Policy) -> None:
+        experts = [*EXPERTS] if cfg.experts == "both" else [cfg.experts]
+        if cfg.lora:
+            add_lora(policy, cfg.lora, 2.0 * cfg.lora, tuple(EXPERTS[e] for e in experts))
+        for name, params in policy.parts().items():
+            for p in params:
+                p.requires_grad_(trained and name in experts)
+        for block in policy.blocks:
+            block.checkpointing = cfg.checkpointing
+        if cfg.shard:
+            shard(policy, torch.bfloat16 if cfg.bf16 else None)
+        if trained and ranks.device.type == "cuda":
+            check_memory(policy, cfg, ranks)
+    return Policy.load(cfg.policy, device=ranks.device, prepare=prepare)
+
+
+def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
+    """What a run needs on each GPU, in GB (1e9 bytes), computed from counts of numbers; `policy` may be on the meta device.
+
+    Kept all the time: weights (fp32 where trained, else as in bf16), gradients, AdamW's moments and the average (fp32), a frozen
+    reference. In turn: a rollout (the text's keys and values twice, while they grow, one block's activations of an image step, the whole
+    weights if sharded) and a replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of
+    its width; one block's activations; the logits three times). Referees, the autoencoder's activations and the allocator's losses are not counted.
+    """
+    c, byte = policy.config.llm, 2 if cfg.bf16 else 4
+    D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
+    rows = lambda p: p.to_local().numel() if isinstance(p, DTensor) else p.numel()
+    held = sum(rows(p) for p in policy.parameters())
+    trained = sum(rows(p) for p in policy.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in policy.parameters())
+    counts = [(getattr(cfg, task) * cfg.group_size // world, task) for task in ("draw", "think", "ask")]
+    most = max((min(n, cfg.rollout_batch or n) for n, _ in counts), default=0)
+    micro = max((min(n, cfg.micro or n) for n, _ in counts), default=0)
+    M = (cfg.resolution // policy.config.stride) ** 2 + 2 if cfg.draw or cfg.think else 0
+    written = max(cfg.think_tokens * bool(cfg.think), cfg.answer_tokens * bool(cfg.ask))
+    L = 64 + 160 * cfg.system_prompt * bool(cfg.think) + written
+    cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
+    block = (3 * I + 8 * D) * byte                                                               # bytes of a token inside a block
+    tokens = cfg.window * M + L                                                                  # of a sample in one replay
+    inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
+    out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
+           "reference": held * byte if needs_reference(cfg) and not cfg.lora else 0,
+           "rollout": most * (2 * L * cache + max(M, 1) * block) + (everything * byte if policy.sharded else 0),
+           "replay": micro * (3 * L * cache + tokens * inputs + max(M, L) * block + written * V * (byte + 8))}
+    return {k: v / 1e9 for k, v in out.items()}
+
+
+def peak(need: dict[str, float]) -> float:
+    """GB at the worst moment: rollout and replay do not meet."""
+    return sum(v for k, v in need.items() if k not in ("rollout", "replay")) + max(need["rollout"], need["replay"])
+
+
+def check_memory(policy: Policy, cfg: Config, ranks: Ranks) -> None:
+    """ValueError before anything is read where the GPU cannot hold the run, with settings that it would hold."""
+    has, need = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9, memory(policy, cfg, ranks.world)
+    if peak(need) <= has:
+        return
+    changes = [dict(micro=1), dict(rollout_batch=cfg.group_size), dict(micro=1, rollout_batch=cfg.group_size), dict(think_tokens=64, micro=1)]
+    fits = [c for c in changes if peak(memory(policy, replace(cfg, **c), ranks.world)) <= has]
+    hint = " ".join(f"--{k} {v}" for k, v in fits[0].items()) if fits else "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
+    parts = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if v >= 0.05)
+    raise ValueError(f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {parts}; try {hint}")
 
 
 def begin(cfg: Config, ranks: Ranks) -> Run:
     """Load everything a run needs; with --resume, its last checkpoint too."""
     check(cfg, ranks)
-    policy = Policy.load(cfg.policy, device=ranks.device)
+    policy = load_policy(cfg, ranks)
     world = World(cfg, policy)
-    if cfg.lora:
-        torch.manual_seed(cfg.seed)                             # the adapters' initial A is the one draw outside a Generator
-        frozen = None
-        add_lora(policy, cfg.lora, 2.0 * cfg.lora)
-    else:
-        frozen = copy.deepcopy(policy.float()).requires_grad_(False)
-    groups = [dict(params=params, lr=lr) for params, lr in zip(policy.parts().values(), (cfg.lr_understanding, cfg.lr_generation)) if params]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    average = Average(policy, cfg.ema)
-    start = load_checkpoint(Path(cfg.out) / "checkpoint.safetensors", policy, average, optimizer) if cfg.resume else 0
+    frozen = load_policy(cfg, ranks, trained=False) if needs_reference(cfg) and not cfg.lora else None
+    rates, groups = dict(understanding=cfg.lr_understanding, generation=cfg.lr_generation), []
+    for name, params in policy.parts().items():
+        for cut in (False, True):                               # sharded and whole tensors do not mix in one group
+            groups.append(dict(params=[p for p in params if isinstance(p, DTensor) == cut], lr=rates[name]))
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    for p in trainable(policy).values():
+        optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     judges, imitation = {}, None
     if cfg.recipe == "control":
         from assets.pretrain import Imitation
         imitation = Imitation(policy, cfg.seed)
     else:
         judges = referees(cfg, ranks.device)
-    return Run(cfg, ranks, policy, frozen, optimizer, average, world, judges, imitation, Log(cfg, ranks, start), start)
+    run = Run(cfg, ranks, policy, frozen, optimizer, Average(policy, cfg.ema), world, judges, imitation)
+    run.start = load_checkpoint(run) if cfg.resume else 0
+    run.log = Log(cfg, ranks, run.start)
+    return run
 
 
 def one_step(run: Run, step: int) -> dict:
@@ -668,10 +860,9 @@ def one_step(run: Run, step: int) -> dict:
         return run.imitation.step(step, run.optimizer)
     cfg, stats, work = run.cfg, {}, []
     for batch in run.world.batches(step, run.ranks):
-        r = rollout(run.policy, batch.plan, seed=cfg.seed, step=step, prompts=batch.index, G=cfg.group_size)   # 1. act
-        reward, components, look = reward_phase(run.policy, batch, r, run.judges, cfg, run.world.toy)          # 2. reward
-        adv, group = advantage_phase(reward, cfg, run.ranks)                                                   # 3. compare
-        look |= {f"rewards/{k}/mean": v.mean().item() for k, v in components.items()}
+        r = act(run.policy, batch, cfg)                                                                        # 1. act
+        components, look = reward_phase(run.policy, batch, r, run.judges, cfg, run.world.toy)                  # 2. reward
+        adv, group = advantage_phase(components, getattr(cfg, batch.task), cfg, run.ranks)                     # 3. compare
         look |= {"completions/mean_length": s.chosen.sum(1).float().mean().item()
                  for s in r.segments if isinstance(s, Text) and s.chosen is not None}
         mine = torch.tensor(list(look.values()), dtype=torch.float64, device=run.ranks.device)
@@ -686,8 +877,11 @@ def one_step(run: Run, step: int) -> dict:
 
 def look(run: Run, step: int) -> None:
     """Evaluate the averaged weights on held-out prompts and log it (toy only)."""
-    if run.world.toy and run.cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated:
-        with run.average.swapped(run.policy):
+    due = run.world.toy and run.cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated
+    if run.policy.sharded:                                      # then all ranks' forwards are needed
+        due = run.ranks.total(torch.tensor(int(due), device=run.ranks.device)).item()
+    if due:
+        with run.average.swapped(run.policy), gathered(run.policy):
             table = evaluation.evaluate(run.policy)
         run.log(step=step, eval={k: [round(x, 5) if np.isfinite(x) else None for x in v] for k, v in table.items()})
 
@@ -707,7 +901,7 @@ def signals():
 def train(cfg: Config, ranks: Ranks) -> None:
     """The run: the six phases until cfg.steps, or until a signal, which saves first."""
     run = begin(cfg, ranks)
-    out, before = Path(cfg.out), copy.deepcopy(run.policy) if run.world.toy and ranks.rank == 0 else None
+    out = Path(cfg.out)
     look(run, run.start)
     with signals() as stop:
         bar = tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, disable=ranks.rank > 0, desc=cfg.recipe)
@@ -717,36 +911,36 @@ def train(cfg: Config, ranks: Ranks) -> None:
             except FloatingPointError as error:
                 raise keep_bad_step(run, step, error) from error
             except (ValueError, OSError, rewards.RewardError):
-                if ranks.rank == 0 and step > run.start:        # raised before the update: the weights are those of the step before
-                    save_checkpoint(out / "checkpoint.safetensors", run, step)
+                if step > run.start and not run.policy.sharded:  # raised before the update: the weights are those of the step before
+                    save_checkpoint(run, step)
                 raise
             run.average.update(run.policy)
             run.log(step=step, **stats)                                                                        # 5. look
             bar.set_postfix({k.split("/")[0]: f"{v:.3f}" for k, v in stats.items() if k.endswith("/reward") or k == "loss"})
             done, halt = step + 1, bool(ranks.total(torch.tensor([len(stop)], device=ranks.device)).item())
-            if ranks.rank == 0 and (halt or done == cfg.steps or cfg.save_every and done % cfg.save_every == 0):
-                save_checkpoint(out / "checkpoint.safetensors", run, done)                                     # 6. keep
+            if halt or done == cfg.steps or cfg.save_every and done % cfg.save_every == 0:
+                save_checkpoint(run, done)                                                                     # 6. keep
             if halt:
                 tqdm.write(f"stopped after step {step}, checkpoint saved; go on with --resume")
                 return
             if cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps):
                 look(run, done)
-    if ranks.rank == 0:
-        with run.average.swapped(run.policy):
+    if ranks.rank == 0 or run.policy.sharded:
+        with run.average.swapped(run.policy), gathered(run.policy):
+            if cfg.lora:
+                save_adapters(run.policy, out / "adapter")
             run.policy.save(out / "policy")
-            if run.world.toy and cfg.eval_every:
-                if run.start:
-                    before = Policy.load(cfg.policy, device=ranks.device)
-                evaluation.before_after(before, run.policy, out / "before_after.png")
-        if run.world.toy and cfg.eval_every:
-            evaluation.plot([run.log.path], out / "curves.png")
-            print(evaluation.summary(run.log.path))
+    if ranks.rank == 0 and run.world.toy and cfg.eval_every:
+        evaluation.before_after(Policy.load(cfg.policy, ranks.device), Policy.load(out / "policy", ranks.device), out / "before_after.png")
+        evaluation.plot([run.log.path], out / "curves.png")
+        print(evaluation.summary(run.log.path))
 
 
 def keep_bad_step(run: Run, step: int, error: Exception) -> FloatingPointError:
     """Save the weights and the batch of a step whose loss or gradient is not finite, one file per rank."""
-    path, good = Path(run.cfg.out) / f"bad_step_{run.ranks.rank}.safetensors", Path(run.cfg.out) / "checkpoint.safetensors"
-    tensors = {f"policy.{n}": p for n, p in trainable(run.policy).items()} | {"step": torch.tensor(step)}
+    path = Path(run.cfg.out) / f"bad_step_{run.ranks.rank}.safetensors"
+    good = Path(run.cfg.out) / ("checkpoint" if run.policy.sharded else "checkpoint.safetensors")
+    tensors = {f"policy.{n}": p.to_local() if isinstance(p, DTensor) else p for n, p in trainable(run.policy).items()} | {"step": torch.tensor(step)}
     for batch, r, adv in run.work or []:
         tensors[f"{batch.task}.adv"] = adv
         for i, s in enumerate(r.segments):

@@ -1,5 +1,6 @@
 """Acting and learning walk one trajectory: replay is rollout, sharing is the plain way, samples do not depend on their batch."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 import flow_grpo
 from eval import plain_replay, plain_text
 from policy import Guidance, Policy
-from sample import Draw, Picture, Read, See, Text, Write, images_of, main, read_picture, replay, rollout, save_grid, select, texts_of
+from sample import (Draw, Picture, Read, See, Text, Write, images_of, join, main, read_picture, replay, rollout, save_grid, select,
+                    texts_of)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 DRAW = Draw((16, 24), flow_grpo.time_grid(6, 2.0), (1, 4), 0.8, "cps")
@@ -27,8 +29,9 @@ def plans():
     return {"question": [See(pixels), Read(PROMPTS), Write(5)],
             "text to image": [Read(PROMPTS), DRAW],
             "think, draw": [Read(PROMPTS), Write(5, 0.9), DRAW],
-            "edit": [See(pixels, latents=True), Read(PROMPTS), DRAW],
-            "think, edit": [See(pixels, latents=True), Read(PROMPTS), Write(4), DRAW]}
+            "edit": [See(pixels, pixels), Read(PROMPTS), DRAW],
+            "think, edit": [See(pixels, pixels), Read(PROMPTS), Write(4), DRAW],
+            "several rounds": [Read(PROMPTS), DRAW, Read(["make it red", "no", "more dogs than cats"]), Write(4), DRAW]}
 
 
 @pytest.mark.parametrize("guidance", [None, GUIDED])
@@ -73,7 +76,7 @@ def test_a_sample_depends_on_its_seed_step_prompt_and_place_alone(policy):
     plan = lambda prompts: [Read(prompts), Write(5), DRAW]
     whole = rollout(policy, plan(PROMPTS), seed=1, step=2, prompts=[7, 8, 9], G=4)
     part = rollout(policy, plan(PROMPTS[1:2]), seed=1, step=2, prompts=[8], G=4)
-    a, b = select(whole, 1, 2), part
+    a, b = select(whole, range(1, 2)), part
     assert texts_of(policy, a) == texts_of(policy, b)
     assert torch.allclose(a.segments[-1].flow.data, b.segments[-1].flow.data, atol=2e-5)
     for change in (dict(seed=2, step=2, prompts=[8]), dict(seed=1, step=3, prompts=[8]), dict(seed=1, step=2, prompts=[7])):
@@ -91,7 +94,7 @@ def test_micro_batches_are_slices_of_the_whole(policy):
     r = rollout(policy, plans()["think, edit"], seed=1, step=0, prompts=[0, 1, 2], G=4)
     whole = replay(policy, r)
     for i in range(3):
-        for a, b in zip(replay(policy, select(r, i, i + 1)), whole):
+        for a, b in zip(replay(policy, select(r, range(i, i + 1))), whole):
             rows = slice(4 * i, 4 * i + 4)
             if a.logp is not None:
                 assert torch.allclose(a.logp, b.logp[rows], atol=2e-5)
@@ -123,9 +126,64 @@ def test_the_thought_is_read_by_the_image(policy):
     assert not torch.allclose(replay(policy, type(r)(bare, r.B, r.G))[0].flow.v, v, atol=1e-3)
 
 
-def test_given_segments_come_first(policy):
-    with pytest.raises(ValueError, match="put what is given first"):
-        rollout(policy, [Write(3), Read(PROMPTS)], seed=0, step=0, prompts=[0, 1, 2], G=2)
+def test_a_given_image_comes_first(policy):
+    pixels = torch.zeros(3, 3, 40, 40)
+    with pytest.raises(ValueError, match="put it first"):
+        rollout(policy, [Read(PROMPTS), Write(3), See(pixels)], seed=0, step=0, prompts=[0, 1, 2], G=2)
+
+
+def test_what_was_drawn_is_read_back_clean(policy):
+    """The second image of several rounds depends on the first, through its latents and through its pixels."""
+    r = rollout(policy, plans()["several rounds"], seed=1, step=0, prompts=[0, 1, 2], G=2)
+    first, v = r.segments[1], replay(policy, r)[-1].flow.v
+    assert len(first.pixels) == 6 and first.pixels[0].shape[0] == 3
+    for change in (dict(pixels=[-x for x in first.pixels]), dict(flow=dataclasses.replace(first.flow, data=-first.flow.data))):
+        other = dataclasses.replace(r, segments=(r.segments[0], dataclasses.replace(first, **change), *r.segments[2:]))
+        assert not torch.allclose(replay(policy, other)[-1].flow.v, v, atol=1e-3)
+
+
+@pytest.mark.parametrize("shared_noise", [False, True])
+def test_a_group_in_parts_is_the_group(policy, shared_noise):
+    plan = [Read(PROMPTS), Write(5), dataclasses.replace(DRAW, shared_noise=shared_noise)]
+    whole = rollout(policy, plan, seed=1, step=2, prompts=[0, 1, 2], G=4)
+    part = rollout(policy, plan, seed=1, step=2, prompts=[0, 1, 2], G=2, first=2)
+    a, b = select(whole, range(3), range(2, 4)), part
+    assert a.G == b.G == 2 and texts_of(policy, a) == texts_of(policy, b)
+    assert torch.allclose(a.segments[-1].flow.data, b.segments[-1].flow.data, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", plans())
+def test_rollouts_of_parts_join_to_the_whole(policy, layout):
+    def walk(rows):
+        rows = list(rows)
+        short = lambda x: x[rows] if isinstance(x, torch.Tensor) else [x[i] for i in rows]
+        plan = [type(item)(*(short(x) if isinstance(x, (list, torch.Tensor)) else x for x in vars(item).values()))
+                if isinstance(item, (Read, See)) else item for item in plans()[layout]]
+        return rollout(policy, plan, seed=1, step=0, prompts=rows, G=2)
+
+    whole, parts = walk(range(3)), join([walk(range(2)), walk([2])])
+    assert parts.B == 3 and len(parts.segments) == len(whole.segments)
+    assert images_of(policy, whole) is None or torch.allclose(images_of(policy, parts), images_of(policy, whole), atol=1e-4)
+    for a, b in zip(replay(policy, parts), replay(policy, whole)):
+        ours, theirs = (s.logp if s.logp is not None else s.flow.logp for s in (a, b))
+        assert torch.allclose(ours, theirs[:, :ours.shape[1]], atol=2e-5)
+
+
+def test_images_of_several_sizes_are_drawn_as_alone(policy):
+    """Editing in one batch, each image at its own size, is editing one by one."""
+    g = torch.Generator().manual_seed(5)
+    sizes = [(16, 24), (8, 8), (24, 16)]
+    sources = [torch.rand(3, *s, generator=g) * 2 - 1 for s in sizes]
+    seen = [torch.rand(3, 20, 30, generator=g), torch.rand(3, 10, 10, generator=g), torch.rand(3, 50, 20, generator=g)]
+    times = flow_grpo.time_grid(4, 2.0)
+    batch = rollout(policy, [See(seen, sources), Read(PROMPTS), Draw(sizes, times)], seed=3, step=0, prompts=[0, 1, 2], G=2, guidance=GUIDED)
+    images = images_of(policy, batch)
+    for i in range(3):
+        plan = [See([seen[i]], [sources[i]]), Read(PROMPTS[i:i + 1]), Draw(sizes[i], times)]
+        alone = images_of(policy, rollout(policy, plan, seed=3, step=0, prompts=[i], G=2, guidance=GUIDED))
+        assert torch.allclose(alone, torch.stack(images[2 * i:2 * i + 2]), atol=2e-4)
+    with pytest.raises(ValueError, match="several sizes cannot share noisy steps"):
+        rollout(policy, [Read(PROMPTS), Draw(sizes, times, (0, 1), 0.5)], seed=0, step=0, prompts=[0, 1, 2], G=1)
 
 
 def test_pictures_come_out_in_range_and_grids_are_written(policy, tmp_path):
@@ -152,13 +210,15 @@ def test_the_command_line_draws_thinks_and_answers(tmp_path, capsys):
     assert Image.open(out).size[0] == 3 * 130 - 2
     main(["as many circles as a triangle has sides", "--think", "--n", "1", "--out", out])
     assert "<think>" in capsys.readouterr().out
+    main(["make it red", "--edit", out, "--n", "2", "--guidance", "2", "--image_guidance", "1.5", "--renorm", "channel", "--out", out])
+    assert Image.open(out).size[0] == 2 * 130 - 2
     main(["how many circles ?", "--question", out])
     assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("argv, said", [
     (["x", "--policy", "nowhere"], "policy folder nowhere does not exist"), (["x", "--n", "0"], "at least one"),
-    (["x", "--question", "missing.png"], "image missing.png does not exist")])
+    (["x", "--question", "missing.png"], "image missing.png does not exist"), (["x", "--question", "a", "--edit", "b"], "give one of them")])
 def test_bad_input_ends_in_one_line(argv, said):
     with pytest.raises(SystemExit) as stop:
         main(argv)

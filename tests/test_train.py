@@ -229,8 +229,8 @@ def test_bad_input_ends_in_one_clear_line(tmp_path, argv, words):
 
 
 def test_a_batch_that_ranks_cannot_share_says_what_would_be(tmp_path):
-    with pytest.raises(ValueError, match="--draw 3 prompts do not divide over 2 ranks; 2 or 4 would"):
-        train.check(small(tmp_path, "--draw", 3), Ranks(0, 2, torch.device("cpu")))
+    with pytest.raises(ValueError, match="--draw 3 prompts do not divide over 2 ranks; 2 or 4 would, or a --group_size that is a multiple of 2"):
+        train.check(small(tmp_path, "--draw", 3, "--group_size", 5), Ranks(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("text, words", [
