@@ -3,6 +3,8 @@
     python eval.py --policy out/policy                       # a table by GenEval tag and question kind, with standard errors
     python eval.py plot out/log.jsonl control/log.jsonl      # curves of one or several runs
     python eval.py bench                                     # what sharing, batching and caching save, as ratios in one run
+    python eval.py memory                                    # GB per GPU that training BAGEL's sizes needs, computed
+    python eval.py bench --policy 7b                         # a policy of BAGEL's size: images, tokens, one update on this GPU
 
 Truth is the exact detector of shapes.py through GenEval's checker, never a proxy reward. Standard errors are over prompts (their samples
 are not independent); the mean over tags weighs tags equally, as GenEval does. Every number comes from the seeds given here.
@@ -26,9 +28,9 @@ import torch
 import flow_grpo
 import shapes
 from grpo import token_logp
-from policy import Policy, write_atomic
+from policy import Guidance, Policy, PolicyConfig, read_json, write_atomic
 from rewards import geneval_check
-from sample import TOY, Draw, Read, See, Text, Write, images_of, replay, rollout, texts_of
+from sample import TOY, Draw, Read, See, Text, Write, images_of, replay, rollout, scale_of, texts_of
 
 KINDS = ("count", "color", "shape", "exists", "relation")
 PROMPTS_PER_TAG, SAMPLES, THOUGHTS, QUESTIONS, ODE_STEPS, SHIFT, SIZE = 32, 8, 96, 1000, 10, 2.0, (32, 32)
@@ -306,12 +308,21 @@ def bench_case(name: str, policy: Policy):
 
 @contextlib.contextmanager
 def never_ends(policy: Policy):
-    """Let texts run to their full length, so that both variants do the same work."""
-    end, policy.end = policy.end, -1
+    """Let sampled texts run to their full length, so that every variant does the same work."""
+    sample, end = policy.sample_text, policy.end
+
+    def full_length(*inputs):
+        policy.end = -1
+        try:
+            return sample(*inputs)
+        finally:
+            policy.end = end
+
+    policy.sample_text = full_length
     try:
         yield
     finally:
-        policy.end = end
+        del policy.sample_text
 
 
 def bench_variant(name: str, folder: str, repeats: int = 5) -> dict:
@@ -351,11 +362,124 @@ def bench(folder: str) -> str:
     return "\n".join(rows)
 
 
+def release_on_meta(tokenizer) -> Policy:
+    """BAGEL-7B-MoT's sizes without memory, with the toy's tokenizer."""
+    llm = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+               rope_theta=1e6, rms_norm_eps=1e-6)
+    vit = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, patch_size=14, image_size=980, num_hidden_layers=27,
+               num_channels=3, layer_norm_eps=1e-6)
+    with torch.device("meta"):
+        return Policy(PolicyConfig(llm, vit), tokenizer)
+
+
+def random_release(device) -> Policy:
+    """The release's sizes with random weights: 29 GB in bf16, for measuring only."""
+    release = release_on_meta(Policy.load(TOY).tokenizer).bfloat16().to_empty(device=device).requires_grad_(False).eval()
+    with torch.no_grad():
+        for name, p in release.named_parameters():
+            p.fill_(1.0) if "norm" in name and name.endswith("weight") else p.normal_(std=0.02)
+        for name in ("latent_positions", "vit_positions"):
+            getattr(release, name).normal_(std=0.02)
+    return release
+
+
+def timed(device, work) -> tuple[float, float, object]:
+    """(seconds, peak GB on the GPU, result) of work()."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    sync()
+    begun = time.perf_counter()
+    result = work()
+    sync()
+    return time.perf_counter() - begun, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan"), result
+
+
+def ceilings(device, dtype, side: int = 8192) -> tuple[float, float]:
+    """Measured best of five: (products of square matrices in FLOP/s, copies of memory in bytes/s, read and written)."""
+    side = side if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = min(timed(device, lambda: a @ b)[0] for _ in range(6))
+    big = torch.empty(side * side * 4, device=device, dtype=dtype)
+    copy = min(timed(device, lambda: big.clone())[0] for _ in range(6))
+    return 2 * side**3 / product, 2 * big.numel() * big.element_size() / copy
+
+
+def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: tuple[int, ...] = (1, 4, 16), words: int = 256, G: int = 8) -> str:
+    """Markdown rows of a large policy: text to image by batch (the batch of one is the official order), one UniGRPO update with adapters,
+    text decoding. FLOP of a replay: 2 per weight and token forward, 2 backward (adapters need no gradient of the frozen weights), and the
+    attention's; recomputation is not counted as useful."""
+    import train
+    device, c = policy.device, policy.config.llm
+    rows, prompt = ["| what | seconds | rate | peak GB |", "|---|---|---|---|"], "a red circle left of a blue square"
+    flops, bandwidth = ceilings(device, policy.embed.weight.dtype)
+    rows.append(f"| ceilings | | {flops / 1e12:.1f} TFLOP/s of products, {bandwidth / 1e9:.0f} GB/s of copies | |")
+    times, guidance, alone = flow_grpo.time_grid(steps, 3.0), Guidance(4.0), None
+    plan = [Read([prompt]), Draw((size, size), times)]
+    rollout(policy, [Read([prompt]), Draw((size, size), times[[0, -1]])], seed=0, step=0, prompts=[0], G=1)              # warm-up
+    for n in batches:
+        seconds, peak, _ = timed(device, lambda: images_of(policy, rollout(policy, plan, seed=0, step=0, prompts=[0], G=n, guidance=guidance)))
+        alone = alone or seconds / n
+        rows.append(f"| text to image, {size} px, {steps} steps, guidance 4, batch {n} | {seconds:.2f} | {60 * n / seconds:.1f} images/min, "
+                    f"{alone * n / seconds:.2f}x one by one | {peak:.1f} |")
+    with torch.no_grad(), never_ends(policy):
+        _, context = policy.append_text(policy.empty(16), *policy.encode_text([prompt] * 16))
+        uniforms = torch.rand(16, words, generator=torch.Generator().manual_seed(0)).to(device)
+        policy.sample_text(context, uniforms[:, :4])
+        seconds, peak, _ = timed(device, lambda: policy.sample_text(context, uniforms))
+    expert = lambda e: sum(p.numel() for block in policy.blocks for p in block.experts[e].parameters())
+    read = (expert(0) + policy.head.weight.numel()) * policy.head.weight.element_size()
+    rows.append(f"| text, batch 16, {words} tokens | {seconds:.2f} | {16 * words / seconds:.0f} tokens/s, weights read at "
+                f"{read * words / seconds / bandwidth:.0%} of the copies' rate | {peak:.1f} |")
+    cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--think", "1", "--ask", "0", "--group_size", str(G), "--think_tokens", str(words),
+                       "--resolution", str(size), "--micro", str(G), "--epochs", "1", "--no-system_prompt", "--prompts", "-"])
+    understanding, generation, head = expert(0), expert(1), policy.head.weight.numel()
+    train.add_lora(policy, cfg.lora, 2.0 * cfg.lora)
+    for block in policy.blocks:
+        block.checkpointing = cfg.checkpointing
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
+    draw = Draw((size, size), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), (0, cfg.window), cfg.noise_level, cfg.sampler)
+    batch = train.Batch("think", 0, [Read([prompt]), Write(words), draw], [{}], [prompt], [0], range(G))
+    with never_ends(policy):
+        seconds, peak, r = timed(device, lambda: train.act(policy, batch, cfg))
+    rows.append(f"| UniGRPO, G={G}: rollout of {words} tokens and {cfg.denoise_steps} steps | {seconds:.2f} | | {peak:.1f} |")
+    adv, ranks = torch.linspace(-1, 1, G, device=device), train.Ranks(0, 1, device)
+    for i in range(2):                                          # the first warms up
+        seconds, peak, _ = timed(device, lambda: train.update_phase(policy, None, optimizer, [(batch, r, adv)], cfg, ranks))
+    step, _, _ = timed(device, optimizer.step)
+    L, M = r.segments[0].tokens.shape[1] + words + 2, policy.latent_grid((size, size), 1)[0].shape[1]
+    attention = 4 * c["num_hidden_layers"] * c["hidden_size"] * (L * L / 2 + cfg.window * M * (L + M))
+    forward = 2 * (understanding * L + head * words + generation * cfg.window * M) + attention
+    useful = G * forward * (2 + 1)                              # forward, backward, and the reference's forward
+    rows.append(f"| UniGRPO, G={G}: replay, backward, reference, optimiser ({step:.2f} s of it) | {seconds:.2f} | {useful / seconds / flops:.0%} of the "
+                f"products' ceiling | {peak:.1f} |")
+    return "\n".join(rows)
+
+
+def memory_table() -> str:
+    """Markdown rows: what `train.memory` computes for UniGRPO on the release's sizes, GB on each GPU."""
+    import train
+    tokenizer, rows = Policy.load(TOY).tokenizer, ["| trained | pixels | GPUs | kept | rollout | replay | peak |", "|---|---|---|---|---|---|---|"]
+    for name, flags in (("adapters, both experts", ["--lora", "64"]), ("generation expert", ["--lora", "0", "--experts", "generation", "--shard"]),
+                        ("all weights", ["--lora", "0", "--shard"])):
+        for pixels in (512, 1024):
+            for world in (1, 8):
+                cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--prompts", "-", "--resolution", str(pixels), "--think", str(4 * world),
+                                   "--rollout_batch", "24", *flags])
+                policy = release_on_meta(tokenizer)
+                train.freeze(policy, cfg)
+                need = train.memory(policy, cfg, world)
+                kept = sum(v for k, v in need.items() if k not in ("rollout", "replay"))
+                rows.append(f"| {name} | {pixels} | {world} | {kept:.0f} | {need['rollout']:.0f} | {need['replay']:.0f} | {train.peak(need):.0f} |")
+    return "\n".join(rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description="Evaluate a policy on the toy; plot logs; measure speed.", allow_abbrev=False)
-    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "bench"])
+    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "bench", "memory"])
     ap.add_argument("logs", nargs="*", type=Path, help="log.jsonl files to plot")
-    ap.add_argument("--policy", default=str(TOY))
+    ap.add_argument("--policy", default=str(TOY), help='a policy folder; for bench also "7b", the release\'s sizes with random weights')
+    ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--seed", type=int, default=1234)
     ap.add_argument("--out", type=Path, help="where to write: eval.json, or curves.png")
     ap.add_argument("--variant", help=argparse.SUPPRESS)
@@ -366,10 +490,23 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("plot needs at least one log.jsonl")
             plot(a.logs, a.out or Path("curves.png"))
             print(f"curves in {a.out or 'curves.png'}")
+        elif a.what == "memory":
+            print(memory_table())
         elif a.what == "bench":
-            print(json.dumps(bench_variant(a.variant, a.policy)) if a.variant else bench(a.policy))
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            if a.variant:
+                print(json.dumps(bench_variant(a.variant, a.policy)))
+            elif a.policy == "7b":
+                print(bench_release(random_release(device)))
+            elif scale_of(read_json(Path(a.policy) / "llm_config.json").get("hidden_size", 0)) == "bagel":
+                print(bench_release(Policy.load(a.policy, device=device).requires_grad_(False)))
+            else:
+                print(bench(a.policy))
         else:
-            table = evaluate(Policy.load(a.policy, device="cuda" if torch.cuda.is_available() else "cpu"), a.seed)
+            policy = Policy.load(a.policy, device="cuda" if torch.cuda.is_available() else "cpu", adapter=a.adapter)
+            if scale_of(policy.config.llm["hidden_size"]) != "toy":
+                raise ValueError("the table is of the toy world; a large policy is measured by its own benchmarks on images that sample.py draws")
+            table = evaluate(policy, a.seed)
             out = a.out or Path("eval.json")
             write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).replace("NaN", "null").encode())
             print(f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n\nwritten to {out}")

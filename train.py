@@ -763,17 +763,25 @@ def check(cfg: Config, ranks: Ranks) -> None:
 EXPERTS = {"understanding": UNDERSTANDING, "generation": GENERATION}
 
 
+def freeze(policy: Policy, cfg: Config) -> None:
+    """Leave trainable what cfg trains: adapters or all weights, of one expert or both."""
+    experts = [*EXPERTS] if cfg.experts == "both" else [cfg.experts]
+    if cfg.lora:
+        add_lora(policy, cfg.lora, 2.0 * cfg.lora, tuple(EXPERTS[e] for e in experts))
+    for name, params in policy.parts().items():
+        for p in params:
+            p.requires_grad_(name in experts)
+    for block in policy.blocks:
+        block.checkpointing = cfg.checkpointing
+
+
 def load_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
     """The policy to train, or its frozen reference. Its memory is checked on the meta device, before a weight is read."""
     def prepare(policy: Policy) -> None:
-        experts = [*EXPERTS] if cfg.experts == "both" else [cfg.experts]
-        if cfg.lora:
-            add_lora(policy, cfg.lora, 2.0 * cfg.lora, tuple(EXPERTS[e] for e in experts))
-        for name, params in policy.parts().items():
-            for p in params:
-                p.requires_grad_(trained and name in experts)
-        for block in policy.blocks:
-            block.checkpointing = cfg.checkpointing
+        if trained:
+            freeze(policy, cfg)
+        else:
+            policy.requires_grad_(False)
         if cfg.shard:
             shard(policy, torch.bfloat16 if cfg.bf16 else None)
         if trained and ranks.device.type == "cuda":
@@ -784,17 +792,19 @@ def load_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
 def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
     """What a run needs on each GPU, in GB (1e9 bytes), computed from counts of numbers; `policy` may be on the meta device.
 
-    Kept all the time: weights (fp32 where trained, else as in bf16), gradients, AdamW's moments and the average (fp32), a frozen
-    reference. In turn: a rollout (the text's keys and values twice, while they grow, one block's activations of an image step, the whole
-    weights if sharded) and a replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of
-    its width; one block's activations; the logits three times). Referees, the autoencoder's activations and the allocator's losses are not counted.
+    Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
+    reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
+    replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
+    activations; the logits three times); either holds two gathered blocks of a sharded policy. Not counted: referees, the
+    autoencoder's activations, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
     """
     c, byte = policy.config.llm, 2 if cfg.bf16 else 4
     D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
-    rows = lambda p: p.to_local().numel() if isinstance(p, DTensor) else p.numel()
+    cut = world if cfg.shard and not policy.sharded else 1      # of a policy that is not cut yet, nearly everything will be
+    rows = lambda p: p.to_local().numel() if isinstance(p, DTensor) else p.numel() / cut
     held = sum(rows(p) for p in policy.parameters())
     trained = sum(rows(p) for p in policy.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in policy.parameters())
+    two = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters()) if cfg.shard else 0
     counts = [(getattr(cfg, task) * cfg.group_size // world, task) for task in ("draw", "think", "ask")]
     most = max((min(n, cfg.rollout_batch or n) for n, _ in counts), default=0)
     micro = max((min(n, cfg.micro or n) for n, _ in counts), default=0)
@@ -807,8 +817,8 @@ def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
     inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
     out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
            "reference": held * byte if needs_reference(cfg) and not cfg.lora else 0,
-           "rollout": most * (2 * L * cache + max(M, 1) * block) + (everything * byte if policy.sharded else 0),
-           "replay": micro * (3 * L * cache + tokens * inputs + max(M, L) * block + written * V * (byte + 8))}
+           "rollout": most * (2 * L * cache + max(M, 1) * block) + two,
+           "replay": micro * (3 * L * cache + tokens * inputs + max(M, L) * block + written * V * (byte + 8)) + two}
     return {k: v / 1e9 for k, v in out.items()}
 
 

@@ -94,3 +94,10 @@ def test_a_file_that_is_no_log_is_refused(tmp_path):
 @pytest.mark.parametrize("name", [f"{what}-{way}" for what in evaluation.BENCHES for way in ("plain", "shared")])
 def test_every_variant_of_the_benchmark_runs(name):
     evaluation.bench_case(name, Policy.load(TOY))()
+
+
+def test_the_benchmark_of_a_large_policy_measures_every_part(tmp_path):
+    rows = evaluation.bench_release(Policy.load(TOY).requires_grad_(False), size=32, steps=3, batches=(1, 2), words=4, G=2).splitlines()
+    assert len(rows) == 8 and all(row.count("|") == 5 for row in rows)
+    for words in ("batch 2", "4 tokens", "rollout of 4 tokens", "ceiling"):
+        assert any(words in row for row in rows), words

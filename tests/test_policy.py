@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from eval import release_on_meta
 from grpo import token_logp
 from policy import (Guidance, LoRA, Policy, PolicyConfig, adapters_off, add_lora, guided_velocity, release_ae_name, release_name,
                     save_tensors)
@@ -299,27 +300,63 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_the_release_has_the_published_keys_and_shapes():
     """The 7B configuration on the meta device: 1,223 tensors, 14,607,260,128 values, 244 of the autoencoder."""
-    llm = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-               vocab_size=152064, rope_theta=1e6, rms_norm_eps=1e-6)
-    vit = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, patch_size=14, image_size=980, num_hidden_layers=27,
-               num_channels=3, layer_norm_eps=1e-6)
-    tokenizer = Policy.load(GOLDEN).tokenizer
-    with torch.device("meta"):
-        policy = Policy(PolicyConfig(llm, vit), tokenizer)
+    policy = release_on_meta(Policy.load(GOLDEN).tokenizer)
     state = {release_name(k): tuple(v.shape) for k, v in policy.state_dict().items() if not k.startswith("autoencoder.")}
-    assert len(state) == 1223
+    D, kv, I, W = 3584, 512, 18944, 1152
+    table = {"language_model.model.embed_tokens.weight": (152064, D), "language_model.lm_head.weight": (152064, D),
+             "language_model.model.norm.weight": (D,), "language_model.model.norm_moe_gen.weight": (D,),
+             "time_embedder.mlp.0.weight": (D, 256), "time_embedder.mlp.0.bias": (D,), "time_embedder.mlp.2.weight": (D, D), "time_embedder.mlp.2.bias": (D,),
+             "vae2llm.weight": (D, 64), "vae2llm.bias": (D,), "llm2vae.weight": (64, D), "llm2vae.bias": (64,),
+             "latent_pos_embed.pos_embed": (4096, D), "vit_pos_embed.pos_embed": (4900, D),
+             "connector.fc1.weight": (D, W), "connector.fc1.bias": (D,), "connector.fc2.weight": (D, D), "connector.fc2.bias": (D,)}
+    for n in range(28):
+        for e in ("", "_moe_gen"):
+            layer, attention = f"language_model.model.layers.{n}.", f"language_model.model.layers.{n}.self_attn."
+            table |= {f"{layer}{norm}{e}.weight": (D,) for norm in ("input_layernorm", "post_attention_layernorm")}
+            table |= {f"{attention}{p}_norm{e}.weight": (128,) for p in "qk"}
+            table |= {f"{attention}{p}_proj{e}.weight": (rows, D) for p, rows in (("q", D), ("k", kv), ("v", kv), ("o", D))}
+            table |= {f"{attention}{p}_proj{e}.bias": (rows,) for p, rows in (("q", D), ("k", kv), ("v", kv))}
+            table |= {f"{layer}mlp{e}.{p}_proj.weight": shape for p, shape in (("gate", (I, D)), ("up", (I, D)), ("down", (D, I)))}
+    vit = "vit_model.vision_model."
+    table |= {vit + "embeddings.patch_embedding.weight": (W, 588), vit + "embeddings.patch_embedding.bias": (W,),
+              vit + "embeddings.position_embedding.weight": (4900, W), vit + "post_layernorm.weight": (W,), vit + "post_layernorm.bias": (W,)}
+    for n in range(26):
+        layer = f"{vit}encoder.layers.{n}."
+        table |= {f"{layer}layer_norm{i}.{p}": (W,) for i in (1, 2) for p in ("weight", "bias")}
+        table |= {f"{layer}self_attn.{p}_proj.weight": (W, W) for p in ("q", "k", "v", "out")}
+        table |= {f"{layer}self_attn.{p}_proj.bias": (W,) for p in ("q", "k", "v", "out")}
+        table |= {layer + "mlp.fc1.weight": (4304, W), layer + "mlp.fc1.bias": (4304,), layer + "mlp.fc2.weight": (W, 4304), layer + "mlp.fc2.bias": (W,)}
+    assert state == table and len(table) == 1223
     assert sum(torch.Size(s).numel() for s in state.values()) == 14_607_260_128
-    for key, shape in {
-        "language_model.model.layers.27.self_attn.k_proj_moe_gen.bias": (512,), "language_model.lm_head.weight": (152064, 3584),
-        "language_model.model.layers.0.mlp_moe_gen.down_proj.weight": (3584, 18944), "time_embedder.mlp.0.weight": (3584, 256),
-        "vae2llm.weight": (3584, 64), "llm2vae.bias": (64,), "latent_pos_embed.pos_embed": (4096, 3584),
-        "vit_pos_embed.pos_embed": (4900, 3584), "connector.fc1.weight": (3584, 1152), "language_model.model.norm_moe_gen.weight": (3584,),
-        "vit_model.vision_model.embeddings.patch_embedding.weight": (1152, 588),
-        "vit_model.vision_model.encoder.layers.25.mlp.fc1.weight": (4304, 1152),
-        "language_model.model.layers.3.post_attention_layernorm_moe_gen.weight": (3584,),
-    }.items():
-        assert state[key] == shape, key
     ae = {release_ae_name(k, 4) for k in policy.autoencoder.state_dict()}
     assert len(ae) == 244
     assert sum(v.numel() for v in policy.autoencoder.state_dict().values()) == pytest.approx(83.82e6, rel=1e-4)
     assert {"decoder.up.3.block.0.conv1.weight", "encoder.down.1.block.0.nin_shortcut.weight", "encoder.mid.attn_1.proj_out.bias"} <= ae
+
+
+def test_a_save_that_fails_half_way_keeps_the_old_tokenizer(tmp_path, monkeypatch):
+    policy = Policy.load(GOLDEN)
+    policy.save(tmp_path)
+    old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(folder):
+        (Path(folder) / "vocab.json").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(policy.tokenizer, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        policy.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
+
+
+def test_an_index_that_lists_a_missing_shard_is_refused(tmp_path):
+    def change(folder):
+        (folder / "ema.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "shard0.safetensors"}}))
+    assert "shard0.safetensors" in broken(tmp_path, change)
+
+
+def test_a_checkpoint_of_another_size_is_refused(tmp_path):
+    def change(folder):
+        config = json.loads((folder / "llm_config.json").read_text())
+        (folder / "llm_config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    assert "the config says" in broken(tmp_path, change)

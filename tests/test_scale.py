@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import train
+from eval import release_on_meta
 from policy import Policy, PolicyConfig, adapters, load_adapters, merged_state, release_name, save_tensors
 from sample import Draw, Read, images_of, rollout, scale_of
 from train import Ranks, memory, parse, peak
@@ -226,25 +228,25 @@ def test_settings_that_cannot_work_are_refused(folder, tmp_path, more, words):
         train.begin(parse(arguments(folder, tmp_path, "unigrpo", *more)), ALONE)
 
 
-def release_on_meta(cfg):
-    with torch.device("meta"):
-        policy = Policy(PolicyConfig(RELEASE_LLM, RELEASE_VIT), Policy.load(GOLDEN).tokenizer)
-    if cfg.lora:
-        train.add_lora(policy, cfg.lora, 2.0 * cfg.lora)
+def release(cfg):
+    policy = release_on_meta(Policy.load(GOLDEN).tokenizer)
+    train.freeze(policy, cfg)
     return policy
 
 
 def test_memory_counts_what_a_run_of_the_release_holds(tmp_path):
     """The 7B: 29.2 GB of bf16 weights under adapters; fp32 masters, gradients, two moments and the average of all weights."""
     cfg = parse(["--scale", "bagel", "--recipe", "unigrpo", "--prompts", "p"])
-    need = memory(release_on_meta(cfg), cfg, 8)
+    need = memory(release(cfg), cfg, 8)
     adapted = 2 * 28 * 64 * (2 * 3584 + 2 * (3584 + 512) + 2 * 3584 + 3 * (3584 + 18944))
     assert need["gradients"] == pytest.approx(adapted * 4 / 1e9) and need["AdamW"] == pytest.approx(2 * need["gradients"])
     assert need["weights"] == pytest.approx((14.607e9 + 0.084e9) * 2 / 1e9 + adapted * 4 / 1e9, rel=0.01)
     assert need["reference"] == 0 and peak(need) < 80
     cfg = parse(["--scale", "bagel", "--recipe", "unigrpo", "--prompts", "p", "--lora", "0"])
-    need = memory(release_on_meta(cfg), cfg, 8)
+    need = memory(release(cfg), cfg, 8)
     assert need["reference"] > 29 and peak(need) > 250
+    cut = memory(release(cfg), replace(cfg, shard=True), 8)
+    assert cut["AdamW"] == pytest.approx(need["AdamW"] / 8)
 
 
 def test_too_little_memory_is_said_before_anything_is_read_with_what_would_fit(monkeypatch, tmp_path):
@@ -252,11 +254,11 @@ def test_too_little_memory_is_said_before_anything_is_read_with_what_would_fit(m
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     cfg = parse(["--scale", "bagel", "--recipe", "unigrpo", "--prompts", "p", "--micro", "24", "--rollout_batch", "200"])
     with pytest.raises(ValueError, match=r"needs about \d+ GB on each GPU, which has 60: weights 3\d.*try --micro 1") as error:
-        train.check_memory(release_on_meta(cfg), cfg, Ranks(0, 1, torch.device("cuda")))
+        train.check_memory(release(cfg), cfg, Ranks(0, 1, torch.device("cuda")))
     assert "\n" not in str(error.value)
     cfg = parse(["--scale", "bagel", "--recipe", "unigrpo", "--prompts", "p", "--lora", "0"])
     with pytest.raises(ValueError, match="--lora 64"):
-        train.check_memory(release_on_meta(cfg), cfg, Ranks(0, 1, torch.device("cuda")))
+        train.check_memory(release(cfg), cfg, Ranks(0, 1, torch.device("cuda")))
 
 
 def test_every_adapter_has_a_release_name(folder):
