@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,14 +63,15 @@ def test_every_command_of_the_readme_parses(command, monkeypatch, tmp_path):
     if name == "train":
         train.parse(argv)
     elif name in ("sample", "eval"):
-        ran = []
+        ran, zero = [], {k: (0.0, 0.0) for k in ("draw", "think", "ask", "draw/held_out", "ask/held_out", "layout_entropy", "pairwise_distance")}
         module = {"sample": sample, "eval": evaluation}[name]
-        for inner in ("run", "plot", "bench", "evaluate"):
+        for inner in ("run", "plot", "bench", "bench_release", "memory_table", "evaluate"):
             if hasattr(module, inner):
-                monkeypatch.setattr(module, inner, lambda *a, **k: ran.append(a) or {k: (0.0, 0.0) for k in (
-                    "draw", "think", "ask", "draw/held_out", "ask/held_out", "layout_entropy", "pairwise_distance")})
+                monkeypatch.setattr(module, inner, lambda *a, **k: ran.append(a) or zero)
         if name == "eval":
-            monkeypatch.setattr(module.Policy, "load", lambda *a, **k: None)
+            toy = SimpleNamespace(config=SimpleNamespace(llm={"hidden_size": 128}))
+            monkeypatch.setattr(module.Policy, "load", lambda *a, **k: toy)
+            monkeypatch.setattr(module, "random_release", lambda device: None)
             argv = [*argv, "--out", str(tmp_path / "out.json")]
         module.main(argv)
         assert len(ran) == 1
