@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flow_grpo import rollout, time_grid
-from policy import (Guidance, Policy, fit_image, fit_size, grid_ids, guided_velocity, own_attention, patchify, release_name, to_tensor, unpatchify)
+from policy import (Guidance, Policy, fit_image, fit_size, grid_ids, guided_velocity, own_attention, patchify, release_name, sincos_table,
+                    to_tensor, unpatchify)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -269,3 +270,9 @@ def test_system_prompts_are_the_official_ones():
     from policy import THINK_TO_ANSWER, THINK_TO_DRAW
     for ours, name in ((THINK_TO_ANSWER, "VLM_THINK_SYSTEM_PROMPT"), (THINK_TO_DRAW, "GEN_THINK_SYSTEM_PROMPT")):
         assert hashlib.sha256(ours.encode()).hexdigest() == CASES["system_prompts"][name]["sha256"]
+
+
+def test_position_tables_are_the_official_ones(policy):
+    stored = load_file(GOLDEN / "ema.safetensors")
+    for key, side in (("latent_pos_embed.pos_embed", "max_latent_size"), ("vit_pos_embed.pos_embed", "vit_max_num_patch_per_side")):
+        close(sincos_table(policy.config.bagel[side], policy.config.llm["hidden_size"]), stored[key], 1e-6)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from eval import release_on_meta
 from grpo import token_logp
-from policy import (Guidance, LoRA, Policy, PolicyConfig, adapters_off, add_lora, guided_velocity, release_ae_name, release_name,
-                    save_tensors)
+from policy import (Guidance, LoRA, Policy, PolicyConfig, RMSNorm, adapters_off, add_lora, guided_velocity, own_attention, release_ae_name,
+                    release_name, save_tensors)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 SIZE = (16, 24)                                                 # 2 x 3 latent tokens of 8 pixels
@@ -360,3 +360,82 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
         config = json.loads((folder / "llm_config.json").read_text())
         (folder / "llm_config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
     assert "the config says" in broken(tmp_path, change)
+# ---- boundaries ----
+
+
+def test_a_padded_query_sees_itself_so_that_no_row_is_empty():
+    for causal in (True, False):
+        assert torch.equal(own_attention(torch.zeros(1, 3, dtype=torch.bool), causal)[0, 0], torch.eye(3, dtype=torch.bool))
+
+
+def test_norms_of_bfloat16_round_before_the_weight():
+    g = torch.Generator().manual_seed(10)
+    norm, x = RMSNorm(64, 1e-6).bfloat16(), torch.randn(50, 64, generator=g).bfloat16()
+    torch.nn.init.normal_(norm.weight, generator=g)
+    rounded = (x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt()).bfloat16()
+    assert torch.equal(norm(x), norm.weight * rounded)
+
+
+def test_the_velocity_of_a_bfloat16_policy_is_float32():
+    policy = Policy.load(GOLDEN, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert policy.velocity(policy.empty(1), noisy(torch.Generator().manual_seed(11), 1), 0.5, SIZE).dtype == torch.float32
+
+
+def test_images_of_several_sizes_encode_as_each_alone_and_padding_is_zero(policy):
+    g = torch.Generator().manual_seed(12)
+    pixels = [torch.rand(3, h, w, generator=g) * 2 - 1 for h, w in ((16, 24), (8, 8), (32, 16))]
+    latents = policy.encode(pixels)
+    assert latents.shape == (3, 8, 16)
+    for z, p, count in zip(latents, pixels, (6, 1, 8)):
+        assert torch.allclose(z[:count], policy.encode(p[None])[0], atol=1e-5) and (z[count:] == 0).all()
+
+
+def test_a_uniform_of_zero_never_writes_a_token_of_probability_zero(policy):
+    _, context = policy.append_text(policy.empty(1), torch.arange(4)[None])
+    greedy, _, _ = policy.sample_text(context, torch.zeros(1, 1), temperature=0.0)
+    assert greedy.item() != 0
+    assert torch.equal(policy.sample_text(context, torch.zeros(1, 1), temperature=1e-5)[0], greedy)
+
+
+def test_guidance_is_active_from_above_the_low_time_through_the_high_time(policy):
+    x, guidance = noisy(torch.Generator().manual_seed(13), 1), Guidance(3.0, 1.0, "channel", 0.0, (0.25, 0.75))
+    with torch.no_grad():
+        _, context = policy.append_text(policy.empty(1), torch.arange(5)[None])
+        for t, active in ((0.125, False), (0.25, False), (0.5, True), (0.75, True), (0.875, False)):
+            v = guided_velocity(policy, x, t, SIZE, context, policy.empty(1), policy.empty(1), guidance)
+            assert torch.equal(v, policy.velocity(context, x, t, SIZE)) != active
+
+
+def test_an_adapter_adds_alpha_over_rank_of_its_product():
+    g = torch.Generator().manual_seed(14)
+    base, x = torch.nn.Linear(5, 4), torch.randn(3, 5, generator=g)
+    adapter = LoRA(base, rank=2, alpha=6.0)
+    torch.nn.init.normal_(adapter.B, generator=g)
+    assert torch.allclose(adapter(x), base(x) + 3 * x @ adapter.A.T @ adapter.B.T, atol=1e-5)
+
+
+def test_adapters_sit_on_all_projections_of_the_named_experts_alone():
+    policy = add_lora(Policy.load(GOLDEN), rank=2, alpha=4.0, experts=(1,))
+    names = {f"blocks.{n}.experts.1.{leaf}" for n in range(2) for leaf in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert {n for n, m in policy.named_modules() if isinstance(m, LoRA)} == names
+
+
+def test_text_and_pixels_reach_every_understanding_parameter_and_no_other(policy):
+    policy.zero_grad()
+    context = policy.append_image(policy.empty(1), pixels=torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(15)))
+    policy.append_text(context, torch.arange(6)[None])[0].square().sum().backward()
+    parts = policy.parts()
+    assert all(p.grad is not None for p in parts["understanding"]) and all(p.grad is None for p in parts["generation"])
+
+
+def test_a_loaded_autoencoder_is_frozen(policy):
+    assert not any(p.requires_grad for p in policy.autoencoder.parameters())
+
+
+def test_a_text_must_leave_the_room_that_is_asked_for(policy):
+    length = policy.encode_text(["a red cat"])[0].shape[1]
+    limit = policy.config.llm["max_position_embeddings"]
+    assert policy.encode_text(["a red cat"], room=limit - length)[0].shape[1] == length
+    with pytest.raises(ValueError, match="longer than the context"):
+        policy.encode_text(["a red cat"], room=limit - length + 1)
