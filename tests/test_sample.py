@@ -12,6 +12,9 @@ from eval import plain_replay, plain_text
 from policy import Guidance, Policy
 from sample import (Draw, Picture, Read, See, Text, Write, images_of, join, main, read_picture, replay, rollout, save_grid, select,
                     texts_of)
+from policy import Guidance, Policy, guided_velocity
+from sample import (TOY, Draw, Picture, Read, Reader, See, Text, Write, generators, images_of, main, read_picture, replay, rollout, save_grid,
+                    select, texts_of)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 DRAW = Draw((16, 24), flow_grpo.time_grid(6, 2.0), (1, 4), 0.8, "cps")
@@ -223,3 +226,74 @@ def test_bad_input_ends_in_one_line(argv, said):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert said in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+def test_guidance_goes_without_the_last_given_text_or_without_the_images(policy):
+    """BAGEL's three contexts: all that was read; all up to the last given text; the given texts alone. A thought is in the first."""
+    pixels = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(1))
+    system, prompt, thought = (policy.encode_text([t]) for t in ("think", "a red cat", "it sits"))
+    reader, x = Reader(policy, 1, GUIDED), torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(2))
+
+    def read(image, *texts):
+        context = policy.append_image(policy.empty(1), pixels=pixels) if image else policy.empty(1)
+        for text in texts:
+            _, context = policy.append_text(context, *text)
+        return context
+
+    with torch.no_grad():
+        reader.text(*system)
+        assert reader.no_text.valid.shape[1] == 0
+        reader = Reader(policy, 1, GUIDED)
+        reader.image(pixels, None, (20, 20))
+        assert reader.no_text is reader.full and reader.no_image.valid.shape[1] == 0
+        reader.text(*system)
+        reader.text(*prompt)
+        reader.text(*thought, thought=True)
+        contexts = read(True, system, prompt, thought), read(True, system), read(False, system, prompt)
+        for ours, plain in zip((reader.full, reader.no_text, reader.no_image), contexts):
+            assert torch.equal(ours.position, plain.position)
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours.keys, plain.keys))
+        v = guided_velocity(policy, x, 0.5, (16, 24), *contexts, GUIDED)
+        assert torch.allclose(reader.velocity((16, 24))(x, torch.tensor(0.5)), v, atol=2e-5)
+
+
+def test_no_two_samples_share_a_generator():
+    seeds = {g.initial_seed() for seed in range(3) for step in range(3) for g in generators(seed, step, [0, 1, 2], 3)}
+    assert len(seeds) == 81
+
+
+def test_shared_noise_is_that_of_a_prompts_own_first_sample(policy):
+    def start(shared):
+        draw = Draw((16, 24), flow_grpo.time_grid(4), (0, 2), 0.5, "cps", shared)
+        return rollout(policy, [Read(PROMPTS), draw], seed=0, step=0, prompts=[4, 5, 6], G=4).segments[-1].flow.latents[:, 0]
+
+    assert torch.equal(start(True), start(False)[::4].repeat_interleave(4, 0))
+
+
+def test_the_noise_of_a_step_is_not_the_noise_before_it(policy):
+    draw = Draw((16, 24), flow_grpo.time_grid(4), (0, 2), 0.5, "cps")
+    flow = rollout(policy, [Read(PROMPTS), draw], seed=0, step=0, prompts=[0, 1, 2], G=4).segments[-1].flow
+    steps = (flow.latents[:, 1:] - flow.means) / flow.std.view(1, -1, 1, 1)
+    noises = torch.stack([flow.latents[:, 0], steps[:, 0], steps[:, 1]]).flatten(1)
+    assert (torch.corrcoef(noises) - torch.eye(3)).abs().max() < 0.15
+
+
+def test_micro_batches_of_images_of_several_sizes_are_slices_of_the_whole():
+    policy, g = Policy.load(TOY), torch.Generator().manual_seed(4)
+    pixels = [torch.rand(3, h, w, generator=g) * 2 - 1 for h, w in ((16, 32), (32, 32), (32, 32))]
+    plan = [See(pixels, latents=True), Read(["a red circle"] * 3), Draw((16, 32), flow_grpo.time_grid(4), (0, 2), 0.5, "cps")]
+    r = rollout(policy, plan, seed=1, step=0, prompts=[0, 1, 2], G=2)
+    whole = replay(policy, r)[0].flow.logp
+    for first, last in ((0, 2), (2, 3)):
+        assert torch.allclose(replay(policy, select(r, first, last))[0].flow.logp, whole[2 * first:2 * last], atol=2e-5)
+
+
+def test_pictures_are_the_decoded_pixels_from_minus_one_to_one_brought_to_zero_to_one(policy):
+    r = rollout(policy, [Read(PROMPTS), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
+    pixels = policy.decode(r.segments[-1].flow.data, (16, 24))
+    assert torch.allclose(images_of(policy, r), (pixels.clamp(-1, 1) + 1) / 2, atol=1e-6)
+
+
+def test_a_picture_is_brought_to_the_autoencoders_size_and_then_to_the_vits(policy, tmp_path):
+    Image.new("RGB", (100, 50)).save(tmp_path / "i.png")
+    assert read_picture(str(tmp_path / "i.png"), policy).shape == (3, 490, 980)
