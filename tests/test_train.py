@@ -14,9 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import flow_grpo
+import shapes
 import train
+from grpo import grpo_loss
 from policy import Policy
-from sample import rollout
+from sample import Text, Write, replay, rollout
 from train import Config, Ranks, parse
 
 ROOT = Path(train.__file__).parent
@@ -329,3 +332,226 @@ def test_the_reward_of_a_short_run_rises(tmp_path):
         first, last = value[:6], value[-6:]
         assert last.mean() - first.mean() > max(0.05, 2 * (first.var() / 6 + last.var() / 6).sqrt()), key
     assert rows[-1]["draw/layout_entropy"] > 0.8 * rows[0]["draw/layout_entropy"]
+
+
+# ---- what is asked ----
+
+
+def world(tmp_path, *more):
+    """World.batches of a small configuration, by task."""
+    cfg = small(tmp_path, *more)
+    here = train.World(cfg, Policy.load(cfg.policy))
+    return lambda step=0, ranks=ALONE: {b.task: b for b in here.batches(step, ranks)}
+
+
+def test_every_step_and_every_seed_asks_anew(tmp_path):
+    more = "--draw", 8, "--think", 8, "--ask", 8
+    runs = [world(tmp_path, *more, "--seed", seed)(step) for seed, step in ((0, 0), (0, 1), (1, 0))]
+    for task in ("draw", "think"):
+        assert len({tuple(r[task].prompts) for r in runs}) == 3
+    assert len({r["ask"].sources.sum().item() for r in runs}) == 3
+
+
+def test_tags_are_asked_equally_often_however_many_prompts_they_have(tmp_path):
+    batches = world(tmp_path, "--draw", 24)
+    tags = [m["tag"] for step in range(40) for m in batches(step)["draw"].metadata]
+    assert set(tags) == set(shapes.TAGS)
+    assert all(0.8 / 6 < tags.count(tag) / len(tags) < 1.2 / 6 for tag in shapes.TAGS)
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_ranks_share_the_steps_prompts_and_each_prompt_has_an_index_of_its_own(tmp_path, files):
+    from PIL import Image
+    more = ["--draw", 4, "--think", 4, "--ask", 4]
+    if files:
+        for i in range(6):
+            Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows = [json.dumps(dict(image=f"{i}.png", question=f"what is {i} ?", answer=str(i))) for i in range(6)]
+        (tmp_path / "q.jsonl").write_text("\n".join(rows))
+        more = ["--draw", 0, "--think", 0, "--ask", 4, "--questions", tmp_path / "q.jsonl"]
+    batches = world(tmp_path, *more)
+    whole, halves = batches(), [batches(0, Ranks(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
+    indices = [i for b in whole.values() for i in b.index]
+    assert indices == list(range(4 * len(whole)))
+    for task, b in whole.items():
+        assert [p for half in halves for p in half[task].prompts] == b.prompts
+        assert [i for half in halves for i in half[task].index] == b.index
+    assert torch.equal(torch.cat([half["ask"].sources for half in halves]), whole["ask"].sources)
+
+
+def test_every_task_writes_at_the_temperature_of_the_run(tmp_path):
+    batches = world(tmp_path, "--temperature", 0.7)()
+    written = {task: [s.temperature for s in b.plan if isinstance(s, Write)] for task, b in batches.items()}
+    assert written == {"draw": [], "think": [0.7], "ask": [0.7]}
+
+
+# ---- one update ----
+
+
+def test_rewards_see_each_sample_beside_its_own_prompt_source_and_answer(tmp_path):
+    run, seen = train.begin(small(tmp_path, "--draw", 0, "--think", 0), ALONE), []
+    judge = run.judges["kn"]
+    run.judges["kn"] = lambda samples: seen.append(samples) or judge(samples)
+    train.one_step(run, 0)
+    (batch, _, _), (samples,) = run.work[0], seen
+    for i in range(8):
+        assert samples.prompts[i] == batch.prompts[i // 4] and samples.answers[i] == batch.answers[i // 4]
+        assert torch.equal(samples.sources[i], batch.sources[i // 4])
+
+
+def test_losses_are_averaged_over_sampled_tokens_and_noisy_steps(tmp_path):
+    run = train.begin(small(tmp_path), ALONE)
+    train.one_step(run, 0)
+    for batch, r, _ in run.work:
+        text, image = train.counts(r).tolist()
+        chosen = [s.chosen for s in r.segments if isinstance(s, Text) and s.chosen is not None]
+        assert text == (0 if batch.task == "draw" else chosen[0].sum().item())
+        assert image == (0 if batch.task == "ask" else 8 * run.cfg.window)
+
+
+def test_micro_batches_that_do_not_divide_the_prompts_leave_the_gradient_equal(tmp_path):
+    more = "--draw", 3, "--think", 3, "--ask", 3
+    whole, parts = gradients(tmp_path, *more), gradients(tmp_path, *more, "--micro", 2)
+    for n in whole:
+        assert (whole[n] - parts[n]).norm() <= 1e-4 * whole[n].norm() + 1e-6, n
+
+
+@pytest.mark.parametrize("more", [["--ratio_norm", "--no-step_weights"], ["--no-ratio_norm", "--step_weights"]])
+def test_a_segment_is_weighed_clipped_and_held_to_the_reference_as_the_config_says(tmp_path, more):
+    run = train.begin(small(tmp_path, "--text_clip", 0.01, "--image_clip", 1e-4, "--text_kl", 0.3, "--image_kl", 0.5, "--velocity_mse", 0.7,
+                            "--image_weight", 20, "--window_high", 4, *more), ALONE)
+    train.one_step(run, 0)
+    cfg, totals, adv = run.cfg, dict(text=50.0, image=30.0), torch.linspace(-1, 1, 8)
+    for batch, r, _ in run.work:
+        with torch.no_grad():
+            pairs = list(zip(replay(run.policy, r), replay(run.frozen, r)))
+        for scored, ref in pairs:
+            s, loss = scored.segment, train.segment_loss(scored, ref, adv, totals, cfg)[0]
+            if isinstance(s, Text):
+                plain, _ = grpo_loss(scored.logp, s.logp, adv, s.chosen, total=50.0, low=0.01, high=0.01, beta=0.3, logp_ref=ref.logp)
+            else:
+                weights = flow_grpo.step_weights(s.flow.times, s.flow.window, normalise=True) if cfg.step_weights else None
+                plain = 20 * flow_grpo.flow_grpo_loss(scored.flow, s.flow, adv, total=30.0, low=1e-4, high=1e-4, ratio_norm=cfg.ratio_norm,
+                                                      weights=weights, reference=ref.flow, kl_beta=0.5, mse_weight=0.7)[0]
+            assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_the_reference_of_full_training_is_the_policy_at_the_start(tmp_path):
+    train.train(small(tmp_path, "--epochs", 1, "--steps", 2), ALONE)
+    first, second = (r["draw/image/velocity_mse"] for r in records(tmp_path)[1:])
+    assert first < 1e-10 < 1e-8 < second
+
+
+def test_every_epoch_is_one_step_of_the_optimiser(tmp_path):
+    train.train(small(tmp_path, "--steps", 2, "--epochs", 3), ALONE)
+    assert {int(v) for k, v in checkpoint(tmp_path).items() if k.startswith("adamw.step.")} == {6}
+
+
+def test_an_epoch_starts_from_no_gradient(tmp_path):
+    """At learning rate 0 every epoch has the same gradient."""
+    one, three = gradients(tmp_path, "--epochs", 1), gradients(tmp_path, "--epochs", 3)
+    for n in one:
+        assert (one[n] - three[n]).norm() <= 1e-5 * one[n].norm() + 1e-7, n
+
+
+def test_the_gradient_is_clipped_to_the_norm_of_the_config(tmp_path):
+    clipped = gradients(tmp_path, "--grad_clip", 1e-3)
+    assert torch.stack([g.norm() for g in clipped.values()]).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("moves, rates", [("understanding", (1e-3, 0)), ("generation", (0, 1e-3))])
+def test_each_expert_has_its_own_learning_rate(tmp_path, moves, rates):
+    run = train.begin(small(tmp_path, "--lr_understanding", rates[0], "--lr_generation", rates[1]), ALONE)
+    before = {k: [p.detach().clone() for p in group] for k, group in run.policy.parts().items()}
+    train.one_step(run, 0)
+    for k, group in run.policy.parts().items():
+        assert any(not torch.equal(a, b) for a, b in zip(before[k], group)) == (k == moves)
+
+
+def test_log_entries_of_micro_batches_are_means_but_for_min_and_max():
+    assert train.over_ranks({"a/mean": [1.0, 2.0, 6.0], "a/min": [2.0, 1.0, 3.0], "a/max": [2.0, 3.0, 1.0]}, ALONE) == \
+        {"a/mean": 3.0, "a/min": 1.0, "a/max": 3.0}
+
+
+def test_the_seed_of_a_run_decides_its_adapters(tmp_path):
+    weights = [run.policy.blocks[0].experts[0].q.A.detach().clone() for run in
+               (train.begin(small(tmp_path, "--lora", 2, "--seed", seed), ALONE) for seed in (0, 0, 1))]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+# ---- the average, the checkpoint, the log ----
+
+
+def test_the_average_moves_by_one_minus_its_decay_and_steps_in_for_a_while():
+    policy = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(policy.weight, 1.0)
+    average = train.Average(policy, 0.75)
+    torch.nn.init.constant_(policy.weight, 5.0)
+    average.update(policy)
+    with average.swapped(policy):
+        assert policy.weight.item() == 2.0                      # 0.75 * 1 + 0.25 * 5
+    assert policy.weight.item() == 5.0
+
+
+def test_the_exported_policy_is_the_average(tmp_path):
+    train.train(small(tmp_path, "--steps", 2), ALONE)
+    saved, exported = checkpoint(tmp_path), Policy.load(tmp_path / "policy").state_dict()
+    averages = {k.removeprefix("average."): v for k, v in saved.items() if k.startswith("average.")}
+    assert averages and all(torch.equal(exported[n], v) for n, v in averages.items())
+    assert any(not torch.equal(saved[f"policy.{n}"], v) for n, v in averages.items())
+
+
+def test_a_checkpoint_of_another_adapter_rank_is_refused_with_both_shapes(tmp_path):
+    train.train(small(tmp_path, "--steps", 1, "--lora", 2), ALONE)
+    with pytest.raises(ValueError, match=r"has shape \(.*\), the policy \("):
+        train.begin(small(tmp_path, "--steps", 2, "--lora", 4, "--resume"), ALONE)
+
+
+def test_a_log_ahead_of_its_checkpoint_goes_back_to_it_and_its_clock_goes_on(tmp_path):
+    train.train(small(tmp_path, "--steps", 2), ALONE)
+    rows = [dict(r, seconds=1000.0 + r["step"]) for r in records(tmp_path)[1:]]
+    ahead = [dict(step=2, seconds=1002.0, eval={}), dict(step=2, seconds=1003.0), dict(step=3, seconds=1004.0, eval={})]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [records(tmp_path)[0], *rows, *ahead])))
+    train.train(small(tmp_path, "--steps", 3, "--resume"), ALONE)
+    assert [(r["step"], "eval" in r) for r in records(tmp_path)[1:]] == [(0, False), (1, False), (2, True), (2, False)]
+    assert records(tmp_path)[-1]["seconds"] >= 1002.0
+
+
+def test_a_run_that_starts_anew_keeps_the_old_log(tmp_path):
+    train.train(small(tmp_path, "--steps", 1), ALONE)
+    old = (tmp_path / "log.jsonl").read_text()
+    train.train(small(tmp_path, "--steps", 1, "--seed", 1), ALONE)
+    assert (tmp_path / "log.previous.jsonl").read_text() == old and records(tmp_path)[0]["config"]["seed"] == 1
+
+
+def test_checkpoints_come_after_every_save_every_steps_and_at_the_end(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, run, step: saved.append(step))
+    train.train(small(tmp_path, "--steps", 5, "--save_every", 2), ALONE)
+    assert saved == [2, 4, 5]
+
+
+def test_a_failure_in_the_first_step_leaves_no_checkpoint(tmp_path, monkeypatch):
+    def breaks(run, step):
+        raise ValueError("the image is gone")
+
+    monkeypatch.setattr(train, "one_step", breaks)
+    with pytest.raises(ValueError, match="the image is gone"):
+        train.train(small(tmp_path, "--steps", 1), ALONE)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_both_signals_are_noted_and_the_old_handlers_come_back():
+    numbers = signal.SIGINT, signal.SIGTERM
+    old = [signal.getsignal(n) for n in numbers]
+    with train.signals() as seen:
+        for n in numbers:
+            signal.raise_signal(n)
+    assert seen == ["SIGINT", "SIGTERM"] and [signal.getsignal(n) for n in numbers] == old
+
+
+def test_every_rank_keeps_its_own_bad_step(tmp_path):
+    run = train.begin(small(tmp_path), ALONE)
+    for rank in (0, 1):
+        train.keep_bad_step(dataclasses.replace(run, ranks=Ranks(rank, 2, torch.device("cpu"))), 3, ValueError("nan"))
+    assert sorted(p.name for p in tmp_path.glob("bad_step_*")) == ["bad_step_0.safetensors", "bad_step_1.safetensors"]
