@@ -9,7 +9,8 @@ import torch
 
 import eval as evaluation
 import shapes
-from eval import evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot, read_log, summary, to_bytes, truth
+from eval import (draw_eval, evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot, read_log, spaced, summary,
+                  to_bytes, truth)
 from policy import Policy
 from sample import TOY
 
@@ -101,3 +102,35 @@ def test_the_benchmark_of_a_large_policy_measures_every_part(tmp_path):
     assert len(rows) == 8 and all(row.count("|") == 5 for row in rows)
     for words in ("batch 2", "4 tokens", "rollout of 4 tokens", "ceiling"):
         assert any(words in row for row in rows), words
+def test_spaced_rows_go_from_the_first_to_the_last():
+    assert spaced(list(range(10)), 4) == [0, 3, 6, 9] and spaced([1, 2], 4) == [1, 2]
+
+
+def test_thoughts_are_evaluated_greedily():
+    """Samples of a prompt differ by their noise alone."""
+    metadata = [m for m in shapes.implicit_prompts("eval") if "held_out" not in m][:4]
+    _, texts = draw_eval(Policy.load(TOY), metadata, think=True, seed=0, samples=6)
+    assert all(len(set(texts[i:i + 6])) == 1 for i in range(0, 24, 6))
+
+
+def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
+    """A painter that paints the first prompt of every tag alone, and the other prompts not at all."""
+    first = {}
+
+    def draw(policy, metadata, think, seed, samples=evaluation.SAMPLES):
+        rng, rows = np.random.default_rng(seed), []
+        for m in metadata:
+            own = first.setdefault(m["tag"], m["prompt"]) == m["prompt"]
+            for _ in range(samples):
+                rows.append(shapes.render(shapes.sample_scene(m, rng, training=False) if own else []))
+        return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255, [""] * len(rows) if think else None
+
+    monkeypatch.setattr(evaluation, "draw_eval", draw)
+    monkeypatch.setattr(evaluation, "answer_eval", lambda policy, scenes, questions: [""] * len(questions))
+    table, tags = evaluate(None), [m["tag"] for m in held_out_prompts()]
+    assert len({tags.count(tag) for tag in shapes.TAGS}) > 1
+    for tag in shapes.TAGS:
+        assert table[f"draw/{tag}"] == pytest.approx(mean_and_error([1.0] + [0.0] * (tags.count(tag) - 1)))
+    each = [table[f"draw/{tag}"] for tag in shapes.TAGS]
+    assert table["draw"][0] == pytest.approx(sum(m for m, _ in each) / len(each))
+    assert table["draw"][1] == pytest.approx(math.sqrt(sum(e * e for _, e in each)) / len(each))
