@@ -619,7 +619,10 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y + (self.alpha / self.rank * (x.to(self.A.dtype) @ self.A.T @ self.B.T)).to(y.dtype) if self.enabled else y
+        if not self.enabled:
+            return y
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)
+        return y + (self.alpha / self.rank * (x @ self.A.T @ self.B.T)).to(y.dtype)
 
 
 def add_lora(policy: Policy, rank: int, alpha: float, experts: tuple[int, ...] = (UNDERSTANDING, GENERATION)) -> Policy:

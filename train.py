@@ -43,9 +43,9 @@ import flow_grpo
 import rewards
 import shapes
 from grpo import group_advantage, grpo_loss
-from policy import (GENERATION, THINK_TO_DRAW, UNDERSTANDING, Policy, adapters_off, add_lora, gathered, placed, read_json, save_adapters,
-                    save_tensors, shard, whole, write_atomic)
-from sample import (Draw, Picture, Read, Rollout, See, Text, Write, images_of, join, read_picture, replay, rollout, scale_of, select,
+from policy import (GENERATION, THINK_TO_DRAW, UNDERSTANDING, Policy, adapters_off, add_lora, gathered, placed, read_json, reset_adapters,
+                    save_adapters, save_tensors, shard, whole, write_atomic)
+from sample import (Draw, Picture, Read, Rollout, See, Text, Write, images_of, join, read_picture, replay, rollout, save_grid, scale_of, select,
                     texts_of)
 
 ASSETS = Path(__file__).parent / "assets" / "toy"
@@ -282,8 +282,6 @@ class World:
         """This rank's share of the step's prompts, one Batch per task in use."""
         cfg, out, first = self.cfg, [], 0
         window = flow_grpo.draw_window(cfg.window, cfg.window_low, cfg.window_high, seed=cfg.seed, step=step)
-        draw = Draw((cfg.resolution, cfg.resolution), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), window, cfg.noise_level,
-                    cfg.sampler, cfg.shared_noise)
         for task in ("draw", "think", "ask"):
             count = getattr(cfg, task)
             parts, cuts = ranks.share(count)
@@ -296,10 +294,16 @@ class World:
             elif count:
                 metadata = [self.choose(task, step)[i] for i in mine]
                 prompts = [m["prompt"] for m in metadata]
-                system = [Read([THINK_TO_DRAW] * len(prompts))] * (task == "think" and cfg.system_prompt)
-                thought = [Write(cfg.think_tokens, cfg.temperature)] * (task == "think")
-                out.append(Batch(task, step, [*system, Read(prompts), *thought, draw], metadata, prompts, index, samples))
+                out.append(Batch(task, step, self.plan(task, prompts, window), metadata, prompts, index, samples))
         return out
+
+    def plan(self, task: str, prompts: list[str], window: tuple[int, int]) -> list:
+        """What a trajectory of draw or think is made of."""
+        cfg = self.cfg
+        system = [Read([THINK_TO_DRAW] * len(prompts))] * (task == "think" and cfg.system_prompt)
+        thought = [Write(cfg.think_tokens, cfg.temperature)] * (task == "think")
+        return [*system, Read(prompts), *thought, Draw((cfg.resolution, cfg.resolution), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift),
+                                                       window, cfg.noise_level, cfg.sampler, cfg.shared_noise)]
 
     def questions(self, step: int, mine: list[int], index: list[int], samples: range) -> Batch:
         if self.toy:
@@ -786,7 +790,9 @@ def load_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
             shard(policy, torch.bfloat16 if cfg.bf16 else None)
         if trained and ranks.device.type == "cuda":
             check_memory(policy, cfg, ranks)
-    return Policy.load(cfg.policy, device=ranks.device, prepare=prepare)
+    policy = Policy.load(cfg.policy, device=ranks.device, prepare=prepare)
+    reset_adapters(policy, ranks.device, cfg.seed)
+    return policy
 
 
 def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
@@ -886,14 +892,25 @@ def one_step(run: Run, step: int) -> dict:
 
 
 def look(run: Run, step: int) -> None:
-    """Evaluate the averaged weights on held-out prompts and log it (toy only)."""
-    due = run.world.toy and run.cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated
+    """The averaged weights on held-out prompts of the toy, logged; on prompts from a file, four of them drawn into out/samples."""
+    cfg = run.cfg
+    due = cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated
     if run.policy.sharded:                                      # then all ranks' forwards are needed
         due = run.ranks.total(torch.tensor(int(due), device=run.ranks.device)).item()
-    if due:
-        with run.average.swapped(run.policy), gathered(run.policy):
+    if not due or not (run.world.toy or cfg.draw or cfg.think):
+        return
+    with run.average.swapped(run.policy), gathered(run.policy, spare(run.policy.device)), compute(cfg, run.policy.device):
+        if run.world.toy:
             table = evaluation.evaluate(run.policy)
-        run.log(step=step, eval={k: [round(x, 5) if np.isfinite(x) else None for x in v] for k, v in table.items()})
+            run.log(step=step, eval={k: [round(x, 5) if np.isfinite(x) else None for x in v] for k, v in table.items()})
+            return
+        prompts = [m["prompt"] for m in run.world.pools["draw"][:4]]
+        plan = run.world.plan("think" if cfg.think else "draw", prompts, window=(0, 0))
+        images = images_of(run.policy, rollout(run.policy, plan, seed=cfg.seed, step=0, prompts=list(range(len(prompts))), G=4))
+    if run.ranks.rank == 0:
+        path = Path(cfg.out) / "samples" / f"{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_grid(images, str(path), columns=4)
 
 
 @contextlib.contextmanager

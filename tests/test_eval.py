@@ -102,6 +102,8 @@ def test_the_benchmark_of_a_large_policy_measures_every_part(tmp_path):
     assert len(rows) == 8 and all(row.count("|") == 5 for row in rows)
     for words in ("batch 2", "4 tokens", "rollout of 4 tokens", "ceiling"):
         assert any(words in row for row in rows), words
+
+
 def test_spaced_rows_go_from_the_first_to_the_last():
     assert spaced(list(range(10)), 4) == [0, 3, 6, 9] and spaced([1, 2], 4) == [1, 2]
 

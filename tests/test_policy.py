@@ -38,6 +38,8 @@ def noisy(generator, n):
 
 @few
 @given(seed=st.integers(0, 10**6))
+
+
 def test_padding_and_batch_neighbours_change_nothing(policy, seed):
     g = torch.Generator().manual_seed(seed)
     tokens, mask = words(g, 4)
@@ -107,6 +109,8 @@ def test_a_repeated_prompt_is_the_prompt_read_once_per_sample(policy):
 
 @few
 @given(seed=st.integers(0, 10**6), cut=st.integers(1, 6))
+
+
 def test_text_in_two_pieces_is_text_in_one(policy, seed, cut):
     tokens = torch.randint(0, 280, (2, 8), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

@@ -9,12 +9,9 @@ from PIL import Image
 
 import flow_grpo
 from eval import plain_replay, plain_text
-from policy import Guidance, Policy
-from sample import (Draw, Picture, Read, See, Text, Write, images_of, join, main, read_picture, replay, rollout, save_grid, select,
-                    texts_of)
 from policy import Guidance, Policy, guided_velocity
-from sample import (TOY, Draw, Picture, Read, Reader, See, Text, Write, generators, images_of, main, read_picture, replay, rollout, save_grid,
-                    select, texts_of)
+from sample import (TOY, Draw, Picture, Read, Reader, See, Text, Write, generators, images_of, join, main, read_picture, replay, rollout,
+                    save_grid, select, texts_of)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 DRAW = Draw((16, 24), flow_grpo.time_grid(6, 2.0), (1, 4), 0.8, "cps")
@@ -38,6 +35,8 @@ def plans():
 
 
 @pytest.mark.parametrize("guidance", [None, GUIDED])
+
+
 @pytest.mark.parametrize("layout", plans())
 def test_replay_with_unchanged_weights_gives_the_log_probs_of_the_rollout(policy, layout, guidance):
     r = rollout(policy, plans()[layout], seed=1, step=2, prompts=[0, 1, 2], G=4, guidance=guidance)
@@ -258,7 +257,7 @@ def test_guidance_goes_without_the_last_given_text_or_without_the_images(policy)
 
 
 def test_no_two_samples_share_a_generator():
-    seeds = {g.initial_seed() for seed in range(3) for step in range(3) for g in generators(seed, step, [0, 1, 2], 3)}
+    seeds = {g.initial_seed() for seed in range(3) for step in range(3) for g in generators(seed, step, [0, 1, 2], range(3))}
     assert len(seeds) == 81
 
 
@@ -281,11 +280,11 @@ def test_the_noise_of_a_step_is_not_the_noise_before_it(policy):
 def test_micro_batches_of_images_of_several_sizes_are_slices_of_the_whole():
     policy, g = Policy.load(TOY), torch.Generator().manual_seed(4)
     pixels = [torch.rand(3, h, w, generator=g) * 2 - 1 for h, w in ((16, 32), (32, 32), (32, 32))]
-    plan = [See(pixels, latents=True), Read(["a red circle"] * 3), Draw((16, 32), flow_grpo.time_grid(4), (0, 2), 0.5, "cps")]
+    plan = [See(pixels, pixels), Read(["a red circle"] * 3), Draw((16, 32), flow_grpo.time_grid(4), (0, 2), 0.5, "cps")]
     r = rollout(policy, plan, seed=1, step=0, prompts=[0, 1, 2], G=2)
     whole = replay(policy, r)[0].flow.logp
     for first, last in ((0, 2), (2, 3)):
-        assert torch.allclose(replay(policy, select(r, first, last))[0].flow.logp, whole[2 * first:2 * last], atol=2e-5)
+        assert torch.allclose(replay(policy, select(r, range(first, last)))[0].flow.logp, whole[2 * first:2 * last], atol=2e-5)
 
 
 def test_pictures_are_the_decoded_pixels_from_minus_one_to_one_brought_to_zero_to_one(policy):
@@ -296,4 +295,6 @@ def test_pictures_are_the_decoded_pixels_from_minus_one_to_one_brought_to_zero_t
 
 def test_a_picture_is_brought_to_the_autoencoders_size_and_then_to_the_vits(policy, tmp_path):
     Image.new("RGB", (100, 50)).save(tmp_path / "i.png")
-    assert read_picture(str(tmp_path / "i.png"), policy).shape == (3, 490, 980)
+    pixels, source = read_picture(str(tmp_path / "i.png"), policy)
+    assert policy.config.vae_resize == (48, 24, 8) and policy.config.vit_resize == (50, 50, 10)
+    assert source.shape == (3, 24, 48) and pixels.shape == (3, 20, 50)

@@ -52,7 +52,7 @@ def arguments(folder, out, recipe, *more):
     toy = Path(train.ASSETS)
     return [str(x) for x in ("--recipe", recipe, "--scale", "bagel", "--policy", folder, "--prompts", folder / "p.txt", "--questions",
                              folder / "q.jsonl", *tasks, "--siglip", toy / "siglip", "--judge", toy / "judge", "--resolution", 16,
-                             "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--steps", 2, "--save_every", 1,
+                             "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--steps", 2, "--save_every", 1, "--eval_every", 0,
                              "--micro", 8, "--rollout_batch", 4, "--no-bf16", "--no-system_prompt", "--lr_understanding", 1e-5, "--lr_generation", 1e-5,
                              "--sem", 1, "--image_weight", 1, "--image_clip", 1e-2, "--out", out, *more)]
 
@@ -111,7 +111,7 @@ def runs(folder, tmp_path_factory):
         train.train(parse(arguments(folder, out / f"one-{name}", recipe, *more)), ALONE)
     cut = lambda steps, name, *more: arguments(folder, out / name, *VARIANTS["lvrpo-whole"], "--shard", "--steps", steps, *more)
     launch(2, [arguments(folder, out / f"two-{name}", recipe, *more, "--shard") for name, (recipe, *more) in VARIANTS.items()]
-           + [cut(1, "two-then-one"), cut(1, "two-then-whole"), arguments(folder, out / "split", "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0)])
+           + [cut(1, "two-then-one"), cut(1, "two-then-whole"), arguments(folder, out / "split", "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0, "--eval_every", 2)])
     launch(1, [cut(2, "two-then-one", "--resume"), cut(1, "one-then-two")])
     launch(2, [cut(2, "one-then-two", "--resume")])
     return out
@@ -144,6 +144,7 @@ def test_ranks_split_groups_where_prompts_are_few(folder, runs):
     train.train(parse(arguments(folder, out, "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0)), ALONE)
     same_run(runs / "split", out, ("loss", "grad_norm", "draw/reward", "draw/reward_std", "draw/advantage_share/sem"))
     same_gradients(runs / "split", out)
+    assert sorted(p.name for p in (runs / "split" / "samples").iterdir()) == ["000000.png", "000002.png"]
 
 
 @pytest.mark.parametrize("name", ["one-lvrpo-adapters", "two-lvrpo-adapters"])
