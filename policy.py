@@ -415,7 +415,8 @@ class Policy(nn.Module):
         if pixels is None and latents is None:
             raise ValueError("append_image got neither pixels nor latents; give at least one")
         if latents is not None:
-            x, mask = self._embed_latents(latents, torch.zeros(()), size)
+            M = self.latent_grid(size, len(latents))[0].shape[1]    # padding beyond the largest of these sizes is dropped
+            x, mask = self._embed_latents(latents[:, :M], torch.zeros(()), size)
             _, longer = self._image_block(context, x, mask, GENERATION)
             context = replace(longer, position=context.position + 1)
         if pixels is not None:
