@@ -70,6 +70,15 @@ class PolicyConfig:
     def head_dim(self) -> int:
         return self.llm["hidden_size"] // self.llm["num_attention_heads"]
 
+    # Published files leave out what equals their class's default, and newer ones keep rope_theta in rope_parameters.
+    @property
+    def rms_eps(self) -> float:
+        return self.llm.get("rms_norm_eps", 1e-6)
+
+    @property
+    def rope_theta(self) -> float:
+        return self.llm.get("rope_theta") or self.llm.get("rope_parameters", {}).get("rope_theta", 10000.0)
+
     @property
     def queries_per_key(self) -> int:
         """H / kv heads."""
@@ -171,7 +180,7 @@ class Expert(nn.Module):
 
     def __init__(self, c: PolicyConfig):
         super().__init__()
-        D, I, d, eps = c.llm["hidden_size"], c.llm["intermediate_size"], c.head_dim, c.llm["rms_norm_eps"]
+        D, I, d, eps = c.llm["hidden_size"], c.llm["intermediate_size"], c.head_dim, c.rms_eps
         kv = c.llm["num_key_value_heads"] * d
         self.norm_in, self.norm_out = RMSNorm(D, eps), RMSNorm(D, eps)
         self.q, self.k, self.v, self.o = nn.Linear(D, D), nn.Linear(D, kv), nn.Linear(D, kv), nn.Linear(D, D, bias=False)
@@ -241,12 +250,12 @@ class Vit(nn.Module):
         super().__init__()
         v, W = c.vit, c.vit["hidden_size"]
         self.embeddings = nn.ModuleDict({
-            "patch_embedding": nn.Linear(v["patch_size"] ** 2 * v["num_channels"], W),
+            "patch_embedding": nn.Linear(v["patch_size"] ** 2 * v.get("num_channels", 3), W),
             "position_embedding": nn.Embedding((v["image_size"] // v["patch_size"]) ** 2, W)})
-        blocks = [VitBlock(W, v["intermediate_size"], v["num_attention_heads"], v["layer_norm_eps"])
+        blocks = [VitBlock(W, v["intermediate_size"], v["num_attention_heads"], v.get("layer_norm_eps", 1e-6))
                   for _ in range(v["num_hidden_layers"] - 1)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
-        self.post_layernorm = nn.LayerNorm(W, v["layer_norm_eps"])
+        self.post_layernorm = nn.LayerNorm(W, v.get("layer_norm_eps", 1e-6))
 
     def forward(self, patches: Tensor, ids: Tensor, mask: Tensor) -> Tensor:                       # (N, M, F) -> (N, M, W)
         x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](ids)
@@ -324,7 +333,7 @@ class Policy(nn.Module):
         D, V, W = config.llm["hidden_size"], config.llm["vocab_size"], config.vit["hidden_size"]
         self.embed = nn.Embedding(V, D)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.llm["num_hidden_layers"])])
-        self.norms = nn.ModuleList([RMSNorm(D, config.llm["rms_norm_eps"]) for _ in range(2)])
+        self.norms = nn.ModuleList([RMSNorm(D, config.rms_eps) for _ in range(2)])
         self.head = nn.Linear(D, V, bias=False)
         self.time_embedder = TimeEmbedder(D)
         self.latent_in, self.latent_out = nn.Linear(config.latent_features, D), nn.Linear(D, config.latent_features)
@@ -374,7 +383,7 @@ class Policy(nn.Module):
         allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1)                           # (N, 1, L, S+L)
         allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)                             # (N, 1, H/kv*L, S+L)
         first = parts[0] if parts[0] is not None else parts[1]
-        cos, sin = rotary(position, self.config.head_dim, self.config.llm["rope_theta"], first.dtype)
+        cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, first.dtype)
         keys, values = [], []
         for block, k, v in zip(self.blocks, context.keys, context.values):
             parts, k, v = block(parts, k, v, cos, sin, allowed)

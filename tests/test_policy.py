@@ -443,3 +443,17 @@ def test_a_text_must_leave_the_room_that_is_asked_for(policy):
     assert policy.encode_text(["a red cat"], room=limit - length)[0].shape[1] == length
     with pytest.raises(ValueError, match="longer than the context"):
         policy.encode_text(["a red cat"], room=limit - length + 1)
+
+
+def test_fields_that_a_release_leaves_out_take_their_classes_defaults(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "p")
+    for name, gone in (("llm_config.json", ("rms_norm_eps", "rope_theta", "tie_word_embeddings")), ("vit_config.json", ("num_channels", "layer_norm_eps", "hidden_act"))):
+        config = json.loads((tmp_path / "p" / name).read_text())
+        config |= {"rope_parameters": {"rope_theta": config["rope_theta"]}} if "llm" in name else {}
+        (tmp_path / "p" / name).chmod(0o644)
+        (tmp_path / "p" / name).write_text(json.dumps({k: v for k, v in config.items() if k not in gone}))
+    whole, short = Policy.load(GOLDEN), Policy.load(tmp_path / "p")
+    tokens, pixels = torch.arange(5)[None], torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    for policy in (whole, short):
+        policy.out = policy.append_text(policy.append_image(policy.empty(1), pixels=pixels), tokens)[0]
+    assert torch.equal(whole.out, short.out)

@@ -23,6 +23,7 @@ from sample import Text, Write, replay, rollout
 from train import Config, Ranks, parse
 
 ROOT = Path(train.__file__).parent
+GENEVAL = ROOT.parent / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = ["--draw", "2", "--think", "2", "--ask", "2", "--group_size", "4", "--eval_every", "0", "--save_every", "0"]
 
@@ -256,6 +257,12 @@ def test_prompts_and_questions_from_files_train(tmp_path):
     assert "draw/rewards/sem/mean" in records(tmp_path / "draw")[1]
     train.train(small(tmp_path / "ask", "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0, "--steps", 1), ALONE)
     assert "ask/rewards/accuracy/mean" in records(tmp_path / "ask")[1]
+
+
+@pytest.mark.skipif(not GENEVAL.exists(), reason="GenEval's metadata is not part of the repository")
+def test_genevals_metadata_are_prompts():
+    rows = train.read_prompts(str(GENEVAL))
+    assert len(rows) == 553 and {r["tag"] for r in rows} == set(shapes.TAGS)
 
 
 def test_an_unreadable_image_of_a_question_is_named(tmp_path):
