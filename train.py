@@ -72,12 +72,13 @@ RECIPES = {
     "ratio_norm":      (False, True),     # RatioNorm [UniGRPO Eq. 5]                                                 -, yes
     "step_weights":    (True, True),      # 1/|dt| per noisy step, mean 1 [GRPO-Guard]                                (o), (o)
     "epochs":          (2, 2),            # updates per batch                                                         (o), 2
+    "lr_understanding": (2e-4, 5e-5),     # on the toy; unigrpo holds thoughts by nothing else                            (o), (o)
     "steps":           (150, 100),        # batches of rollouts on the toy                                            (o), (o)
 }
 
 # What depends on size: the toy's values are ours, measured; BAGEL's are UniGRPO's Table 3 but for resolution and group.
 SCALES = {
-    "toy": dict(group_size=16, lr_understanding=2e-4, lr_generation=5e-4, denoise_steps=6, shift=2.0, noise_level=0.8, sampler="cps",
+    "toy": dict(group_size=16, lr_generation=5e-4, denoise_steps=6, shift=2.0, noise_level=0.8, sampler="cps",
                 window=3, window_low=0, window_high=3, shared_noise=True, resolution=32, think_tokens=24, answer_tokens=4,
                 lora=0, system_prompt=False),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
