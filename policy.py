@@ -258,7 +258,8 @@ class Vit(nn.Module):
         self.post_layernorm = nn.LayerNorm(W, v.get("layer_norm_eps", 1e-6))
 
     def forward(self, patches: Tensor, ids: Tensor, mask: Tensor) -> Tensor:                       # (N, M, F) -> (N, M, W)
-        x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](ids)
+        x = self.embeddings["patch_embedding"](patches)
+        x = x + self.embeddings["position_embedding"](ids).to(x.dtype)                             # (N, M, W)
         for block in self.encoder["layers"]:
             x = block(x, own_attention(mask, causal=False))
         return self.post_layernorm(x)
@@ -342,7 +343,7 @@ class Policy(nn.Module):
         self.register_buffer("latent_positions", sincos_table(config.bagel["max_latent_size"], D))
         self.register_buffer("vit_positions", sincos_table(config.bagel["vit_max_num_patch_per_side"], D))
         self.autoencoder = build_autoencoder(config.ae)
-        self.sharded, self.stored = False, None                 # set by `shard`; dtype of the file that was loaded
+        self.sharded, self.gathered_bytes, self.stored = False, 0, None     # set by `shard`, twice; dtype of the file that was loaded
 
     @property
     def device(self) -> torch.device:
@@ -376,8 +377,9 @@ class Policy(nn.Module):
         markers = {self.start, self.end}
         return [self.tokenizer.decode([i for i in row[m].tolist() if i not in markers]) for row, m in zip(tokens.cpu(), mask.cpu())]
 
-    def _read(self, context: Context, parts: list, position: Tensor, mask: Tensor, causal: bool) -> tuple[list, Context]:
-        """Run the blocks over [understanding tokens | generation tokens] behind a context; both outputs normed by expert."""
+    def _read(self, context: Context, parts: list, position: Tensor, mask: Tensor, causal: bool, keep: bool = True) -> tuple[list, Context]:
+        """Run the blocks over [understanding tokens | generation tokens] behind a context; both outputs normed by expert. Returns them
+        and the longer context, or the context as it was where its new keys are not kept."""
         N, L = mask.shape
         seen = context.valid[:, None, None, :].expand(N, 1, L, context.valid.shape[1])
         allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1)                           # (N, 1, L, S+L)
@@ -387,9 +389,10 @@ class Policy(nn.Module):
         keys, values = [], []
         for block, k, v in zip(self.blocks, context.keys, context.values):
             parts, k, v = block(parts, k, v, cos, sin, allowed)
-            keys.append(k), values.append(v)
+            if keep:
+                keys.append(k), values.append(v)
         out = [None if x is None else norm(x) for norm, x in zip(self.norms, parts)]
-        return out, replace(context, keys=tuple(keys), values=tuple(values), valid=torch.cat([context.valid, mask], dim=1))
+        return out, context if not keep else replace(context, keys=tuple(keys), values=tuple(values), valid=torch.cat([context.valid, mask], dim=1))
 
     def append_text(self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True):
         """Read text causally with the understanding expert.
@@ -402,7 +405,7 @@ class Policy(nn.Module):
         (x, _), longer = self._read(context, [self.embed(tokens), None], position, mask, causal=True)
         return self.head(x) if logits else None, replace(longer, position=context.position + mask.sum(1))
 
-    def _image_block(self, context: Context, patches: Tensor, mask: Tensor, expert: int) -> tuple[list, Context]:
+    def _image_block(self, context: Context, patches: Tensor, mask: Tensor, expert: int, keep: bool = True) -> tuple[list, Context]:
         """One image block: both markers through the understanding expert, patches (N, M, D) through `expert`; one position."""
         N, M, _ = patches.shape
         ids = torch.tensor([self.image_start, self.image_end], device=patches.device).expand(N, 2)
@@ -410,7 +413,7 @@ class Policy(nn.Module):
         parts = [markers, patches] if expert == GENERATION else [torch.cat([markers, patches], dim=1), None]
         mask = torch.cat([mask.new_ones(N, 2), mask], dim=1)                                       # (N, 2+M)
         position = context.position[:, None].expand(N, 2 + M)
-        return self._read(context, parts, position, mask, causal=False)
+        return self._read(context, parts, position, mask, causal=False, keep=keep)
 
     def _embed_latents(self, x: Tensor, t: Tensor, size) -> tuple[Tensor, Tensor]:
         ids, mask = self.latent_grid(size, len(x))
@@ -440,7 +443,7 @@ class Policy(nn.Module):
         size: (height, width) in pixels for all, or one pair per sample. The context is not changed.
         """
         tokens, mask = self._embed_latents(x, t, size)
-        (_, out), _ = self._image_block(context, tokens, mask, GENERATION)
+        (_, out), _ = self._image_block(context, tokens, mask, GENERATION, keep=False)
         return self.latent_out(out).float()
 
     def embed_pixels(self, pixels) -> tuple[Tensor, Tensor]:
@@ -522,8 +525,11 @@ class Policy(nn.Module):
         """Write the released layout (configs, ema.safetensors, ae.safetensors, tokenizer) in the dtype that was loaded; adapters are
         merged; each file is replaced atomically. Of a sharded policy all ranks call it, and rank 0 writes."""
         folder, c, levels = Path(folder), self.config, len(self.config.ae["ch_mult"])
-        own = {release_name(k): v for k, v in merged_state(self) if not k.startswith("autoencoder.")}
-        if self.sharded and dist.get_rank():
+        writes, own = not self.sharded or dist.get_rank() == 0, {}
+        for k, v in merged_state(self):                         # gathered one by one by all ranks, kept by one
+            if writes and not k.startswith("autoencoder."):
+                own[release_name(k)] = v.cpu()
+        if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in dict(llm=c.llm, vit=c.vit, bagel=c.bagel, ae=c.ae).items():
@@ -541,7 +547,7 @@ class Policy(nn.Module):
     def load(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None, prepare=None, adapter: str | Path = "") -> "Policy":
         """Read a policy folder; every key and shape is checked and the missing or extra ones are named.
 
-        dtype None keeps the file's. prepare(policy) sees the policy without memory (meta device) and may freeze it, add adapters or
+        dtype None keeps the file's, and the autoencoder always does. prepare(policy) sees the policy without memory (meta device) and may freeze it, add adapters or
         `shard` it; then what it leaves trainable becomes fp32, and a sharded rank reads its shard alone. Tensors go from the file to
         their place one by one. adapter: a folder of `save_adapters` to put on.
         """
@@ -555,8 +561,10 @@ class Policy(nn.Module):
         try:
             with torch.device("meta"):                          # no memory until the file's own tensors are assigned
                 policy = cls(config, AutoTokenizer.from_pretrained(folder))
-        except (KeyError, ZeroDivisionError) as error:
+        except KeyError as error:
             raise ValueError(f"a config file of {folder} lacks the field {error}") from error
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"a config file of {folder} holds a size that cannot be: {error}") from error
         policy.autoencoder.requires_grad_(False)
         if prepare:
             prepare(policy)
@@ -564,7 +572,7 @@ class Policy(nn.Module):
         ae_names = {release_ae_name(k, len(config.ae["ch_mult"])): k for k in policy.autoencoder.state_dict()}
         masters = {k for k, p in policy.named_parameters() if p.requires_grad} if prepare else ()
         policy.stored = assign(policy, folder, "ema", names, dtype, device, masters)
-        assign(policy.autoencoder, folder, "ae", ae_names, dtype, device)
+        assign(policy.autoencoder, folder, "ae", ae_names, None, device)
         reset_adapters(policy, device)
         if adapter:
             load_adapters(policy, adapter)
@@ -672,8 +680,8 @@ def adapters_off(policy: Policy):
 
 
 def merged_state(policy: Policy):
-    """(name, tensor) of the state dict one by one, whole and on the CPU, in the stored dtype, without adapters: each adapted weight
-    becomes base + alpha/rank * B A."""
+    """(name, tensor) of the state dict one by one, whole, in the stored dtype, without adapters: each adapted weight becomes
+    base + alpha/rank * B A."""
     held = {f"{n}.base.weight": m for n, m in adapters(policy).items()}
     for name, value in policy.state_dict().items():
         if name.endswith((".A", ".B")):
@@ -681,7 +689,7 @@ def merged_state(policy: Policy):
         value = whole(value)
         if m := held.get(name):
             value = value.float() + m.alpha / m.rank * whole(m.B.detach()) @ whole(m.A.detach())
-        yield name.replace(".base.", "."), value.to("cpu", policy.stored)
+        yield name.replace(".base.", "."), value.to(policy.stored or value.dtype)
 
 
 def save_adapters(policy: Policy, folder: str | Path) -> None:
@@ -706,6 +714,8 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
 def load_adapters(policy: Policy, folder: str | Path) -> Policy:
     """Put the adapters of a folder of `save_adapters` on the policy, in place; their keys and shapes are checked."""
     config, files = read_json(Path(folder) / "adapter_config.json"), open_tensors(Path(folder), "adapter_model")
+    if lacks := [k for k in ("r", "lora_alpha") if not isinstance(config.get(k), (int, float))]:
+        raise ValueError(f"{Path(folder) / 'adapter_config.json'} lacks the numbers {lacks}")
     experts = tuple(e for e in (UNDERSTANDING, GENERATION) if any(("_moe_gen" in k) == e for k in files))
     add_lora(policy, config["r"], config["lora_alpha"], experts)
     names = {f"base_model.model.{release_name(f'{n}.weight').removesuffix('.weight')}.lora_{k}.weight": f"{n}.{k}"
@@ -730,15 +740,20 @@ def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
     fully_shard(policy, ignored_params={p for p in policy.parameters() if not isinstance(p, DTensor)})
     for method in ("append_text", "append_image", "velocity"):
         register_fsdp_forward_method(policy, method)
-    policy.sharded = True
+    policy.sharded, size = True, dtype.itemsize if dtype else 4
+    policy.gathered_bytes = sum(p.numel() * size for p in policy.parameters() if isinstance(p, DTensor))
     return policy
 
 
 @contextlib.contextmanager
 def gathered(policy: Policy, room: float | None = None):
-    """Keep parameters whole once gathered, for the many calls of a rollout, if they need at most `room` bytes (None: any number)."""
+    """Keep parameters whole once gathered, for the many calls of a rollout, if they need at most `room` bytes (None: any number) on
+    every rank."""
     parts = [m for m in policy.modules() if isinstance(m, FSDPModule)]
-    keep = room is None or sum(p.numel() * p.element_size() for p in policy.parameters()) <= room
+    keep = torch.tensor(int(room is None or policy.gathered_bytes <= room), device=policy.device)
+    if policy.sharded:                                          # ranks that disagree would wait for one another's gathers
+        dist.all_reduce(keep, dist.ReduceOp.MIN)
+    keep = bool(keep)
     for m in parts:
         m.set_reshard_after_forward(not keep, recurse=False)
     try:
@@ -836,18 +851,24 @@ def declare_torchvision_ops():
 def read_json(path: Path, default: dict | None = None) -> dict:
     if not path.exists():
         if default is None:
-            raise FileNotFoundError(f"{path} is missing; a policy folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors")
+            raise FileNotFoundError(f"{path} is missing; a policy folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, "
+                                    "a folder of adapters adapter_config.json, adapter_model.safetensors")
         return dict(default)
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error.msg} in line {error.lineno})") from error
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, must hold a JSON object")
+    return content
 
 
 def open_tensors(folder: Path, stem: str) -> dict:
     """Key -> open file of stem.safetensors, or of the shards that stem.safetensors.index.json lists. Nothing is read yet."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists():
+        if not isinstance(read_json(index).get("weight_map"), dict):
+            raise ValueError(f"{index} has no weight_map of keys to files")
         files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
     elif single.exists():
         files = [single]

@@ -226,7 +226,7 @@ def decode(policy: Policy, drawn: Picture) -> list[Tensor]:
     """The images of a chosen segment, N of (3, H_i, W_i), nominally in [-1, 1]."""
     data = drawn.flow.data
     if isinstance(drawn.size, tuple):
-        batch = max(1, min(256, 2**22 // (drawn.size[0] * drawn.size[1])))   # the decoder's widest layer holds 128 numbers a pixel
+        batch = max(1, min(256, 2**21 // (drawn.size[0] * drawn.size[1])))   # the decoder's widest layer holds 256 numbers a pixel
         return [image for z in data.split(batch) for image in policy.decode(z, drawn.size)]
     tokens = policy.latent_grid(drawn.size, len(data))[1].sum(1).tolist()
     return [policy.decode(z[None, :M], size)[0] for z, M, size in zip(data, tokens, drawn.size)]

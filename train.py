@@ -32,9 +32,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -364,8 +365,10 @@ def read_prompts(path: str) -> list[dict]:
 
 def read_questions(path: str) -> list[dict]:
     """Rows image, question, answer; image paths are relative to the file."""
-    rows = read_json_lines(path, ("image", "question", "answer"))
-    return [{**row, "image": str(Path(path).parent / row["image"])} for row in rows]
+    rows = [{**row, "image": str(Path(path).parent / row["image"])} for row in read_json_lines(path, ("image", "question", "answer"))]
+    if gone := [row["image"] for row in rows if not Path(row["image"]).is_file()]:
+        raise FileNotFoundError(f"{path}: {len(gone)} images do not exist: {gone[:3]}")
+    return rows
 
 
 # ---- the six phases ----
@@ -408,8 +411,11 @@ def compute(cfg: Config, device: torch.device):
 
 
 def spare(device: torch.device) -> float | None:
-    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU; any number on a CPU."""
-    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else None
+    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU, or held by PyTorch without
+    use; any number on a CPU."""
+    if device.type != "cuda":
+        return None
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2
 
 
 def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Config, toy: bool) -> tuple[dict, dict]:
@@ -430,8 +436,9 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
         if toy:
             found = evaluation.detector(images)
             table["ins"] = rewards.Instruction(lambda _: found, cfg.graded)
-            look = {"truth": evaluation.truth(samples.metadata, found).mean().item(),
-                    **shapes.diversity(evaluation.to_bytes(images), found, r.G)}
+            look = {"truth": evaluation.truth(samples.metadata, found).mean().item()}
+            if r.G == cfg.group_size:                           # a rank that draws a piece of each group cannot say how they vary
+                look |= shapes.diversity(evaluation.to_bytes(images), found, r.G)
     components = rewards.score(table, samples)
     if batch.task == "ask":
         look = {"truth": components["accuracy"].mean().item()}
@@ -626,12 +633,18 @@ def save_checkpoint(run: "Run", step: int) -> None:
     if not run.policy.sharded:
         if run.ranks.rank == 0:
             save_tensors(tensors, single)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.rename(fresh)                            # in one step, so that no half of a folder looks like a checkpoint
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         return
     if run.ranks.rank == 0:
         shutil.rmtree(fresh, ignore_errors=True)
     dist.barrier()
-    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(fresh), save_distributed=True))
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(fresh), save_distributed=True))
+    except CheckpointException as error:                        # no Exception: it would pass every handler
+        raise OSError(f"{fresh} could not be written: {next(iter(error.failures.values()))[0]}") from error
     dist.barrier()
     if run.ranks.rank == 0:
         shutil.rmtree(old, ignore_errors=True)
@@ -643,20 +656,39 @@ def save_checkpoint(run: "Run", step: int) -> None:
     dist.barrier()
 
 
+def read_shards(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
+    """Fill tensors from a folder that ranks wrote together."""
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except CheckpointException as error:
+        raise ValueError(f"{folder} is not a whole checkpoint: {next(iter(error.failures.values()))[0]}") from error
+
+
+def stored_step(path: Path) -> int:
+    """The step of a checkpoint of either kind."""
+    step = {"step": torch.tensor(0)}
+    try:
+        if path.is_dir():
+            read_shards(step, path, alone=True)
+            return int(step["step"])
+        with safe_open(path, framework="pt") as file:
+            return int(file.get_tensor("step"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors checkpoint ({error}); pickled checkpoints are not read") from error
+
+
 def load_checkpoint(run: "Run") -> int:
     """Put the checkpoint in cfg.out into the run's tensors and return its step. All keys and shapes are checked before anything changes."""
     out, into = Path(run.cfg.out), state(run)
-    path = next((p for p in (out / "checkpoint", out / "checkpoint.old", out / "checkpoint.safetensors") if p.exists()), None)
-    if path is None:
+    there = [p for p in (out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.old") if p.exists()]
+    if not there:
         raise FileNotFoundError(f"no checkpoint {out / 'checkpoint.safetensors'} to resume from")
+    path = max(there, key=stored_step)                          # a kill may leave one of each kind
     if path.is_dir():
         reader = dcp.HuggingFaceStorageReader(str(path))
         shapes_there = {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()}
     else:
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); pickled checkpoints are not read") from error
+        tensors = load_file(path)
         shapes_there = {k: tuple(v.shape) for k, v in tensors.items()}
     want = {"step": ()} | {k: tuple(v.shape) for k, v in into.items()}
     missing, extra = sorted(want.keys() - shapes_there.keys()), sorted(shapes_there.keys() - want.keys())
@@ -668,7 +700,7 @@ def load_checkpoint(run: "Run") -> int:
             raise ValueError(f"{path}: {key} has shape {shapes_there[key]}, the policy {shape}")
     step = torch.tensor(0)
     if path.is_dir():
-        dcp.load(into | {"step": step}, storage_reader=reader, no_dist=not dist.is_initialized())
+        read_shards(into | {"step": step}, path, alone=not dist.is_initialized())
     else:
         for key, value in into.items():
             value.copy_(placed(tensors[key].to(value.device), value))
@@ -791,7 +823,7 @@ def load_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
             shard(policy, torch.bfloat16 if cfg.bf16 else None)
         if trained and ranks.device.type == "cuda":
             check_memory(policy, cfg, ranks)
-    policy = Policy.load(cfg.policy, device=ranks.device, prepare=prepare)
+    policy = Policy.load(cfg.policy, device=ranks.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32, prepare=prepare)
     reset_adapters(policy, ranks.device, cfg.seed)
     return policy
 
@@ -802,7 +834,7 @@ def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
     Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
     reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
     replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
-    activations; the logits three times); either holds two gathered blocks of a sharded policy. Not counted: referees, the
+    activations; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered blocks of a sharded policy. Not counted: referees, the
     autoencoder's activations, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
     """
     c, byte = policy.config.llm, 2 if cfg.bf16 else 4
@@ -813,19 +845,20 @@ def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
     trained = sum(rows(p) for p in policy.parameters() if p.requires_grad)
     two = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters()) if cfg.shard else 0
     counts = [(getattr(cfg, task) * cfg.group_size // world, task) for task in ("draw", "think", "ask")]
-    most = max((min(n, cfg.rollout_batch or n) for n, _ in counts), default=0)
-    micro = max((min(n, cfg.micro or n) for n, _ in counts), default=0)
+    most = max(min(n, max(cfg.rollout_batch, cfg.group_size) if cfg.rollout_batch else n) for n, _ in counts)
+    micro = max(min(n, cfg.micro or n) for n, _ in counts)
     M = (cfg.resolution // policy.config.stride) ** 2 + 2 if cfg.draw or cfg.think else 0
     written = max(cfg.think_tokens * bool(cfg.think), cfg.answer_tokens * bool(cfg.ask))
     L = 64 + 160 * cfg.system_prompt * bool(cfg.think) + written
     cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
-    block = (3 * I + 8 * D) * byte                                                               # bytes of a token inside a block
+    block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
+    mask = 3 * policy.config.queries_per_key * max(M, L) * (L + M)                               # bytes of a sample: who sees whom, and as a bias
     tokens = cfg.window * M + L                                                                  # of a sample in one replay
     inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
     out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
            "reference": held * byte if needs_reference(cfg) and not cfg.lora else 0,
-           "rollout": most * (2 * L * cache + max(M, 1) * block) + two,
-           "replay": micro * (3 * L * cache + tokens * inputs + max(M, L) * block + written * V * (byte + 8)) + two}
+           "rollout": most * (2 * L * cache + max(M, 1) * block + mask) + two,
+           "replay": micro * (3 * L * cache + tokens * inputs + max(M, L) * block + mask + written * V * (byte + 12)) + two}
     return {k: v / 1e9 for k, v in out.items()}
 
 
@@ -980,8 +1013,8 @@ def keep_bad_step(run: Run, step: int, error: Exception) -> FloatingPointError:
 
 
 def main() -> None:
-    cfg, ranks = parse(), setup()
     try:
+        cfg, ranks = parse(), setup()
         if cfg.recipe == "pretrain":
             from assets import pretrain
             if ranks.world > 1:
@@ -989,11 +1022,14 @@ def main() -> None:
             pretrain.main(Path(cfg.out))
         else:
             train(cfg, ranks)
-    except (ValueError, OSError, FloatingPointError, rewards.RewardError) as error:
-        sys.exit(f"train.py: {error}")
-    finally:
+    except (ValueError, OSError, FloatingPointError, rewards.RewardError, torch.cuda.OutOfMemoryError) as error:
+        less = "; try a lower --micro or --rollout_batch" if isinstance(error, torch.cuda.OutOfMemoryError) else ""
+        print(f"train.py: {str(error).splitlines()[0]}{less}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            os._exit(1)                                         # leaving the group in order would wait for ranks that wait for this one
+        sys.exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

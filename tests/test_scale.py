@@ -1,7 +1,9 @@
 """The toy's loop on a folder of the released layout: sharded or not, adapters or all weights, one rank or two, there and back."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,7 +113,7 @@ def runs(folder, tmp_path_factory):
         train.train(parse(arguments(folder, out / f"one-{name}", recipe, *more)), ALONE)
     cut = lambda steps, name, *more: arguments(folder, out / name, *VARIANTS["lvrpo-whole"], "--shard", "--steps", steps, *more)
     launch(2, [arguments(folder, out / f"two-{name}", recipe, *more, "--shard") for name, (recipe, *more) in VARIANTS.items()]
-           + [cut(1, "two-then-one"), cut(1, "two-then-whole"), arguments(folder, out / "split", "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0, "--eval_every", 2)])
+           + [cut(1, "two-bf16", "--bf16"), cut(1, "two-then-one"), cut(1, "two-then-whole"), arguments(folder, out / "split", "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0, "--eval_every", 2)])
     launch(1, [cut(2, "two-then-one", "--resume"), cut(1, "one-then-two")])
     launch(2, [cut(2, "one-then-two", "--resume")])
     return out
@@ -122,6 +124,52 @@ def test_two_sharded_ranks_give_the_run_of_one_whole_process(runs, name):
     same_run(runs / f"one-{name}", runs / f"two-{name}")
     same_gradients(runs / f"one-{name}", runs / f"two-{name}")
     assert records(runs / f"one-{name}")[1]["think/image/velocity_mse"] > 0
+
+
+def test_sharded_bf16_starts_as_sharded_fp32(runs):
+    ours, plain = records(runs / "two-bf16")[0], records(runs / "two-lvrpo-whole")[0]
+    for k in ("draw/reward", "think/reward", "ask/reward"):
+        assert ours[k] == pytest.approx(plain[k], abs=0.1), k
+    assert math.isfinite(ours["loss"]) and ours["grad_norm"] > 0
+
+
+def test_ranks_agree_whether_parameters_stay_gathered(folder, tmp_path):
+    """Room for them on one rank alone would leave the other waiting for gathers that never come."""
+    code = ("import sys, torch, torch.distributed as dist\nfrom policy import Policy, gathered, shard\ndist.init_process_group('gloo')\n"
+            "policy = Policy.load(sys.argv[1], prepare=shard)\n"
+            "with torch.no_grad(), gathered(policy, 1e12 if dist.get_rank() == 0 else 0):\n"
+            "    for _ in range(3):\n        policy.append_text(policy.empty(1), torch.arange(4)[None])\ndist.barrier()\n")
+    (tmp_path / "agree.py").write_text(code)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "agree.py"), str(folder)],
+                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, timeout=240)
+
+
+def test_the_newest_of_two_kinds_of_checkpoints_is_resumed(folder, runs, tmp_path):
+    """As a kill between two kinds of saves leaves them."""
+    shutil.copytree(runs / "one-then-two", tmp_path / "run")
+    shutil.copy(runs / "one-lvrpo-whole" / "checkpoint.safetensors", tmp_path / "run")
+    tensors = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    for step in (1, 3):
+        save_tensors(tensors | {"step": torch.tensor(step)}, tmp_path / "run" / "checkpoint.safetensors")
+        run = train.begin(parse(arguments(folder, tmp_path / "run", *VARIANTS["lvrpo-whole"], "--resume", "--steps", 9)), ALONE)
+        assert run.start == max(step, 2)
+
+
+def test_a_damaged_sharded_checkpoint_is_refused(folder, runs, tmp_path):
+    shutil.copytree(runs / "one-then-two", tmp_path / "run")
+    part = sorted((tmp_path / "run" / "checkpoint").iterdir())[0]
+    part.write_bytes(part.read_bytes()[:400])
+    with pytest.raises((ValueError, OSError), match="checkpoint"):
+        train.begin(parse(arguments(folder, tmp_path / "run", *VARIANTS["lvrpo-whole"], "--resume")), ALONE)
+
+
+@pytest.mark.parametrize("name, content, words", [("adapter_config.json", "{}", "lacks the numbers"), ("adapter_config.json", "[]", "must hold a JSON object"),
+                                                  ("adapter_config.json", None, "adapter_config.json is missing")])
+def test_a_bad_folder_of_adapters_is_refused(folder, runs, tmp_path, name, content, words):
+    shutil.copytree(runs / "one-lvrpo-adapters" / "adapter", tmp_path / "a")
+    (tmp_path / "a" / name).unlink() if content is None else (tmp_path / "a" / name).write_text(content)
+    with pytest.raises((ValueError, OSError), match=words):
+        Policy.load(folder, adapter=tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["two-then-one", "one-then-two"])
