@@ -325,7 +325,7 @@ def never_ends(policy: Policy):
         del policy.sample_text
 
 
-def bench_variant(name: str, folder: str, repeats: int = 5) -> dict:
+def bench_variant(name: str, folder: str, repeats: int = 4) -> dict:
     """Median seconds of one variant after a warm-up, and the process's peak memory in MB (CUDA: allocated on the device)."""
     policy = Policy.load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     work, seconds = bench_case(name, policy), []
@@ -345,20 +345,22 @@ BENCHES = {"replay": "replay, thought of 64 tokens read once for all 5 steps (G=
            "group": "sampling a group of 16 at once", "text": "64 tokens with a key-value cache"}
 
 
-def bench(folder: str) -> str:
-    """Markdown rows: what each idea saves against doing it plainly. Every variant runs in a process of its own."""
-    rows = ["| what | plain s | ours s | ratio | plain MB | ours MB |", "|---|---|---|---|---|---|"]
+def bench(folder: str, rounds: int = 3) -> str:
+    """Markdown rows: what each idea saves against doing it plainly. Every variant runs in a process of its own, the two by turns, because
+    a machine's pace drifts; medians over the rounds, and the smallest and largest ratio of a round."""
+    rows = ["| what | plain s | ours s | ratio (rounds) | plain MB | ours MB |", "|---|---|---|---|---|---|"]
     for name, title in BENCHES.items():
-        both = []
-        for variant in ("plain", "shared"):
+        both = {"plain": [], "shared": []}
+        for variant in list(both) * rounds:
             command = [sys.executable, __file__, "bench", "--policy", folder, "--variant", f"{name}-{variant}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"variant {name}-{variant}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
-            both.append(json.loads(done.stdout.splitlines()[-1]))
-        plain, ours = both
-        rows.append(f"| {title} | {plain['seconds']:.3f} | {ours['seconds']:.3f} | {plain['seconds'] / ours['seconds']:.1f}x | "
-                    f"+{plain['work']:.0f} | +{ours['work']:.0f} |")
+            both[variant].append(json.loads(done.stdout.splitlines()[-1]))
+        plain, ours = ({key: np.array([run[key] for run in runs]) for key in ("seconds", "work")} for runs in both.values())
+        ratios = plain["seconds"] / ours["seconds"]
+        rows.append(f"| {title} | {np.median(plain['seconds']):.3f} | {np.median(ours['seconds']):.3f} | "
+                    f"{np.median(ratios):.1f}x ({ratios.min():.1f}-{ratios.max():.1f}) | +{np.median(plain['work']):.0f} | +{np.median(ours['work']):.0f} |")
     return "\n".join(rows)
 
 

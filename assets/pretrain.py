@@ -1,4 +1,5 @@
 """How every file of assets/toy is made: `torchrun train.py --recipe pretrain`. Seeds are fixed; progress is printed.
+`python -m assets.pretrain` measures the referees.
 
     tokenizer    the closed vocabulary of shapes.py, one word one token, and BAGEL's four markers
     autoencoder  diffusers' AutoencoderKL, 32x32x3 pixels to 4x4x4, which the policy reads as 4 tokens of 16 features
@@ -13,6 +14,7 @@ cannot repair what its data says; a reward can. Further pretraining on the same 
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -223,29 +225,35 @@ def train_siglip(encoder, steps: int = 2500, batch: int = 64, lr: float = 1e-3, 
     model.eval().requires_grad_(False)
 
 
+def judge_batch(rng, batch: int, pool: list[dict]):
+    """(scenes, asked, right): odd rows ask of a prompt of `pool` whether it is true, even rows of an answer whether it is right; half are."""
+    scenes, asked, right = [], [], []
+    for i in range(batch):
+        if i % 2:
+            m = shapes.pick(rng, pool)
+            other = m if rng.random() < 0.5 else shapes.wrong_metadata(m, rng)
+            scenes.append(shapes.sample_scene(other, rng, training=False))
+            asked.append(f"is this {m['prompt']} ?")
+            right.append(shapes.satisfies(m, shapes.discrete(scenes[-1])))
+        else:
+            scenes.append(shapes.random_scene(rng, shapes.pick(rng, ("train", "eval"))))
+            q = shapes.make_question(scenes[-1], rng, training=False)
+            options = {"count": shapes.COUNTS, "color": tuple(shapes.COLORS), "shape": shapes.SHAPES}.get(q["kind"], ("yes", "no"))
+            wrong = shapes.pick(rng, [o for o in options if o != q["answer"]])
+            right.append(bool(rng.random() < 0.5))
+            asked.append(f"{q['question']} is the answer {q['answer'] if right[-1] else wrong} ?")
+    return scenes, asked, right
+
+
 def train_judge(judge, steps: int = 4500, batch: int = 64, lr: float = 5e-4, seed: int = 4) -> None:
-    """Cross-entropy on yes and no: half of the rows ask of a prompt whether it is true, half of an answer whether it is right."""
+    """Cross-entropy on yes and no."""
     rng, model = np.random.default_rng(seed), judge.model.train().requires_grad_(True)
     xavier(model)
     pool = [m for split in ("train", "eval") for m in shapes.prompts(split) + shapes.implicit_prompts(split)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         schedule(optimizer, step, steps, lr)
-        scenes, asked, right = [], [], []
-        for i in range(batch):
-            if i % 2:
-                m = shapes.pick(rng, pool)
-                other = m if rng.random() < 0.5 else shapes.wrong_metadata(m, rng)
-                scenes.append(shapes.sample_scene(other, rng, training=False))
-                asked.append(f"is this {m['prompt']} ?")
-                right.append(shapes.satisfies(m, shapes.discrete(scenes[-1])))
-            else:
-                scenes.append(shapes.random_scene(rng, shapes.pick(rng, ("train", "eval"))))
-                q = shapes.make_question(scenes[-1], rng, training=False)
-                options = {"count": shapes.COUNTS, "color": tuple(shapes.COLORS), "shape": shapes.SHAPES}.get(q["kind"], ("yes", "no"))
-                wrong = shapes.pick(rng, [o for o in options if o != q["answer"]])
-                right.append(bool(rng.random() < 0.5))
-                asked.append(f"{q['question']} is the answer {q['answer'] if right[-1] else wrong} ?")
+        scenes, asked, right = judge_batch(rng, batch, pool)
         logits = judge.logits(pixels_of(scenes) * 0.5 + 0.5, asked)
         loss = F.cross_entropy(logits, torch.tensor([0 if r else 1 for r in right]))
         optimizer.zero_grad()
@@ -256,6 +264,22 @@ def train_judge(judge, steps: int = 4500, batch: int = 64, lr: float = 5e-4, see
             said = (logits.argmax(1) == 0).tolist()
             print(f"judge {step:5d}  loss {loss.item():.3f}  right {np.mean([a == b for a, b in zip(said, right)]):.2f}", flush=True)
     model.eval().requires_grad_(False)
+
+
+def referees(folder, n: int = 600, seed: int = 11) -> str:
+    """How right the referees in `folder` are on `n` new ground-truth pictures each of the evaluation's prompts: one line with shares."""
+    rng, siglip, judge = np.random.default_rng(seed), rewards.load_siglip(str(folder / "siglip")), rewards.load_judge(str(folder / "judge"))
+    pool = shapes.prompts("eval") + shapes.implicit_prompts("eval")
+    asked = [shapes.pick(rng, pool) for _ in range(n)]
+    texts = siglip.embed_texts([m["prompt"] for m in asked])                                         # (n, D)
+    cosine = lambda scenes: (siglip.embed_images(pixels_of(scenes) * 0.5 + 0.5) * texts).sum(-1)     # (n,)
+    above = (cosine([shapes.sample_scene(m, rng, training=False) for m in asked])
+             > cosine([shapes.sample_scene(shapes.wrong_metadata(m, rng), rng, training=False) for m in asked])).float().mean()
+    scenes, questions, right = judge_batch(rng, 2 * n, pool)
+    agree = (judge.yes_probability(pixels_of(scenes) * 0.5 + 0.5, questions) > 0.5) == torch.tensor(right)
+    share = lambda hits: f"{hits:.3f} +- {(hits * (1 - hits) / n) ** 0.5:.3f}"
+    return (f"siglip ranks the right picture above a contradicting one: {share(above)}; "
+            f"judge right on prompts: {share(agree[1::2].float().mean())}, on answers: {share(agree[0::2].float().mean())}")
 
 
 def latent_statistics(policy: Policy, scenes: int = 1000) -> None:
@@ -296,6 +320,11 @@ def main(folder) -> None:
     train_judge(judge)
     judge.model.save_pretrained(folder / "judge")
     say(f"all of {folder}")
+    print(referees(folder))
+
+
+if __name__ == "__main__":
+    print(referees(Path(__file__).parent / "toy"))
 
 
 class Imitation:
