@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
@@ -54,19 +55,31 @@ def arguments(folder, out, recipe, *more):
     toy = Path(train.ASSETS)
     return [str(x) for x in ("--recipe", recipe, "--scale", "bagel", "--policy", folder, "--prompts", folder / "p.txt", "--questions",
                              folder / "q.jsonl", *tasks, "--siglip", toy / "siglip", "--judge", toy / "judge", "--resolution", 16,
-                             "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--steps", 2, "--save_every", 1, "--eval_every", 0,
+                             "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--epochs", 1, "--steps", 2, "--save_every", 1, "--eval_every", 0,
                              "--micro", 8, "--rollout_batch", 4, "--no-bf16", "--no-system_prompt", "--lr_understanding", 1e-5, "--lr_generation", 1e-5,
                              "--sem", 1, "--image_weight", 1, "--image_clip", 1e-2, "--out", out, *more)]
 
 
-def launch(world, runs):
-    """Carry several runs out in one torchrun."""
+def launch_two(runs):
+    """Carry several runs out by two ranks of one torchrun, which starts once."""
     code = "import json, sys, train\nfor argv in json.loads(sys.argv[1]):\n    train.train(train.parse(argv), train.setup())\n"
-    script = Path(runs[0][runs[0].index("--out") + 1]).parent / f"several_{world}.py"
+    code += "train.dist.destroy_process_group()\n"
+    script = Path(runs[0][runs[0].index("--out") + 1]).parent / "several.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script), json.dumps(runs)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), json.dumps(runs)],
                           cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_in_a_group_of_one(argv):
+    """What torchrun does with one process, in this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=0).items():
+            patch.setenv(name, str(value))
+        try:
+            train.train(parse(argv), train.setup())
+        finally:
+            dist.destroy_process_group()
 
 
 def records(out):
@@ -112,10 +125,11 @@ def runs(folder, tmp_path_factory):
     for name, (recipe, *more) in VARIANTS.items():
         train.train(parse(arguments(folder, out / f"one-{name}", recipe, *more)), ALONE)
     cut = lambda steps, name, *more: arguments(folder, out / name, *VARIANTS["lvrpo-whole"], "--shard", "--steps", steps, *more)
-    launch(2, [arguments(folder, out / f"two-{name}", recipe, *more, "--shard") for name, (recipe, *more) in VARIANTS.items()]
-           + [cut(1, "two-bf16", "--bf16"), cut(1, "two-then-one"), cut(1, "two-then-whole"), arguments(folder, out / "split", "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0, "--eval_every", 2)])
-    launch(1, [cut(2, "two-then-one", "--resume"), cut(1, "one-then-two")])
-    launch(2, [cut(2, "one-then-two", "--resume")])
+    run_in_a_group_of_one(cut(1, "one-then-two"))
+    launch_two([arguments(folder, out / f"two-{name}", recipe, *more, "--shard") for name, (recipe, *more) in VARIANTS.items()]
+               + [cut(1, "two-bf16", "--bf16"), cut(1, "two-then-one"), cut(1, "two-then-whole"), cut(2, "one-then-two", "--resume"),
+                  arguments(folder, out / "split", "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0, "--eval_every", 2)])
+    run_in_a_group_of_one(cut(2, "two-then-one", "--resume"))
     return out
 
 

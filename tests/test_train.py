@@ -82,11 +82,10 @@ def test_micro_batches_leave_the_gradient_equal(tmp_path, size):
 
 
 def test_two_ranks_give_the_run_of_one(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for world in (1, 2):
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py", *SMALL,
-                        "--steps", "2", "--advantage", "batch", "--out", str(tmp_path / str(world))], cwd=ROOT, env=env, check=True,
-                       capture_output=True)
+    more = [*SMALL, "--steps", "2", "--advantage", "batch", "--out"]
+    train.train(parse([*more, str(tmp_path / "1")]), ALONE)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *more, str(tmp_path / "2")],
+                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     one, two = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
     assert one.keys() <= two.keys()
     for n in one:
@@ -331,15 +330,18 @@ def test_a_broken_reward_stops_the_run_with_its_name_and_the_prompt(tmp_path, ba
 # ---- it learns ----
 
 
-def test_the_reward_of_a_short_run_rises(tmp_path):
-    """Text to image alone for twenty-four steps: reward and truth rise well beyond their noise, and variety stays."""
-    train.train(parse(["--draw", "24", "--think", "0", "--ask", "0", "--sem", "0", "--kn", "0", "--image_kl", "0", "--steps", "24",
+def test_the_reward_of_a_short_run_rises(tmp_path, monkeypatch):
+    """Twenty steps on prompts of one tag, whose difficulty varies little from step to step: reward and truth rise far beyond their noise,
+    and variety stays."""
+    every = train.shapes.prompts
+    monkeypatch.setattr(train.shapes, "prompts", lambda split: [m for m in every(split) if m["tag"] == "colors"])
+    train.train(parse(["--draw", "8", "--think", "0", "--ask", "0", "--sem", "0", "--kn", "0", "--image_kl", "0", "--steps", "20",
                        "--eval_every", "0", "--out", str(tmp_path)]), ALONE)
     rows = records(tmp_path)[1:]
-    for key in ("draw/reward", "draw/truth"):
+    for key, least in (("draw/reward", 0.03), ("draw/truth", 0.1)):
         value = torch.tensor([r[key] for r in rows])
         first, last = value[:6], value[-6:]
-        assert last.mean() - first.mean() > max(0.05, 2 * (first.var() / 6 + last.var() / 6).sqrt()), key
+        assert last.mean() - first.mean() > max(least, 3 * (first.var() / 6 + last.var() / 6).sqrt()), key
     assert rows[-1]["draw/layout_entropy"] > 0.8 * rows[0]["draw/layout_entropy"]
 
 
