@@ -6,12 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
@@ -60,26 +60,19 @@ def arguments(folder, out, recipe, *more):
                              "--sem", 1, "--image_weight", 1, "--image_clip", 1e-2, "--out", out, *more)]
 
 
-def launch_two(runs):
-    """Carry several runs out by two ranks of one torchrun, which starts once."""
-    code = "import json, sys, train\nfor argv in json.loads(sys.argv[1]):\n    train.train(train.parse(argv), train.setup())\n"
-    code += "train.dist.destroy_process_group()\n"
-    script = Path(runs[0][runs[0].index("--out") + 1]).parent / "several.py"
-    script.write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), json.dumps(runs)],
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def run_in_a_group_of_one(argv):
-    """What torchrun does with one process, in this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=0).items():
-            patch.setenv(name, str(value))
-        try:
-            train.train(parse(argv), train.setup())
-        finally:
-            dist.destroy_process_group()
+@contextmanager
+def launched(world, runs):
+    """Several runs by `world` ranks of one torchrun, which starts once, beside what the with-block does."""
+    script = Path(runs[0][runs[0].index("--out") + 1]).parent / f"several_{world}.py"
+    script.write_text("import json, sys, train\nfor argv in json.loads(sys.argv[1]):\n    train.train(train.parse(argv), train.setup())\n"
+                      "train.dist.destroy_process_group()\n")
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script), json.dumps(runs)],
+                               cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    try:
+        yield
+    finally:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
 
 
 def records(out):
@@ -122,14 +115,16 @@ VARIANTS = {"lvrpo-adapters": ("lvrpo", "--lora", 4), "lvrpo-whole": ("lvrpo", "
 def runs(folder, tmp_path_factory):
     """Every variant by one process whole, and by two ranks sharded; and one that changes its number of ranks in the middle."""
     out = tmp_path_factory.mktemp("runs")
-    for name, (recipe, *more) in VARIANTS.items():
-        train.train(parse(arguments(folder, out / f"one-{name}", recipe, *more)), ALONE)
     cut = lambda steps, name, *more: arguments(folder, out / name, *VARIANTS["lvrpo-whole"], "--shard", "--steps", steps, *more)
-    run_in_a_group_of_one(cut(1, "one-then-two"))
-    launch_two([arguments(folder, out / f"two-{name}", recipe, *more, "--shard") for name, (recipe, *more) in VARIANTS.items()]
-               + [cut(1, "two-bf16", "--bf16"), cut(1, "two-then-one"), cut(1, "two-then-whole"), cut(2, "one-then-two", "--resume"),
-                  arguments(folder, out / "split", "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0, "--eval_every", 2)])
-    run_in_a_group_of_one(cut(2, "two-then-one", "--resume"))
+    with launched(1, [cut(1, "one-then-two")]):
+        for name, (recipe, *more) in VARIANTS.items():
+            train.train(parse(arguments(folder, out / f"one-{name}", recipe, *more)), ALONE)
+    with launched(2, [arguments(folder, out / f"two-{name}", recipe, *more, "--shard") for name, (recipe, *more) in VARIANTS.items()]
+                  + [cut(1, "two-bf16", "--bf16"), cut(1, "two-then-one"), cut(1, "two-then-whole"), cut(2, "one-then-two", "--resume"),
+                     arguments(folder, out / "split", "lvrpo", "--lora", 4, "--draw", 1, "--ask", 0, "--eval_every", 2)]):
+        pass
+    with launched(1, [cut(2, "two-then-one", "--resume")]):
+        pass
     return out
 
 
