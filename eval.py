@@ -30,7 +30,7 @@ import shapes
 from grpo import token_logp
 from policy import Guidance, Policy, PolicyConfig, read_json, write_atomic
 from rewards import geneval_check
-from sample import TOY, Draw, Read, See, Text, Write, images_of, replay, rollout, scale_of, texts_of
+from sample import TOY, Arguments, Draw, Read, See, Text, Write, images_of, replay, rollout, scale_of, texts_of
 
 KINDS = ("count", "color", "shape", "exists", "relation")
 PROMPTS_PER_TAG, SAMPLES, THOUGHTS, QUESTIONS, ODE_STEPS, SHIFT, SIZE = 32, 8, 96, 1000, 10, 2.0, (32, 32)
@@ -151,7 +151,7 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    if not rows or "config" not in rows[0]:
+    if not rows or not all(isinstance(row, dict) for row in rows) or "config" not in rows[0]:
         raise ValueError(f"{path} is not a log of train.py: its first line must hold the config")
     return rows[0], rows[1:]
 
@@ -166,7 +166,7 @@ def plot(paths: list[Path], out: Path) -> None:
     for n, path in enumerate(paths):
         head, rows = read_log(path)
         looks = [r for r in rows if "eval" in r]
-        if not looks:
+        if not looks or any(key not in r["eval"] for r in looks for key, _ in panels):
             raise ValueError(f"{path} holds no evaluation to plot")
         minutes = [r["seconds"] / 60 for r in looks]
         name = f"{head['config']['recipe']}, seed {head['config']['seed']}"
@@ -467,7 +467,7 @@ def memory_table() -> str:
         for pixels in (512, 1024):
             for world in (1, 8):
                 cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--prompts", "-", "--resolution", str(pixels), "--think", str(4 * world),
-                                   "--rollout_batch", "24", *flags])
+                                   *flags])
                 policy = release_on_meta(tokenizer)
                 train.freeze(policy, cfg)
                 need = train.memory(policy, cfg, world)
@@ -477,7 +477,7 @@ def memory_table() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(description="Evaluate a policy on the toy; plot logs; measure speed.", allow_abbrev=False)
+    ap = Arguments(description="Evaluate a policy on the toy; plot logs; measure speed.", allow_abbrev=False)
     ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "bench", "memory"])
     ap.add_argument("logs", nargs="*", type=Path, help="log.jsonl files to plot")
     ap.add_argument("--policy", default=str(TOY), help='a policy folder; for bench also "7b", the release\'s sizes with random weights')
@@ -510,10 +510,11 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("the table is of the toy world; a large policy is measured by its own benchmarks on images that sample.py draws")
             table = evaluate(policy, a.seed)
             out = a.out or Path("eval.json")
+            print(f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n", flush=True)
             write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).replace("NaN", "null").encode())
-            print(f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n\nwritten to {out}")
+            print(f"written to {out}")
     except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+        sys.exit(f"eval.py: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

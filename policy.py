@@ -559,8 +559,12 @@ class Policy(nn.Module):
         declare_torchvision_ops()
         from transformers import AutoTokenizer
         try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the tokenizer files of {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
+        try:
             with torch.device("meta"):                          # no memory until the file's own tensors are assigned
-                policy = cls(config, AutoTokenizer.from_pretrained(folder))
+                policy = cls(config, tokenizer)
         except KeyError as error:
             raise ValueError(f"a config file of {folder} lacks the field {error}") from error
         except (TypeError, ZeroDivisionError) as error:

@@ -19,6 +19,7 @@ Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M lat
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -323,16 +324,27 @@ def images_of(policy: Policy, r: Rollout) -> Tensor | list[Tensor] | None:
     return torch.stack(images) if isinstance(drawn[-1].size, tuple) else images
 
 
-def read_picture(path: str, policy: Policy) -> tuple[Tensor, Tensor]:
-    """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each. The ViT's is made of the other, as
-    BAGEL does."""
+def check_picture(path: str) -> None:
+    """ValueError or FileNotFoundError, in one line, unless `path` looks like an image file: its header, and of a PNG its checksums."""
     from PIL import Image, UnidentifiedImageError
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.verify()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"image {path} does not exist") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def read_picture(path: str, policy: Policy) -> tuple[Tensor, Tensor]:
+    """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each. The ViT's is made of the other, as
+    BAGEL does."""
+    from PIL import Image
+    check_picture(path)
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
     source = fit_image(image, *policy.config.vae_resize)
     return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
@@ -361,11 +373,20 @@ SAMPLING = {
 
 def scale_of(width: int) -> str:
     """The column of a scale table for a policy of this width: everything from 1024 on is BAGEL's."""
+    if not isinstance(width, int):
+        raise ValueError(f"hidden_size {width!r} in llm_config.json: must be a whole number")
     return "bagel" if width >= 1024 else "toy"
 
 
+class Arguments(argparse.ArgumentParser):
+    """A command line whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(description="Prompt in, PNG grid or answer out.", allow_abbrev=False)
+    ap = Arguments(description="Prompt in, PNG grid or answer out.", allow_abbrev=False)
     ap.add_argument("prompt", help="what to draw, what to ask about --question, or how to change --edit")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder: assets/toy/policy, out/policy, BAGEL-7B-MoT")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on, such as out/adapter")
@@ -385,13 +406,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print(run(a))
     except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+        sys.exit(f"sample.py: {str(error).splitlines()[0]}")
 
 
 def run(a: argparse.Namespace) -> str:
     """Carry out a parsed command line; returns what to print."""
-    if a.n < 1 or a.steps is not None and a.steps < 1:
-        raise ValueError(f"--n {a.n}, --steps {a.steps}: at least one sample and one step")
+    for name, low in dict(n=1, steps=1, size=1, seed=0, temperature=0.0, guidance=0.0, image_guidance=0.0).items():
+        if (value := getattr(a, name)) is not None and not (math.isfinite(value) and value >= low):
+            raise ValueError(f"--{name} {value}: must be a finite number of at least {low:g}")
+    if not a.question and (not Path(a.out).parent.is_dir() or Path(a.out).suffix.lower() != ".png"):
+        raise ValueError(f"--out {a.out}: must be a .png file in a folder that exists")
     if a.question and a.edit:
         raise ValueError("--question answers and --edit draws; give one of them")
     policy = Policy.load(a.policy, device="cuda" if torch.cuda.is_available() else "cpu", adapter=a.adapter)

@@ -15,6 +15,7 @@ Legend: B prompts per step and task, G samples each, N = B*G prompt-major, L tex
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -46,8 +47,8 @@ import shapes
 from grpo import group_advantage, grpo_loss
 from policy import (GENERATION, THINK_TO_DRAW, UNDERSTANDING, Policy, adapters_off, add_lora, gathered, placed, read_json, reset_adapters,
                     save_adapters, save_tensors, shard, whole, write_atomic)
-from sample import (Draw, Picture, Read, Rollout, See, Text, Write, images_of, join, read_picture, replay, rollout, save_grid, scale_of, select,
-                    texts_of)
+from sample import (Arguments, Draw, Picture, Read, Rollout, See, Text, Write, check_picture, images_of, join, read_picture, replay, rollout,
+                    save_grid, scale_of, select, texts_of)
 
 ASSETS = Path(__file__).parent / "assets" / "toy"
 
@@ -84,7 +85,7 @@ SCALES = {
                 lora=0, system_prompt=False),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, shared_noise=False, resolution=512, think_tokens=256, answer_tokens=256,
-                  lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=96,
+                  lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=24,
                   # The toy's detector is not for photographs, and its referees are not either.
                   ins=0.0, sem=1.0, siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448"),
 }
@@ -105,7 +106,7 @@ class Config:
     resume: bool = False        # go on from the checkpoint in out
     seed: int = 0
     steps: int = 0              # optimisation steps = batches of rollouts
-    eval_every: int = 50        # 0: only before and after
+    eval_every: int = 50        # 0: no evaluation, and so no curves.png and before_after.png
     save_every: int = 50
     micro: int = 0              # samples per micro-batch of an update, at least one; 0: all at once
     rollout_batch: int = 0      # samples drawn at once, in whole groups of a rank; 0: all
@@ -158,7 +159,7 @@ class Config:
 
 def parse(argv: list[str] | None = None) -> Config:
     """Command line -> Config: recipe column, then scale, then what was given. Unknown names are refused."""
-    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    ap = Arguments(description=__doc__.split("\n")[0], allow_abbrev=False)
     ap.add_argument("--recipe", default="lvrpo", choices=[*METHODS, "control", "pretrain"])
     ap.add_argument("--scale", choices=[*SCALES], help="default: by the width of --policy")
     for f in fields(Config)[2:]:
@@ -261,6 +262,10 @@ class World:
             lines = read_prompts(cfg.prompts) if cfg.prompts else []
             self.pools = {"draw": lines, "think": lines}
             self.asked = read_questions(cfg.questions) if cfg.questions else []
+        side, most = policy.config.stride, policy.config.stride * policy.config.bagel["max_latent_size"]
+        fits = cfg.resolution == shapes.SIZE if self.toy else cfg.resolution % side == 0 and cfg.resolution <= most
+        if (cfg.draw or cfg.think) and not fits:
+            raise ValueError(f"--resolution {cfg.resolution}: must be {f'{shapes.SIZE}, the toy world' if self.toy else f'a multiple of {side} up to {most}'}")
         if not self.toy and cfg.ins and (cfg.draw or cfg.think):
             raise ValueError("--ins on images needs the toy's detector; with --prompts set --ins 0 and use --sem or --kn")
         for task in ("draw", "think"):
@@ -270,6 +275,10 @@ class World:
                 policy.encode_text([m["prompt"] for m in self.pools[task]], room=cfg.think_tokens)             # too long a prompt is an error
         if cfg.ask and not self.toy and not self.asked:
             raise ValueError(f"--ask {cfg.ask} needs --questions; or set --ask 0")
+        if cfg.ask and not self.toy:
+            policy.encode_text([row["question"] for row in self.asked], room=cfg.answer_tokens)
+            for path in dict.fromkeys(row["image"] for row in self.asked):
+                check_picture(path)                             # not in the middle of a run
 
     def choose(self, task: str, step: int) -> list[dict]:
         """The step's prompts of a task, from (seed, step) alone: tags in turn, then one of the tag."""
@@ -331,7 +340,7 @@ def read_lines(path: str) -> list[tuple[int, str]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"file {path} does not exist")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")             # str.splitlines would cut at U+2028 too
     except UnicodeDecodeError as error:
         raise ValueError(f"file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
@@ -343,18 +352,20 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in read_lines(path):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object ({error.msg}); each line must be one") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not a JSON object ({getattr(error, 'msg', error)}); each line must be one") from error
         if not isinstance(row, dict) or (missing := [k for k in needed if not isinstance(row.get(k), str)]):
             raise ValueError(f"{path}:{number}: must be an object with the text fields {list(needed)}"
                              + (f", lacks {missing}" if isinstance(row, dict) else ""))
+        if any("\ud800" <= c <= "\udfff" for k in needed for c in row[k]):
+            raise ValueError(f"{path}:{number}: holds half of a surrogate pair, which is no text")
         rows.append(row)
     return rows
 
 
 def read_prompts(path: str) -> list[dict]:
-    """Prompts as metadata: a .jsonl file of GenEval's format, or plain text, one prompt a line."""
-    if path.endswith(".jsonl"):
+    """Prompts as metadata: JSON lines of GenEval's format (a .jsonl file, or a first line that opens an object), or plain text."""
+    if path.endswith(".jsonl") or any(line.lstrip().startswith("{") for _, line in read_lines(path)[:1]):
         rows = [{"tag": "", "include": [], **row} for row in read_json_lines(path, ("prompt",))]
         for row in rows:
             if not isinstance(row["tag"], str) or not isinstance(row["include"], list) or not all(isinstance(c, dict) and "class" in c for c in row["include"]):
@@ -625,14 +636,16 @@ def state(run: "Run") -> dict[str, Tensor]:
     return out
 
 
-def save_checkpoint(run: "Run", step: int) -> None:
-    """Replace out/checkpoint.safetensors atomically; of a sharded run the folder out/checkpoint, which all ranks write together
+def save_checkpoint(run: "Run", step: int, writer: int = 0) -> None:
+    """Replace out/checkpoint.safetensors atomically, from the rank `writer`, where ranks hold equal weights; of a sharded run the folder out/checkpoint, which all ranks write together
     (torch.distributed.checkpoint, in safetensors) and which any number of ranks reads."""
     out, tensors = Path(run.cfg.out), state(run) | {"step": torch.tensor(step)}
     single, folder, fresh, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.tmp", out / "checkpoint.old"
     if not run.policy.sharded:
-        if run.ranks.rank == 0:
-            save_tensors(tensors, single)
+        if run.ranks.rank == writer:
+            part = out / f"checkpoint.{writer}.safetensors"     # a file of its own, since several ranks may fail together
+            save_tensors(tensors, part)
+            os.replace(part, single)
             if folder.exists():
                 folder.rename(fresh)                            # in one step, so that no half of a folder looks like a checkpoint
             shutil.rmtree(fresh, ignore_errors=True)
@@ -708,9 +721,19 @@ def load_checkpoint(run: "Run") -> int:
     return int(step)
 
 
+def set_aside(out: Path) -> None:
+    """Move the log and the checkpoints of an older run into a folder of their own, so that nothing of it is lost or resumed by mistake."""
+    names = [n for n in ("log.jsonl", "checkpoint.safetensors", "checkpoint", "checkpoint.old") if (out / n).exists()]
+    if names:
+        folder = next(f for i in itertools.count(1) if not (f := out / f"previous{i if i > 1 else ''}").exists())
+        folder.mkdir()
+        for name in names:
+            (out / name).rename(folder / name)
+
+
 class Log:
-    """out/log.jsonl, one JSON object a line; the first tells what ran. Only rank 0 writes. A resumed run goes on in the same file,
-    a run that starts anew keeps the old file as log.previous.jsonl."""
+    """out/log.jsonl, one JSON object a line; the first tells what ran. Only rank 0 writes. A resumed run goes on in the same file;
+    a run that starts anew first moves an older run's log and checkpoint into out/previous (out/previous2, ...)."""
 
     def __init__(self, cfg: Config, ranks: Ranks, begun: int):
         self.path, self.active, self.started, self.evaluated = Path(cfg.out) / "log.jsonl", ranks.rank == 0, time.time(), set()
@@ -718,8 +741,8 @@ class Log:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        if self.path.exists() and not begun:
-            os.replace(self.path, self.path.with_name("log.previous.jsonl"))
+        if not cfg.resume:
+            set_aside(self.path.parent)
         elif self.path.exists():
             head, rows = evaluation.read_log(self.path)
             kept = [head] + [r for r in rows if r["step"] < begun or "eval" in r and r["step"] == begun]
@@ -773,13 +796,25 @@ def check(cfg: Config, ranks: Ranks) -> None:
         raise ValueError(f"--ask {cfg.ask} questions teach the understanding expert, which --experts generation freezes; set --ask 0")
     if cfg.shard and "RANK" not in os.environ:
         raise ValueError("--shard cuts the policy over ranks; start with torchrun")
-    least = dict(draw=0, think=0, ask=0, micro=0, rollout_batch=0, steps=0, eval_every=0, save_every=0, lora=0, epochs=1, denoise_steps=1, window=1,
-                 window_low=0, think_tokens=1, answer_tokens=1, resolution=1)
+    if Path(cfg.policy).resolve() == (Path(cfg.out) / "policy").resolve():
+        raise ValueError(f"--policy {cfg.policy} is where this run would write its own policy; give another --out")
+    for f in fields(cfg):
+        if f.type is float and not math.isfinite(getattr(cfg, f.name)):
+            raise ValueError(f"--{f.name} {getattr(cfg, f.name)}: must be a finite number")
+    least = dict.fromkeys(("draw", "think", "ask", "micro", "rollout_batch", "steps", "eval_every", "save_every", "lora", "window_low", "seed", "text_clip", "text_kl",
+                           "image_weight", "image_clip", "image_kl", "velocity_mse", "noise_level", "lr_understanding", "lr_generation",
+                           "weight_decay", "ema"), 0) | dict.fromkeys(("epochs", "denoise_steps", "window", "think_tokens", "answer_tokens", "resolution"), 1)
     for name, low in least.items():
         if getattr(cfg, name) < low:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
-    if cfg.temperature <= 0:
-        raise ValueError(f"--temperature {cfg.temperature}: sampling needs a temperature above 0")
+    for name in ("temperature", "shift", "grad_clip"):
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
+    if cfg.ema >= 1:
+        raise ValueError(f"--ema {cfg.ema}: must be below 1, which would never move")
+    for name, names in dict(normalise=("sum", "each"), advantage=("group", "batch", "none"), sampler=("sde", "cps", "dance")).items():
+        if getattr(cfg, name) not in names:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: choose {', '.join(names)}")
     last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
     if not cfg.window_low + cfg.window <= cfg.window_high <= last:
         raise ValueError(f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in "
@@ -939,7 +974,8 @@ def look(run: Run, step: int) -> None:
             run.log(step=step, eval={k: [round(x, 5) if np.isfinite(x) else None for x in v] for k, v in table.items()})
             return
         prompts = [m["prompt"] for m in run.world.pools["draw"][:4]]
-        plan = run.world.plan("think" if cfg.think else "draw", prompts, window=(0, 0))
+        *reads, draw = run.world.plan("think" if cfg.think else "draw", prompts, window=(0, 0))
+        plan = [*reads, replace(draw, shared_noise=False)]      # without noise on the way, equal starts would give equal pictures
         images = images_of(run.policy, rollout(run.policy, plan, seed=cfg.seed, step=0, prompts=list(range(len(prompts))), G=4))
     if run.ranks.rank == 0:
         path = Path(cfg.out) / "samples" / f"{step:06d}.png"
@@ -973,7 +1009,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 raise keep_bad_step(run, step, error) from error
             except (ValueError, OSError, rewards.RewardError):
                 if step > run.start and not run.policy.sharded:  # raised before the update: the weights are those of the step before
-                    save_checkpoint(run, step)
+                    save_checkpoint(run, step, writer=ranks.rank)
                 raise
             run.average.update(run.policy)
             run.log(step=step, **stats)                                                                        # 5. look
@@ -1012,6 +1048,15 @@ def keep_bad_step(run: Run, step: int, error: Exception) -> FloatingPointError:
                               f"The weights and the batch of this step are in {path}")
 
 
+def stop(why: str) -> None:
+    """One line, and the process ends with 1."""
+    sys.stderr.write(f"train.py: {why}\n")                      # in one piece, since ranks share the stream
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(1)                                             # leaving the group in order would wait for ranks that wait for this one
+    sys.exit(1)
+
+
 def main() -> None:
     try:
         cfg, ranks = parse(), setup()
@@ -1023,11 +1068,11 @@ def main() -> None:
         else:
             train(cfg, ranks)
     except (ValueError, OSError, FloatingPointError, rewards.RewardError, torch.cuda.OutOfMemoryError) as error:
-        less = "; try a lower --micro or --rollout_batch" if isinstance(error, torch.cuda.OutOfMemoryError) else ""
-        print(f"train.py: {str(error).splitlines()[0]}{less}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(1)                                         # leaving the group in order would wait for ranks that wait for this one
-        sys.exit(1)
+        stop(str(error).splitlines()[0] + "; try a lower --micro or --rollout_batch" * isinstance(error, torch.cuda.OutOfMemoryError))
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        stop("another rank stopped, and so does this one")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -86,8 +86,9 @@ def test_logs_plot_and_sum_up_and_a_torn_line_is_dropped(tmp_path):
     assert markdown_row("x", {k: (m, float("nan") if e is None else e) for k, (m, e) in row.items()}).count("|") == 9
 
 
-def test_a_file_that_is_no_log_is_refused(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
+@pytest.mark.parametrize("content", ['{"a": 1}\n', "3\n", ""])
+def test_a_file_that_is_no_log_is_refused(tmp_path, content):
+    (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(ValueError, match="first line must hold the config"):
         read_log(tmp_path / "x.jsonl")
 

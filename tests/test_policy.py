@@ -290,6 +290,16 @@ def test_a_tokenizer_without_the_markers_is_refused(tmp_path):
     assert "<|vision_start|>" in broken(tmp_path, change)
 
 
+@pytest.mark.parametrize("content", ["{", None])
+def test_damaged_or_missing_tokenizer_files_are_said(tmp_path, content):
+    def change(folder):
+        for path in folder.glob("*token*"):
+            path.unlink() if content is None else path.write_text(content)
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).unlink(missing_ok=True)
+    assert "tokenizer files of" in broken(tmp_path, change)
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     save_tensors({"a": torch.ones(2)}, path)

@@ -219,12 +219,20 @@ def test_the_command_line_draws_thinks_and_answers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["x", "--policy", "nowhere"], "policy folder nowhere does not exist"), (["x", "--n", "0"], "at least one"),
+    (["x", "--policy", "nowhere"], "policy folder nowhere does not exist"), (["x", "--n", "0"], "--n 0: must be"),
+    (["x", "--guidance", "nan"], "--guidance nan: must be a finite number"), (["x", "--size", "0"], "--size 0"), (["x", "--seed", "-1"], "--seed -1"),
+    (["x", "--out", "nowhere/x.png"], "in a folder that exists"), (["x", "--out", "x.xyz"], "must be a .png file"),
     (["x", "--question", "missing.png"], "image missing.png does not exist"), (["x", "--question", "a", "--edit", "b"], "give one of them")])
 def test_bad_input_ends_in_one_line(argv, said):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert said in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+def test_an_unknown_flag_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["x", "--unknown", "3"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --unknown 3; see --help\n")
 
 
 def test_guidance_goes_without_the_last_given_text_or_without_the_images(policy):

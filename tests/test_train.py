@@ -233,6 +233,24 @@ def test_bad_input_ends_in_one_clear_line(tmp_path, argv, words):
     assert words in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("more, words", [
+    (("--grad_clip", "nan"), "--grad_clip nan: must be a finite number"), (("--sem", "inf"), "--sem inf"), (("--grad_clip", "0"), "--grad_clip 0.0: must be above 0"),
+    (("--shift", "-1"), "--shift -1.0: must be above 0"), (("--seed", "-1"), "--seed -1: must be at least 0"), (("--image_weight", "-300"), "--image_weight"),
+    (("--ema", "5"), "--ema 5.0: must be below 1"), (("--advantage", "foo"), "--advantage foo: choose group, batch, none"),
+    (("--sampler", "foo"), "--sampler foo: choose sde"), (("--normalise", "foo"), "--normalise foo: choose sum, each"),
+    (("--resolution", "16"), "--resolution 16: must be 32")])
+def test_a_setting_that_cannot_work_is_refused_before_the_old_log_is_touched(tmp_path, more, words):
+    (tmp_path / "log.jsonl").write_text("of another run")
+    with pytest.raises(ValueError, match=words):
+        train.begin(small(tmp_path, *more), ALONE)
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_run_does_not_write_over_the_policy_that_it_starts_from(tmp_path):
+    with pytest.raises(ValueError, match="give another --out"):
+        train.check(small(tmp_path, "--policy", tmp_path / "sub" / ".." / "policy"), ALONE)
+
+
 def test_a_batch_that_ranks_cannot_share_says_what_would_be(tmp_path):
     with pytest.raises(ValueError, match="--draw 3 prompts do not divide over 2 ranks; 2 or 4 would, or a --group_size that is a multiple of 2"):
         train.check(small(tmp_path, "--draw", 3, "--group_size", 5), Ranks(0, 2, torch.device("cpu")))
@@ -240,11 +258,38 @@ def test_a_batch_that_ranks_cannot_share_says_what_would_be(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ('{"prompt": "a"}\n{"prompt": \n', r"p.jsonl:2: not a JSON object"), ('{"prompt": "a"}\n\n{"text": "b"}\n', r"p.jsonl:3: .*lacks \['prompt'\]"),
-    ('["a"]\n', r"p.jsonl:1: must be an object")])
+    ('["a"]\n', r"p.jsonl:1: must be an object"), ('{"prompt": "\\ud800 red"}\n', r"p.jsonl:1: holds half of a surrogate"),
+    ("[" * 200000, r"p.jsonl:1: not a JSON object")])
 def test_a_bad_prompts_file_names_file_and_line(tmp_path, text, words):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ValueError, match=words):
         train.begin(small(tmp_path, "--prompts", tmp_path / "p.jsonl", "--ask", 0), ALONE)
+
+
+def test_prompts_are_told_by_what_the_file_holds(tmp_path):
+    (tmp_path / "p.json").write_text('\n{"prompt": "a red\u2028circle", "tag": "colors"}\n')
+    (tmp_path / "p.txt").write_text("a red\u2028circle\r\n\na square")
+    assert train.read_prompts(str(tmp_path / "p.json")) == [{"tag": "colors", "include": [], "prompt": "a red\u2028circle"}]
+    assert [m["prompt"] for m in train.read_prompts(str(tmp_path / "p.txt"))] == ["a red\u2028circle", "a square"]
+
+
+def test_samples_of_a_prompt_from_a_file_differ(tmp_path, monkeypatch):
+    grids = []
+    monkeypatch.setattr(train, "save_grid", lambda images, path, columns: grids.append(images))
+    (tmp_path / "p.txt").write_text("a red circle")
+    train.train(small(tmp_path, "--prompts", tmp_path / "p.txt", "--steps", 0, "--ins", 0, "--think", 0, "--ask", 0, "--eval_every", 1), ALONE)
+    assert len(grids[0]) == 4 and len(grids[0].flatten(1).unique(dim=0)) == 4
+
+
+def test_questions_are_checked_before_the_run(tmp_path):
+    from PIL import Image
+    Image.new("RGB", (16, 16)).save(tmp_path / "i.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "i.png").read_bytes()[:40])
+    row = dict(image="i.png", question="what ?", answer="a")
+    for last, words in ((row | {"image": "cut.png"}, "cut.png cannot be read"), (row | {"question": "what " * 200}, "longer than the context")):
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, [row] * 8 + [last])))
+        with pytest.raises(ValueError, match=words):
+            train.begin(small(tmp_path, "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0), ALONE)
 
 
 def test_prompts_and_questions_from_files_train(tmp_path):
@@ -262,14 +307,6 @@ def test_prompts_and_questions_from_files_train(tmp_path):
 def test_genevals_metadata_are_prompts():
     rows = train.read_prompts(str(GENEVAL))
     assert len(rows) == 553 and {r["tag"] for r in rows} == set(shapes.TAGS)
-
-
-def test_an_unreadable_image_of_a_question_is_named(tmp_path):
-    (tmp_path / "i.png").write_text("no image")
-    (tmp_path / "q.jsonl").write_text(json.dumps(dict(image="i.png", question="how many ?", answer="zero")))
-    run = train.begin(small(tmp_path, "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0), ALONE)
-    with pytest.raises(ValueError, match="i.png cannot be read"):
-        train.one_step(run, 0)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
@@ -528,11 +565,23 @@ def test_a_log_ahead_of_its_checkpoint_goes_back_to_it_and_its_clock_goes_on(tmp
     assert records(tmp_path)[-1]["seconds"] >= 1002.0
 
 
-def test_a_run_that_starts_anew_keeps_the_old_log(tmp_path):
+def test_a_run_that_starts_anew_keeps_the_old_log_and_checkpoint(tmp_path):
     train.train(small(tmp_path, "--steps", 1), ALONE)
     old = (tmp_path / "log.jsonl").read_text()
     train.train(small(tmp_path, "--steps", 1, "--seed", 1), ALONE)
-    assert (tmp_path / "log.previous.jsonl").read_text() == old and records(tmp_path)[0]["config"]["seed"] == 1
+    assert (tmp_path / "previous" / "log.jsonl").read_text() == old and records(tmp_path)[0]["config"]["seed"] == 1
+    assert load_file(tmp_path / "previous" / "checkpoint.safetensors")["step"] == 1
+    train.begin(small(tmp_path, "--steps", 1), ALONE)
+    assert (tmp_path / "previous2" / "log.jsonl").exists() and not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_the_rank_that_fails_keeps_the_steps_before_it(tmp_path, monkeypatch):
+    run = train.begin(small(tmp_path), ALONE)
+    run.ranks = Ranks(1, 2, torch.device("cpu"))
+    train.save_checkpoint(run, 5)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+    train.save_checkpoint(run, 5, writer=1)
+    assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint.safetensors"] and int(checkpoint(tmp_path)["step"]) == 5
 
 
 def test_checkpoints_come_after_every_save_every_steps_and_at_the_end(tmp_path, monkeypatch):
