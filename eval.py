@@ -60,7 +60,9 @@ def held_out_prompts(pairs: bool = False) -> list[dict]:
     """Evaluation prompts, none of which is trained on: PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training, or,
     pairs=True, as many of all tags together that name a pair that training never shows."""
     pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
-    return spaced(pool, PROMPTS_PER_TAG) if pairs else [m for tag in shapes.TAGS for m in spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
+    if pairs:
+        return spaced(pool, PROMPTS_PER_TAG)
+    return [m for tag in shapes.TAGS for m in spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
 
 
 def held_out_questions(pairs: bool = False, seed: int = 7):
@@ -137,7 +139,8 @@ def print_table(table: dict[str, tuple[float, float]]) -> str:
 
 def markdown_row(name: str, table: dict[str, tuple[float, float]]) -> str:
     cell = lambda k: f"{table[k][0]:.3f} ± {table[k][1]:.3f}" if math.isfinite(table[k][1]) else f"{table[k][0]:.2f}"
-    return f"| {name} | " + " | ".join(cell(k) for k in ("draw", "think", "ask", "draw/held_out", "ask/held_out", "layout_entropy", "pairwise_distance")) + " |"
+    columns = ("draw", "think", "ask", "draw/held_out", "ask/held_out", "layout_entropy", "pairwise_distance")
+    return f"| {name} | " + " | ".join(map(cell, columns)) + " |"
 
 
 # ---- pictures ----
@@ -360,7 +363,8 @@ def bench(folder: str, rounds: int = 3) -> str:
         plain, ours = ({key: np.array([run[key] for run in runs]) for key in ("seconds", "work")} for runs in both.values())
         ratios = plain["seconds"] / ours["seconds"]
         rows.append(f"| {title} | {np.median(plain['seconds']):.3f} | {np.median(ours['seconds']):.3f} | "
-                    f"{np.median(ratios):.1f}x ({ratios.min():.1f}-{ratios.max():.1f}) | +{np.median(plain['work']):.0f} | +{np.median(ours['work']):.0f} |")
+                    f"{np.median(ratios):.1f}x ({ratios.min():.1f}-{ratios.max():.1f}) | +{np.median(plain['work']):.0f} | "
+                    f"+{np.median(ours['work']):.0f} |")
     return "\n".join(rows)
 
 
@@ -453,8 +457,8 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
     attention = 4 * c["num_hidden_layers"] * c["hidden_size"] * (L * L / 2 + cfg.window * M * (L + M))
     forward = 2 * (understanding * L + head * words + generation * cfg.window * M) + attention
     useful = G * forward * (2 + 1)                              # forward, backward, and the reference's forward
-    rows.append(f"| UniGRPO, G={G}: replay, backward, reference, optimiser ({step:.2f} s of it) | {seconds:.2f} | {useful / seconds / flops:.0%} of the "
-                f"products' ceiling | {peak:.1f} |")
+    rows.append(f"| UniGRPO, G={G}: replay, backward, reference, optimiser ({step:.2f} s of it) | {seconds:.2f} | "
+                f"{useful / seconds / flops:.0%} of the products' ceiling | {peak:.1f} |")
     return "\n".join(rows)
 
 
@@ -466,8 +470,8 @@ def memory_table() -> str:
                         ("all weights", ["--lora", "0", "--shard"])):
         for pixels in (512, 1024):
             for world in (1, 8):
-                cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--prompts", "-", "--resolution", str(pixels), "--think", str(4 * world),
-                                   *flags])
+                cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--prompts", "-", "--resolution", str(pixels),
+                                   "--think", str(4 * world), *flags])
                 policy = release_on_meta(tokenizer)
                 train.freeze(policy, cfg)
                 need = train.memory(policy, cfg, world)

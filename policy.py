@@ -547,9 +547,9 @@ class Policy(nn.Module):
     def load(cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None, prepare=None, adapter: str | Path = "") -> "Policy":
         """Read a policy folder; every key and shape is checked and the missing or extra ones are named.
 
-        dtype None keeps the file's, and the autoencoder always does. prepare(policy) sees the policy without memory (meta device) and may freeze it, add adapters or
-        `shard` it; then what it leaves trainable becomes fp32, and a sharded rank reads its shard alone. Tensors go from the file to
-        their place one by one. adapter: a folder of `save_adapters` to put on.
+        dtype None keeps the file's, and the autoencoder always does. prepare(policy) sees the policy without memory (meta device) and may
+        freeze it, add adapters or `shard` it; then what it leaves trainable becomes fp32, and a sharded rank reads its shard alone.
+        Tensors go from the file to their place one by one. adapter: a folder of `save_adapters` to put on.
         """
         folder = Path(folder)
         if not folder.is_dir():

@@ -97,11 +97,11 @@ def score(rewards: dict[str, Reward], samples: Samples) -> dict[str, Tensor]:
     return scores
 
 
-def _centred(components: dict[str, Tensor], G: int | None) -> dict[str, Tensor]:
+def _centred(components: dict[str, Tensor], G: int) -> dict[str, Tensor]:
     """Every component minus its group's mean, (B, G); exactly 0 in a tied group."""
     centred = {}
     for name, reward in components.items():
-        if G is None or G < 2 or len(reward) % G:
+        if G < 2 or len(reward) % G:
             raise ValueError(f"G is {G} for {len(reward)} rewards of '{name}', expected a divisor of their number, at least 2")
         group = reward.view(-1, G)                                             # (B, G)
         tied = (group == group[:, :1]).all(1, keepdim=True)                    # (B, 1)
@@ -109,23 +109,26 @@ def _centred(components: dict[str, Tensor], G: int | None) -> dict[str, Tensor]:
     return centred
 
 
-def combine(components: dict[str, Tensor], weights: dict[str, float], *, normalise: str = "sum", G: int | None = None) -> Tensor:
-    """The weighted sum of reward components, (N,) each -> (N,). Every component needs a weight; 0 = logged only.
+def normalised(components: dict[str, Tensor], G: int) -> dict[str, Tensor]:
+    """Every component (N,) centred within its groups of G and divided by their population std + 1e-4; exactly 0 in a tied group.
 
-    normalise="sum" adds raw rewards [LVRPO Eq. 3]. Only within-group variance moves the policy, so an all-or-nothing reward
-    dominates: half a group passing has variance 0.25, cosines of one prompt about 0.001 (see variance_share).
-    normalise="each" centres every component within its group and divides by its population std + 1e-4 first, so that weights mean
-    what they say [CoRL code, unify_advantage]; a tied group gives exactly 0. It amplifies a component that hardly varies.
+    Their weighted sum is an advantage [CoRL's code, unify_advantage] in which weights mean what they say, where the advantage of the
+    summed reward [LVRPO Eq. 3] follows the component that varies most (see variance_share). It amplifies a component that hardly
+    varies. Errors: ValueError when G does not divide N or is below 2.
 
     Differs: CoRL's code takes the unbiased std.
     """
+    return {name: (each / (each.square().mean(1, keepdim=True).sqrt() + 1e-4)).flatten()
+            for name, each in _centred(components, G).items()}
+
+
+def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The weighted sum of reward components, (N,) each -> (N,). Every component needs a weight; 0 = logged only. [LVRPO Eq. 3]
+
+    Errors: ValueError when names and weights differ or there is none.
+    """
     if components.keys() != weights.keys() or not components:
         raise ValueError(f"weights are given for {sorted(weights)}, components are {sorted(components)}: each needs one")
-    if normalise not in ("sum", "each"):
-        raise ValueError(f'normalise is {normalise!r}, expected "sum" or "each"')
-    if normalise == "each":
-        components = {name: (each / (each.square().mean(1, keepdim=True).sqrt() + 1e-4)).flatten()
-                      for name, each in _centred(components, G).items()}
     return sum(weights[name] * reward for name, reward in components.items())
 
 

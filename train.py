@@ -52,40 +52,44 @@ from sample import (Arguments, Draw, Picture, Read, Rollout, See, Text, Write, c
 
 ASSETS = Path(__file__).parent / "assets" / "toy"
 
-# One row a switch, one column a method. The paper's value where it is confirmed; (o) marks ours, where the paper's is not known.
+# One row a switch, one column a method: the paper's value where it is confirmed. (o): ours, where the paper's is not known;
+# (d): ours, which departs from the paper's, named beside it.
 METHODS = ("lvrpo", "unigrpo")
 RECIPES = {
-    "draw":            (24, 0),           # prompts per step drawn at once                                            (o), -
-    "think":           (8, 32),           # prompts per step thought about, then drawn                                (o), 32
-    "ask":             (16, 0),           # questions per step                                                        (o), -
-    "sem":             (1.0, 0.0),        # weight of r_sem, SigLIP cosine [LVRPO Eq. 5]                              (o), -
-    "ins":             (1.0, 1.0),        # weight of r_ins of an image, rules on detections [LVRPO Eq. 7]            (o), terminal reward (o)
-    "accuracy":        (1.0, 1.0),        # weight of the right answer to a question: r_ins of a text                 (o), (o)
-    "kn":              (1.0, 0.0),        # weight of r_kn, yes/no confidence of the judge                            (o), -
-    "dense":           (0.0, 0.0),        # weight of r_dense, max over patches per key phrase [LVRPO Eq. 12]           (o), -
-    "format":          (0.0, 0.0),        # weight of the think tags of a thought [AlphaGRPO]                         -, -
-    "graded":          (True, True),      # r_ins as the fraction of rules kept, else all-of                          (o), (o)
-    "text_clip":       (0.2, 0.2),        # token ratio clip                                                          (o), (o)
-    "text_kl":         (0.02, 0.0),       # weight of k3 to the reference                                             (o), 0
-    "image_weight":    (300.0, 1.0),      # of the image loss beside the text loss [UniGRPO Eq. 7: lambda]            (o), 1
-    "image_clip":      (1e-3, 1e-3),      # ratio clip of a noisy step, log-density averaged over entries             (o), 1e-6 at 65,536 entries
-    "image_kl":        (0.003, 0.0),      # weight of the transition KL to the reference                              (o), 0
-    "velocity_mse":    (0.0, 5e-5),       # weight of |v - v_ref|^2 per entry                                         (o), 1.5e-5 (sum)
-    "ratio_norm":      (False, True),     # RatioNorm [UniGRPO Eq. 5]                                                 -, yes
-    "step_weights":    (True, True),      # 1/|dt| per noisy step, mean 1 [GRPO-Guard]                                (o), (o)
-    "epochs":          (2, 2),            # updates per batch                                                         (o), 2
-    "lr_understanding": (2e-4, 5e-5),     # on the toy; unigrpo holds thoughts by nothing else                            (o), (o)
-    "steps":           (150, 100),        # batches of rollouts on the toy                                            (o), (o)
+    "draw":             (24, 0),                 # prompts per step drawn at once                                     (o), -
+    "think":            (8, 32),                 # prompts per step thought about, then drawn                         (o), 32
+    "ask":              (16, 0),                 # questions per step                                                 (o), -
+    "sem":              (1.0, 0.0),              # weight of r_sem, SigLIP cosine [LVRPO Eq. 5]                       (o), -
+    "ins":              (1.0, 1.0),              # weight of r_ins of an image, rules on detections [LVRPO Eq. 7]     (o), (d) a preference model
+    "accuracy":         (1.0, 1.0),              # weight of the right answer to a question: r_ins of a text          (o), -
+    "kn":               (1.0, 0.0),              # weight of r_kn, yes/no confidence of the judge                     (o), -
+    "dense":            (0.0, 0.0),              # weight of r_dense, max over patches per key phrase [LVRPO Eq. 12]  (o), -
+    "format":           (0.0, 0.0),              # weight of the think tags of a thought [AlphaGRPO]                  -, -
+    "graded":           (True, True),            # r_ins as the fraction of rules kept, else all-of                   (o), -
+    "text_average":     ("token", "sequence"),   # unit that the text loss averages: DAPO's, or UniGRPO's Eq. 2       (o), sequence
+    "text_clip":        (0.2, 0.2),              # token ratio clip                                                   (o), (o)
+    "text_beta":        (0.02, 0.0),             # weight of k3 to the reference                                      (o), 0
+    "image_weight":     (300.0, 1.0),            # of the image loss, its penalties included [UniGRPO Eq. 7: lambda]  (o), 1
+    "image_clip":       (1e-3, 1e-3),            # ratio clip of a noisy step, log-density averaged over entries      (o), (d) 1e-6, for more entries
+    "image_beta":       (0.003, 0.0),            # weight of the transition KL to the reference                       (o), 0
+    "mse_weight":       (0.0, 5e-5),             # weight of |v - v_ref|^2, averaged over entries                     (o), (d) 1.5e-5, mean or sum
+    "ratio_norm":       (False, True),           # RatioNorm [UniGRPO Eq. 5]                                          (o), yes
+    "step_weights":     (True, True),            # 1/|dt| per noisy step, mean 1 [GRPO-Guard, beside RatioNorm]       (o), (d) none in Eq. 6
+    "epochs":           (2, 2),                  # updates per batch                                                  (o), 2
+    "lr_understanding": (2e-4, 5e-5),            # on the toy; unigrpo holds thoughts by nothing else                 (o), (o)
+    "steps":            (150, 100),              # batches of rollouts on the toy                                     (o), (o)
 }
 
-# What depends on size: the toy's values are ours, measured; BAGEL's are UniGRPO's Table 3 but for resolution and group.
+# What depends on size. The toy's values are ours, measured: CPS noise and one initial noise per group among them, where UniGRPO has the
+# SDE. BAGEL's are UniGRPO's Table 3 but for the resolution (there 1024), the reward, mse_weight and step_weights; what lvrpo
+# weighs was found on the toy.
 SCALES = {
     "toy": dict(group_size=16, lr_generation=5e-4, denoise_steps=6, shift=2.0, noise_level=0.8, sampler="cps",
                 window=3, window_low=0, window_high=3, shared_noise=True, resolution=32, think_tokens=24, answer_tokens=4,
                 lora=0, system_prompt=False),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, shared_noise=False, resolution=512, think_tokens=256, answer_tokens=256,
-                  lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=24,
+                  image_clip=1e-6, lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=24,
                   # The toy's detector is not for photographs, and its referees are not either.
                   ins=0.0, sem=1.0, siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448"),
 }
@@ -121,14 +125,15 @@ class Config:
     dense: float = 0.0
     format: float = 0.0
     graded: bool = True
-    normalise: str = "sum"      # sum: the components are added, then normalised by group; each: the other way round
+    normalise: str = "sum"      # sum: components are added, then normalised; each: normalised by group, then added, without --advantage
     advantage: str = "group"    # whose spread divides: group, batch, none
+    text_average: str = "token"  # token: the step's tokens weigh alike; sequence: its texts do
     text_clip: float = 0.0
-    text_kl: float = 0.0
+    text_beta: float = 0.0
     image_weight: float = 1.0
     image_clip: float = 0.0
-    image_kl: float = 0.0
-    velocity_mse: float = 0.0
+    image_beta: float = 0.0
+    mse_weight: float = 0.0
     ratio_norm: bool = False
     step_weights: bool = False
     epochs: int = 1
@@ -250,7 +255,7 @@ class Batch:
     answers: list[str] | None = None
 
 
-class World:
+class Tasks:
     """Where prompts and questions come from: the toy world, or files."""
 
     def __init__(self, cfg: Config, policy: Policy):
@@ -265,7 +270,8 @@ class World:
         side, most = policy.config.stride, policy.config.stride * policy.config.bagel["max_latent_size"]
         fits = cfg.resolution == shapes.SIZE if self.toy else cfg.resolution % side == 0 and cfg.resolution <= most
         if (cfg.draw or cfg.think) and not fits:
-            raise ValueError(f"--resolution {cfg.resolution}: must be {f'{shapes.SIZE}, the toy world' if self.toy else f'a multiple of {side} up to {most}'}")
+            right = f"{shapes.SIZE}, the toy world" if self.toy else f"a multiple of {side} up to {most}"
+            raise ValueError(f"--resolution {cfg.resolution}: must be {right}")
         if not self.toy and cfg.ins and (cfg.draw or cfg.think):
             raise ValueError("--ins on images needs the toy's detector; with --prompts set --ins 0 and use --sem or --kn")
         for task in ("draw", "think"):
@@ -368,7 +374,8 @@ def read_prompts(path: str) -> list[dict]:
     if path.endswith(".jsonl") or any(line.lstrip().startswith("{") for _, line in read_lines(path)[:1]):
         rows = [{"tag": "", "include": [], **row} for row in read_json_lines(path, ("prompt",))]
         for row in rows:
-            if not isinstance(row["tag"], str) or not isinstance(row["include"], list) or not all(isinstance(c, dict) and "class" in c for c in row["include"]):
+            objects = row["include"] if isinstance(row["include"], list) else [None]
+            if not isinstance(row["tag"], str) or not all(isinstance(c, dict) and "class" in c for c in objects):
                 raise ValueError(f"{path}: prompt {row['prompt'][:60]!r}: tag must be text and include a list of objects with a class")
         return rows
     return [{"tag": "", "include": [], "prompt": line.strip()} for _, line in read_lines(path)]
@@ -385,10 +392,6 @@ def read_questions(path: str) -> list[dict]:
 # ---- the six phases ----
 
 TASK_REWARDS = {"draw": ("sem", "ins", "kn", "dense"), "think": ("sem", "ins", "kn", "dense", "format"), "ask": ("accuracy", "kn")}
-
-
-def reward_weights(cfg: Config) -> dict[str, float]:
-    return dict(sem=cfg.sem, ins=cfg.ins, accuracy=cfg.accuracy, kn=cfg.kn, dense=cfg.dense, format=cfg.format)
 
 
 def referees(cfg: Config, device) -> dict[str, rewards.Reward]:
@@ -457,20 +460,22 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
 
 
 def advantage_phase(components: dict[str, Tensor], count: int, cfg: Config, ranks: Ranks) -> tuple[Tensor, dict]:
-    """Advantages of this rank's samples; the groups and their statistics are those of all ranks' `count` prompts."""
-    G, weights = cfg.group_size, {k: reward_weights(cfg)[k] for k in components}
-    components = {k: ranks.groups(v.to(ranks.device), count, G).flatten() for k, v in components.items()}
-    reward = rewards.combine(components, weights, normalise=cfg.normalise, G=G)
-    adv, groups = group_advantage(reward, G, scale=cfg.advantage), reward.view(-1, G)
+    """Advantages (n,) of this rank's samples; the groups and their statistics are those of all ranks' `count` prompts."""
+    G, weights, each = cfg.group_size, {k: getattr(cfg, k) for k in components}, cfg.normalise == "each"
+    components = {k: ranks.groups(v.to(ranks.device), count, G).flatten() for k, v in components.items()}      # (N,) of all ranks
+    parts = rewards.normalised(components, G) if each else components
+    adv = group_advantage(rewards.combine(parts, weights), G, scale="none" if each else cfg.advantage)         # (N,)
+    reward = rewards.combine(components, weights)                                                              # (N,)
+    groups = reward.view(-1, G)                                                                                # (B, G)
     stats = {"reward": reward.mean().item(), "reward_std": groups.std(1, correction=0).mean().item(),
              "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean().item()}
     stats |= {f"rewards/{k}/mean": v.mean().item() for k, v in components.items()}
-    stats |= {f"advantage_share/{k}": v for k, v in rewards.variance_share(components, weights, G).items()}
+    stats |= {f"advantage_share/{k}": v for k, v in rewards.variance_share(parts, weights, G).items()}
     return ranks.own(adv.view(count, G)), stats
 
 
 def needs_reference(cfg: Config) -> bool:
-    return bool(cfg.text_kl or cfg.image_kl or cfg.velocity_mse)
+    return bool(cfg.text_beta or cfg.image_beta or cfg.mse_weight)
 
 
 @contextlib.contextmanager
@@ -484,22 +489,27 @@ def reference_of(policy: Policy, frozen: Policy | None):
 
 
 def segment_loss(scored, reference, adv: Tensor, totals: dict, cfg: Config) -> tuple[Tensor, dict]:
-    """Loss of one chosen segment, normalised by the step's global counts; stats are named text/... or image/..."""
+    """Loss of one chosen segment, a scalar, and its stats, named text/... or image/...
+
+    adv (N,); totals {"text", "image"}: what `counts` gives for the task's whole step, all ranks and micro-batches together, so that
+    every task weighs alike whatever its number of prompts.
+    """
     s = scored.segment
     if isinstance(s, Text):
-        loss, stats = grpo_loss(scored.logp, s.logp, adv, s.chosen, total=totals["text"], low=cfg.text_clip, high=cfg.text_clip,
-                                beta=cfg.text_kl, logp_ref=None if reference is None else reference.logp)
+        loss, stats = grpo_loss(scored.logp, s.logp, adv, s.chosen, total=totals["text"], per=cfg.text_average, low=cfg.text_clip,
+                                high=cfg.text_clip, beta=cfg.text_beta, logp_ref=None if reference is None else reference.logp)
         return loss, {f"text/{k}": float(v) for k, v in stats.items()}
     weights = flow_grpo.step_weights(s.flow.times, s.flow.window, normalise=True) if cfg.step_weights else None
     loss, stats = flow_grpo.flow_grpo_loss(
         scored.flow, s.flow, adv, total=totals["image"], low=cfg.image_clip, high=cfg.image_clip, ratio_norm=cfg.ratio_norm,
-        weights=weights, reference=None if reference is None else reference.flow, kl_beta=cfg.image_kl, mse_weight=cfg.velocity_mse)
+        weights=weights, reference=None if reference is None else reference.flow, kl_beta=cfg.image_beta, mse_weight=cfg.mse_weight)
     return cfg.image_weight * loss, {f"image/{k}": float(v) for k, v in stats.items() if v.ndim == 0}
 
 
-def counts(r: Rollout) -> Tensor:
-    """(2,) sampled text tokens and noisy image steps of a rollout: what its losses are averaged over."""
-    text = sum(int(s.chosen.sum()) for s in r.segments if isinstance(s, Text) and s.chosen is not None)
+def counts(r: Rollout, per: str) -> Tensor:
+    """(2,) of a rollout: sampled text tokens (per="token") or texts ("sequence"), and noisy image steps; what its losses are averaged over."""
+    chosen = [s.chosen for s in r.segments if isinstance(s, Text) and s.chosen is not None]
+    text = sum(int(c.sum()) if per == "token" else len(c) for c in chosen)
     image = sum(s.flow.logp.numel() for s in r.segments if isinstance(s, Picture) and s.flow is not None)
     return torch.tensor([text, image], dtype=torch.float64)
 
@@ -516,7 +526,7 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
     """cfg.epochs optimiser steps on the rollouts. Micro-batches and ranks add up: each loss is divided by global counts."""
     parts, log = [], {}                                         # log: name -> values of the last epoch's micro-batches
     for batch, r, adv in work:
-        text, image = ranks.total(counts(r).to(ranks.device)).tolist()
+        text, image = ranks.total(counts(r, cfg.text_average).to(ranks.device)).tolist()
         for part, rows in micro_batches(r, cfg.micro):
             reference = [None] * 2
             if needs_reference(cfg):
@@ -637,8 +647,8 @@ def state(run: "Run") -> dict[str, Tensor]:
 
 
 def save_checkpoint(run: "Run", step: int, writer: int = 0) -> None:
-    """Replace out/checkpoint.safetensors atomically, from the rank `writer`, where ranks hold equal weights; of a sharded run the folder out/checkpoint, which all ranks write together
-    (torch.distributed.checkpoint, in safetensors) and which any number of ranks reads."""
+    """Replace out/checkpoint.safetensors atomically, from the rank `writer`, where ranks hold equal weights; of a sharded run the folder
+    out/checkpoint, which all ranks write together (torch.distributed.checkpoint, in safetensors) and which any number of ranks reads."""
     out, tensors = Path(run.cfg.out), state(run) | {"step": torch.tensor(step)}
     single, folder, fresh, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.tmp", out / "checkpoint.old"
     if not run.policy.sharded:
@@ -778,7 +788,7 @@ class Run:
     frozen: Policy | None       # the reference in full training; None where adapters switch off
     optimizer: torch.optim.Optimizer
     average: Average
-    world: World
+    tasks: Tasks
     judges: dict
     imitation: object           # of the control; else None
     start: int = 0              # first step
@@ -801,18 +811,22 @@ def check(cfg: Config, ranks: Ranks) -> None:
     for f in fields(cfg):
         if f.type is float and not math.isfinite(getattr(cfg, f.name)):
             raise ValueError(f"--{f.name} {getattr(cfg, f.name)}: must be a finite number")
-    least = dict.fromkeys(("draw", "think", "ask", "micro", "rollout_batch", "steps", "eval_every", "save_every", "lora", "window_low", "seed", "text_clip", "text_kl",
-                           "image_weight", "image_clip", "image_kl", "velocity_mse", "noise_level", "lr_understanding", "lr_generation",
-                           "weight_decay", "ema"), 0) | dict.fromkeys(("epochs", "denoise_steps", "window", "think_tokens", "answer_tokens", "resolution"), 1)
-    for name, low in least.items():
+    none = ("draw", "think", "ask", "micro", "rollout_batch", "steps", "eval_every", "save_every", "lora", "window_low", "seed", "text_clip",
+            "text_beta", "image_weight", "image_clip", "image_beta", "mse_weight", "lr_understanding", "lr_generation",
+            "weight_decay", "ema")
+    one = ("epochs", "denoise_steps", "window", "think_tokens", "answer_tokens", "resolution")
+    for name, low in (dict.fromkeys(none, 0) | dict.fromkeys(one, 1)).items():
         if getattr(cfg, name) < low:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
-    for name in ("temperature", "shift", "grad_clip"):
+    for name in ("temperature", "shift", "grad_clip", "noise_level"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
+    if cfg.sampler == "cps" and cfg.noise_level >= 2:
+        raise ValueError(f"--noise_level {cfg.noise_level}: must be below 2 for cps, whose std is the sine of half a turn there")
     if cfg.ema >= 1:
         raise ValueError(f"--ema {cfg.ema}: must be below 1, which would never move")
-    for name, names in dict(normalise=("sum", "each"), advantage=("group", "batch", "none"), sampler=("sde", "cps", "dance")).items():
+    for name, names in dict(normalise=("sum", "each"), advantage=("group", "batch", "none"), text_average=("token", "sequence"),
+                            sampler=("sde", "cps", "dance")).items():
         if getattr(cfg, name) not in names:
             raise ValueError(f"--{name} {getattr(cfg, name)}: choose {', '.join(names)}")
     last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
@@ -820,7 +834,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
         raise ValueError(f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in "
                          f"{last} noisy steps")
     for task, names in TASK_REWARDS.items():
-        if cfg.recipe != "control" and getattr(cfg, task) and not any(reward_weights(cfg)[k] for k in names):
+        if cfg.recipe != "control" and getattr(cfg, task) and not any(getattr(cfg, k) for k in names):
             raise ValueError(f"--{task} has no reward: give one of {', '.join('--' + k for k in names)} a weight")
     for task in ("draw", "think", "ask"):
         n, less = getattr(cfg, task), getattr(cfg, task) // ranks.world * ranks.world
@@ -869,8 +883,9 @@ def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
     Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
     reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
     replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
-    activations; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered blocks of a sharded policy. Not counted: referees, the
-    autoencoder's activations, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
+    activations; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered blocks of a sharded policy. Not
+    counted: referees, the autoencoder's activations, what the allocator loses, and the whole weights that a sharded rollout keeps only
+    where they fit.
     """
     c, byte = policy.config.llm, 2 if cfg.bf16 else 4
     D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
@@ -909,7 +924,8 @@ def check_memory(policy: Policy, cfg: Config, ranks: Ranks) -> None:
         return
     changes = [dict(micro=1), dict(rollout_batch=cfg.group_size), dict(micro=1, rollout_batch=cfg.group_size), dict(think_tokens=64, micro=1)]
     fits = [c for c in changes if peak(memory(policy, replace(cfg, **c), ranks.world)) <= has]
-    hint = " ".join(f"--{k} {v}" for k, v in fits[0].items()) if fits else "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
+    otherwise = "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
+    hint = " ".join(f"--{k} {v}" for k, v in fits[0].items()) if fits else otherwise
     parts = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if v >= 0.05)
     raise ValueError(f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {parts}; try {hint}")
 
@@ -918,7 +934,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     """Load everything a run needs; with --resume, its last checkpoint too."""
     check(cfg, ranks)
     policy = load_policy(cfg, ranks)
-    world = World(cfg, policy)
+    tasks = Tasks(cfg, policy)
     frozen = load_policy(cfg, ranks, trained=False) if needs_reference(cfg) and not cfg.lora else None
     rates, groups = dict(understanding=cfg.lr_understanding, generation=cfg.lr_generation), []
     for name, params in policy.parts().items():
@@ -933,7 +949,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
         imitation = Imitation(policy, cfg.seed)
     else:
         judges = referees(cfg, ranks.device)
-    run = Run(cfg, ranks, policy, frozen, optimizer, Average(policy, cfg.ema), world, judges, imitation)
+    run = Run(cfg, ranks, policy, frozen, optimizer, Average(policy, cfg.ema), tasks, judges, imitation)
     run.start = load_checkpoint(run) if cfg.resume else 0
     run.log = Log(cfg, ranks, run.start)
     return run
@@ -944,9 +960,9 @@ def one_step(run: Run, step: int) -> dict:
     if run.imitation:
         return run.imitation.step(step, run.optimizer)
     cfg, stats, work = run.cfg, {}, []
-    for batch in run.world.batches(step, run.ranks):
+    for batch in run.tasks.batches(step, run.ranks):
         r = act(run.policy, batch, cfg)                                                                        # 1. act
-        components, look = reward_phase(run.policy, batch, r, run.judges, cfg, run.world.toy)                  # 2. reward
+        components, look = reward_phase(run.policy, batch, r, run.judges, cfg, run.tasks.toy)                  # 2. reward
         adv, group = advantage_phase(components, getattr(cfg, batch.task), cfg, run.ranks)                     # 3. compare
         look |= {"completions/mean_length": s.chosen.sum(1).float().mean().item()
                  for s in r.segments if isinstance(s, Text) and s.chosen is not None}
@@ -966,15 +982,15 @@ def look(run: Run, step: int) -> None:
     due = cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated
     if run.policy.sharded:                                      # then all ranks' forwards are needed
         due = run.ranks.total(torch.tensor(int(due), device=run.ranks.device)).item()
-    if not due or not (run.world.toy or cfg.draw or cfg.think):
+    if not due or not (run.tasks.toy or cfg.draw or cfg.think):
         return
     with run.average.swapped(run.policy), gathered(run.policy, spare(run.policy.device)), compute(cfg, run.policy.device):
-        if run.world.toy:
+        if run.tasks.toy:
             table = evaluation.evaluate(run.policy)
             run.log(step=step, eval={k: [round(x, 5) if np.isfinite(x) else None for x in v] for k, v in table.items()})
             return
-        prompts = [m["prompt"] for m in run.world.pools["draw"][:4]]
-        *reads, draw = run.world.plan("think" if cfg.think else "draw", prompts, window=(0, 0))
+        prompts = [m["prompt"] for m in run.tasks.pools["draw"][:4]]
+        *reads, draw = run.tasks.plan("think" if cfg.think else "draw", prompts, window=(0, 0))
         plan = [*reads, replace(draw, shared_noise=False)]      # without noise on the way, equal starts would give equal pictures
         images = images_of(run.policy, rollout(run.policy, plan, seed=cfg.seed, step=0, prompts=list(range(len(prompts))), G=4))
     if run.ranks.rank == 0:
@@ -1027,7 +1043,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
             if cfg.lora:
                 save_adapters(run.policy, out / "adapter")
             run.policy.save(out / "policy")
-    if ranks.rank == 0 and run.world.toy and cfg.eval_every:
+    if ranks.rank == 0 and run.tasks.toy and cfg.eval_every:
         evaluation.before_after(Policy.load(cfg.policy, ranks.device), Policy.load(out / "policy", ranks.device), out / "before_after.png")
         evaluation.plot([run.log.path], out / "curves.png")
         print(evaluation.summary(run.log.path))

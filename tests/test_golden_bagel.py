@@ -229,7 +229,8 @@ def test_indices_and_masks(policy, tensors):
     (h, w), (vh, vw), out = case["latent_image_size"], case["vit_image_size"], case["outputs"]
     side = policy.config.bagel["max_latent_size"]
     assert grid_ids([(h, w)], 8, side)[0].flatten().tolist() == tensors[out["latent_position_ids"]].tolist()
-    assert grid_ids([(vh, vw)], 10, policy.config.bagel["vit_max_num_patch_per_side"])[0].flatten().tolist() == tensors[out["vit_position_ids"]].tolist()
+    vit_ids = grid_ids([(vh, vw)], 10, policy.config.bagel["vit_max_num_patch_per_side"])[0]
+    assert vit_ids.flatten().tolist() == tensors[out["vit_position_ids"]].tolist()
     flat = torch.arange(4 * (h // 4) * (w // 4)).view(1, 4, h // 4, w // 4)
     tokens = patchify(flat, 2)
     assert torch.equal(tokens[0].int(), tensors[out["latent_patchify"]].int())

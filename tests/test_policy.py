@@ -319,7 +319,8 @@ def test_the_release_has_the_published_keys_and_shapes():
     D, kv, I, W = 3584, 512, 18944, 1152
     table = {"language_model.model.embed_tokens.weight": (152064, D), "language_model.lm_head.weight": (152064, D),
              "language_model.model.norm.weight": (D,), "language_model.model.norm_moe_gen.weight": (D,),
-             "time_embedder.mlp.0.weight": (D, 256), "time_embedder.mlp.0.bias": (D,), "time_embedder.mlp.2.weight": (D, D), "time_embedder.mlp.2.bias": (D,),
+             "time_embedder.mlp.0.weight": (D, 256), "time_embedder.mlp.0.bias": (D,),
+             "time_embedder.mlp.2.weight": (D, D), "time_embedder.mlp.2.bias": (D,),
              "vae2llm.weight": (D, 64), "vae2llm.bias": (D,), "llm2vae.weight": (64, D), "llm2vae.bias": (64,),
              "latent_pos_embed.pos_embed": (4096, D), "vit_pos_embed.pos_embed": (4900, D),
              "connector.fc1.weight": (D, W), "connector.fc1.bias": (D,), "connector.fc2.weight": (D, D), "connector.fc2.bias": (D,)}
@@ -339,7 +340,8 @@ def test_the_release_has_the_published_keys_and_shapes():
         table |= {f"{layer}layer_norm{i}.{p}": (W,) for i in (1, 2) for p in ("weight", "bias")}
         table |= {f"{layer}self_attn.{p}_proj.weight": (W, W) for p in ("q", "k", "v", "out")}
         table |= {f"{layer}self_attn.{p}_proj.bias": (W,) for p in ("q", "k", "v", "out")}
-        table |= {layer + "mlp.fc1.weight": (4304, W), layer + "mlp.fc1.bias": (4304,), layer + "mlp.fc2.weight": (W, 4304), layer + "mlp.fc2.bias": (W,)}
+        table |= {layer + "mlp.fc1.weight": (4304, W), layer + "mlp.fc1.bias": (4304,),
+                  layer + "mlp.fc2.weight": (W, 4304), layer + "mlp.fc2.bias": (W,)}
     assert state == table and len(table) == 1223
     assert sum(torch.Size(s).numel() for s in state.values()) == 14_607_260_128
     ae = {release_ae_name(k, 4) for k in policy.autoencoder.state_dict()}
@@ -457,7 +459,8 @@ def test_a_text_must_leave_the_room_that_is_asked_for(policy):
 
 def test_fields_that_a_release_leaves_out_take_their_classes_defaults(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "p")
-    for name, gone in (("llm_config.json", ("rms_norm_eps", "rope_theta", "tie_word_embeddings")), ("vit_config.json", ("num_channels", "layer_norm_eps", "hidden_act"))):
+    for name, gone in (("llm_config.json", ("rms_norm_eps", "rope_theta", "tie_word_embeddings")),
+                       ("vit_config.json", ("num_channels", "layer_norm_eps", "hidden_act"))):
         config = json.loads((tmp_path / "p" / name).read_text())
         config |= {"rope_parameters": {"rope_theta": config["rope_theta"]}} if "llm" in name else {}
         (tmp_path / "p" / name).chmod(0o644)

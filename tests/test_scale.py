@@ -55,9 +55,10 @@ def arguments(folder, out, recipe, *more):
     toy = Path(train.ASSETS)
     return [str(x) for x in ("--recipe", recipe, "--scale", "bagel", "--policy", folder, "--prompts", folder / "p.txt", "--questions",
                              folder / "q.jsonl", *tasks, "--siglip", toy / "siglip", "--judge", toy / "judge", "--resolution", 16,
-                             "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--epochs", 1, "--steps", 2, "--save_every", 1, "--eval_every", 0,
-                             "--micro", 8, "--rollout_batch", 4, "--no-bf16", "--no-system_prompt", "--lr_understanding", 1e-5, "--lr_generation", 1e-5,
-                             "--sem", 1, "--image_weight", 1, "--image_clip", 1e-2, "--out", out, *more)]
+                             "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--epochs", 1, "--steps", 2,
+                             "--save_every", 1, "--eval_every", 0, "--micro", 8, "--rollout_batch", 4, "--no-bf16", "--no-system_prompt",
+                             "--lr_understanding", 1e-5, "--lr_generation", 1e-5, "--sem", 1, "--image_weight", 1,
+                             "--image_clip", 1e-2, "--out", out, *more)]
 
 
 @contextmanager
@@ -66,8 +67,9 @@ def launched(world, runs):
     script = Path(runs[0][runs[0].index("--out") + 1]).parent / f"several_{world}.py"
     script.write_text("import json, sys, train\nfor argv in json.loads(sys.argv[1]):\n    train.train(train.parse(argv), train.setup())\n"
                       "train.dist.destroy_process_group()\n")
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script), json.dumps(runs)],
-                               cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script), json.dumps(runs)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     try:
         yield
     finally:
@@ -172,7 +174,8 @@ def test_a_damaged_sharded_checkpoint_is_refused(folder, runs, tmp_path):
         train.begin(parse(arguments(folder, tmp_path / "run", *VARIANTS["lvrpo-whole"], "--resume")), ALONE)
 
 
-@pytest.mark.parametrize("name, content, words", [("adapter_config.json", "{}", "lacks the numbers"), ("adapter_config.json", "[]", "must hold a JSON object"),
+@pytest.mark.parametrize("name, content, words", [("adapter_config.json", "{}", "lacks the numbers"),
+                                                  ("adapter_config.json", "[]", "must hold a JSON object"),
                                                   ("adapter_config.json", None, "adapter_config.json is missing")])
 def test_a_bad_folder_of_adapters_is_refused(folder, runs, tmp_path, name, content, words):
     shutil.copytree(runs / "one-lvrpo-adapters" / "adapter", tmp_path / "a")
@@ -252,8 +255,8 @@ def test_bf16_trains_and_stays_near_fp32(folder, tmp_path, runs):
 
 
 def test_a_bf16_release_stays_bf16_and_trains_in_fp32(folder, tmp_path):
-    for name in ("llm_config.json", "vit_config.json", "bagel_config.json", "ae_config.json", "ae.safetensors", *[p.name for p in folder.glob("*token*")],
-                 "vocab.json", "merges.txt"):
+    for name in ("llm_config.json", "vit_config.json", "bagel_config.json", "ae_config.json", "ae.safetensors",
+                 *[p.name for p in folder.glob("*token*")], "vocab.json", "merges.txt"):
         if (folder / name).exists():
             (tmp_path / name).write_bytes((folder / name).read_bytes())
     save_tensors({k: v.bfloat16() for k, v in load_file(folder / "ema.safetensors").items()}, tmp_path / "ema.safetensors")

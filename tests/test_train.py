@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flow_grpo
+import rewards
 import shapes
 import train
-from grpo import grpo_loss
+from grpo import group_advantage, grpo_loss
 from policy import Policy
 from sample import Text, Write, replay, rollout
 from train import Config, Ranks, parse
@@ -214,14 +215,16 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_batch(tmp_path, mon
 
 def test_every_field_of_the_config_is_read():
     source = (ROOT / "train.py").read_text()
+    weights = {k for names in train.TASK_REWARDS.values() for k in names}      # read by name
     for f in dataclasses.fields(Config)[2:]:                    # recipe and scale choose columns in parse
-        assert re.search(rf"\bcfg\.{f.name}\b", source), f.name
+        assert f.name in weights or re.search(rf"\bcfg\.{f.name}\b", source), f.name
 
 
 def test_a_recipe_is_its_column_with_the_scale_and_what_was_given():
     cfg = parse(["--recipe", "unigrpo", "--scale", "bagel", "--group_size", "16", "--no-ratio_norm"])
-    assert (cfg.text_kl, cfg.epochs, cfg.lr_understanding, cfg.lr_generation) == (0.0, 2, 1e-6, 3e-5)
+    assert (cfg.text_beta, cfg.epochs, cfg.lr_understanding, cfg.lr_generation) == (0.0, 2, 1e-6, 3e-5)
     assert (cfg.group_size, cfg.ratio_norm, cfg.denoise_steps) == (16, False, 25)
+    assert (cfg.text_average, cfg.image_clip, parse(["--recipe", "unigrpo"]).image_clip) == ("sequence", 1e-6, 1e-3)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -234,10 +237,12 @@ def test_bad_input_ends_in_one_clear_line(tmp_path, argv, words):
 
 
 @pytest.mark.parametrize("more, words", [
-    (("--grad_clip", "nan"), "--grad_clip nan: must be a finite number"), (("--sem", "inf"), "--sem inf"), (("--grad_clip", "0"), "--grad_clip 0.0: must be above 0"),
-    (("--shift", "-1"), "--shift -1.0: must be above 0"), (("--seed", "-1"), "--seed -1: must be at least 0"), (("--image_weight", "-300"), "--image_weight"),
+    (("--grad_clip", "nan"), "--grad_clip nan: must be a finite number"), (("--sem", "inf"), "--sem inf"),
+    (("--grad_clip", "0"), "--grad_clip 0.0: must be above 0"), (("--shift", "-1"), "--shift -1.0: must be above 0"),
+    (("--seed", "-1"), "--seed -1: must be at least 0"), (("--image_weight", "-300"), "--image_weight"),
     (("--ema", "5"), "--ema 5.0: must be below 1"), (("--advantage", "foo"), "--advantage foo: choose group, batch, none"),
-    (("--sampler", "foo"), "--sampler foo: choose sde"), (("--normalise", "foo"), "--normalise foo: choose sum, each"),
+    (("--text_average", "foo"), "--text_average foo: choose token, sequence"), (("--noise_level", "0"), "--noise_level 0.0: must be above 0"),
+    (("--noise_level", "2"), "--noise_level 2.0: must be below 2 for cps"), (("--sampler", "foo"), "--sampler foo: choose sde"), (("--normalise", "foo"), "--normalise foo: choose sum, each"),
     (("--resolution", "16"), "--resolution 16: must be 32")])
 def test_a_setting_that_cannot_work_is_refused_before_the_old_log_is_touched(tmp_path, more, words):
     (tmp_path / "log.jsonl").write_text("of another run")
@@ -372,7 +377,7 @@ def test_the_reward_of_a_short_run_rises(tmp_path, monkeypatch):
     and variety stays."""
     every = train.shapes.prompts
     monkeypatch.setattr(train.shapes, "prompts", lambda split: [m for m in every(split) if m["tag"] == "colors"])
-    train.train(parse(["--draw", "8", "--think", "0", "--ask", "0", "--sem", "0", "--kn", "0", "--image_kl", "0", "--steps", "20",
+    train.train(parse(["--draw", "8", "--think", "0", "--ask", "0", "--sem", "0", "--kn", "0", "--image_beta", "0", "--steps", "20",
                        "--eval_every", "0", "--out", str(tmp_path)]), ALONE)
     rows = records(tmp_path)[1:]
     for key, least in (("draw/reward", 0.03), ("draw/truth", 0.1)):
@@ -386,9 +391,9 @@ def test_the_reward_of_a_short_run_rises(tmp_path, monkeypatch):
 
 
 def world(tmp_path, *more):
-    """World.batches of a small configuration, by task."""
+    """Tasks.batches of a small configuration, by task."""
     cfg = small(tmp_path, *more)
-    here = train.World(cfg, Policy.load(cfg.policy))
+    here = train.Tasks(cfg, Policy.load(cfg.policy))
     return lambda step=0, ranks=ALONE: {b.task: b for b in here.batches(step, ranks)}
 
 
@@ -447,26 +452,40 @@ def test_rewards_see_each_sample_beside_its_own_prompt_source_and_answer(tmp_pat
         assert torch.equal(samples.sources[i], batch.sources[i // 4])
 
 
+def test_components_are_added_then_normalised_or_normalised_then_added(tmp_path):
+    parts, weights = {"sem": torch.tensor([0.0, 0.1, 0.2, 0.3] * 2), "ins": torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 1])}, {"sem": 1.0, "ins": 2.0}
+    for how in ("sum", "each"):
+        cfg = small(tmp_path, "--normalise", how, "--sem", 1, "--ins", 2)
+        adv, stats = train.advantage_phase(parts, 2, cfg, ALONE)
+        want = rewards.combine(rewards.normalised(parts, 4), weights) if how == "each" else group_advantage(rewards.combine(parts, weights), 4)
+        torch.testing.assert_close(adv, want)
+        assert stats["reward"] == pytest.approx(0.15 + 2 * 0.75)
+        assert (stats["advantage_share/sem"] < 0.1) == (how == "sum")
+
+
 def test_losses_are_averaged_over_sampled_tokens_and_noisy_steps(tmp_path):
     run = train.begin(small(tmp_path), ALONE)
     train.one_step(run, 0)
     for batch, r, _ in run.work:
-        text, image = train.counts(r).tolist()
+        text, image = train.counts(r, "token").tolist()
         chosen = [s.chosen for s in r.segments if isinstance(s, Text) and s.chosen is not None]
         assert text == (0 if batch.task == "draw" else chosen[0].sum().item())
+        assert train.counts(r, "sequence").tolist() == [0 if batch.task == "draw" else 8, image]
         assert image == (0 if batch.task == "ask" else 8 * run.cfg.window)
 
 
-def test_micro_batches_that_do_not_divide_the_prompts_leave_the_gradient_equal(tmp_path):
-    more = "--draw", 3, "--think", 3, "--ask", 3
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_micro_batches_that_do_not_divide_the_prompts_leave_the_gradient_equal(tmp_path, unit):
+    more = "--draw", 3, "--think", 3, "--ask", 3, "--text_average", unit
     whole, parts = gradients(tmp_path, *more), gradients(tmp_path, *more, "--micro", 8)
     for n in whole:
         assert (whole[n] - parts[n]).norm() <= 1e-4 * whole[n].norm() + 1e-6, n
 
 
-@pytest.mark.parametrize("more", [["--ratio_norm", "--no-step_weights"], ["--no-ratio_norm", "--step_weights"]])
+@pytest.mark.parametrize("more", [["--ratio_norm", "--no-step_weights", "--text_average", "sequence"],
+                                  ["--no-ratio_norm", "--step_weights", "--text_average", "token"]])
 def test_a_segment_is_weighed_clipped_and_held_to_the_reference_as_the_config_says(tmp_path, more):
-    run = train.begin(small(tmp_path, "--text_clip", 0.01, "--image_clip", 1e-4, "--text_kl", 0.3, "--image_kl", 0.5, "--velocity_mse", 0.7,
+    run = train.begin(small(tmp_path, "--text_clip", 0.01, "--image_clip", 1e-4, "--text_beta", 0.3, "--image_beta", 0.5, "--mse_weight", 0.7,
                             "--image_weight", 20, "--window_high", 4, *more), ALONE)
     train.one_step(run, 0)
     cfg, totals, adv = run.cfg, dict(text=50.0, image=30.0), torch.linspace(-1, 1, 8)
@@ -476,7 +495,8 @@ def test_a_segment_is_weighed_clipped_and_held_to_the_reference_as_the_config_sa
         for scored, ref in pairs:
             s, loss = scored.segment, train.segment_loss(scored, ref, adv, totals, cfg)[0]
             if isinstance(s, Text):
-                plain, _ = grpo_loss(scored.logp, s.logp, adv, s.chosen, total=50.0, low=0.01, high=0.01, beta=0.3, logp_ref=ref.logp)
+                plain, _ = grpo_loss(scored.logp, s.logp, adv, s.chosen, total=50.0, per=cfg.text_average, low=0.01, high=0.01, beta=0.3,
+                                     logp_ref=ref.logp)
             else:
                 weights = flow_grpo.step_weights(s.flow.times, s.flow.window, normalise=True) if cfg.step_weights else None
                 plain = 20 * flow_grpo.flow_grpo_loss(scored.flow, s.flow, adv, total=30.0, low=1e-4, high=1e-4, ratio_norm=cfg.ratio_norm,
