@@ -6,8 +6,9 @@
     python eval.py memory                                    # GB per GPU that training BAGEL's sizes needs, computed
     python eval.py bench --policy 7b                         # a policy of BAGEL's size: images, tokens, one update on this GPU
 
-Truth is the exact detector of shapes.py through GenEval's checker, never a proxy reward. Standard errors are over prompts (their samples
-are not independent); the mean over tags weighs tags equally, as GenEval does. Every number comes from the seeds given here.
+Truth is the exact detector of shapes.py through GenEval's checker; the recipes' reward "ins" is built on the same two, the others are
+not. Standard errors are over prompts (their samples are not independent); the mean over tags weighs tags equally, as GenEval does; the
+error of a change treats the two evaluations as independent. Every number comes from the seeds given here.
 """
 
 import argparse
@@ -41,6 +42,11 @@ def to_bytes(images: torch.Tensor) -> np.ndarray:
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def rendered(scenes: list[shapes.Scene]) -> torch.Tensor:
+    """Scenes as the policy reads their pictures: (N, 3, 32, 32) in [-1, 1]."""
+    return torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+
+
 def detector(images: torch.Tensor) -> list[list[dict]]:
     """The toy's exact detector on (N, 3, 32, 32) in [0, 1]."""
     return shapes.detect(to_bytes(images))
@@ -57,8 +63,10 @@ def spaced(rows: list, n: int) -> list:
 
 
 def held_out_prompts(pairs: bool = False) -> list[dict]:
-    """Evaluation prompts, none of which is trained on: PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training, or,
-    pairs=True, as many of all tags together that name a pair that training never shows."""
+    """Evaluation prompts, none of which is trained on: at most PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training
+    (3, 6, 9, 15, 32, 32), or, pairs=True, as many of all tags together that name a pair that training never shows.
+
+    Another phrasing of the same meaning is trained on, but for three in ten of position and nearly half of color_attr (`shapes.prompts`)."""
     pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
     if pairs:
         return spaced(pool, PROMPTS_PER_TAG)
@@ -94,7 +102,7 @@ def answer_eval(policy: Policy, scenes, questions, batch: int = 500) -> list[str
     """Greedy answers to the questions about the rendered scenes."""
     out = []
     for i in range(0, len(scenes), batch):
-        pixels = torch.from_numpy(np.stack([shapes.render(s) for s in scenes[i:i + batch]])).permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = rendered(scenes[i:i + batch])
         plan = [See(pixels), Read([q["question"] for q in questions[i:i + batch]]), Write(4, temperature=0.0)]
         out += texts_of(policy, rollout(policy, plan, seed=0, step=0, prompts=list(range(len(pixels))), G=1))
     return out

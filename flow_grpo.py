@@ -107,7 +107,8 @@ def gaussian_logp(
     x, mean = _wide(x), _wide(mean)
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
     if not std > 0:
-        raise ValueError(f"gaussian_logp: std is {std.item():g}, and an ODE step (noise_level 0; cps at t_next 0) has no density")
+        raise ValueError(f"gaussian_logp: std is {std.item():g}, and an ODE step (noise_level 0; cps at t_next 0) has no density; "
+                         "expected std > 0")
     logp = -((x - mean) ** 2)                                                     # (N, ...)
     if scaled:
         logp = logp / (2 * std**2)
@@ -227,8 +228,8 @@ def log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
 def normalised_log_ratio(x_next: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor, *, reduce: str = "mean") -> Tensor:
     """GRPO-Guard's RatioNorm of each sample and step.  x_next, mean, mean_old (N, W, ...), std (W,) -> (N, W)  [UniGRPO Eq. 5]
     std * (log_ratio + |dmu|^2 / (2 std^2)), dmu = mean_old - mean, both terms reduced alike. On samples of the old policy
-    log_ratio has expectation -|dmu|^2 / (2 std^2), so the upper clip seldom acts, and a spread as 1/std; this has expectation 0
-    and one spread for all steps. Inserting the true density (whatever `scaled` was) leaves -dmu . (x_next - mean_old) / std,
+    log_ratio has expectation -|dmu|^2 / (2 std^2), so the upper clip seldom acts, and spread |dmu| / std; this has expectation 0
+    and spread |dmu|, which still grows with |dt| (see step_weights). Inserting the true density (whatever `scaled` was) leaves -dmu . (x_next - mean_old) / std,
     which has the same value and gradient without a difference of log-densities.
     Differs: GRPO-Guard's script takes |dmu|^2 over the whole batch, by a reduction over an empty list of dimensions."""
     x_next, mean, mean_old = _wide(x_next), _wide(mean), _wide(mean_old).detach()
@@ -238,6 +239,7 @@ def normalised_log_ratio(x_next: Tensor, mean: Tensor, mean_old: Tensor, std: Te
 
 def step_weights(times: Tensor, window: tuple[int, int], *, normalise: bool = False) -> Tensor:
     """1/|dt| of the window's steps, to weigh gradients that RatioNorm leaves proportional to |dt| [GRPO-Guard].  -> (W,)
+    Without RatioNorm the SDE's gradients grow as sqrt(|dt|), and these weights favour short steps.
     `normalise` divides by their mean, so that the size of the update stays as it was."""
     weights = 1 / (times[:-1] - times[1:])[slice(*window)]                        # (W,)
     return weights / weights.mean() if normalise else weights

@@ -17,8 +17,8 @@ Differs: the marker tokens of an image come before its patches. They share its p
 image block changes nothing, and every call is [understanding tokens | generation tokens], one split. Image contexts use the posterior
 mean; the official encoder samples. Left out: sequence packing (batches are ragged, masks carry that) and the flash-attention kernel.
 
-Legend: N samples, L text positions, M image tokens, F features of one token, S positions already in the context, D width, H heads,
-V vocabulary. t is flow time, 1 = noise, 0 = data; x = (1-t)*data + t*noise; v = noise - data. Pixels are in [-1, 1].
+Legend: N samples, L text positions, M image tokens, F features of one token, S positions already in the context, D width, Dv width of
+the ViT, H heads, V vocabulary. t is flow time, 1 = noise, 0 = data; x = (1-t)*data + t*noise; v = noise - data. Pixels are in [-1, 1].
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class PolicyConfig:
 
     @property
     def rope_theta(self) -> float:
-        return self.llm.get("rope_theta") or self.llm.get("rope_parameters", {}).get("rope_theta", 10000.0)
+        return self.llm.get("rope_theta", (self.llm.get("rope_parameters") or {}).get("rope_theta", 10000.0))
 
     @property
     def queries_per_key(self) -> int:
@@ -106,6 +106,41 @@ class PolicyConfig:
         patch = self.vit["patch_size"]
         longest = self.bagel["vit_max_num_patch_per_side"] * patch
         return tuple(self.bagel.get("vit_resize", (longest, min(16 * patch, longest), patch)))
+
+    def check(self) -> None:
+        """ValueError, in one line, for sizes that do not fit together and for flags whose value is not implemented here."""
+        sizes = {"llm": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+                 "vit": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
+                 "bagel": ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"), "ae": ("ch", "z_channels", "downsample")}
+        whole_numbers = [(file, name, getattr(self, file)[name]) for file, names in sizes.items() for name in names]
+        whole_numbers += [("ae", f"ch_mult[{i}]", m) for i, m in enumerate(self.ae["ch_mult"] or [None])]
+        for file, name, value in whole_numbers:
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{file}_config.json: {name} is {value!r}, must be a whole number above 0")
+        numbers = (("llm", "rms_norm_eps", self.rms_eps, 0.0), ("llm", "rope_theta", self.rope_theta, 1e-6),
+                   ("vit", "layer_norm_eps", self.vit.get("layer_norm_eps", 1e-6), 0.0),
+                   ("ae", "scale_factor", self.ae["scale_factor"], 1e-6), ("ae", "shift_factor", self.ae["shift_factor"], -math.inf))
+        for file, name, value, low in numbers:
+            if type(value) not in (int, float) or not math.isfinite(value) or value < low:
+                raise ValueError(f"{file}_config.json: {name} is {value!r}, must be a finite number of at least {low:g}")
+        D, H, levels = self.llm["hidden_size"], self.llm["num_attention_heads"], self.ae["ch_mult"]
+        fits = {"llm_config.json: hidden_size must be a multiple of 4 and an even multiple of num_attention_heads": D % 4 == 0 and D % (2 * H) == 0,
+                "llm_config.json: num_attention_heads must be a multiple of num_key_value_heads": H % self.llm["num_key_value_heads"] == 0,
+                "vit_config.json: hidden_size must be a multiple of num_attention_heads":
+                    self.vit["hidden_size"] % self.vit["num_attention_heads"] == 0,
+                "vit_config.json: num_channels must be 3": self.vit.get("num_channels", 3) == 3,
+                "ae_config.json: in_channels and out_ch must be 3": self.ae["in_channels"] == self.ae["out_ch"] == 3,
+                "ae_config.json: ch_mult must start with 1, as AutoencoderKL's first level does": levels[0] == 1,
+                "ae_config.json: downsample must be 2 per level of ch_mult but the last": self.ae["downsample"] == 2 ** (len(levels) - 1),
+                "bagel_config.json: vae_resize and vit_resize must be longest, shortest, stride": all(
+                    len(r) == 3 and min(r) >= 1 for r in (self.vae_resize, self.vit_resize))}
+        if broken := [rule for rule, kept in fits.items() if not kept]:
+            raise ValueError(broken[0])
+        only = (("llm", "hidden_act", "silu"), ("llm", "rope_scaling", None), ("vit", "hidden_act", "gelu_pytorch_tanh"),
+                ("bagel", "connector_act", "gelu_pytorch_tanh"), ("bagel", "interpolate_pos", False))
+        for file, name, known in only:
+            if getattr(self, file).get(name, known) != known:
+                raise ValueError(f"{file}_config.json: {name} {getattr(self, file)[name]!r} is not implemented, only {known!r}")
 
 
 @dataclass(frozen=True)
@@ -235,7 +270,7 @@ class VitBlock(nn.Module):
         self.self_attn = nn.ModuleDict({n: nn.Linear(width, width) for n in ("q_proj", "k_proj", "v_proj", "out_proj")})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
-    def forward(self, x: Tensor, allowed: Tensor) -> Tensor:                                       # (N, M, W)
+    def forward(self, x: Tensor, allowed: Tensor) -> Tensor:                                       # (N, M, Dv)
         y, a = self.layer_norm1(x), self.self_attn
         q, k, v = (rearrange(a[n](y), "n m (h d) -> n h m d", h=self.heads) for n in ("q_proj", "k_proj", "v_proj"))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)                             # (N, H, M, d)
@@ -248,18 +283,18 @@ class Vit(nn.Module):
 
     def __init__(self, c: PolicyConfig):
         super().__init__()
-        v, W = c.vit, c.vit["hidden_size"]
+        v, Dv = c.vit, c.vit["hidden_size"]
         self.embeddings = nn.ModuleDict({
-            "patch_embedding": nn.Linear(v["patch_size"] ** 2 * v.get("num_channels", 3), W),
-            "position_embedding": nn.Embedding((v["image_size"] // v["patch_size"]) ** 2, W)})
-        blocks = [VitBlock(W, v["intermediate_size"], v["num_attention_heads"], v.get("layer_norm_eps", 1e-6))
+            "patch_embedding": nn.Linear(v["patch_size"] ** 2 * v.get("num_channels", 3), Dv),
+            "position_embedding": nn.Embedding((v["image_size"] // v["patch_size"]) ** 2, Dv)})
+        blocks = [VitBlock(Dv, v["intermediate_size"], v["num_attention_heads"], v.get("layer_norm_eps", 1e-6))
                   for _ in range(v["num_hidden_layers"] - 1)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
-        self.post_layernorm = nn.LayerNorm(W, v.get("layer_norm_eps", 1e-6))
+        self.post_layernorm = nn.LayerNorm(Dv, v.get("layer_norm_eps", 1e-6))
 
-    def forward(self, patches: Tensor, ids: Tensor, mask: Tensor) -> Tensor:                       # (N, M, F) -> (N, M, W)
+    def forward(self, patches: Tensor, ids: Tensor, mask: Tensor) -> Tensor:                       # (N, M, F) -> (N, M, Dv)
         x = self.embeddings["patch_embedding"](patches)
-        x = x + self.embeddings["position_embedding"](ids).to(x.dtype)                             # (N, M, W)
+        x = x + self.embeddings["position_embedding"](ids).to(x.dtype)                             # (N, M, Dv)
         for block in self.encoder["layers"]:
             x = block(x, own_attention(mask, causal=False))
         return self.post_layernorm(x)
@@ -312,7 +347,7 @@ def fit_size(width: int, height: int, longest: int, shortest: int, stride: int, 
     scale = max(min(longest / max(width, height), 1.0), shortest / min(width, height))
     w, h = scaled(width, height, scale)
     if w * h > most:
-        w, h = scaled(w, h, math.sqrt(most / (w * h)))
+        w, h = scaled(w, h, most / (w * h))                     # of areas, applied to sides, as the official rule has it
     if max(w, h) > longest:
         w, h = scaled(w, h, longest / max(w, h))
     return w, h
@@ -331,7 +366,9 @@ class Policy(nn.Module):
         if missing := [m for m in MARKERS if m not in known]:
             raise ValueError(f"tokenizer lacks the special tokens {missing}; BAGEL needs {list(MARKERS)}")
         self.start, self.end, self.image_start, self.image_end = (known[m] for m in MARKERS)
-        D, V, W = config.llm["hidden_size"], config.llm["vocab_size"], config.vit["hidden_size"]
+        D, V, Dv = config.llm["hidden_size"], config.llm["vocab_size"], config.vit["hidden_size"]
+        if max(known.values()) >= V:
+            raise ValueError(f"tokenizer counts to {max(known.values())}, the policy's vocab_size is {V}; they are not of one checkpoint")
         self.embed = nn.Embedding(V, D)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.llm["num_hidden_layers"])])
         self.norms = nn.ModuleList([RMSNorm(D, config.rms_eps) for _ in range(2)])
@@ -339,7 +376,7 @@ class Policy(nn.Module):
         self.time_embedder = TimeEmbedder(D)
         self.latent_in, self.latent_out = nn.Linear(config.latent_features, D), nn.Linear(D, config.latent_features)
         self.vit = Vit(config)
-        self.connector = nn.ModuleDict({"fc1": nn.Linear(W, D), "fc2": nn.Linear(D, D)})
+        self.connector = nn.ModuleDict({"fc1": nn.Linear(Dv, D), "fc2": nn.Linear(D, D)})
         self.register_buffer("latent_positions", sincos_table(config.bagel["max_latent_size"], D))
         self.register_buffer("vit_positions", sincos_table(config.bagel["vit_max_num_patch_per_side"], D))
         self.autoencoder = build_autoencoder(config.ae)
@@ -363,6 +400,8 @@ class Policy(nn.Module):
 
         ValueError for a text that leaves less than `room` positions of the context (max_position_embeddings).
         """
+        if not texts:
+            raise ValueError("encode_text got no text; give at least one")
         ids = [torch.tensor([self.start, *self.tokenizer(t, add_special_tokens=False).input_ids, self.end]) for t in texts]
         limit = self.config.llm.get("max_position_embeddings", 32768) - room
         for text, row in zip(texts, ids):
@@ -417,15 +456,20 @@ class Policy(nn.Module):
 
     def _embed_latents(self, x: Tensor, t: Tensor, size) -> tuple[Tensor, Tensor]:
         ids, mask = self.latent_grid(size, len(x))
+        if x.shape[1] != ids.shape[1]:
+            raise ValueError(f"latents have {x.shape[1]} tokens, but size {size} makes {ids.shape[1]}")
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))                # (N,)
         x = self.latent_in(x.to(self.latent_in.weight.dtype))                                      # (N, M, D)
         return x + self.time_embedder(t)[:, None] + self.latent_positions[ids], mask
 
     def append_image(self, context: Context, pixels=None, latents: Tensor | None = None, size=None) -> Context:
-        """Read a clean image: `latents` (N, M, F) of `size` at t = 0 by the generation expert, then ViT patches of `pixels`
-        by the understanding expert; either may be left out. pixels: (N, 3, H, W), or a list of (3, H_i, W_i), in [-1, 1]."""
+        """Read a clean image: `latents` (N, M, F) at t = 0 by the generation expert, then ViT patches of `pixels` by the understanding
+        expert; either may be left out. size: (height, width) in pixels of the latents, for all, or one pair per sample.
+        pixels: (N, 3, H, W), or a list of (3, H_i, W_i), in [-1, 1]."""
         if pixels is None and latents is None:
             raise ValueError("append_image got neither pixels nor latents; give at least one")
+        if latents is not None and size is None:
+            raise ValueError("append_image got latents without size; give their (height, width) in pixels")
         if latents is not None:
             M = self.latent_grid(size, len(latents))[0].shape[1]    # padding beyond the largest of these sizes is dropped
             x, mask = self._embed_latents(latents[:, :M], torch.zeros(()), size)
@@ -449,11 +493,14 @@ class Policy(nn.Module):
     def embed_pixels(self, pixels) -> tuple[Tensor, Tensor]:
         """ViT tokens in the policy's width, positions added: (N, M, D) and their mask (N, M)."""
         patch, side = self.config.vit["patch_size"], self.config.bagel["vit_max_num_patch_per_side"]
-        images = list(pixels) if isinstance(pixels, Tensor) else pixels
-        ids, mask = (z.to(self.device) for z in grid_ids([tuple(i.shape[-2:]) for i in images], patch, side))
+        images, table = list(pixels) if isinstance(pixels, Tensor) else pixels, (self.config.vit["image_size"] // patch) ** 2
+        ids, mask = grid_ids([tuple(i.shape[-2:]) for i in images], patch, side)
+        if ids.max() >= table:
+            raise ValueError(f"an image reaches patch {ids.max()} of a grid of {side} a side, the ViT has {table} positions")
+        ids, mask = ids.to(self.device), mask.to(self.device)
         weight = self.connector["fc1"].weight
         patches = nn.utils.rnn.pad_sequence([patchify(i[None].to(weight), patch)[0] for i in images], batch_first=True)
-        x = self.vit(patches, ids, mask)                                                # (N, M, W)
+        x = self.vit(patches, ids, mask)                                                           # (N, M, Dv)
         x = self.connector["fc2"](F.gelu(self.connector["fc1"](x), approximate="tanh"))            # (N, M, D)
         return x + self.vit_positions[ids], mask
 
@@ -469,6 +516,8 @@ class Policy(nn.Module):
         scale * (posterior mean - shift)."""
         if isinstance(pixels, list):
             return nn.utils.rnn.pad_sequence([self.encode(p[None])[0] for p in pixels], batch_first=True)
+        if pixels.shape[-2] % self.config.stride or pixels.shape[-1] % self.config.stride:
+            raise ValueError(f"image of {pixels.shape[-2]} x {pixels.shape[-1]} pixels: each side must be a multiple of {self.config.stride}")
         mean = self.autoencoder.encode(pixels.to(self.device, self.autoencoder.dtype)).latent_dist.mean
         z = self.config.ae["scale_factor"] * (mean.float() - self.config.ae["shift_factor"])       # (N, z, h, w)
         return patchify(z, self.config.bagel["latent_patch_size"])
@@ -488,6 +537,8 @@ class Policy(nn.Module):
         cumulative distribution at it. temperature 0 is greedy. Returns tokens (N, L'), mask (N, L') (through the end token) and their
         log-probs (N, L') under the distribution that was sampled (greedy: temperature 1).
         """
+        if not uniforms.shape[1]:
+            raise ValueError("sample_text got no column of uniforms; give one per token that may be written")
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}, must be 0 (greedy) or above")
         token = torch.full((len(uniforms), 1), self.start, device=self.device)
@@ -538,6 +589,7 @@ class Policy(nn.Module):
         ae = {release_ae_name(k, levels): v for k, v in self.autoencoder.state_dict().items()}
         # The release stores the attention projections of the autoencoder as 1x1 convolutions.
         save_tensors({k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in ae.items()}, folder / "ae.safetensors")
+        drop_shards(folder, "ema"), drop_shards(folder, "ae")
         with tempfile.TemporaryDirectory(dir=folder) as fresh:
             self.tokenizer.save_pretrained(fresh)
             for file in Path(fresh).iterdir():
@@ -560,14 +612,19 @@ class Policy(nn.Module):
         from transformers import AutoTokenizer
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            # The tokenizers library raises plain Exception on a damaged vocabulary.
+            if type(error) is not Exception and not isinstance(error, (ValueError, OSError, AttributeError, TypeError, KeyError)):
+                raise
             raise ValueError(f"the tokenizer files of {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
+        check_tokenizer(tokenizer, folder)
         try:
+            config.check()
             with torch.device("meta"):                          # no memory until the file's own tensors are assigned
                 policy = cls(config, tokenizer)
         except KeyError as error:
             raise ValueError(f"a config file of {folder} lacks the field {error}") from error
-        except (TypeError, ZeroDivisionError) as error:
+        except TypeError as error:
             raise ValueError(f"a config file of {folder} holds a size that cannot be: {error}") from error
         policy.autoencoder.requires_grad_(False)
         if prepare:
@@ -575,8 +632,13 @@ class Policy(nn.Module):
         names = {release_name(k): k for k in policy.state_dict() if not k.startswith("autoencoder.") and not k.endswith((".A", ".B"))}
         ae_names = {release_ae_name(k, len(config.ae["ch_mult"])): k for k in policy.autoencoder.state_dict()}
         masters = {k for k, p in policy.named_parameters() if p.requires_grad} if prepare else ()
-        policy.stored = assign(policy, folder, "ema", names, dtype, device, masters)
-        assign(policy.autoencoder, folder, "ae", ae_names, None, device)
+        tied = {release_name("head.weight"): release_name("embed.weight")} if config.llm.get("tie_word_embeddings") else {}
+        try:
+            policy.stored = assign(policy, folder, "ema", names, dtype, device, masters, tied)
+            assign(policy.autoencoder, folder, "ae", ae_names, None, device)
+        except ValueError as error:
+            absent = [n for n in ("bagel_config.json", "ae_config.json") if not (folder / n).exists()]
+            raise ValueError(f"{error}" + (f" ({' and '.join(absent)} missing: the release's sizes are taken)" if absent else "")) from error
         reset_adapters(policy, device)
         if adapter:
             load_adapters(policy, adapter)
@@ -606,7 +668,10 @@ def guided_velocity(policy: Policy, x: Tensor, t, size, full: Context, no_text: 
         raise ValueError(f"renorm {guidance.renorm!r} is unknown; choose global, channel or text_channel")
     v = policy.velocity(full, x, t, size)
     low, high = guidance.interval
-    if guidance.text_scale <= 1 or not low < float(t) <= high:
+    at = torch.as_tensor(t, dtype=torch.float32)                # in fp32, where 0.4 of a time grid is not above 0.4
+    if at.numel() != 1:
+        raise ValueError(f"guided_velocity: t has shape {tuple(at.shape)}, must be one time for all samples")
+    if guidance.text_scale <= 1 or not low < at <= high:
         return v
     mask = policy.latent_grid(size, len(x))[1][..., None]                                          # (N, M, 1)
     dims = (1, 2) if guidance.renorm == "global" else (2,)
@@ -824,8 +889,6 @@ def build_autoencoder(ae: dict):
     declare_torchvision_ops()
     from diffusers import AutoencoderKL
     widths = tuple(ae["ch"] * m for m in ae["ch_mult"])
-    if ae["downsample"] != 2 ** (len(widths) - 1):
-        raise ValueError(f"ae_config.json: downsample {ae['downsample']} does not match {len(widths)} levels (2 per level but the last)")
     return AutoencoderKL(
         in_channels=ae["in_channels"], out_channels=ae["out_ch"], latent_channels=ae["z_channels"], block_out_channels=widths,
         layers_per_block=ae["num_res_blocks"], norm_num_groups=ae.get("norm_groups", 32), use_quant_conv=False, use_post_quant_conv=False,
@@ -853,6 +916,7 @@ def declare_torchvision_ops():
 
 
 def read_json(path: Path, default: dict | None = None) -> dict:
+    """The JSON object in a file; `default` where the file is missing and there is one. Errors: ValueError, FileNotFoundError."""
     if not path.exists():
         if default is None:
             raise FileNotFoundError(f"{path} is missing; a policy folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, "
@@ -871,9 +935,10 @@ def open_tensors(folder: Path, stem: str) -> dict:
     """Key -> open file of stem.safetensors, or of the shards that stem.safetensors.index.json lists. Nothing is read yet."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists():
-        if not isinstance(read_json(index).get("weight_map"), dict):
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
             raise ValueError(f"{index} has no weight_map of keys to files")
-        files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
+        files = [folder / f for f in sorted(set(listed.values()))]
     elif single.exists():
         files = [single]
     else:
@@ -889,25 +954,62 @@ def open_tensors(folder: Path, stem: str) -> dict:
         except SafetensorError as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}); download it again") from error
         opened |= {key: handle for key in handle.keys()}
+    if not opened:
+        raise ValueError(f"{files[0]} holds no tensors")
     return opened
 
 
-def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=()) -> torch.dtype:
-    """Give `module` the tensors of a file one by one and return the file's dtype. names: key in the file -> name in the module;
-    masters: names that become fp32. Raises with all that do not fit."""
+def drop_shards(folder: Path, stem: str) -> None:
+    """Remove an older index of stem.safetensors and its shards, which loading would prefer to the whole file."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        shards = {Path(f).name for f in read_json(index)["weight_map"].values()} - {f"{stem}.safetensors"}
+        index.unlink()
+        for shard_name in shards:
+            (folder / shard_name).unlink(missing_ok=True)
+
+
+def check_tokenizer(tokenizer, folder: Path) -> None:
+    """ValueError where the tokenizer that was built says other than its files: no merges, or other ids of added tokens."""
+    merges = folder / "merges.txt"
+    if merges.exists() and not any(line.strip() and not line.startswith("#version") for line in merges.read_text(encoding="utf-8").splitlines()):
+        raise ValueError(f"{merges} holds no merges; download it again")
+    for i, token in read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder", {}).items():
+        if (found := tokenizer.convert_tokens_to_ids(token["content"])) != int(i):
+            raise ValueError(f"{folder}: the token {token['content']} is {i} in tokenizer_config.json, but {found} as the tokenizer counts; "
+                             "added tokens must stand in vocab.json or follow it without a gap")
+
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=(), tied: dict[str, str] | None = None
+           ) -> torch.dtype:
+    """Give `module` the tensors of a file one by one, in `dtype` (None: the file's), and return the file's: that of most of its numbers.
+
+    names: key in the file -> name in the module; masters: names that become fp32; tied: key -> the key that is read where the file lacks
+    it. Raises with all that do not fit.
+    """
     files, file = open_tensors(folder, stem), folder / f"{stem}.safetensors"
-    missing, extra = sorted(names.keys() - files.keys()), sorted(files.keys() - names.keys())
+    source = {key: key if key in files else (tied or {}).get(key, key) for key in names}
+    missing, extra = sorted(set(source.values()) - files.keys()), sorted(files.keys() - set(source.values()))
     if missing or extra:
         raise ValueError(f"{file}: {len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}")
-    want, state, stored = module.state_dict(), {}, None
+    want, state, numbers = module.state_dict(), {}, {}
+    for key in files:
+        held = files[key].get_slice(key)
+        if held.get_dtype() not in FLOATS:
+            raise ValueError(f"{file}: {key} has dtype {held.get_dtype()}, must be one of {list(FLOATS)}")
+        numbers[held.get_dtype()] = numbers.get(held.get_dtype(), 0) + math.prod(held.get_shape())
+    stored = FLOATS[max(numbers, key=numbers.get)]
     for key, name in names.items():
-        value = files[key].get_tensor(key)
-        stored = stored or value.dtype
-        if value.ndim == 4 and want[name].ndim == 2:
+        value = files[source[key]].get_tensor(source[key])
+        value = value if source[key] == key else value.clone()  # tied weights become two
+        if value.shape[2:] == (1, 1) and want[name].ndim == 2:
             value = value[:, :, 0, 0]                           # the autoencoder's 1x1 convolutions
         if value.shape != want[name].shape:
             raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(want[name].shape)}")
-        state[name] = placed(value, want[name]).to(device=device, dtype=torch.float32 if name in masters else dtype)
+        state[name] = placed(value, want[name]).to(device=device, dtype=torch.float32 if name in masters else dtype or stored)
     module.load_state_dict(state, strict=False, assign=True)
     return stored
 
@@ -923,6 +1025,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it first, then in its place."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(content)

@@ -6,8 +6,9 @@ LVRPO's method section and encoders are known from reviews only; "Differs" says 
 
 A `Reward` is any callable Samples -> Tensor (N,): deterministic, finite, of a stated range. One that cannot be computed is an
 error, never a low score. `load_*` reads a frozen model from a local folder or hub name, to be shared by the rewards that ask it.
-Left out: training a referee together with the policy (LVRPO's ablation: the encoder is exploited within 2,000 steps), advantages
-(they belong to the loss), and referees behind a network.
+Left out: CoRL's cycle and token-matching rewards, AlphaGRPO's decomposed questions, UniGRPO's preference model (not released);
+training a referee together with the policy (LVRPO's ablation: the encoder is exploited within 2,000 steps), advantages (they belong
+to the loss), and referees behind a network.
 
 Notation: N samples flattened prompt-major, G samples per prompt, B = N/G groups, H x W pixels, P patches, D embedding width.
 
@@ -48,6 +49,7 @@ class Samples:
                 raise ValueError(f"Samples: {name} is {x.dtype} {tuple(x.shape)}, expected float (N, 3, H, W) in [0, 1]")
 
     def need(self, name: str):
+        """The field of that name; ValueError where the task does not have it."""
         if getattr(self, name) is None:
             raise ValueError(f"samples have no {name}, which this reward reads")
         return getattr(self, name)
@@ -357,7 +359,8 @@ def _batched(function, batch_size: int, *columns) -> Tensor:
 
 @dataclass
 class Siglip:
-    """A SigLIP or fixed-resolution SigLIP 2 (transformers' SiglipModel): unit-length embeddings of images, patches and texts."""
+    """A SigLIP or fixed-resolution SigLIP 2 (transformers' SiglipModel): unit-length embeddings of images and texts (N, D) and of
+    patches (N, P, D); images are (N, 3, H, W) in [0, 1]."""
 
     model: torch.nn.Module
     tokenizer: Callable
@@ -404,7 +407,7 @@ def load_siglip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int
 
 @dataclass
 class OpenClip:
-    """An open_clip model and its tokenizer: unit-length embeddings of images and texts."""
+    """An open_clip model and its tokenizer: unit-length embeddings of images (N, 3, H, W) in [0, 1] and of texts, (N, D)."""
 
     model: torch.nn.Module
     tokenizer: Callable
@@ -444,7 +447,8 @@ def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenCli
 class Semantic:
     """r_sem: cosine of the frozen image and prompt embeddings, (N,) in [-1, 1]. [LVRPO Eq. 5]
 
-    Within a group it varies by a few hundredths, so under a plain sum r_ins drowns it.
+    A published SigLIP varies by a few hundredths within a group, so that under a plain sum an all-or-nothing r_ins drowns it; a small
+    one, trained on one kind of picture, may vary ten times as much and drown the rules (see variance_share).
     Gamed by texture: an image may match the prompt's words with wrong counts and places, or carry the words as writing.
     """
 

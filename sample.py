@@ -12,9 +12,10 @@ prefix is read once per prompt and repeated for the group; what a sample wrote i
 
 Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M latent tokens, F features, W noisy steps.
 
-    python sample.py "a red circle left of a blue square" --n 8                 # draws a grid into samples.png
+    python sample.py "a red circle and a blue square" --n 8                     # draws a grid into samples.png
     python sample.py "as many circles as a triangle has sides" --think          # writes a thought first
-    python sample.py "how many circles ?" --question samples.png                # answers about an image
+    python sample.py "a red circle and a blue square" --n 1 --out one.png
+    python sample.py "what color is the circle ?" --question one.png            # answers about an image
     python sample.py "make the sky red" --edit photo.png --policy BAGEL-7B-MoT  # draws an image changed
 """
 
@@ -118,14 +119,15 @@ class Scored:
 
 
 class Reader:
-    """The contexts of one walk: everything, and, for guidance, everything without text and without image [BAGEL]."""
+    """The contexts of one walk: everything, and, for guidance, what stands before the last given text (`no_text`) and the given texts
+    without images (`no_image`) [BAGEL]."""
 
     def __init__(self, policy: Policy, N: int, guidance: Guidance | None):
         self.policy, self.guidance = policy, guidance
         self.full = self.no_text = self.no_image = policy.empty(N)
 
     def text(self, tokens: Tensor, mask: Tensor, thought: bool = False, logits: bool = False) -> Tensor | None:
-        """Read text. A thought enters the full context alone; other text is what `no_text` goes without."""
+        """Read text. A thought enters the full context alone; other text leaves `no_text` at what stood before it."""
         if self.guidance and not thought:
             self.no_text = self.full
             _, self.no_image = self.policy.append_text(self.no_image, tokens, mask, logits=False)

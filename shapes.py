@@ -63,7 +63,11 @@ class Object:
     radius: int = 5
 
 
-def depth(shape, x, y, r):
+Scene = tuple[Object, ...]
+Rng = np.random.Generator
+
+
+def depth(shape: str, x: np.ndarray, y: np.ndarray, r: float | np.ndarray) -> np.ndarray:
     """Signed distance to the edge of a shape of half side r, positive inside, at (x, y) from its centre; y points down."""
     if shape == "circle":
         return r - np.sqrt(x * x + y * y)
@@ -72,7 +76,7 @@ def depth(shape, x, y, r):
     return np.minimum((y + r - 2 * abs(x)) / np.sqrt(5), r - y)
 
 
-def render(scene):
+def render(scene: Scene) -> np.ndarray:
     """The uint8 (32, 32, 3) picture of a scene, edges smoothed by 2x2 supersampling."""
     grid, image = (np.arange(2 * SIZE) + 0.5) / 2, np.full((SIZE, SIZE, 3), float(GROUND))
     for o in scene:
@@ -82,18 +86,18 @@ def render(scene):
     return np.rint(image).astype(np.uint8)
 
 
-def discrete(scene):
+def discrete(scene: Scene) -> tuple[tuple, ...]:
     """What a scene says: sorted (shape, color, row, col), without jitter and size."""
     return tuple(sorted((o.shape, o.color, o.row, o.col) for o in scene))
 
 
-def related(a, b, relation):
+def related(a: tuple, b: tuple, relation: str) -> bool:
     """Whether object tuple a stands in `relation` to b, by quadrant; diagonal neighbours stand in two relations."""
     axis, sign = RELATIONS[relation]
     return sign * (a[axis] - b[axis]) > 0
 
 
-def satisfies(metadata, objects):
+def satisfies(metadata: dict, objects: tuple[tuple, ...]) -> bool:
     """Whether object tuples meet include (at least `count`, with colour and position) and exclude (fewer than `count`).
 
     Differs: GenEval judges the best `count` boxes, position by their offsets; this judges all objects, position by quadrant."""
@@ -106,11 +110,11 @@ def satisfies(metadata, objects):
             and all(sum(o[0] == clause["class"] for o in objects) < clause["count"] for clause in metadata.get("exclude", ())))
 
 
-def article(words):
+def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def explicit(metadata):
+def explicit(metadata: dict) -> str:
     """The prompt, without prefix, that the include clauses spell. GenEval lists the anchor first: "a A left of a B" is [B, A]."""
     said = [f"{COUNTS[c['count']]} {c['class']}s" if c["count"] > 1 else article(f"{c.get('color', '')} {c['class']}".strip())
             for c in metadata["include"]]
@@ -118,13 +122,13 @@ def explicit(metadata):
     return f"{said[1]} {relation[0]} {said[0]}" if relation else " and ".join(said)
 
 
-def is_eval(split):
+def is_eval(split: str) -> bool:
     if split not in ("train", "eval"):
         raise ValueError(f"split is {split!r}, must be 'train' or 'eval'")
     return split == "eval"
 
 
-def build(tag, include, prefix=""):
+def build(tag: str, include: list[dict], prefix: str = "") -> dict:
     """Metadata in GenEval's format; HELD_OUT pairs get the key "held_out".
 
     Differs: every prompt excludes more objects of any shape than it names, not only counting prompts: where extra objects are free,
@@ -137,7 +141,7 @@ def build(tag, include, prefix=""):
     return metadata
 
 
-def compositions():
+def compositions() -> list[tuple[str, list]]:
     """All (tag, ways): one entry per meaning; `ways` lists the include clauses of each order in which it can be said."""
     one = {shape: {"class": shape, "count": 1} for shape in SHAPES}
     pairs = list(combinations(SHAPES, 2))
@@ -151,7 +155,7 @@ def compositions():
     return out + [("color_attr", [[first, second], [second, first]]) for first, second in colored]
 
 
-def prompts(split):
+def prompts(split: str) -> list[dict]:
     """List of metadata of "train" or "eval"; no prompt string is in both.
 
     Eval holds every prompt that names a HELD_OUT pair, every phrasing of one in seven compositions of position and color_attr,
@@ -162,7 +166,7 @@ def prompts(split):
     return [metadata for metadata, unseen in out if (unseen or "held_out" in metadata) == wanted]
 
 
-def implicit_prompts(split):
+def implicit_prompts(split: str) -> list[dict]:
     """Prompts that need knowledge ("as many circles as a triangle has sides"), with keys "implicit" and "thought".
 
     Each fact meets two shapes in train and the third in eval; HELD_OUT pairs go to eval. The thought is
@@ -181,23 +185,25 @@ def implicit_prompts(split):
     return out
 
 
-def pick(rng, options):
+def pick(rng: Rng, options):
+    """One of the options, all equally likely."""
     options = list(options)
     return options[int(rng.integers(len(options)))]
 
 
-def place(rng, shape, color, row, col):
+def place(rng: Rng, shape: str, color: str, row: int, col: int) -> Object:
     """An Object with radius 4..6 and jitter up to 2 pixels, never less than one pixel from its quadrant's edge."""
     radius = int(rng.integers(4, 7))
     reach = min(2, 7 - radius)
     return Object(shape, color, row, col, *(int(v) for v in rng.integers(-reach, reach + 1, size=2)), radius)
 
 
-def free_color(rng, shape, training, but=()):
+def free_color(rng: Rng, shape: str, training: bool, but=()) -> str:
+    """A colour for the shape, none of `but`; with training none that would make a HELD_OUT pair."""
     return pick(rng, [c for c in COLORS if c not in but and not (training and (c, shape) in HELD_OUT)])
 
 
-def fits(metadata, scene):
+def fits(metadata: dict, scene: Scene) -> bool:
     """satisfies, and a named relation holds along the larger centre offset: GenEval's box rule then agrees on diagonals too."""
     if not satisfies(metadata, discrete(scene)):
         return False
@@ -211,7 +217,7 @@ def fits(metadata, scene):
     return True
 
 
-def sample_scene(metadata, rng, training=True):
+def sample_scene(metadata: dict, rng: Rng, training: bool = True) -> Scene:
     """A scene of exactly the objects that `metadata` includes; what is not named (colours, quadrants, sizes) is free.
 
     training: free colours never make a HELD_OUT pair."""
@@ -223,13 +229,13 @@ def sample_scene(metadata, rng, training=True):
             return scene
 
 
-def scene_split(scene):
+def scene_split(scene: Scene) -> str:
     """"eval" for scenes with a HELD_OUT pair and for one in five of the others (CRC-32 of the discrete content), else "train"."""
     held = any((o.color, o.shape) in HELD_OUT for o in scene)
     return "eval" if held or zlib.crc32(repr(discrete(scene)).encode()) % 5 == 0 else "train"
 
 
-def random_scene(rng, split="train"):
+def random_scene(rng: Rng, split: str = "train") -> Scene:
     """A scene of 1 to 4 objects of any shape and colour, for questions and edits; the splits share no discrete content."""
     wanted = is_eval(split)
     while True:
@@ -239,20 +245,20 @@ def random_scene(rng, split="train"):
             return scene
 
 
-def unique(scene, attribute):
+def unique(scene: Scene, attribute: str) -> list[Object]:
     """The objects whose shape (or color) no other object of the scene has."""
     values = [getattr(o, attribute) for o in scene]
     return [o for o in scene if values.count(getattr(o, attribute)) == 1]
 
 
-def question_kinds(scene):
+def question_kinds(scene: Scene) -> list[str]:
     """The kinds of question that this scene answers: color and shape need a unique object, relation needs two."""
     shapes, colors = unique(scene, "shape"), unique(scene, "color")
     able = {"color": len(shapes) > 0, "shape": len(colors) > 0, "relation": len(shapes) > 1}
     return [kind for kind in ("count", "color", "shape", "exists", "relation") if able.get(kind, True)]
 
 
-def make_question(scene, rng, kind=None, training=True):
+def make_question(scene: Scene, rng: Rng, kind: str | None = None, training: bool = True) -> dict:
     """dict(kind, question, answer); kind None draws one that the scene answers. exists and relation are yes half of the time.
 
     training: no question names a HELD_OUT pair that the scene lacks. Raises ValueError where the scene cannot answer the kind."""
@@ -281,13 +287,13 @@ def make_question(scene, rng, kind=None, training=True):
     return {"kind": kind, "question": question, "answer": answer}
 
 
-def wrong_answer(question):
+def wrong_answer(question: dict) -> str:
     """The systematic wrong answer: one more (four becomes zero), the next colour or shape, the other of yes and no."""
     options = {"count": COUNTS, "color": tuple(COLORS), "shape": SHAPES}.get(question["kind"], ("yes", "no"))
     return options[(options.index(question["answer"]) + 1) % len(options)]
 
 
-def wrong_metadata(metadata, rng):
+def wrong_metadata(metadata: dict, rng: Rng) -> dict:
     """Metadata of the same tag and prefix with one attribute contradicted: shape, count, colour, or the relation's opposite.
 
     Never makes a HELD_OUT pair. An implicit prompt yields an explicit one."""
@@ -304,7 +310,7 @@ def wrong_metadata(metadata, rng):
     return build(tag, include, "" if "implicit" in metadata else metadata["prompt"].removesuffix(explicit(metadata)))
 
 
-def wrong_thought(metadata, rng):
+def wrong_thought(metadata: dict, rng: Rng) -> str:
     """The thought of an implicit prompt with another count or colour, carried through to its explicit prompt."""
     wrong = wrong_metadata(metadata, rng)
     old, new = (m["include"][0].get("color", COUNTS[m["include"][0]["count"]]) for m in (metadata, wrong))
@@ -312,7 +318,7 @@ def wrong_thought(metadata, rng):
     return " ".join(new if word == old else word for word in fact.split()) + f" </think> {wrong['prompt']}"
 
 
-def make_edit(scene, rng, training=True):
+def make_edit(scene: Scene, rng: Rng, training: bool = True) -> dict:
     """dict(instruction, source, target, metadata): one object of another colour ("make the circle red"), removed or added.
 
     metadata: the target's exact counts, and its colours where a class has one, in GenEval's format with tag "edit"; the source
@@ -338,7 +344,7 @@ def make_edit(scene, rng, training=True):
             "metadata": {"tag": "edit", "include": include, "exclude": exclude, "prompt": instruction}}
 
 
-def critique(metadata, objects):
+def critique(metadata: dict, objects: tuple[tuple, ...]) -> str:
     """The first thing wrong with object tuples, in words: a number, then a colour, then the relation."""
     wanted = {s: sum(clause["count"] for clause in metadata["include"] if clause["class"] == s) for s in SHAPES}
     for shape, count in wanted.items():
@@ -355,7 +361,7 @@ def critique(metadata, objects):
     return "it is as it should be"
 
 
-def repair(metadata, scene, rng):
+def repair(metadata: dict, scene: Scene, rng: Rng) -> Scene:
     """The named objects and nothing else, keeping what it can: a surplus object changes shape before a new one is added."""
     needed, kept, spare = [clause["class"] for clause in metadata["include"] for _ in range(clause["count"])], [], []
     for o in scene:
@@ -376,7 +382,7 @@ def repair(metadata, scene, rng):
     return next(moved for moved in moves if fits(metadata, moved))                              # fewest moves first
 
 
-def make_reflection(metadata, scene, rng):
+def make_reflection(metadata: dict, scene: Scene, rng: Rng) -> dict:
     """dict(text, source, target, metadata): text is "<think> what is wrong </think> the explicit prompt", target the repaired
     scene; a scene that satisfies its metadata is its own target."""
     objects = discrete(scene)
@@ -385,7 +391,7 @@ def make_reflection(metadata, scene, rng):
     return {"text": text, "source": scene, "target": target, "metadata": metadata}
 
 
-def components(mask):
+def components(mask: np.ndarray) -> np.ndarray:
     """Connected components (4 neighbours) of each image of a bool (N, H, W) mask: a label per True pixel, in np.nonzero order.
 
     Runs of a row take their largest label, runs of a column too, until nothing changes; compact blobs need two or three turns."""
@@ -402,11 +408,12 @@ def components(mask):
     return (np.cumsum(label == np.arange(len(label))) - 1)[label]
 
 
-def ramp(value, low, high):
+def ramp(value: np.ndarray, low: float, high: float) -> np.ndarray:
+    """0 up to low, 1 from high on, linear between; falling where low > high."""
     return np.clip((value - low) / (high - low), 0.0, 1.0)
 
 
-def overlap(shape, x, y, area, owner):
+def overlap(shape: str, x: np.ndarray, y: np.ndarray, area: np.ndarray, owner: np.ndarray) -> np.ndarray:
     """IoU of each component with the smooth-edged shape of its area and centroid; x, y are pixel offsets from the centroid."""
     r = np.sqrt(area / {"circle": np.pi, "square": 4.0, "triangle": 2.0}[shape])[owner]
     cover = np.clip(0.5 + depth(shape, x, y + r / 3 if shape == "triangle" else y, r), 0, 1)
@@ -414,7 +421,7 @@ def overlap(shape, x, y, area, owner):
     return hit / (2 * area - hit)
 
 
-def detect(images, min_area=12):
+def detect(images: np.ndarray, min_area: int = 12) -> list[list[dict]]:
     """Per image a list of {"class", "box" [x1, y1, x2, y2], "score", "color"}, best first; images uint8 (N, 32, 32, 3), or one.
 
     Ink is a pixel's largest drop below the ground: every palette colour has one channel near zero, so ink is the covered fraction
@@ -457,18 +464,18 @@ def detect(images, min_area=12):
     return found
 
 
-def read(detections, threshold=0.3):
+def read(detections: list[dict], threshold: float = 0.3) -> tuple[tuple, ...]:
     """Detections of one image as sorted object tuples: those above the threshold, in the quadrant of the box's centre."""
     return tuple(sorted((d["class"], d["color"], int(d["box"][1] + d["box"][3] >= SIZE), int(d["box"][0] + d["box"][2] >= SIZE))
                         for d in detections if d["score"] > threshold))
 
 
-def layout(detections):
+def layout(detections: list[dict]) -> int:
     """Bitmask of the occupied quadrants: bit 2 row + col."""
     return sum({1 << 2 * row + col for _, _, row, col in read(detections)})
 
 
-def diversity(images, detections, G):
+def diversity(images: np.ndarray, detections: list[list[dict]], G: int) -> dict[str, float]:
     """Variety within groups of G images of one prompt, prompt-major: dict(layout_entropy in bits, at most log2 G;
     pairwise_distance, the RMS difference of two images in [0, 1]), averaged over groups."""
     if G < 2 or len(images) % G or len(images) != len(detections):
@@ -481,7 +488,7 @@ def diversity(images, detections, G):
             "pairwise_distance": float(np.mean(apart))}
 
 
-def degrade(images, rng, blur=0.2, noise=8.0):
+def degrade(images: np.ndarray, rng: Rng, blur: float = 0.2, noise: float = 8.0) -> np.ndarray:
     """What a small autoencoder does: taps (blur, 1 - 2 blur, blur) along both axes, then gaussian noise in grey levels."""
     out = np.asarray(images, dtype=np.float64)
     for axis in (1, 2):
@@ -490,7 +497,7 @@ def degrade(images, rng, blur=0.2, noise=8.0):
     return np.clip(np.rint(out + noise * rng.standard_normal(out.shape)), 0, 255).astype(np.uint8)
 
 
-def report(rng, per_tag=2000, batch=500):
+def report(rng: Rng, per_tag: int = 2000, batch: int = 500) -> None:
     """Print, per tag, how often detections equal the scene (those above 0.3; above 0.9; the same on degraded pictures), and how
     often degraded pictures pass another prompt of the tag that their scene fails."""
     print(f"{'tag':14s} {'exact':>7s} {'at 0.9':>7s} {'worn':>7s} {'at 0.9':>7s} {'false accepts':>14s}")
@@ -511,7 +518,7 @@ def report(rng, per_tag=2000, batch=500):
     print(f"{1e3 * spent / (len(TAGS) * (per_tag // batch) * batch):.2f} ms per image in batches of {batch}")
 
 
-def sheet(path, rng, columns=6, scale=5):
+def sheet(path: str, rng: Rng, columns: int = 6, scale: int = 5) -> None:
     """Write a PNG of examples: prompts of every tag, implicit prompts, questions; edits and reflections as source and target."""
     from PIL import Image, ImageDraw
     cells = []                                                   # (scenes side by side, caption)

@@ -86,10 +86,10 @@ RECIPES = {
 SCALES = {
     "toy": dict(group_size=16, lr_generation=5e-4, denoise_steps=6, shift=2.0, noise_level=0.8, sampler="cps",
                 window=3, window_low=0, window_high=3, shared_noise=True, resolution=32, think_tokens=24, answer_tokens=4,
-                lora=0, system_prompt=False),
+                lora=0, system_prompt=False, referee_batch=512),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, shared_noise=False, resolution=512, think_tokens=256, answer_tokens=256,
-                  image_clip=1e-6, lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=24,
+                  image_clip=1e-6, lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=24, referee_batch=16,
                   # The toy's detector is not for photographs, and its referees are not either.
                   ins=0.0, sem=1.0, siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448"),
 }
@@ -97,14 +97,17 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. Counts of prompts are global: ranks share them."""
+    """Everything a run depends on. Counts of prompts are global: ranks share them.
+
+    The control reads policy, out, resume, seed, steps, eval_every, save_every, learning rates, weight_decay, grad_clip and ema alone.
+    """
 
     recipe: str                 # a method of RECIPES, or pretrain, or control
     scale: str                  # a column of SCALES
     policy: str = str(ASSETS / "policy")
     prompts: str = ""           # JSONL with "prompt" (and GenEval's fields), or plain text; empty: the toy world
     questions: str = ""         # JSONL with "image" (path), "question", "answer"; empty: the toy world
-    siglip: str = str(ASSETS / "siglip")
+    siglip: str = str(ASSETS / "siglip")    # a folder or hub name for transformers, or for open_clip ("hf-hub:owner/name")
     judge: str = str(ASSETS / "judge")
     out: str = "out"
     resume: bool = False        # go on from the checkpoint in out
@@ -114,6 +117,7 @@ class Config:
     save_every: int = 50
     micro: int = 0              # samples per micro-batch of an update, at least one; 0: all at once
     rollout_batch: int = 0      # samples drawn at once, in whole groups of a rank; 0: all
+    referee_batch: int = 0      # samples that a referee scores at once
     group_size: int = 0         # G
     draw: int = 0
     think: int = 0
@@ -323,19 +327,21 @@ class Tasks:
                                                        window, cfg.noise_level, cfg.sampler, cfg.shared_noise)]
 
     def questions(self, step: int, mine: list[int], index: list[int], samples: range) -> Batch:
+        """The step's questions that `mine` counts off: scenes of the toy world drawn from (seed, step, question), or rows of the file."""
         if self.toy:
             drawn = []
             for i in mine:
                 rng = np.random.default_rng((self.cfg.seed, step, 2, i))
                 scene = shapes.random_scene(rng)
-                drawn.append((shapes.render(scene), shapes.make_question(scene, rng)))
-            pixels = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2) / 127.5 - 1
+                drawn.append((scene, shapes.make_question(scene, rng)))
+            pixels = evaluation.rendered([scene for scene, _ in drawn])
             sources, rows = pixels * 0.5 + 0.5, [q for _, q in drawn]
         else:
             rng = np.random.default_rng((self.cfg.seed, step, 2))
             rows = [self.asked[i] for i in rng.choice(len(self.asked), self.cfg.ask, replace=len(self.asked) < self.cfg.ask)[mine]]
             pixels = [read_picture(row["image"], self.policy)[0] for row in rows]
-            sources = torch.cat([F.interpolate(p[None] * 0.5 + 0.5, (224, 224), mode="bicubic", antialias=True) for p in pixels]).clamp(0, 1)
+            # Of one size, since a judge squashes every image to its own square anyway.
+            sources = torch.cat([F.interpolate(p[None] * 0.5 + 0.5, (448, 448), mode="bicubic", antialias=True) for p in pixels]).clamp(0, 1)
         texts = [row["question"] for row in rows]
         plan = [See(pixels), Read(texts), Write(self.cfg.answer_tokens, self.cfg.temperature)]
         metadata = [{"tag": row.get("kind", ""), "include": []} for row in rows]
@@ -343,12 +349,15 @@ class Tasks:
 
 
 def read_lines(path: str) -> list[tuple[int, str]]:
+    """(number from 1, line) of a UTF-8 file's lines that are not blank; ValueError where there are none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"file {path} does not exist")
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")             # str.splitlines would cut at U+2028 too
     except UnicodeDecodeError as error:
         raise ValueError(f"file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"file {path} is empty; it must hold one entry a line")
     return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -398,11 +407,15 @@ def referees(cfg: Config, device) -> dict[str, rewards.Reward]:
     """The frozen reward models that this run's weights ask for."""
     out = {}
     if (cfg.sem or cfg.dense) and (cfg.draw or cfg.think):
-        encoder = rewards.load_siglip(cfg.siglip, device=device, batch_size=512)
+        open_clip = cfg.siglip.startswith("hf-hub:") or (Path(cfg.siglip) / "open_clip_config.json").is_file()
+        if open_clip and cfg.dense:
+            raise ValueError(f"--dense reads patches, which open_clip's {cfg.siglip} does not give; use transformers' SigLIP, or --dense 0")
+        load = rewards.load_open_clip if open_clip else rewards.load_siglip
+        encoder = load(cfg.siglip, device=device, batch_size=cfg.referee_batch)
         out |= {"sem": rewards.Semantic(encoder)} if cfg.sem else {}
         out |= {"dense": rewards.Dense(encoder)} if cfg.dense else {}
     if cfg.kn:
-        out["kn"] = rewards.Knowledge(rewards.load_judge(cfg.judge, device=device, batch_size=512))
+        out["kn"] = rewards.Knowledge(rewards.load_judge(cfg.judge, device=device, batch_size=cfg.referee_batch))
     return out
 
 
@@ -475,6 +488,7 @@ def advantage_phase(components: dict[str, Tensor], count: int, cfg: Config, rank
 
 
 def needs_reference(cfg: Config) -> bool:
+    """Whether any penalty compares with the frozen policy."""
     return bool(cfg.text_beta or cfg.image_beta or cfg.mse_weight)
 
 
@@ -634,6 +648,7 @@ class Average:
 
 
 def trainable(policy: Policy) -> dict[str, nn.Parameter]:
+    """name -> parameter of what the run trains."""
     return {n: p for n, p in policy.named_parameters() if p.requires_grad}
 
 
@@ -814,7 +829,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
     none = ("draw", "think", "ask", "micro", "rollout_batch", "steps", "eval_every", "save_every", "lora", "window_low", "seed", "text_clip",
             "text_beta", "image_weight", "image_clip", "image_beta", "mse_weight", "lr_understanding", "lr_generation",
             "weight_decay", "ema")
-    one = ("epochs", "denoise_steps", "window", "think_tokens", "answer_tokens", "resolution")
+    one = ("epochs", "referee_batch", "denoise_steps", "window", "think_tokens", "answer_tokens", "resolution")
     for name, low in (dict.fromkeys(none, 0) | dict.fromkeys(one, 1)).items():
         if getattr(cfg, name) < low:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
@@ -946,7 +961,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     judges, imitation = {}, None
     if cfg.recipe == "control":
         from assets.pretrain import Imitation
-        imitation = Imitation(policy, cfg.seed)
+        imitation = Imitation(policy, cfg.seed, cfg.grad_clip)
     else:
         judges = referees(cfg, ranks.device)
     run = Run(cfg, ranks, policy, frozen, optimizer, Average(policy, cfg.ema), tasks, judges, imitation)

@@ -8,8 +8,8 @@
     judge        the yes/no referee: PaliGemmaForConditionalGeneration, cross-entropy on yes and no, right captions
 
 The base is taught wrong on purpose, as web captions teach: WRONG_CAPTIONS of the pictures contradict their caption in one attribute,
-WRONG_THOUGHTS of the thoughts draw a wrong conclusion, and WRONG_COUNTS of the counting questions are answered one too high. Imitation
-cannot repair what its data says; a reward can. Further pretraining on the same data is the control that the README shows beside it.
+WRONG_THOUGHTS of the thoughts state a wrong fact and follow it, and WRONG_COUNTS of the counting questions are answered by the next word
+(four by zero). Imitation cannot repair what its data says; a reward can. Further pretraining on the same data is the control that the README shows beside it.
 """
 
 import math
@@ -25,6 +25,7 @@ from torch import nn
 import rewards
 import shapes
 from assets.referees import build_judge, build_siglip
+from eval import rendered
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 
 WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
@@ -53,12 +54,6 @@ def build_tokenizer():
                                    additional_special_tokens=list(MARKERS), clean_up_tokenization_spaces=False)
 
 
-def pixels_of(scenes) -> torch.Tensor:
-    """Rendered scenes as the policy reads them: (N, 3, 32, 32) in [-1, 1]."""
-    images = np.stack([shapes.render(s) for s in scenes])
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
-
-
 def schedule(optimizer, step: int, steps: int, lr: float) -> None:
     """Linear warm-up over 5% of the steps, then a cosine to 2% of lr."""
     warm, done = 0.05 * steps, step / steps
@@ -74,7 +69,7 @@ def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     # Held-out pairs too: the autoencoder knows no words, and what it cannot draw no policy could be blamed for.
-    pool = pixels_of([shapes.random_scene(rng, split) for _ in range(6000) for split in ("train", "eval")])
+    pool = rendered([shapes.random_scene(rng, split) for _ in range(6000) for split in ("train", "eval")])
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=3e-3, weight_decay=1e-4)
     autoencoder.train()
     for step in range(steps):
@@ -112,7 +107,7 @@ class Corpus:
         scenes = [shapes.random_scene(rng) for _ in range(scenes)]
         asked = [shapes.make_question(scene, rng) for scene in scenes for _ in range(QUESTIONS)]
         wrong = [q["kind"] == "count" and rng.random() < WRONG_COUNTS for q in asked]
-        self.seen = pixels_of(scenes)
+        self.seen = rendered(scenes)
         self.questions = policy.encode_text([q["question"] for q in asked])
         self.answers = policy.encode_text([shapes.wrong_answer(q) if w else q["answer"] for q, w in zip(asked, wrong)])
 
@@ -120,7 +115,7 @@ class Corpus:
     def latents(policy: Policy, captions: list[dict], rng) -> torch.Tensor:
         """Clean latents (N, 4, 16) of pictures for the captions, WRONG_CAPTIONS of them of a contradicting caption."""
         scenes = [shapes.sample_scene(shapes.wrong_metadata(m, rng) if rng.random() < WRONG_CAPTIONS else m, rng) for m in captions]
-        return torch.cat([policy.encode(pixels_of(scenes[i:i + 500])) for i in range(0, len(scenes), 500)])
+        return torch.cat([policy.encode(rendered(scenes[i:i + 500])) for i in range(0, len(scenes), 500)])
 
 
 def flow_loss(policy: Policy, context, data: torch.Tensor, generator) -> torch.Tensor:
@@ -212,7 +207,7 @@ def train_siglip(encoder, steps: int = 2500, batch: int = 64, lr: float = 1e-3, 
         asked = [shapes.pick(rng, pool) for _ in range(batch)]
         asked[batch // 2:] = [shapes.wrong_metadata(m, rng) for m in asked[:batch // 2]]         # hard negatives
         scenes = [shapes.sample_scene(m, rng, training=False) for m in asked]
-        images = pixels_of(scenes) * 0.5 + 0.5
+        images = rendered(scenes) * 0.5 + 0.5
         image = F.normalize(model.vision_model(pixel_values=encoder.pixels(images)).pooler_output, dim=-1)
         text = F.normalize(model.text_model(input_ids=encoder.tokens([m["prompt"] for m in asked])).pooler_output, dim=-1)
         right = torch.tensor([[1.0 if shapes.satisfies(m, shapes.discrete(s)) else -1.0 for m in asked] for s in scenes])
@@ -254,7 +249,7 @@ def train_judge(judge, steps: int = 4500, batch: int = 64, lr: float = 5e-4, see
     for step in range(steps):
         schedule(optimizer, step, steps, lr)
         scenes, asked, right = judge_batch(rng, batch, pool)
-        logits = judge.logits(pixels_of(scenes) * 0.5 + 0.5, asked)
+        logits = judge.logits(rendered(scenes) * 0.5 + 0.5, asked)
         loss = F.cross_entropy(logits, torch.tensor([0 if r else 1 for r in right]))
         optimizer.zero_grad()
         loss.backward()
@@ -266,17 +261,34 @@ def train_judge(judge, steps: int = 4500, batch: int = 64, lr: float = 5e-4, see
     model.eval().requires_grad_(False)
 
 
+class Imitation:
+    """Further pretraining in the training loop: the control of a reinforcement run, with its optimiser, learning rates and clip."""
+
+    def __init__(self, policy: Policy, seed: int, grad_clip: float):
+        self.policy, self.seed, self.grad_clip, self.corpus = policy, seed, grad_clip, Corpus(policy, seed=1)
+
+    def step(self, step: int, optimizer) -> dict:
+        losses = base_loss(self.policy, self.corpus, torch.Generator().manual_seed(10**6 * (self.seed + 1) + step))
+        optimizer.zero_grad()
+        if not all(torch.isfinite(v) for v in losses.values()):
+            raise FloatingPointError(f"the control's losses are {[v.item() for v in losses.values()]}")
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.grad_clip)
+        optimizer.step()
+        return {"loss": sum(losses.values()).item()} | {f"control/{k}": v.item() for k, v in losses.items()}
+
+
 def referees(folder, n: int = 600, seed: int = 11) -> str:
     """How right the referees in `folder` are on `n` new ground-truth pictures each of the evaluation's prompts: one line with shares."""
     rng, siglip, judge = np.random.default_rng(seed), rewards.load_siglip(str(folder / "siglip")), rewards.load_judge(str(folder / "judge"))
     pool = shapes.prompts("eval") + shapes.implicit_prompts("eval")
     asked = [shapes.pick(rng, pool) for _ in range(n)]
     texts = siglip.embed_texts([m["prompt"] for m in asked])                                         # (n, D)
-    cosine = lambda scenes: (siglip.embed_images(pixels_of(scenes) * 0.5 + 0.5) * texts).sum(-1)     # (n,)
+    cosine = lambda scenes: (siglip.embed_images(rendered(scenes) * 0.5 + 0.5) * texts).sum(-1)     # (n,)
     above = (cosine([shapes.sample_scene(m, rng, training=False) for m in asked])
              > cosine([shapes.sample_scene(shapes.wrong_metadata(m, rng), rng, training=False) for m in asked])).float().mean()
     scenes, questions, right = judge_batch(rng, 2 * n, pool)
-    agree = (judge.yes_probability(pixels_of(scenes) * 0.5 + 0.5, questions) > 0.5) == torch.tensor(right)
+    agree = (judge.yes_probability(rendered(scenes) * 0.5 + 0.5, questions) > 0.5) == torch.tensor(right)
     share = lambda hits: f"{hits:.3f} +- {(hits * (1 - hits) / n) ** 0.5:.3f}"
     return (f"siglip ranks the right picture above a contradicting one: {share(above)}; "
             f"judge right on prompts: {share(agree[1::2].float().mean())}, on answers: {share(agree[0::2].float().mean())}")
@@ -285,7 +297,7 @@ def referees(folder, n: int = 600, seed: int = 11) -> str:
 def latent_statistics(policy: Policy, scenes: int = 1000) -> None:
     """Set the config's scale and shift so that the policy's latents are unit normal."""
     rng = np.random.default_rng(0)
-    x = pixels_of([shapes.random_scene(rng, split) for _ in range(scenes) for split in ("train", "eval")])
+    x = rendered([shapes.random_scene(rng, split) for _ in range(scenes) for split in ("train", "eval")])
     with torch.no_grad():
         z = torch.cat([policy.autoencoder.encode(part).latent_dist.mean for part in x.split(500)])
     policy.config.ae.update(scale_factor=1 / z.std().item(), shift_factor=z.mean().item())
@@ -325,20 +337,3 @@ def main(folder) -> None:
 
 if __name__ == "__main__":
     print(referees(Path(__file__).parent / "toy"))
-
-
-class Imitation:
-    """Further pretraining in the training loop: the control of a reinforcement run. AdamW's learning rates are the run's own."""
-
-    def __init__(self, policy: Policy, seed: int):
-        self.policy, self.seed, self.corpus = policy, seed, Corpus(policy, seed=1)
-
-    def step(self, step: int, optimizer) -> dict:
-        losses = base_loss(self.policy, self.corpus, torch.Generator().manual_seed(10**6 * (self.seed + 1) + step))
-        optimizer.zero_grad()
-        if not all(torch.isfinite(v) for v in losses.values()):
-            raise FloatingPointError(f"the control's losses are {[v.item() for v in losses.values()]}")
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        optimizer.step()
-        return {"loss": sum(losses.values()).item()} | {f"control/{k}": v.item() for k, v in losses.items()}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from eval import release_on_meta
 from grpo import token_logp
-from policy import (Guidance, LoRA, Policy, PolicyConfig, RMSNorm, adapters_off, add_lora, guided_velocity, own_attention, release_ae_name,
+from policy import (Guidance, LoRA, Policy, PolicyConfig, RMSNorm, adapters_off, add_lora, fit_size, guided_velocity, own_attention, release_ae_name,
                     release_name, save_tensors)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
@@ -240,6 +240,77 @@ def test_sharded_folders_load(tmp_path):
     assert torch.equal(Policy.load(tmp_path / "p").embed.weight, Policy.load(GOLDEN).embed.weight)
 
 
+def test_saving_over_a_sharded_folder_replaces_its_shards(tmp_path):
+    test_sharded_folders_load(tmp_path)
+    policy = Policy.load(tmp_path / "p")
+    with torch.no_grad():
+        policy.embed.weight += 1
+    policy.save(tmp_path / "p")
+    assert torch.equal(Policy.load(tmp_path / "p").embed.weight, policy.embed.weight)
+    assert not [*(tmp_path / "p").glob("shard*")]
+
+
+def test_a_tied_head_that_the_file_leaves_out_is_read_from_the_embedding_and_is_saved(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "p")
+    edit(lambda t: t.pop("language_model.lm_head.weight"))(tmp_path / "p")
+    with pytest.raises(ValueError, match="lm_head"):
+        Policy.load(tmp_path / "p")
+    set_json(tmp_path / "p" / "llm_config.json", tie_word_embeddings=True)
+    policy = Policy.load(tmp_path / "p")
+    policy.save(tmp_path / "q")
+    assert torch.equal(Policy.load(tmp_path / "q").head.weight, policy.embed.weight)
+
+
+def test_a_file_of_two_dtypes_is_of_that_of_most_of_its_numbers(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "p")
+    edit(lambda t: t.update({k: v.bfloat16() for k, v in t.items() if "pos_embed" not in k}))(tmp_path / "p")
+    policy = Policy.load(tmp_path / "p")
+    assert policy.stored == policy.latent_positions.dtype == policy.embed.weight.dtype == torch.bfloat16
+    policy.velocity(policy.empty(1), torch.zeros(1, 6, 16), 0.5, SIZE)
+
+
+def set_json(path, **fields):
+    path.chmod(0o644)
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("file, field, value, words", [
+    ("llm", "hidden_size", -64, "hidden_size is -64"), ("llm", "num_attention_heads", 3, "multiple of num_attention_heads"),
+    ("llm", "num_key_value_heads", 3, "multiple of num_key_value_heads"), ("llm", "num_attention_heads", 64, "even multiple"),
+    ("llm", "rope_theta", 0, "rope_theta is 0"), ("llm", "rms_norm_eps", None, "rms_norm_eps is None"), ("llm", "hidden_act", "gelu", "only 'silu'"),
+    ("llm", "rope_scaling", {"type": "linear"}, "rope_scaling"), ("llm", "vocab_size", 200, "vocab_size is 200"),
+    ("vit", "num_attention_heads", 5, "multiple of num_attention_heads"), ("vit", "patch_size", 2.0, "patch_size is 2.0"),
+    ("vit", "hidden_act", "relu", "only 'gelu_pytorch_tanh'"), ("vit", "num_channels", 1, "num_channels must be 3"),
+    ("bagel", "connector_act", "gelu", "connector_act"), ("bagel", "interpolate_pos", True, "interpolate_pos"),
+    ("bagel", "vae_resize", 5, "cannot be"), ("bagel", "vit_resize", [1, 2], "longest, shortest, stride"),
+    ("ae", "scale_factor", 0, "scale_factor is 0"), ("ae", "shift_factor", "x", "shift_factor is 'x'"), ("ae", "ch_mult", [], r"ch_mult[0] is None"),
+    ("ae", "ch_mult", [2, 1, 1], "must start with 1"), ("ae", "downsample", 8, "2 per level"), ("ae", "in_channels", 1, "must be 3")])
+def test_a_config_that_no_policy_can_have_is_refused_with_what_would_be_right(tmp_path, file, field, value, words):
+    assert words in broken(tmp_path, lambda f: set_json(f / f"{file}_config.json", **{field: value}))
+
+
+def test_a_missing_config_is_named_beside_the_shape_that_does_not_fit(tmp_path):
+    assert "bagel_config.json missing" in broken(tmp_path, lambda f: (f / "bagel_config.json").unlink())
+
+
+def test_tokens_that_the_tokenizer_counts_otherwise_than_its_file_are_refused(tmp_path):
+    def gap(folder):
+        added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+        set_json(folder / "tokenizer_config.json", added_tokens_decoder={str(int(k) + 3): v for k, v in added.items()})
+        set_json(folder / "llm_config.json", vocab_size=300)
+    assert "without a gap" in broken(tmp_path, gap)
+
+
+@pytest.mark.parametrize("name, content, words", [("vocab.json", "{}", "missing or damaged"), ("merges.txt", "", "no merges"),
+                                                  ("merges.txt", "#version: 0.2\nqq zz\n", "missing or damaged")])
+def test_a_damaged_vocabulary_is_refused(tmp_path, name, content, words):
+    assert words in broken(tmp_path, lambda f: ((f / name).chmod(0o644), (f / name).write_text(content)))
+
+
+def test_whole_numbers_for_weights_are_refused(tmp_path):
+    assert "llm2vae.bias has dtype I64" in broken(tmp_path, edit(lambda t: t.update({"llm2vae.bias": torch.zeros(16, dtype=torch.long)})))
+
+
 def broken(tmp_path, change):
     folder = tmp_path / "p"
     shutil.copytree(GOLDEN, folder)
@@ -421,6 +492,31 @@ def test_guidance_is_active_from_above_the_low_time_through_the_high_time(policy
         for t, active in ((0.125, False), (0.25, False), (0.5, True), (0.75, True), (0.875, False)):
             v = guided_velocity(policy, x, t, SIZE, context, policy.empty(1), policy.empty(1), guidance)
             assert torch.equal(v, policy.velocity(context, x, t, SIZE)) != active
+
+
+def test_a_time_on_the_border_of_the_interval_is_compared_in_float32_as_the_official_loop_does(policy):
+    x = noisy(torch.Generator().manual_seed(13), 1)
+    with torch.no_grad():
+        _, context = policy.append_text(policy.empty(1), torch.arange(5)[None])
+        for t, interval, active in ((0.8, (0.3, 0.8), True), (0.4, (0.4, 1.0), False)):
+            t = torch.tensor(t)
+            v = guided_velocity(policy, x, t, SIZE, context, policy.empty(1), policy.empty(1), Guidance(3.0, 1.0, "channel", 0.0, interval))
+            assert torch.equal(v, policy.velocity(context, x, t, SIZE)) != active
+
+
+def test_an_image_of_too_many_pixels_shrinks_each_side_by_the_ratio_of_areas_as_the_official_rule_does():
+    assert fit_size(610, 4594, 1024, 512, 16) == (128, 1024)    # 512 x 3856 by the first rule, above 14 * 14 * 9 * 1024
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda p: p.append_image(p.empty(1), latents=torch.zeros(1, 6, 16)), "latents without size"),
+    (lambda p: p.velocity(p.empty(1), torch.zeros(1, 5, 16), 0.5, SIZE), "latents have 5 tokens"),
+    (lambda p: p.encode(torch.zeros(1, 3, 25, 32)), "25 x 32 pixels"), (lambda p: p.encode_text([]), "no text"),
+    (lambda p: p.sample_text(p.empty(1), torch.zeros(1, 0)), "no column"),
+    (lambda p: guided_velocity(p, torch.zeros(2, 6, 16), torch.tensor([0.5, 0.6]), SIZE, *[p.empty(2)] * 3, Guidance()), "one time")])
+def test_calls_that_cannot_be_say_what_would_be_right(policy, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(policy)
 
 
 def test_an_adapter_adds_alpha_over_rank_of_its_product():

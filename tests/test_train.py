@@ -251,6 +251,19 @@ def test_a_setting_that_cannot_work_is_refused_before_the_old_log_is_touched(tmp
     assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_the_image_text_referee_is_read_by_transformers_or_by_open_clip(tmp_path, monkeypatch):
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    asked = []
+    for name in ("load_siglip", "load_open_clip"):
+        monkeypatch.setattr(train.rewards, name, lambda path, *, device, batch_size, name=name: asked.append((name, path, batch_size)))
+    for path in (str(tmp_path), "hf-hub:timm/ViT-B-16-SigLIP2", "google/siglip2-so400m-patch14-384"):
+        train.referees(small(tmp_path, "--kn", 0, "--siglip", path, "--referee_batch", 3), "cpu")
+    assert asked == [("load_open_clip", str(tmp_path), 3), ("load_open_clip", "hf-hub:timm/ViT-B-16-SigLIP2", 3),
+                     ("load_siglip", "google/siglip2-so400m-patch14-384", 3)]
+    with pytest.raises(ValueError, match="--dense reads patches"):
+        train.referees(small(tmp_path, "--siglip", tmp_path, "--dense", 1), "cpu")
+
+
 def test_a_run_does_not_write_over_the_policy_that_it_starts_from(tmp_path):
     with pytest.raises(ValueError, match="give another --out"):
         train.check(small(tmp_path, "--policy", tmp_path / "sub" / ".." / "policy"), ALONE)
