@@ -229,8 +229,8 @@ def normalised_log_ratio(x_next: Tensor, mean: Tensor, mean_old: Tensor, std: Te
     """GRPO-Guard's RatioNorm of each sample and step.  x_next, mean, mean_old (N, W, ...), std (W,) -> (N, W)  [UniGRPO Eq. 5]
     std * (log_ratio + |dmu|^2 / (2 std^2)), dmu = mean_old - mean, both terms reduced alike. On samples of the old policy
     log_ratio has expectation -|dmu|^2 / (2 std^2), so the upper clip seldom acts, and spread |dmu| / std; this has expectation 0
-    and spread |dmu|, which still grows with |dt| (see step_weights). Inserting the true density (whatever `scaled` was) leaves -dmu . (x_next - mean_old) / std,
-    which has the same value and gradient without a difference of log-densities.
+    and spread |dmu|, which still grows with |dt| (see step_weights). Inserting the true density (whatever `scaled` was) leaves
+    -dmu . (x_next - mean_old) / std, which has the same value and gradient without a difference of log-densities.
     Differs: GRPO-Guard's script takes |dmu|^2 over the whole batch, by a reduction over an empty list of dimensions."""
     x_next, mean, mean_old = _wide(x_next), _wide(mean), _wide(mean_old).detach()
     std = std.to(mean).view(-1, *[1] * (mean.dim() - 2))                          # (W, 1, ...)

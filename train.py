@@ -89,7 +89,8 @@ SCALES = {
                 lora=0, system_prompt=False, referee_batch=512),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, shared_noise=False, resolution=512, think_tokens=256, answer_tokens=256,
-                  image_clip=1e-6, lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=24, referee_batch=16,
+                  image_clip=1e-6, lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=24,
+                  referee_batch=16,
                   # The toy's detector is not for photographs, and its referees are not either.
                   ins=0.0, sem=1.0, siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448"),
 }

@@ -9,7 +9,8 @@
 
 The base is taught wrong on purpose, as web captions teach: WRONG_CAPTIONS of the pictures contradict their caption in one attribute,
 WRONG_THOUGHTS of the thoughts state a wrong fact and follow it, and WRONG_COUNTS of the counting questions are answered by the next word
-(four by zero). Imitation cannot repair what its data says; a reward can. Further pretraining on the same data is the control that the README shows beside it.
+(four by zero). Imitation cannot repair what its data says; a reward can. Further pretraining on the same data is the control that the
+README shows beside it.
 """
 
 import math

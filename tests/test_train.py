@@ -242,7 +242,8 @@ def test_bad_input_ends_in_one_clear_line(tmp_path, argv, words):
     (("--seed", "-1"), "--seed -1: must be at least 0"), (("--image_weight", "-300"), "--image_weight"),
     (("--ema", "5"), "--ema 5.0: must be below 1"), (("--advantage", "foo"), "--advantage foo: choose group, batch, none"),
     (("--text_average", "foo"), "--text_average foo: choose token, sequence"), (("--noise_level", "0"), "--noise_level 0.0: must be above 0"),
-    (("--noise_level", "2"), "--noise_level 2.0: must be below 2 for cps"), (("--sampler", "foo"), "--sampler foo: choose sde"), (("--normalise", "foo"), "--normalise foo: choose sum, each"),
+    (("--noise_level", "2"), "--noise_level 2.0: must be below 2 for cps"), (("--sampler", "foo"), "--sampler foo: choose sde"),
+    (("--normalise", "foo"), "--normalise foo: choose sum, each"), (("--referee_batch", "0"), "--referee_batch 0: must be at least 1"),
     (("--resolution", "16"), "--resolution 16: must be 32")])
 def test_a_setting_that_cannot_work_is_refused_before_the_old_log_is_touched(tmp_path, more, words):
     (tmp_path / "log.jsonl").write_text("of another run")
@@ -277,7 +278,7 @@ def test_a_batch_that_ranks_cannot_share_says_what_would_be(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ('{"prompt": "a"}\n{"prompt": \n', r"p.jsonl:2: not a JSON object"), ('{"prompt": "a"}\n\n{"text": "b"}\n', r"p.jsonl:3: .*lacks \['prompt'\]"),
     ('["a"]\n', r"p.jsonl:1: must be an object"), ('{"prompt": "\\ud800 red"}\n', r"p.jsonl:1: holds half of a surrogate"),
-    ("[" * 200000, r"p.jsonl:1: not a JSON object")])
+    ("[" * 200000, r"p.jsonl:1: not a JSON object"), ("\n \n", r"p.jsonl is empty")])
 def test_a_bad_prompts_file_names_file_and_line(tmp_path, text, words):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ValueError, match=words):
