@@ -74,8 +74,8 @@ def held_out_prompts(pairs: bool = False) -> list[dict]:
 
 
 def held_out_questions(pairs: bool = False, seed: int = 7):
-    """(scenes, questions): QUESTIONS scenes that training never shows, one question each, kinds in turn; with pairs=True half as many,
-    each with a (colour, shape) pair that training never shows."""
+    """(scenes, questions): QUESTIONS scenes that training never asks about, one question each, kinds in turn; with pairs=True half as
+    many, each with a (colour, shape) pair that training never shows."""
     rng, scenes, questions = np.random.default_rng(seed), [], []
     while len(questions) < QUESTIONS // (1 + pairs):
         kind, scene = KINDS[len(questions) % len(KINDS)], shapes.random_scene(rng, "eval")

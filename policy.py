@@ -77,7 +77,8 @@ class PolicyConfig:
 
     @property
     def rope_theta(self) -> float:
-        return self.llm.get("rope_theta", (self.llm.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+        theta = self.llm.get("rope_theta")
+        return (self.llm.get("rope_parameters") or {}).get("rope_theta", 10000.0) if theta is None else theta
 
     @property
     def queries_per_key(self) -> int:
@@ -98,7 +99,7 @@ class PolicyConfig:
     def vae_resize(self) -> tuple[int, int, int]:
         """Longest side, shortest side, stride in pixels of an image on its way to the autoencoder; 1024, 512, 16 in the release."""
         longest = self.bagel["max_latent_size"] * self.stride
-        return tuple(self.bagel.get("vae_resize", (longest, longest // 2, self.stride)))
+        return tuple(self.bagel.get("vae_resize", (longest, max(1, longest // 2), self.stride)))
 
     @property
     def vit_resize(self) -> tuple[int, int, int]:
@@ -106,41 +107,6 @@ class PolicyConfig:
         patch = self.vit["patch_size"]
         longest = self.bagel["vit_max_num_patch_per_side"] * patch
         return tuple(self.bagel.get("vit_resize", (longest, min(16 * patch, longest), patch)))
-
-    def check(self) -> None:
-        """ValueError, in one line, for sizes that do not fit together and for flags whose value is not implemented here."""
-        sizes = {"llm": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
-                 "vit": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
-                 "bagel": ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"), "ae": ("ch", "z_channels", "downsample")}
-        whole_numbers = [(file, name, getattr(self, file)[name]) for file, names in sizes.items() for name in names]
-        whole_numbers += [("ae", f"ch_mult[{i}]", m) for i, m in enumerate(self.ae["ch_mult"] or [None])]
-        for file, name, value in whole_numbers:
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{file}_config.json: {name} is {value!r}, must be a whole number above 0")
-        numbers = (("llm", "rms_norm_eps", self.rms_eps, 0.0), ("llm", "rope_theta", self.rope_theta, 1e-6),
-                   ("vit", "layer_norm_eps", self.vit.get("layer_norm_eps", 1e-6), 0.0),
-                   ("ae", "scale_factor", self.ae["scale_factor"], 1e-6), ("ae", "shift_factor", self.ae["shift_factor"], -math.inf))
-        for file, name, value, low in numbers:
-            if type(value) not in (int, float) or not math.isfinite(value) or value < low:
-                raise ValueError(f"{file}_config.json: {name} is {value!r}, must be a finite number of at least {low:g}")
-        D, H, levels = self.llm["hidden_size"], self.llm["num_attention_heads"], self.ae["ch_mult"]
-        fits = {"llm_config.json: hidden_size must be a multiple of 4 and an even multiple of num_attention_heads": D % 4 == 0 and D % (2 * H) == 0,
-                "llm_config.json: num_attention_heads must be a multiple of num_key_value_heads": H % self.llm["num_key_value_heads"] == 0,
-                "vit_config.json: hidden_size must be a multiple of num_attention_heads":
-                    self.vit["hidden_size"] % self.vit["num_attention_heads"] == 0,
-                "vit_config.json: num_channels must be 3": self.vit.get("num_channels", 3) == 3,
-                "ae_config.json: in_channels and out_ch must be 3": self.ae["in_channels"] == self.ae["out_ch"] == 3,
-                "ae_config.json: ch_mult must start with 1, as AutoencoderKL's first level does": levels[0] == 1,
-                "ae_config.json: downsample must be 2 per level of ch_mult but the last": self.ae["downsample"] == 2 ** (len(levels) - 1),
-                "bagel_config.json: vae_resize and vit_resize must be longest, shortest, stride": all(
-                    len(r) == 3 and min(r) >= 1 for r in (self.vae_resize, self.vit_resize))}
-        if broken := [rule for rule, kept in fits.items() if not kept]:
-            raise ValueError(broken[0])
-        only = (("llm", "hidden_act", "silu"), ("llm", "rope_scaling", None), ("vit", "hidden_act", "gelu_pytorch_tanh"),
-                ("bagel", "connector_act", "gelu_pytorch_tanh"), ("bagel", "interpolate_pos", False))
-        for file, name, known in only:
-            if getattr(self, file).get(name, known) != known:
-                raise ValueError(f"{file}_config.json: {name} {getattr(self, file)[name]!r} is not implemented, only {known!r}")
 
 
 @dataclass(frozen=True)
@@ -583,13 +549,16 @@ class Policy(nn.Module):
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in dict(llm=c.llm, vit=c.vit, bagel=c.bagel, ae=c.ae).items():
+        head, embedding = (own[release_name(f"{n}.weight")] for n in ("head", "embed"))
+        untied = {"tie_word_embeddings": False} if c.llm.get("tie_word_embeddings") and not torch.equal(head, embedding) else {}
+        for name, content in dict(llm=c.llm | untied, vit=c.vit, bagel=c.bagel, ae=c.ae).items():
             write_atomic(folder / f"{name}_config.json", json.dumps(content, indent=2).encode())
         save_tensors(own, folder / "ema.safetensors")
+        drop_index(folder, "ema")
         ae = {release_ae_name(k, levels): v for k, v in self.autoencoder.state_dict().items()}
         # The release stores the attention projections of the autoencoder as 1x1 convolutions.
         save_tensors({k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in ae.items()}, folder / "ae.safetensors")
-        drop_shards(folder, "ema"), drop_shards(folder, "ae")
+        drop_index(folder, "ae")
         with tempfile.TemporaryDirectory(dir=folder) as fresh:
             self.tokenizer.save_pretrained(fresh)
             for file in Path(fresh).iterdir():
@@ -619,7 +588,7 @@ class Policy(nn.Module):
             raise ValueError(f"the tokenizer files of {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
         check_tokenizer(tokenizer, folder)
         try:
-            config.check()
+            check_config(config)
             with torch.device("meta"):                          # no memory until the file's own tensors are assigned
                 policy = cls(config, tokenizer)
         except KeyError as error:
@@ -778,6 +747,7 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
                                          for k in tensors}))
     write_atomic(Path(folder) / "adapter_config.json", json.dumps(config, indent=2).encode())
     save_tensors(tensors, Path(folder) / "adapter_model.safetensors")
+    drop_index(Path(folder), "adapter_model")
 
 
 def load_adapters(policy: Policy, folder: str | Path) -> Policy:
@@ -915,6 +885,61 @@ def declare_torchvision_ops():
         return library
 
 
+# What must be a whole number above 0, by file.
+SIZES = {"llm": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+         "vit": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
+         "bagel": ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"),
+         "ae": ("ch", "z_channels", "downsample", "num_res_blocks")}
+# Flags of which one value is implemented, the one that holds where a file does not say.
+FLAGS = (("llm", "hidden_act", "silu"), ("llm", "use_sliding_window", False), ("vit", "hidden_act", "gelu_pytorch_tanh"),
+         ("bagel", "connector_act", "gelu_pytorch_tanh"), ("bagel", "interpolate_pos", False))
+
+
+def check_config(c: PolicyConfig) -> None:
+    """ValueError, in one line, for what no policy can have: numbers out of range, sizes that do not fit together, unknown flags."""
+    whole_numbers = [(file, name, getattr(c, file)[name]) for file, names in SIZES.items() for name in names]
+    whole_numbers += [("ae", f"ch_mult[{i}]", m) for i, m in enumerate(c.ae["ch_mult"] or [None])]
+    whole_numbers += [("ae", "norm_groups", c.ae.get("norm_groups", 32)),
+                      ("llm", "max_position_embeddings", c.llm.get("max_position_embeddings", 32768))]
+    for name, rule in (("vae_resize", c.vae_resize), ("vit_resize", c.vit_resize)):
+        whole_numbers += [("bagel", f"{name}[{i}]", n) for i, n in enumerate(rule)]
+    for file, name, value in whole_numbers:
+        if type(value) is not int or not 0 < value < 2**24:
+            raise ValueError(f"{file}_config.json: {name} is {value!r}, must be a whole number from 1 to 2^24")
+    for name in ("rope_scaling", "rope_parameters"):
+        how = c.llm.get(name) or {}
+        if not isinstance(how, dict) or how.get("rope_type", how.get("type", "default")) != "default":
+            raise ValueError(f"llm_config.json: {name} {how!r} is not implemented, only the default rotation")
+    for file, name, value, low in (("llm", "rms_norm_eps", c.rms_eps, 0.0), ("llm", "rope_theta", c.rope_theta, 1e-6),
+                                   ("vit", "layer_norm_eps", c.vit.get("layer_norm_eps", 1e-6), 0.0),
+                                   ("ae", "scale_factor", c.ae["scale_factor"], 1e-6), ("ae", "shift_factor", c.ae["shift_factor"], -1e30)):
+        if type(value) not in (int, float) or not low <= value < 1e30:
+            raise ValueError(f"{file}_config.json: {name} is {value!r}, must be a finite number of at least {low:g}")
+    check_fit(c)
+    for file, name, known in FLAGS:
+        if getattr(c, file).get(name, known) != known:
+            raise ValueError(f"{file}_config.json: {name} {getattr(c, file)[name]!r} is not implemented, only {known!r}")
+
+
+def check_fit(c: PolicyConfig) -> None:
+    """ValueError, in one line, where sizes that are possible each do not fit together."""
+    D, H, levels = c.llm["hidden_size"], c.llm["num_attention_heads"], c.ae["ch_mult"]
+    resizes = ((c.vae_resize, c.stride), (c.vit_resize, c.vit["patch_size"]))
+    rules = (
+        (D % 4 == 0 and D % (2 * H) == 0, "llm_config.json: hidden_size must be a multiple of 4 and an even multiple of num_attention_heads"),
+        (H % c.llm["num_key_value_heads"] == 0, "llm_config.json: num_attention_heads must be a multiple of num_key_value_heads"),
+        (c.vit["hidden_size"] % c.vit["num_attention_heads"] == 0, "vit_config.json: hidden_size must be a multiple of num_attention_heads"),
+        (c.vit.get("num_channels", 3) == 3, "vit_config.json: num_channels must be 3"),
+        (c.ae["in_channels"] == c.ae["out_ch"] == 3, "ae_config.json: in_channels and out_ch must be 3"),
+        (levels[0] == 1, "ae_config.json: ch_mult must start with 1, as AutoencoderKL's first level does"),
+        (c.ae["downsample"] == 2 ** (len(levels) - 1), "ae_config.json: downsample must be 2 per level of ch_mult but the last"),
+        (all(len(r) == 3 and r[1] <= r[0] and r[2] % token == 0 for r, token in resizes),
+         "bagel_config.json: vae_resize and vit_resize must be longest, shortest, stride; the stride a multiple of a token's pixels"))
+    for kept, rule in rules:
+        if not kept:
+            raise ValueError(rule)
+
+
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in a file; `default` where the file is missing and there is one. Errors: ValueError, FileNotFoundError."""
     if not path.exists():
@@ -931,14 +956,20 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     return content
 
 
+def shards(folder: Path, stem: str) -> list[Path]:
+    """The files that stem.safetensors.index.json lists."""
+    index = folder / f"{stem}.safetensors.index.json"
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+        raise ValueError(f"{index} has no weight_map of keys to files")
+    return [folder / f for f in sorted(set(listed.values()))]
+
+
 def open_tensors(folder: Path, stem: str) -> dict:
     """Key -> open file of stem.safetensors, or of the shards that stem.safetensors.index.json lists. Nothing is read yet."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
-            raise ValueError(f"{index} has no weight_map of keys to files")
-        files = [folder / f for f in sorted(set(listed.values()))]
+        files = shards(folder, stem)
     elif single.exists():
         files = [single]
     else:
@@ -959,14 +990,20 @@ def open_tensors(folder: Path, stem: str) -> dict:
     return opened
 
 
-def drop_shards(folder: Path, stem: str) -> None:
-    """Remove an older index of stem.safetensors and its shards, which loading would prefer to the whole file."""
+def drop_index(folder: Path, stem: str) -> None:
+    """Remove an older index beside stem.safetensors, which loading would prefer, and then its shards inside the folder."""
     index = folder / f"{stem}.safetensors.index.json"
-    if index.exists():
-        shards = {Path(f).name for f in read_json(index)["weight_map"].values()} - {f"{stem}.safetensors"}
-        index.unlink()
-        for shard_name in shards:
-            (folder / shard_name).unlink(missing_ok=True)
+    if not index.exists():
+        return
+    try:
+        old = shards(folder, stem)
+    except ValueError:
+        old = []                                                # a damaged index names nothing to remove
+    index.unlink()
+    whole_files = [(folder / f"{name}.safetensors").resolve() for name in ("ema", "ae", "adapter_model")]
+    for path in (p.resolve() for p in old):
+        if path.is_file() and folder.resolve() in path.parents and path not in whole_files:
+            path.unlink()
 
 
 def check_tokenizer(tokenizer, folder: Path) -> None:

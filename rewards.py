@@ -18,6 +18,7 @@ Notation: N samples flattened prompt-major, G samples per prompt, B = N/G groups
 tensor([1.5000, 0.0000])
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -320,17 +321,28 @@ def declare_torchvision_ops():
         return library
 
 
+@contextlib.contextmanager
+def _reading(path: str):
+    """A context in which weights that are damaged, or do not fit their config, are a ValueError in one line."""
+    from safetensors import SafetensorError
+    try:
+        yield
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+
+
 def _load(auto_class: str, model_type: str, path: str, device, dtype):
     """(frozen model, tokenizer, image processor) of a local folder or hub name, without remote code.
 
-    Errors: OSError where there are no safetensors, ValueError for another kind of model.
+    Errors: OSError where there are no safetensors, ValueError for another kind of model or damaged weights.
     """
     declare_torchvision_ops()
     import transformers
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type != model_type:
         raise ValueError(f"{path} holds a {config.model_type} model, expected {model_type}")
-    model = getattr(transformers, auto_class).from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=dtype)
+    with _reading(path):
+        model = getattr(transformers, auto_class).from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     image_processor = transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     return model.to(device).eval().requires_grad_(False), tokenizer, image_processor
@@ -430,7 +442,7 @@ def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenCli
     """A frozen open_clip model from a local folder (open_clip_config.json and safetensors) or "hf-hub:owner/name".
 
     A hub model is fetched without its pickle files, which open_clip would fall back to, and then opened as a local folder.
-    Errors: ValueError without safetensors. Differs: images are squashed to the model's square, where open_clip may crop.
+    Errors: ValueError without safetensors or with damaged ones. Differs: images are squashed to the model's square, where open_clip may crop.
     """
     declare_torchvision_ops()
     import open_clip
@@ -439,7 +451,8 @@ def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenCli
         path = snapshot_download(path.removeprefix("hf-hub:"), allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"])
     if not any(Path(path, f"{stem}.safetensors").exists() for stem in ("open_clip_model", "open_clip_pytorch_model")):
         raise ValueError(f"{path} holds neither open_clip_model.safetensors nor open_clip_pytorch_model.safetensors")
-    model = open_clip.create_model(f"local-dir:{path}", device=device, require_pretrained=True)
+    with _reading(path):
+        model = open_clip.create_model(f"local-dir:{path}", device=device, require_pretrained=True)
     return OpenClip(model.eval().requires_grad_(False), open_clip.get_tokenizer(f"local-dir:{path}"), batch_size)
 
 

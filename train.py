@@ -100,7 +100,8 @@ SCALES = {
 class Config:
     """Everything a run depends on. Counts of prompts are global: ranks share them.
 
-    The control reads policy, out, resume, seed, steps, eval_every, save_every, learning rates, weight_decay, grad_clip and ema alone.
+    The control reads policy, out, resume, seed, steps, eval_every, save_every, what is trained and how it is kept (experts, lora, shard,
+    bf16, checkpointing, learning rates, weight_decay, grad_clip, ema); the rest must be valid and does nothing.
     """
 
     recipe: str                 # a method of RECIPES, or pretrain, or control
@@ -408,7 +409,7 @@ def referees(cfg: Config, device) -> dict[str, rewards.Reward]:
     """The frozen reward models that this run's weights ask for."""
     out = {}
     if (cfg.sem or cfg.dense) and (cfg.draw or cfg.think):
-        open_clip = cfg.siglip.startswith("hf-hub:") or (Path(cfg.siglip) / "open_clip_config.json").is_file()
+        open_clip = cfg.siglip.startswith("hf-hub:") or any(Path(cfg.siglip).glob("open_clip_*.safetensors"))
         if open_clip and cfg.dense:
             raise ValueError(f"--dense reads patches, which open_clip's {cfg.siglip} does not give; use transformers' SigLIP, or --dense 0")
         load = rewards.load_open_clip if open_clip else rewards.load_siglip
@@ -490,7 +491,7 @@ def advantage_phase(components: dict[str, Tensor], count: int, cfg: Config, rank
 
 def needs_reference(cfg: Config) -> bool:
     """Whether any penalty compares with the frozen policy."""
-    return bool(cfg.text_beta or cfg.image_beta or cfg.mse_weight)
+    return cfg.recipe != "control" and bool(cfg.text_beta or cfg.image_beta or cfg.mse_weight)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from eval import release_on_meta
 from grpo import token_logp
 from policy import (Guidance, LoRA, Policy, PolicyConfig, RMSNorm, adapters_off, add_lora, fit_size, guided_velocity, own_attention, release_ae_name,
-                    release_name, save_tensors)
+                    release_name, save_adapters, save_tensors)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 SIZE = (16, 24)                                                 # 2 x 3 latent tokens of 8 pixels
@@ -228,26 +228,69 @@ def test_a_saved_folder_has_the_released_layout_bit_for_bit(tmp_path):
         assert json.loads((tmp_path / name).read_text()) == json.loads((GOLDEN / name).read_text())
 
 
+def cut(folder, stem, into=("one", "two")):
+    """stem.safetensors as two shards and their index."""
+    tensors = load_file(folder / f"{stem}.safetensors")
+    (folder / f"{stem}.safetensors").unlink()
+    names, where = sorted(tensors), {}
+    for i, name in enumerate(into):
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({k: tensors[k] for k in names[i::2]}, path)
+        where |= {k: f"{name}.safetensors" for k in names[i::2]}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
 def test_sharded_folders_load(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "p")
-    tensors = load_file(tmp_path / "p" / "ema.safetensors")
-    (tmp_path / "p" / "ema.safetensors").unlink()
-    names, where = sorted(tensors), {}
-    for i, part in enumerate((names[:50], names[50:])):
-        save_file({k: tensors[k] for k in part}, tmp_path / "p" / f"shard{i}.safetensors")
-        where |= {k: f"shard{i}.safetensors" for k in part}
-    (tmp_path / "p" / "ema.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    cut(tmp_path / "p", "ema")
     assert torch.equal(Policy.load(tmp_path / "p").embed.weight, Policy.load(GOLDEN).embed.weight)
 
 
-def test_saving_over_a_sharded_folder_replaces_its_shards(tmp_path):
-    test_sharded_folders_load(tmp_path)
+def sharded_and_changed(tmp_path):
+    """A folder whose ema and ae are shards, one of them named as the other's whole file is, and its policy with other weights."""
+    shutil.copytree(GOLDEN, tmp_path / "p")
+    cut(tmp_path / "p", "ema", ("parts/ae", "parts/two"))
+    cut(tmp_path / "p", "ae", ("three", "four"))
     policy = Policy.load(tmp_path / "p")
     with torch.no_grad():
         policy.embed.weight += 1
+        policy.autoencoder.decoder.conv_in.bias += 1
+    return policy
+
+
+def test_saving_over_a_sharded_folder_replaces_its_shards(tmp_path):
+    policy = sharded_and_changed(tmp_path)
     policy.save(tmp_path / "p")
+    again = Policy.load(tmp_path / "p")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in policy.state_dict().items())
+    assert sorted(p.name for p in (tmp_path / "p").rglob("*.safetensors*")) == ["ae.safetensors", "cases.safetensors", "ema.safetensors"]
+
+
+def test_a_save_over_shards_that_dies_behind_the_weights_keeps_the_weights(tmp_path, monkeypatch):
+    policy, write = sharded_and_changed(tmp_path), save_tensors
+    monkeypatch.setattr("policy.save_tensors", lambda tensors, path: write(tensors, path) if path.name.startswith("ema") else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        policy.save(tmp_path / "p")
     assert torch.equal(Policy.load(tmp_path / "p").embed.weight, policy.embed.weight)
-    assert not [*(tmp_path / "p").glob("shard*")]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ""}}', "["])
+def test_a_damaged_old_index_does_not_stop_a_save(tmp_path, content):
+    policy = Policy.load(GOLDEN)
+    (tmp_path / "ema.safetensors.index.json").write_text(content)
+    policy.save(tmp_path)
+    assert torch.equal(Policy.load(tmp_path).embed.weight, policy.embed.weight)
+
+
+def test_adapters_saved_over_shards_are_the_ones_that_load(tmp_path):
+    policy = add_lora(Policy.load(GOLDEN), 2, 4.0)
+    save_adapters(policy, tmp_path)
+    cut(tmp_path, "adapter_model")
+    with torch.no_grad():
+        policy.blocks[0].experts[0].q.B += 1
+    save_adapters(policy, tmp_path)
+    assert (Policy.load(GOLDEN, adapter=tmp_path).blocks[0].experts[0].q.B == 1).all()
 
 
 def test_a_tied_head_that_the_file_leaves_out_is_read_from_the_embedding_and_is_saved(tmp_path):
@@ -259,11 +302,15 @@ def test_a_tied_head_that_the_file_leaves_out_is_read_from_the_embedding_and_is_
     policy = Policy.load(tmp_path / "p")
     policy.save(tmp_path / "q")
     assert torch.equal(Policy.load(tmp_path / "q").head.weight, policy.embed.weight)
+    with torch.no_grad():
+        policy.head.weight += 1
+    policy.save(tmp_path / "q")
+    assert json.loads((tmp_path / "q" / "llm_config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_a_file_of_two_dtypes_is_of_that_of_most_of_its_numbers(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "p")
-    edit(lambda t: t.update({k: v.bfloat16() for k, v in t.items() if "pos_embed" not in k}))(tmp_path / "p")
+    edit(lambda t: t.update({k: v.bfloat16() for k, v in t.items() if k != min(t)}))(tmp_path / "p")
     policy = Policy.load(tmp_path / "p")
     assert policy.stored == policy.latent_positions.dtype == policy.embed.weight.dtype == torch.bfloat16
     policy.velocity(policy.empty(1), torch.zeros(1, 6, 16), 0.5, SIZE)
@@ -278,7 +325,13 @@ def set_json(path, **fields):
     ("llm", "hidden_size", -64, "hidden_size is -64"), ("llm", "num_attention_heads", 3, "multiple of num_attention_heads"),
     ("llm", "num_key_value_heads", 3, "multiple of num_key_value_heads"), ("llm", "num_attention_heads", 64, "even multiple"),
     ("llm", "rope_theta", 0, "rope_theta is 0"), ("llm", "rms_norm_eps", None, "rms_norm_eps is None"), ("llm", "hidden_act", "gelu", "only 'silu'"),
-    ("llm", "rope_scaling", {"type": "linear"}, "rope_scaling"), ("llm", "vocab_size", 200, "vocab_size is 200"),
+    ("llm", "rope_scaling", {"type": "linear"}, "rope_scaling"),
+    ("llm", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}, "default rotation"), ("llm", "rope_parameters", [1], "default rotation"),
+    ("llm", "use_sliding_window", True, "use_sliding_window"), ("llm", "max_position_embeddings", None, "max_position_embeddings is None"),
+    ("llm", "rms_norm_eps", 10**400, "rms_norm_eps"), ("llm", "vocab_size", 2**62, "2^24"), ("ae", "norm_groups", 0, "norm_groups is 0"),
+    ("ae", "num_res_blocks", 0, "num_res_blocks is 0"), ("bagel", "vae_resize", [16, 64, 8], "longest, shortest"),
+    ("bagel", "vae_resize", [64, 32, 7], "multiple of a token"), ("bagel", "vit_resize", [50, 20, 10.0], "vit_resize[2] is 10.0"),
+    ("llm", "vocab_size", 200, "vocab_size is 200"),
     ("vit", "num_attention_heads", 5, "multiple of num_attention_heads"), ("vit", "patch_size", 2.0, "patch_size is 2.0"),
     ("vit", "hidden_act", "relu", "only 'gelu_pytorch_tanh'"), ("vit", "num_channels", 1, "num_channels must be 3"),
     ("bagel", "connector_act", "gelu", "connector_act"), ("bagel", "interpolate_pos", True, "interpolate_pos"),
@@ -566,3 +619,15 @@ def test_fields_that_a_release_leaves_out_take_their_classes_defaults(tmp_path):
     for policy in (whole, short):
         policy.out = policy.append_text(policy.append_image(policy.empty(1), pixels=pixels), tokens)[0]
     assert torch.equal(whole.out, short.out)
+
+
+def test_what_the_resize_rules_are_without_a_word_of_the_files():
+    release = PolicyConfig(dict(hidden_size=8, num_attention_heads=1), dict(patch_size=14))
+    assert (release.vae_resize, release.vit_resize) == ((1024, 512, 16), (980, 224, 14))
+
+
+def test_a_default_rotation_may_be_named(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "p")
+    set_json(tmp_path / "p" / "llm_config.json", rope_theta=None, rope_scaling={"rope_type": "default"},
+             rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert Policy.load(tmp_path / "p").config.rope_theta == 5e5

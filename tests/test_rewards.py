@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -376,6 +377,24 @@ def test_scoring_never_changes_a_referee_nor_lets_a_gradient_into_it(siglip, jud
     for model, state in zip(models, before):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_damaged_referees_are_said_in_one_line(folders, open_clip_folder, tmp_path):
+    for source, name, load in ((folders["siglip"], "model.safetensors", R.load_siglip),
+                               (open_clip_folder, "open_clip_model.safetensors", R.load_open_clip)):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:len(whole) // 2])
+        with pytest.raises(ValueError, match="cannot be loaded") as error:
+            load(str(folder))
+        assert "\n" not in str(error.value)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["embed_dim"] = 24
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / name).write_bytes(whole)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load(str(folder))
 
 
 def test_an_open_clip_reward_is_the_cosine_of_the_plain_model_transform_and_tokenizer(open_clip_folder):

@@ -253,14 +253,15 @@ def test_a_setting_that_cannot_work_is_refused_before_the_old_log_is_touched(tmp
 
 
 def test_the_image_text_referee_is_read_by_transformers_or_by_open_clip(tmp_path, monkeypatch):
-    (tmp_path / "open_clip_config.json").write_text("{}")
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
     asked = []
-    for name in ("load_siglip", "load_open_clip"):
+    for name in ("load_siglip", "load_open_clip", "load_judge"):
         monkeypatch.setattr(train.rewards, name, lambda path, *, device, batch_size, name=name: asked.append((name, path, batch_size)))
     for path in (str(tmp_path), "hf-hub:timm/ViT-B-16-SigLIP2", "google/siglip2-so400m-patch14-384"):
-        train.referees(small(tmp_path, "--kn", 0, "--siglip", path, "--referee_batch", 3), "cpu")
-    assert asked == [("load_open_clip", str(tmp_path), 3), ("load_open_clip", "hf-hub:timm/ViT-B-16-SigLIP2", 3),
-                     ("load_siglip", "google/siglip2-so400m-patch14-384", 3)]
+        train.referees(small(tmp_path, "--kn", 1, "--siglip", path, "--judge", "j", "--referee_batch", 3), "cpu")
+    judge = ("load_judge", "j", 3)
+    assert asked == [("load_open_clip", str(tmp_path), 3), judge, ("load_open_clip", "hf-hub:timm/ViT-B-16-SigLIP2", 3), judge,
+                     ("load_siglip", "google/siglip2-so400m-patch14-384", 3), judge]
     with pytest.raises(ValueError, match="--dense reads patches"):
         train.referees(small(tmp_path, "--siglip", tmp_path, "--dense", 1), "cpu")
 
@@ -320,6 +321,9 @@ def test_prompts_and_questions_from_files_train(tmp_path):
     assert "draw/rewards/sem/mean" in records(tmp_path / "draw")[1]
     train.train(small(tmp_path / "ask", "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0, "--steps", 1), ALONE)
     assert "ask/rewards/accuracy/mean" in records(tmp_path / "ask")[1]
+    cfg = small(tmp_path / "ask", "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0)
+    (batch,) = train.Tasks(cfg, Policy.load(cfg.policy)).batches(0, ALONE)
+    assert batch.sources.shape == (2, 3, 448, 448)              # as large as the published judge reads
 
 
 @pytest.mark.skipif(not GENEVAL.exists(), reason="GenEval's metadata is not part of the repository")
@@ -548,6 +552,16 @@ def test_each_expert_has_its_own_learning_rate(tmp_path, moves, rates):
     train.one_step(run, 0)
     for k, group in run.policy.parts().items():
         assert any(not torch.equal(a, b) for a, b in zip(before[k], group)) == (k == moves)
+
+
+def test_the_control_imitates_with_the_optimiser_and_the_clip_of_the_run(tmp_path, monkeypatch):
+    from assets import pretrain
+    corpus = pretrain.Corpus
+    monkeypatch.setattr(pretrain, "Corpus", lambda policy, seed: corpus(policy, seed, pictures=96, thoughts=64, scenes=64))
+    run = train.begin(small(tmp_path, "--recipe", "control", "--grad_clip", 1e-3), ALONE)
+    stats = train.one_step(run, 0)
+    grads = torch.stack([p.grad.norm() for p in train.trainable(run.policy).values() if p.grad is not None])
+    assert run.frozen is None and stats["loss"] > 0 and grads.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_log_entries_of_micro_batches_are_means_but_for_min_and_max():
