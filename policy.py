@@ -986,7 +986,7 @@ def open_tensors(folder: Path, stem: str) -> dict:
             raise ValueError(f"{file} is not a whole safetensors file ({error}); download it again") from error
         opened |= {key: handle for key in handle.keys()}
     if not opened:
-        raise ValueError(f"{files[0]} holds no tensors")
+        raise ValueError(f"{index if index.exists() else single} holds no tensors")
     return opened
 
 

@@ -495,6 +495,12 @@ def test_an_index_that_lists_a_missing_shard_is_refused(tmp_path):
     assert "shard0.safetensors" in broken(tmp_path, change)
 
 
+def test_files_without_tensors_are_refused(tmp_path):
+    assert "ema.safetensors holds no tensors" in broken(tmp_path, lambda f: save_file({}, f / "ema.safetensors"))
+    empty = json.dumps({"weight_map": {}})
+    assert "index.json holds no tensors" in broken(tmp_path / "q", lambda f: (f / "ema.safetensors.index.json").write_text(empty))
+
+
 def test_a_checkpoint_of_another_size_is_refused(tmp_path):
     def change(folder):
         config = json.loads((folder / "llm_config.json").read_text())
