@@ -387,7 +387,9 @@ def release_on_meta(tokenizer) -> Policy:
 
 
 def random_release(device) -> Policy:
-    """The release's sizes with random weights: 29 GB in bf16, for measuring only."""
+    """The release's sizes with random weights: 29 GB in bf16, for measuring only. ValueError without a GPU."""
+    if device.type != "cuda":
+        raise ValueError("--policy 7b measures 29 GB of weights on a GPU, and PyTorch finds none")
     release = release_on_meta(Policy.load(TOY).tokenizer).bfloat16().to_empty(device=device).requires_grad_(False).eval()
     with torch.no_grad():
         for name, p in release.named_parameters():

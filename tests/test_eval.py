@@ -137,3 +137,9 @@ def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
     each = [table[f"draw/{tag}"] for tag in shapes.TAGS]
     assert table["draw"][0] == pytest.approx(sum(m for m, _ in each) / len(each))
     assert table["draw"][1] == pytest.approx(math.sqrt(sum(e * e for _, e in each)) / len(each))
+
+
+def test_the_release_is_not_measured_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="eval.py: --policy 7b measures 29 GB of weights on a GPU"):
+        evaluation.main(["bench", "--policy", "7b"])

@@ -149,7 +149,8 @@ def test_ranks_agree_whether_parameters_stay_gathered(folder, tmp_path):
     code = ("import sys, torch, torch.distributed as dist\nfrom policy import Policy, gathered, shard\ndist.init_process_group('gloo')\n"
             "policy = Policy.load(sys.argv[1], prepare=shard)\n"
             "with torch.no_grad(), gathered(policy, 1e12 if dist.get_rank() == 0 else 0):\n"
-            "    for _ in range(3):\n        policy.append_text(policy.empty(1), torch.arange(4)[None])\ndist.barrier()\n")
+            "    for _ in range(3):\n        policy.append_text(policy.empty(1), torch.arange(4)[None])\ndist.barrier()\n"
+                "dist.destroy_process_group()\n")
     (tmp_path / "agree.py").write_text(code)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "agree.py"), str(folder)],
                    cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, timeout=240)
