@@ -577,16 +577,7 @@ class Policy(nn.Module):
             raise FileNotFoundError(f"policy folder {folder} does not exist")
         config = PolicyConfig(read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json"),
                               {**RELEASE_BAGEL, **read_json(folder / "bagel_config.json", {})}, read_json(folder / "ae_config.json", RELEASE_AE))
-        declare_torchvision_ops()
-        from transformers import AutoTokenizer
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:
-            # The tokenizers library raises plain Exception on a damaged vocabulary.
-            if type(error) is not Exception and not isinstance(error, (ValueError, OSError, AttributeError, TypeError, KeyError)):
-                raise
-            raise ValueError(f"the tokenizer files of {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
-        check_tokenizer(tokenizer, folder)
+        tokenizer = load_tokenizer(folder)
         try:
             check_config(config)
             with torch.device("meta"):                          # no memory until the file's own tensors are assigned
@@ -1006,15 +997,43 @@ def drop_index(folder: Path, stem: str) -> None:
             path.unlink()
 
 
-def check_tokenizer(tokenizer, folder: Path) -> None:
-    """ValueError where the tokenizer that was built says other than its files: no merges, or other ids of added tokens."""
-    merges = folder / "merges.txt"
-    if merges.exists() and not any(line.strip() and not line.startswith("#version") for line in merges.read_text(encoding="utf-8").splitlines()):
-        raise ValueError(f"{merges} holds no merges; download it again")
-    for i, token in read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder", {}).items():
+def load_tokenizer(folder: Path):
+    """transformers' tokenizer of a policy folder. ValueError, in one line, where files are missing or damaged, or token ids are others
+    than tokenizer_config.json says."""
+    declare_torchvision_ops()
+    from transformers import AutoTokenizer
+    check_vocabulary(folder)
+    told = read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"the tokenizer files of {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
+    for i, token in told.items():
         if (found := tokenizer.convert_tokens_to_ids(token["content"])) != int(i):
             raise ValueError(f"{folder}: the token {token['content']} is {i} in tokenizer_config.json, but {found} as the tokenizer counts; "
                              "added tokens must stand in vocab.json or follow it without a gap")
+    return tokenizer
+
+
+def check_vocabulary(folder: Path) -> None:
+    """ValueError for what the tokenizers library would refuse with an Exception of no kind: files that are not JSON, merges that are
+    none. Files that are not there are not checked."""
+    whole_file, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    if not isinstance(read_json(whole_file, {"model": {}}).get("model"), dict):
+        raise ValueError(f"{whole_file} holds no model; download it again")
+    known = read_json(vocabulary, {})
+    if vocabulary.exists() and not (known and all(type(i) is int for i in known.values())):
+        raise ValueError(f"{vocabulary} holds no ids of tokens; download it again")
+    if not (vocabulary.exists() and merges.exists()):
+        return
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{merges} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    pairs = [(i, line.split(" ")) for i, line in enumerate(lines, 1) if line.strip() and not line.startswith("#version")]
+    wrong = [i for i, pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= known.keys()]
+    if not pairs or wrong:
+        raise ValueError(f"{merges} holds no merges" if not pairs else f"{merges}:{wrong[0]}: not a merge of two tokens of {vocabulary.name}")
 
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

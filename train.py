@@ -105,7 +105,6 @@ class Config:
     """
 
     recipe: str                 # a method of RECIPES, or pretrain, or control
-    scale: str                  # a column of SCALES
     policy: str = str(ASSETS / "policy")
     prompts: str = ""           # JSONL with "prompt" (and GenEval's fields), or plain text; empty: the toy world
     questions: str = ""         # JSONL with "image" (path), "question", "answer"; empty: the toy world
@@ -173,20 +172,20 @@ def parse(argv: list[str] | None = None) -> Config:
     ap = Arguments(description=__doc__.split("\n")[0], allow_abbrev=False)
     ap.add_argument("--recipe", default="lvrpo", choices=[*METHODS, "control", "pretrain"])
     ap.add_argument("--scale", choices=[*SCALES], help="default: by the width of --policy")
-    for f in fields(Config)[2:]:
+    for f in fields(Config)[1:]:
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         ap.add_argument(f"--{f.name}", **kind)
     given = {k: v for k, v in vars(ap.parse_args(argv)).items() if v is not None}
     if given["recipe"] == "pretrain":
         given.setdefault("out", str(ASSETS))
     sizes = Path(given.get("policy", Config.policy)) / "llm_config.json"
-    given.setdefault("scale", scale_of(read_json(sizes, {}).get("hidden_size", 0)))
+    scale = given.pop("scale", None) or scale_of(read_json(sizes, {}).get("hidden_size", 0))
     if given.get("prompts") or given.get("questions"):          # a task without data is left out unless it is asked for
         for task in ("draw", "think", "ask"):
             if not given.get("questions" if task == "ask" else "prompts"):
                 given.setdefault(task, 0)
     column = METHODS.index(given["recipe"]) if given["recipe"] in METHODS else 0
-    return Config(**({k: row[column] for k, row in RECIPES.items()} | SCALES[given["scale"]] | given))
+    return Config(**({k: row[column] for k, row in RECIPES.items()} | SCALES[scale] | given))
 
 
 # ---- ranks ----
@@ -405,6 +404,11 @@ def read_questions(path: str) -> list[dict]:
 TASK_REWARDS = {"draw": ("sem", "ins", "kn", "dense"), "think": ("sem", "ins", "kn", "dense", "format"), "ask": ("accuracy", "kn")}
 
 
+def reward_weights(cfg: Config) -> dict[str, float]:
+    """Name of a reward -> its weight; 0 leaves it out."""
+    return dict(sem=cfg.sem, ins=cfg.ins, accuracy=cfg.accuracy, kn=cfg.kn, dense=cfg.dense, format=cfg.format)
+
+
 def referees(cfg: Config, device) -> dict[str, rewards.Reward]:
     """The frozen reward models that this run's weights ask for."""
     out = {}
@@ -476,7 +480,7 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
 
 def advantage_phase(components: dict[str, Tensor], count: int, cfg: Config, ranks: Ranks) -> tuple[Tensor, dict]:
     """Advantages (n,) of this rank's samples; the groups and their statistics are those of all ranks' `count` prompts."""
-    G, weights, each = cfg.group_size, {k: getattr(cfg, k) for k in components}, cfg.normalise == "each"
+    G, weights, each = cfg.group_size, {k: reward_weights(cfg)[k] for k in components}, cfg.normalise == "each"
     components = {k: ranks.groups(v.to(ranks.device), count, G).flatten() for k, v in components.items()}      # (N,) of all ranks
     parts = rewards.normalised(components, G) if each else components
     adv = group_advantage(rewards.combine(parts, weights), G, scale="none" if each else cfg.advantage)         # (N,)
@@ -851,7 +855,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
         raise ValueError(f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in "
                          f"{last} noisy steps")
     for task, names in TASK_REWARDS.items():
-        if cfg.recipe != "control" and getattr(cfg, task) and not any(getattr(cfg, k) for k in names):
+        if cfg.recipe != "control" and getattr(cfg, task) and not any(reward_weights(cfg)[k] for k in names):
             raise ValueError(f"--{task} has no reward: give one of {', '.join('--' + k for k in names)} a weight")
     for task in ("draw", "think", "ask"):
         n, less = getattr(cfg, task), getattr(cfg, task) // ranks.world * ranks.world

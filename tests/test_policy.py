@@ -354,10 +354,12 @@ def test_tokens_that_the_tokenizer_counts_otherwise_than_its_file_are_refused(tm
     assert "without a gap" in broken(tmp_path, gap)
 
 
-@pytest.mark.parametrize("name, content, words", [("vocab.json", "{}", "missing or damaged"), ("merges.txt", "", "no merges"),
-                                                  ("merges.txt", "#version: 0.2\nqq zz\n", "missing or damaged")])
+@pytest.mark.parametrize("name, content, words", [
+    ("vocab.json", "{}", "no ids"), ("vocab.json", '{"a": "b"}', "no ids"), ("vocab.json", '{"a": ', "is not JSON"),
+    ("merges.txt", "", "no merges"), ("merges.txt", "#version: 0.2\nqq zz\n", "merges.txt:2: not a merge"),
+    ("tokenizer.json", "{}", "no model"), ("tokenizer_config.json", "[]", "must hold a JSON object")])
 def test_a_damaged_vocabulary_is_refused(tmp_path, name, content, words):
-    assert words in broken(tmp_path, lambda f: ((f / name).chmod(0o644), (f / name).write_text(content)))
+    assert words in broken(tmp_path, lambda f: ((f / name).unlink(missing_ok=True), (f / name).write_text(content)))
 
 
 def test_whole_numbers_for_weights_are_refused(tmp_path):
@@ -421,7 +423,7 @@ def test_damaged_or_missing_tokenizer_files_are_said(tmp_path, content):
             path.unlink() if content is None else path.write_text(content)
         for name in ("vocab.json", "merges.txt"):
             (folder / name).unlink(missing_ok=True)
-    assert "tokenizer files of" in broken(tmp_path, change)
+    assert ("tokenizer files of" if content is None else "is not JSON") in broken(tmp_path, change)
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):

@@ -276,10 +276,10 @@ def test_the_scale_follows_the_width_and_tasks_without_data_are_left_out(tmp_pat
     assert (scale_of(128), scale_of(3584)) == ("toy", "bagel")
     (tmp_path / "llm_config.json").write_text(json.dumps(RELEASE_LLM))
     cfg = parse(["--recipe", "unigrpo", "--policy", str(tmp_path), "--prompts", "prompts.jsonl"])
-    assert (cfg.scale, cfg.resolution, cfg.lora, cfg.ins, cfg.sem, cfg.think) == ("bagel", 512, 64, 0.0, 1.0, 32)
+    assert (cfg.resolution, cfg.lora, cfg.ins, cfg.sem, cfg.think) == (512, 64, 0.0, 1.0, 32)
     cfg = parse(["--policy", str(tmp_path), "--prompts", "prompts.jsonl"])
     assert (cfg.draw, cfg.think, cfg.ask) == (24, 8, 0)
-    assert parse(["--policy", str(tmp_path), "--questions", "q.jsonl"]).draw == 0 and parse([]).scale == "toy"
+    assert parse(["--policy", str(tmp_path), "--questions", "q.jsonl"]).draw == 0 and parse([]).resolution == 32
 
 
 @pytest.mark.parametrize("more, words", [
