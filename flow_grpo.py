@@ -194,25 +194,38 @@ def rollout(
 def replay(
     velocity: Callable[[Tensor, Tensor], Tensor], trajectory: Trajectory, *, steps: tuple[int, ...] | None = None
 ) -> Replay:
-    """Score the stored noisy steps under `velocity`, with gradient; the weights that sampled give trajectory.logp bit for bit.
-    `steps` picks window steps, counted from its start (default: all). Replay and backward step by step, with the loss's `total`
-    unchanged, add up to the same gradient and keep one step's graph in memory.
+    """Score the stored noisy steps under `velocity`, called once a step as in rollout, with gradient; the weights that sampled give
+    trajectory.logp bit for bit. `steps` picks window steps, counted from its start (default: all). Replay and backward step by step,
+    with the loss's `total` unchanged, add up to the same gradient and keep one step's graph in memory.
     Errors: ValueError when a step is outside the window or there is none."""
-    start, W = trajectory.window[0], trajectory.means.shape[1]
-    steps = tuple(range(W)) if steps is None else tuple(steps)
-    if not steps or not all(0 <= w < W for w in steps):
-        raise ValueError(f"replay: steps is {steps}, expected at least one of the window's steps 0..{W - 1}")
-    logps, means, vs = [], [], []
-    for w in steps:
-        # Contiguous as in the rollout: for another memory layout a kernel may round otherwise.
+    steps, times = window_steps(trajectory, steps), trajectory.times[trajectory.window[0]:]
+    # Contiguous as in the rollout: for another memory layout a kernel may round otherwise.
+    return score(torch.stack([_wide(velocity(trajectory.latents[:, w].contiguous(), times[w])) for w in steps], 1), trajectory, steps=steps)
+
+
+def score(v: Tensor, trajectory: Trajectory, *, steps: tuple[int, ...] | None = None) -> Replay:
+    """The same of velocities v (N, S, ...) at trajectory.latents[:, w] and the window's times, for a model that computes all steps in
+    one call. Errors: ValueError when steps are not the window's, or v is not of these samples and steps."""
+    steps, times = window_steps(trajectory, steps), trajectory.times[trajectory.window[0]:]
+    if v.shape != trajectory.means[:, list(steps)].shape:
+        raise ValueError(f"score: v is {tuple(v.shape)}, expected {tuple(trajectory.means[:, list(steps)].shape)}, samples x steps x entries")
+    v, means, logps = _wide(v), [], []
+    for w, v_w in zip(steps, v.unbind(1)):
         x, x_next = trajectory.latents[:, w].contiguous(), trajectory.latents[:, w + 1]
-        t, t_next = trajectory.times[start + w], trajectory.times[start + w + 1]
-        vs.append(_wide(velocity(x, t)))                                          # (N, ...)
-        mean, std = transition(x, vs[-1], t, t_next, noise_level=trajectory.noise_level, kind=trajectory.kind)
+        mean, std = transition(x, v_w.contiguous(), times[w], times[w + 1], noise_level=trajectory.noise_level, kind=trajectory.kind)
         means.append(mean)                                                        # (N, ...)
         logps.append(gaussian_logp(x_next, mean, std, reduce=trajectory.reduce, normaliser=trajectory.normaliser,
                                    scaled=trajectory.scaled))                     # (N,)
-    return Replay(steps, torch.stack(logps, 1), torch.stack(means, 1), torch.stack(vs, 1))
+    return Replay(steps, torch.stack(logps, 1), torch.stack(means, 1), v)
+
+
+def window_steps(trajectory: Trajectory, steps: tuple[int, ...] | None) -> tuple[int, ...]:
+    """`steps` of the window, counted from its start, or all of them. Errors: ValueError when one is outside, or there is none."""
+    W = trajectory.means.shape[1]
+    steps = tuple(range(W)) if steps is None else tuple(steps)
+    if not steps or not all(0 <= w < W for w in steps):
+        raise ValueError(f"replay: steps is {steps}, expected at least one of the window's steps 0..{W - 1}")
+    return steps
 
 
 def select(trajectory: Trajectory, index: Tensor | slice) -> Trajectory:

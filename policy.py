@@ -200,6 +200,12 @@ class Expert(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))                                    # (N, L, D)
 
 
+def behind(past: Tensor, own: Tensor) -> Tensor:
+    """Keys (or values) own (N*R, kv, L, d) behind past (N, kv, S, d), every row of it shared by R rows -> (N*R, kv, S+L, d)."""
+    own = own.unflatten(0, (len(past), -1))                                                        # (N, R, kv, L, d)
+    return torch.cat([past[:, None].expand(-1, own.shape[1], -1, -1, -1), own], dim=3).flatten(0, 1)
+
+
 class Block(nn.Module):
     """Two experts, one attention [MoT Sec. 3]. `parts` holds the tokens of each expert, or None where a call has none."""
 
@@ -217,7 +223,7 @@ class Block(nn.Module):
         active = [(e, x) for e, x in zip(self.experts, parts) if x is not None]
         q, k, v = (torch.cat(z, dim=2) for z in zip(*[e.project(x) for e, x in active]))           # (N, H or kv, L, d)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)                # (N, kv, S+L, d)
+        keys, values = behind(past_k, k), behind(past_v, v)                                        # (N, kv, S+L, d)
         # The heads that share keys are more queries to them: no key is copied, and every kernel that takes a mask can be used.
         q = rearrange(q, "n (h r) l d -> n h (r l) d", h=keys.shape[1])                            # (N, kv, H/kv*L, d)
         a = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)                     # (N, kv, H/kv*L, d)
@@ -386,7 +392,8 @@ class Policy(nn.Module):
         """Run the blocks over [understanding tokens | generation tokens] behind a context; both outputs normed by expert. Returns them
         and the longer context, or the context as it was where its new keys are not kept."""
         N, L = mask.shape
-        seen = context.valid[:, None, None, :].expand(N, 1, L, context.valid.shape[1])
+        valid = context.valid.repeat_interleave(N // len(context.valid), dim=0)                    # (N, S)
+        seen = valid[:, None, None, :].expand(N, 1, L, valid.shape[1])
         allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1)                           # (N, 1, L, S+L)
         allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)                             # (N, 1, H/kv*L, S+L)
         first = parts[0] if parts[0] is not None else parts[1]
@@ -397,7 +404,7 @@ class Policy(nn.Module):
             if keep:
                 keys.append(k), values.append(v)
         out = [None if x is None else norm(x) for norm, x in zip(self.norms, parts)]
-        return out, context if not keep else replace(context, keys=tuple(keys), values=tuple(values), valid=torch.cat([context.valid, mask], dim=1))
+        return out, context if not keep else replace(context, keys=tuple(keys), values=tuple(values), valid=torch.cat([valid, mask], dim=1))
 
     def append_text(self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True):
         """Read text causally with the understanding expert.
@@ -417,7 +424,7 @@ class Policy(nn.Module):
         markers = self.embed(ids).to(patches.dtype)                                                # (N, 2, D)
         parts = [markers, patches] if expert == GENERATION else [torch.cat([markers, patches], dim=1), None]
         mask = torch.cat([mask.new_ones(N, 2), mask], dim=1)                                       # (N, 2+M)
-        position = context.position[:, None].expand(N, 2 + M)
+        position = context.position.repeat_interleave(N // len(context.position))[:, None].expand(N, 2 + M)
         return self._read(context, parts, position, mask, causal=False, keep=keep)
 
     def _embed_latents(self, x: Tensor, t: Tensor, size) -> tuple[Tensor, Tensor]:
@@ -450,8 +457,11 @@ class Policy(nn.Module):
     def velocity(self, context: Context, x: Tensor, t, size) -> Tensor:
         """Velocity noise - data of noisy latents x (N, M, F) at flow time t (scalar or (N,)) -> (N, M, F) fp32.
 
-        size: (height, width) in pixels for all, or one pair per sample. The context is not changed.
+        size: (height, width) in pixels for all, or one pair per sample. The context is not changed; each of its rows serves as many
+        rows of x as fall to it, in order, so that the noisy steps of an image are one call: x (N, W, M, F).flatten(0, 1), t (W,).repeat(N).
         """
+        if len(x) % len(context.position):
+            raise ValueError(f"velocity got {len(x)} images behind {len(context.position)} contexts; give each context as many as the others")
         tokens, mask = self._embed_latents(x, t, size)
         (_, out), _ = self._image_block(context, tokens, mask, GENERATION, keep=False)
         return self.latent_out(out).float()
@@ -628,10 +638,9 @@ def guided_velocity(policy: Policy, x: Tensor, t, size, full: Context, no_text: 
         raise ValueError(f"renorm {guidance.renorm!r} is unknown; choose global, channel or text_channel")
     v = policy.velocity(full, x, t, size)
     low, high = guidance.interval
-    at = torch.as_tensor(t, dtype=torch.float32)                # in fp32, where 0.4 of a time grid is not above 0.4
-    if at.numel() != 1:
-        raise ValueError(f"guided_velocity: t has shape {tuple(at.shape)}, must be one time for all samples")
-    if guidance.text_scale <= 1 or not low < at <= high:
+    at = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))  # in fp32, where 0.4 of a time grid is not above 0.4
+    active = (low < at) & (at <= high)                                                             # (N,)
+    if guidance.text_scale <= 1 or not active.any():
         return v
     mask = policy.latent_grid(size, len(x))[1][..., None]                                          # (N, M, 1)
     dims = (1, 2) if guidance.renorm == "global" else (2,)
@@ -648,7 +657,7 @@ def guided_velocity(policy: Policy, x: Tensor, t, size, full: Context, no_text: 
     if guidance.image_scale > 1:
         without = policy.velocity(no_image, x, t, size)
         guided = without + guidance.image_scale * (guided - without)
-    return guided if guidance.renorm == "text_channel" else renormed(guided)
+    return torch.where(active[:, None, None], guided if guidance.renorm == "text_channel" else renormed(guided), v)
 
 
 # ---- low-rank adapters ----

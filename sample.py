@@ -263,7 +263,9 @@ def replay(policy: Policy, r: Rollout) -> list[Scored]:
         elif given:
             reader.image(s.pixels, s.latents, s.size)
         else:
-            out.append(Scored(s, flow=flow_grpo.replay(reader.velocity(s.size), s.flow)))
+            x, t = s.flow.latents[:, :-1], s.flow.times[slice(*s.flow.window)]                         # (N, W, M, F), (W,)
+            v = reader.velocity(s.size)(x.flatten(0, 1), t.repeat(len(x)))      # all noisy steps in one call, behind one context
+            out.append(Scored(s, flow=flow_grpo.score(v.view_as(x), s.flow)))
             if s.pixels is not None:
                 reader.image(s.pixels, s.flow.data, s.size)
     return out

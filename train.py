@@ -89,7 +89,7 @@ SCALES = {
                 lora=0, system_prompt=False, referee_batch=512),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, shared_noise=False, resolution=512, think_tokens=256, answer_tokens=256,
-                  image_clip=1e-6, lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=8, rollout_batch=24,
+                  image_clip=1e-6, lora=64, system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=4, rollout_batch=24,
                   referee_batch=16,
                   # The toy's detector is not for photographs, and its referees are not either.
                   ins=0.0, sem=1.0, siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448"),
@@ -923,13 +923,13 @@ def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
     L = 64 + 160 * cfg.system_prompt * bool(cfg.think) + written
     cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
     block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
-    mask = 3 * policy.config.queries_per_key * max(M, L) * (L + M)                               # bytes of a sample: who sees whom, and as a bias
-    tokens = cfg.window * M + L                                                                  # of a sample in one replay
+    mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees, also as a bias
+    noisy = cfg.window * M                                      # tokens of a sample's noisy steps, which a replay reads in one call
     inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
     out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
            "reference": held * byte if needs_reference(cfg) and not cfg.lora else 0,
-           "rollout": most * (2 * L * cache + max(M, 1) * block + mask) + two,
-           "replay": micro * (3 * L * cache + tokens * inputs + max(M, L) * block + mask + written * V * (byte + 12)) + two}
+           "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
+           "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + written * V * (byte + 12)) + two}
     return {k: v / 1e9 for k, v in out.items()}
 
 

@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 
 import grpo
 from flow_grpo import (
-    Replay, clipped_surrogate, draw_window, flow_grpo_loss, gaussian_logp, log_ratio, normalised_log_ratio, replay, rollout,
+    Replay, clipped_surrogate, draw_window, flow_grpo_loss, gaussian_logp, log_ratio, normalised_log_ratio, replay, rollout, score,
     select, shared_noise, step_sigma, step_weights, time_grid, transition, transition_kl, velocity_mse,
 )
 
@@ -456,6 +456,18 @@ def test_replaying_no_step_or_a_step_outside_the_window_is_an_error(steps):
     old, weight, _ = sampled()
     with pytest.raises(ValueError, match="replay"):
         replay(linear_velocity(weight), old, steps=steps)
+
+
+@kinds
+@pytest.mark.parametrize("steps", [None, (1,), (2, 0)])
+def test_velocities_computed_in_one_call_score_as_the_steps_do(kind, steps):
+    old, _, other = sampled(kind, dtype=torch.float64)
+    new = replay(linear_velocity(other), old, steps=steps)
+    assert score(new.v, old, steps=steps).steps == new.steps
+    for name in ("v", "mean", "logp"):
+        assert torch.equal(getattr(score(new.v, old, steps=steps), name), getattr(new, name)), name
+    with pytest.raises(ValueError, match="score: v is"):
+        score(new.v[:, :, :1], old, steps=steps)
 
 
 @given(st.integers(1, 4), st.integers(1, 4))

@@ -107,6 +107,25 @@ def test_a_repeated_prompt_is_the_prompt_read_once_per_sample(policy):
         assert (grads[n] - plain_grads[n]).norm() <= 1e-4 * plain_grads[n].norm() + 1e-6, n
 
 
+def test_a_context_serves_several_images_as_if_each_had_its_own(policy):
+    """The noisy steps of an image in one call against one call each, values and gradients; contexts of two lengths."""
+    g = torch.Generator().manual_seed(20)
+    (tokens, mask), x, t = words(g, 2), noisy(g, 6), torch.tensor([0.9, 0.7, 0.2])
+
+    def run(at_once):
+        policy.zero_grad()
+        _, context = policy.append_text(policy.empty(2), tokens, mask)
+        v = policy.velocity(context, x, t.repeat(2), SIZE) if at_once else \
+            torch.stack([policy.velocity(context, x[i::3], t[i], SIZE) for i in range(3)], 1).flatten(0, 1)
+        (v * torch.arange(6)[:, None, None]).sum().backward()
+        return v.detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+    (v, grads), (plain_v, plain_grads) = run(True), run(False)
+    assert torch.allclose(v, plain_v, atol=1e-5)
+    for n in plain_grads:
+        assert (grads[n] - plain_grads[n]).norm() <= 1e-4 * plain_grads[n].norm() + 1e-5, n
+
+
 @few
 @given(seed=st.integers(0, 10**6), cut=st.integers(1, 6))
 
@@ -565,6 +584,15 @@ def test_a_time_on_the_border_of_the_interval_is_compared_in_float32_as_the_offi
             assert torch.equal(v, policy.velocity(context, x, t, SIZE)) != active
 
 
+def test_images_of_several_times_are_guided_each_as_its_own_time_says(policy):
+    x, t = noisy(torch.Generator().manual_seed(21), 3), torch.tensor([0.9, 0.4, 0.5])
+    with torch.no_grad():
+        _, context = policy.append_text(policy.empty(1), torch.arange(5)[None])
+        guided = lambda x, t: guided_velocity(policy, x, t, SIZE, context, policy.empty(1), policy.empty(1), Guidance(3.0, 1.0, "channel", 0.0, (0.4, 0.8)))
+        assert torch.allclose(guided(x, t), torch.cat([guided(x[i:i + 1], t[i]) for i in range(3)]), atol=2e-5)
+        assert torch.equal(guided(x, t)[:2], policy.velocity(context, x, t, SIZE)[:2]) and not torch.equal(guided(x, t), policy.velocity(context, x, t, SIZE))
+
+
 def test_an_image_of_too_many_pixels_shrinks_each_side_by_the_ratio_of_areas_as_the_official_rule_does():
     assert fit_size(610, 4594, 1024, 512, 16) == (128, 1024)    # 512 x 3856 by the first rule, above 14 * 14 * 9 * 1024
 
@@ -574,7 +602,7 @@ def test_an_image_of_too_many_pixels_shrinks_each_side_by_the_ratio_of_areas_as_
     (lambda p: p.velocity(p.empty(1), torch.zeros(1, 5, 16), 0.5, SIZE), "latents have 5 tokens"),
     (lambda p: p.encode(torch.zeros(1, 3, 25, 32)), "25 x 32 pixels"), (lambda p: p.encode_text([]), "no text"),
     (lambda p: p.sample_text(p.empty(1), torch.zeros(1, 0)), "no column"),
-    (lambda p: guided_velocity(p, torch.zeros(2, 6, 16), torch.tensor([0.5, 0.6]), SIZE, *[p.empty(2)] * 3, Guidance()), "one time")])
+    (lambda p: p.velocity(p.empty(2), torch.zeros(3, 6, 16), 0.5, SIZE), "3 images behind 2 contexts")])
 def test_calls_that_cannot_be_say_what_would_be_right(policy, call, words):
     with pytest.raises(ValueError, match=words):
         call(policy)
