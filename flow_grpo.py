@@ -197,20 +197,21 @@ def replay(
     """Score the stored noisy steps under `velocity`, called once a step as in rollout, with gradient; the weights that sampled give
     trajectory.logp bit for bit. `steps` picks window steps, counted from its start (default: all). Replay and backward step by step,
     with the loss's `total` unchanged, add up to the same gradient and keep one step's graph in memory.
-    Errors: ValueError when a step is outside the window or there is none."""
+    Errors: ValueError when a step is outside the window or there is none, or a velocity has another shape than its latents."""
     steps, times = window_steps(trajectory, steps), trajectory.times[trajectory.window[0]:]
-    # Contiguous as in the rollout: for another memory layout a kernel may round otherwise.
-    return score(torch.stack([_wide(velocity(trajectory.latents[:, w].contiguous(), times[w])) for w in steps], 1), trajectory, steps=steps)
+    v = torch.stack([velocity(trajectory.latents[:, w].contiguous(), times[w]) for w in steps], 1)                 # (N, S, ...)
+    return score(v, trajectory, steps=steps)
 
 
 def score(v: Tensor, trajectory: Trajectory, *, steps: tuple[int, ...] | None = None) -> Replay:
-    """The same of velocities v (N, S, ...) at trajectory.latents[:, w] and the window's times, for a model that computes all steps in
-    one call. Errors: ValueError when steps are not the window's, or v is not of these samples and steps."""
+    """What replay gives, from the velocities v (N, S, ...) at trajectory.latents[:, w] and their times, w in `steps`: for a model that
+    computes several steps in one call. Errors: ValueError when steps are not the window's, or v is not of these samples and steps."""
     steps, times = window_steps(trajectory, steps), trajectory.times[trajectory.window[0]:]
     if v.shape != trajectory.means[:, list(steps)].shape:
         raise ValueError(f"score: v is {tuple(v.shape)}, expected {tuple(trajectory.means[:, list(steps)].shape)}, samples x steps x entries")
     v, means, logps = _wide(v), [], []
     for w, v_w in zip(steps, v.unbind(1)):
+        # Contiguous as in the rollout: for another memory layout a kernel may round otherwise.
         x, x_next = trajectory.latents[:, w].contiguous(), trajectory.latents[:, w + 1]
         mean, std = transition(x, v_w.contiguous(), times[w], times[w + 1], noise_level=trajectory.noise_level, kind=trajectory.kind)
         means.append(mean)                                                        # (N, ...)
@@ -224,7 +225,7 @@ def window_steps(trajectory: Trajectory, steps: tuple[int, ...] | None) -> tuple
     W = trajectory.means.shape[1]
     steps = tuple(range(W)) if steps is None else tuple(steps)
     if not steps or not all(0 <= w < W for w in steps):
-        raise ValueError(f"replay: steps is {steps}, expected at least one of the window's steps 0..{W - 1}")
+        raise ValueError(f"steps is {steps}, expected at least one of the window's steps 0..{W - 1}")
     return steps
 
 

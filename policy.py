@@ -224,7 +224,7 @@ class Block(nn.Module):
         q, k, v = (torch.cat(z, dim=2) for z in zip(*[e.project(x) for e, x in active]))           # (N, H or kv, L, d)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         keys, values = behind(past_k, k), behind(past_v, v)                                        # (N, kv, S+L, d)
-        # The heads that share keys are more queries to them: no key is copied, and every kernel that takes a mask can be used.
+        # The heads that share keys are more queries to them: no key is copied for them, and every kernel that takes a mask can be used.
         q = rearrange(q, "n (h r) l d -> n h (r l) d", h=keys.shape[1])                            # (N, kv, H/kv*L, d)
         a = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)                     # (N, kv, H/kv*L, d)
         a = rearrange(a, "n h (r l) d -> n l (h r d)", l=k.shape[2]).split([x.shape[1] for _, x in active], dim=1)
@@ -267,8 +267,9 @@ class Vit(nn.Module):
     def forward(self, patches: Tensor, ids: Tensor, mask: Tensor) -> Tensor:                       # (N, M, F) -> (N, M, Dv)
         x = self.embeddings["patch_embedding"](patches)
         x = x + self.embeddings["position_embedding"](ids).to(x.dtype)                             # (N, M, Dv)
+        allowed = own_attention(mask, causal=False)                                                # (N, 1, M, M)
         for block in self.encoder["layers"]:
-            x = block(x, own_attention(mask, causal=False))
+            x = block(x, allowed)
         return self.post_layernorm(x)
 
 
@@ -391,8 +392,10 @@ class Policy(nn.Module):
     def _read(self, context: Context, parts: list, position: Tensor, mask: Tensor, causal: bool, keep: bool = True) -> tuple[list, Context]:
         """Run the blocks over [understanding tokens | generation tokens] behind a context; both outputs normed by expert. Returns them
         and the longer context, or the context as it was where its new keys are not kept."""
-        N, L = mask.shape
-        valid = context.valid.repeat_interleave(N // len(context.valid), dim=0)                    # (N, S)
+        (N, L), rows = mask.shape, len(context.valid)
+        if N != rows and (keep or N % rows):
+            raise ValueError(f"{N} rows behind {rows} contexts; " + ("give one each" if keep else "give each context as many as the others"))
+        valid = context.valid.repeat_interleave(N // rows, dim=0)                                  # (N, S)
         seen = valid[:, None, None, :].expand(N, 1, L, valid.shape[1])
         allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1)                           # (N, 1, L, S+L)
         allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)                             # (N, 1, H/kv*L, S+L)
@@ -424,7 +427,7 @@ class Policy(nn.Module):
         markers = self.embed(ids).to(patches.dtype)                                                # (N, 2, D)
         parts = [markers, patches] if expert == GENERATION else [torch.cat([markers, patches], dim=1), None]
         mask = torch.cat([mask.new_ones(N, 2), mask], dim=1)                                       # (N, 2+M)
-        position = context.position.repeat_interleave(N // len(context.position))[:, None].expand(N, 2 + M)
+        position = context.position.repeat_interleave(max(1, N // len(context.position)))[:, None].expand(-1, 2 + M)   # (N, 2+M)
         return self._read(context, parts, position, mask, causal=False, keep=keep)
 
     def _embed_latents(self, x: Tensor, t: Tensor, size) -> tuple[Tensor, Tensor]:
@@ -457,11 +460,9 @@ class Policy(nn.Module):
     def velocity(self, context: Context, x: Tensor, t, size) -> Tensor:
         """Velocity noise - data of noisy latents x (N, M, F) at flow time t (scalar or (N,)) -> (N, M, F) fp32.
 
-        size: (height, width) in pixels for all, or one pair per sample. The context is not changed; each of its rows serves as many
-        rows of x as fall to it, in order, so that the noisy steps of an image are one call: x (N, W, M, F).flatten(0, 1), t (W,).repeat(N).
+        size: (height, width) in pixels for all, or one pair per row of x. The context is not changed. Each of its rows serves as many
+        rows of x as fall to it, in order: all W noisy steps of N images are one call, x (N, W, M, F).flatten(0, 1), t (W,).repeat(N).
         """
-        if len(x) % len(context.position):
-            raise ValueError(f"velocity got {len(x)} images behind {len(context.position)} contexts; give each context as many as the others")
         tokens, mask = self._embed_latents(x, t, size)
         (_, out), _ = self._image_block(context, tokens, mask, GENERATION, keep=False)
         return self.latent_out(out).float()
@@ -630,7 +631,8 @@ class Guidance:
 
 
 def guided_velocity(policy: Policy, x: Tensor, t, size, full: Context, no_text: Context, no_image: Context, guidance: Guidance) -> Tensor:
-    """The velocity of `full`, pushed away from what the contexts without text and without image say -> (N, M, F).
+    """The velocity of `full`, pushed away from what the contexts without text and without image say -> (N, M, F). t is one time for
+    all or one per row; each row is guided if its own is in the interval.
 
     Differs: the official 'global' renorm takes one norm over the whole tensor, right for one image per call; here it is per sample.
     """

@@ -263,6 +263,8 @@ def replay(policy: Policy, r: Rollout) -> list[Scored]:
         elif given:
             reader.image(s.pixels, s.latents, s.size)
         else:
+            if s.flow.window[0] == s.flow.window[1]:
+                raise ValueError("an image drawn with an empty window has no noisy step to score; draw it with a window")
             x, t = s.flow.latents[:, :-1], s.flow.times[slice(*s.flow.window)]                         # (N, W, M, F), (W,)
             v = reader.velocity(s.size)(x.flatten(0, 1), t.repeat(len(x)))      # all noisy steps in one call, behind one context
             out.append(Scored(s, flow=flow_grpo.score(v.view_as(x), s.flow)))

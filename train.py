@@ -77,7 +77,7 @@ RECIPES = {
     "step_weights":     (True, True),            # 1/|dt| per noisy step, mean 1 [GRPO-Guard, beside RatioNorm]       (o), (d) none in Eq. 6
     "epochs":           (2, 2),                  # updates per batch                                                  (o), 2
     "lr_understanding": (2e-4, 5e-5),            # on the toy; unigrpo holds thoughts by nothing else                 (o), (o)
-    "steps":            (150, 100),              # batches of rollouts on the toy                                     (o), (o)
+    "steps":            (150, 125),              # batches of rollouts on the toy                                     (o), (o)
 }
 
 # What depends on size. The toy's values are ours, measured: CPS noise and one initial noise per group among them, where UniGRPO has the
@@ -548,7 +548,7 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
     for batch, r, adv in work:
         text, image = ranks.total(counts(r, cfg.text_average).to(ranks.device)).tolist()
         for part, rows in micro_batches(r, cfg.micro):
-            reference = [None] * 2
+            reference = itertools.repeat(None)
             if needs_reference(cfg):
                 with torch.no_grad(), compute(cfg, policy.device), reference_of(policy, frozen) as ref:
                     reference = replay(ref, part)
@@ -904,7 +904,7 @@ def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
     Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
     reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
     replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
-    activations; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered blocks of a sharded policy. Not
+    activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered blocks of a sharded policy. Not
     counted: referees, the autoencoder's activations, what the allocator loses, and the whole weights that a sharded rollout keeps only
     where they fit.
     """

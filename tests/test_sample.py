@@ -65,6 +65,20 @@ def test_sharing_the_prefix_is_the_plain_way_values_and_gradients(policy):
         assert (ours[n] - plain[n]).norm() <= 1e-4 * plain[n].norm() + 1e-5, n
 
 
+def test_a_replay_calls_the_velocity_once_for_all_noisy_steps_of_an_image(policy, monkeypatch):
+    r, calls, velocity = rollout(policy, plans()["several rounds"], seed=0, step=0, prompts=[0, 1, 2], G=2), [], policy.velocity
+    monkeypatch.setattr(policy, "velocity", lambda context, x, t, size: calls.append(tuple(x.shape[:1])) or velocity(context, x, t, size))
+    replay(policy, r)
+    assert calls == [(6 * 3,), (6 * 3,)]
+
+
+@pytest.mark.parametrize("size", [(16, 24), [(16, 24), (8, 8), (24, 16)]])
+def test_an_image_without_a_noisy_step_cannot_be_replayed(policy, size):
+    r = rollout(policy, [Read(PROMPTS), Draw(size, flow_grpo.time_grid(3))], seed=0, step=0, prompts=[0, 1, 2], G=1)
+    with pytest.raises(ValueError, match="no noisy step"):
+        replay(policy, r)
+
+
 def test_cached_writing_is_full_recomputation(policy):
     with torch.no_grad():
         _, context = policy.append_text(policy.empty(3), *policy.encode_text(PROMPTS))

@@ -304,6 +304,9 @@ def test_memory_counts_what_a_run_of_the_release_holds(tmp_path):
     assert need["gradients"] == pytest.approx(adapted * 4 / 1e9) and need["AdamW"] == pytest.approx(2 * need["gradients"])
     assert need["weights"] == pytest.approx((14.607e9 + 0.084e9) * 2 / 1e9 + adapted * 4 / 1e9, rel=0.01)
     assert need["reference"] == 0 and peak(need) < 80
+    one = memory(release(cfg), replace(cfg, window=1), 8)       # two noisy steps less: 28 block inputs a token, and one block of adapters
+    block, mask = (5 * 18944 + 8 * 3584) * 2, 3 * 7 * (64 + 160 + 256 + 1026)
+    assert need["replay"] - one["replay"] == pytest.approx(4 * 2 * 1026 * (28 * 3584 * 4 + block + mask) / 1e9)
     cfg = parse(["--scale", "bagel", "--recipe", "unigrpo", "--prompts", "p", "--lora", "0"])
     need = memory(release(cfg), cfg, 8)
     assert need["reference"] > 29 and peak(need) > 250
