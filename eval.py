@@ -31,15 +31,10 @@ import shapes
 from grpo import token_logp
 from policy import Guidance, Policy, PolicyConfig, read_json, write_atomic
 from rewards import geneval_check
-from sample import TOY, Arguments, Draw, Read, See, Text, Write, images_of, replay, rollout, scale_of, texts_of
+from sample import TOY, Arguments, Draw, Read, See, Text, Write, images_of, replay, rollout, scale_of, texts_of, to_bytes
 
 KINDS = ("count", "color", "shape", "exists", "relation")
 PROMPTS_PER_TAG, SAMPLES, THOUGHTS, QUESTIONS, ODE_STEPS, SHIFT, SIZE = 32, 8, 96, 1000, 10, 2.0, (32, 32)
-
-
-def to_bytes(images: torch.Tensor) -> np.ndarray:
-    """(N, 3, H, W) in [0, 1] -> uint8 (N, H, W, 3), rounded."""
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def rendered(scenes: list[shapes.Scene]) -> torch.Tensor:
@@ -337,20 +332,14 @@ def never_ends(policy: Policy):
 
 
 def bench_variant(name: str, folder: str, repeats: int = 5) -> dict:
-    """Least seconds of one variant after a warm-up, since a busy machine only adds, and the process's peak memory in MB (CUDA:
-    allocated on the device)."""
-    policy = Policy.load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    work, seconds = bench_case(name, policy), []
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    for i in range(repeats + 1):
-        sync()
-        begun = time.perf_counter()
-        work()
-        sync()
-        seconds.append(time.perf_counter() - begun)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return dict(seconds=min(seconds[1:]), peak=peak, work=peak - (0 if torch.cuda.is_available() else base))
+    """Least seconds of one variant after a warm-up, since a busy machine only adds, and the MB that the work adds to the process's peak
+    (CUDA: the peak allocated on the device)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work, resident = bench_case(name, Policy.load(folder, device=device)), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    base = resident()
+    runs = [timed(device, work) for _ in range(repeats + 1)]
+    peak = max(gb for _, gb, _ in runs) * 1e9 / 2**20 if device.type == "cuda" else resident() - base
+    return dict(seconds=min(seconds for seconds, _, _ in runs[1:]), work=peak)
 
 
 BENCHES = {"replay": "replay, thought of 64 tokens read once for all 5 steps (16 prompts, G=8)",
@@ -412,9 +401,9 @@ def timed(device, work) -> tuple[float, float, object]:
     return time.perf_counter() - begun, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan"), result
 
 
-def ceilings(device, dtype, side: int = 8192) -> tuple[float, float]:
+def ceilings(device, dtype) -> tuple[float, float]:
     """Measured best of five: (products of square matrices in FLOP/s, copies of memory in bytes/s, read and written)."""
-    side = side if device.type == "cuda" else 1024
+    side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = min(timed(device, lambda: a @ b)[0] for _ in range(6))
     big = torch.empty(side * side * 4, device=device, dtype=dtype)
@@ -451,9 +440,7 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
     cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--think", "1", "--ask", "0", "--group_size", str(G), "--think_tokens", str(words),
                        "--resolution", str(size), "--micro", str(G), "--epochs", "1", "--no-system_prompt", "--prompts", "-"])
     understanding, generation, head = expert(0), expert(1), policy.head.weight.numel()
-    train.add_lora(policy, cfg.lora, 2.0 * cfg.lora)
-    for block in policy.blocks:
-        block.checkpointing = cfg.checkpointing
+    train.freeze(policy, cfg)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
     draw = Draw((size, size), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), (0, cfg.window), cfg.noise_level, cfg.sampler)
     batch = train.Batch("think", 0, [Read([prompt]), Write(words), draw], [{}], [prompt], [0], range(G))

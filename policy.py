@@ -565,11 +565,9 @@ class Policy(nn.Module):
         for name, content in dict(llm=c.llm | untied, vit=c.vit, bagel=c.bagel, ae=c.ae).items():
             write_atomic(folder / f"{name}_config.json", json.dumps(content, indent=2).encode())
         save_tensors(own, folder / "ema.safetensors")
-        drop_index(folder, "ema")
         ae = {release_ae_name(k, levels): v for k, v in self.autoencoder.state_dict().items()}
         # The release stores the attention projections of the autoencoder as 1x1 convolutions.
         save_tensors({k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in ae.items()}, folder / "ae.safetensors")
-        drop_index(folder, "ae")
         with tempfile.TemporaryDirectory(dir=folder) as fresh:
             self.tokenizer.save_pretrained(fresh)
             for file in Path(fresh).iterdir():
@@ -745,11 +743,9 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     some = next(iter(held.values()))
     config = dict(peft_type="LORA", r=some.rank, lora_alpha=some.alpha, lora_dropout=0.0, bias="none", fan_in_fan_out=False,
-                  target_modules=sorted({k.split(".lora_")[0].split(".")[-1] if ".mlp" not in k else ".".join(k.split(".lora_")[0].split(".")[-2:])
-                                         for k in tensors}))
+                  target_modules=sorted({".".join(k.split(".")[-4:-2]) for k in tensors}))      # such as self_attn.q_proj_moe_gen
     write_atomic(Path(folder) / "adapter_config.json", json.dumps(config, indent=2).encode())
     save_tensors(tensors, Path(folder) / "adapter_model.safetensors")
-    drop_index(Path(folder), "adapter_model")
 
 
 def load_adapters(policy: Policy, folder: str | Path) -> Policy:
@@ -823,37 +819,34 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 # ---- files ----
 
 
+# Our names -> the released keys, in order. Experts are a list here and a suffix there: <0> is none, <1> is _moe_gen.
+RELEASE_NAMES = (
+    (r"\.base\.", "."), (r"^blocks", "language_model.model.layers"), (r"^norms\.(\d)", r"language_model.model.norm<\1>"),
+    (r"experts\.(\d)\.norm_in", r"input_layernorm<\1>"), (r"experts\.(\d)\.norm_out", r"post_attention_layernorm<\1>"),
+    (r"experts\.(\d)\.(gate|up|down)", r"mlp<\1>.\2_proj"), (r"experts\.(\d)\.([qk]_norm)", r"self_attn.\2<\1>"),
+    (r"experts\.(\d)\.([qkvo])", r"self_attn.\2_proj<\1>"), ("<0>", ""), ("<1>", "_moe_gen"),
+    (r"^embed\.", "language_model.model.embed_tokens."), (r"^head\.", "language_model.lm_head."), (r"^vit\.", "vit_model.vision_model."),
+    (r"^latent_in\.", "vae2llm."), (r"^latent_out\.", "llm2vae."), (r"^(latent|vit)_positions", r"\1_pos_embed.pos_embed"))
+# diffusers' AutoencoderKL -> the release's (BFL's) keys.
+AE_NAMES = (
+    ("down_blocks", "down"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"), ("mid_block.resnets.0", "mid.block_1"),
+    ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0", "mid.attn_1"), ("resnets", "block"), ("conv_shortcut", "nin_shortcut"),
+    ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("conv_norm_out", "norm_out"))
+
+
 def release_name(name: str) -> str:
-    """Our parameter name -> the released key. Experts are a list here and a suffix there."""
-    suffix, name = {"0": "", "1": "_moe_gen"}, name.replace(".base.", ".")
-    if m := re.match(r"blocks\.(\d+)\.experts\.(\d)\.(\w+)\.(weight|bias)$", name):
-        n, e, leaf, kind = m[1], suffix[m[2]], m[3], m[4]
-        if leaf in ("gate", "up", "down"):
-            inner = f"mlp{e}.{leaf}_proj"
-        elif leaf in ("norm_in", "norm_out"):
-            inner = {"norm_in": "input_layernorm", "norm_out": "post_attention_layernorm"}[leaf] + e
-        else:
-            inner = f"self_attn.{leaf if leaf.endswith('_norm') else leaf + '_proj'}{e}"
-        return f"language_model.model.layers.{n}.{inner}.{kind}"
-    if m := re.match(r"norms\.(\d)\.weight$", name):
-        return f"language_model.model.norm{suffix[m[1]]}.weight"
-    for ours, theirs in (("embed.", "language_model.model.embed_tokens."), ("head.", "language_model.lm_head."),
-                         ("latent_in.", "vae2llm."), ("latent_out.", "llm2vae."), ("vit.", "vit_model.vision_model."),
-                         ("latent_positions", "latent_pos_embed.pos_embed"), ("vit_positions", "vit_pos_embed.pos_embed")):
-        if name.startswith(ours):
-            return theirs + name[len(ours):]
-    return name                                                 # time_embedder.*, connector.*
+    """Our parameter name -> the released key."""
+    for ours, theirs in RELEASE_NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
 
 
 def release_ae_name(name: str, levels: int) -> str:
-    """diffusers' AutoencoderKL name -> the released (BFL) key; the decoder counts its levels from the other end."""
-    name = name.replace("down_blocks.", "down.").replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
+    """AutoencoderKL's name -> the released key; the decoder counts its levels from the other end."""
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-    name = name.replace("mid_block.attentions.0.", "mid.attn_1.").replace("resnets.", "block.").replace("conv_shortcut", "nin_shortcut")
-    for ours, theirs in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-        name = name.replace(f"attn_1.{ours}.", f"attn_1.{theirs}.")
-    return name.replace("conv_norm_out", "norm_out")
+    for ours, theirs in AE_NAMES:
+        name = name.replace(ours, theirs)
+    return name
 
 
 def build_autoencoder(ae: dict):
@@ -897,49 +890,44 @@ FLAGS = (("llm", "hidden_act", "silu"), ("llm", "use_sliding_window", False), ("
          ("bagel", "connector_act", "gelu_pytorch_tanh"), ("bagel", "interpolate_pos", False))
 
 
-def check_config(c: PolicyConfig) -> None:
-    """ValueError, in one line, for what no policy can have: numbers out of range, sizes that do not fit together, unknown flags."""
-    whole_numbers = [(file, name, getattr(c, file)[name]) for file, names in SIZES.items() for name in names]
-    whole_numbers += [("ae", f"ch_mult[{i}]", m) for i, m in enumerate(c.ae["ch_mult"] or [None])]
-    whole_numbers += [("ae", "norm_groups", c.ae.get("norm_groups", 32)),
-                      ("llm", "max_position_embeddings", c.llm.get("max_position_embeddings", 32768))]
-    for name, rule in (("vae_resize", c.vae_resize), ("vit_resize", c.vit_resize)):
-        whole_numbers += [("bagel", f"{name}[{i}]", n) for i, n in enumerate(rule)]
-    for file, name, value in whole_numbers:
-        if type(value) is not int or not 0 < value < 2**24:
-            raise ValueError(f"{file}_config.json: {name} is {value!r}, must be a whole number from 1 to 2^24")
+def faults(c: PolicyConfig):
+    """(whether it is so, what is said of it) of what no policy can have, one by one; a fault may presume that those above it are not there."""
+    sizes = [(file, name, getattr(c, file)[name]) for file, names in SIZES.items() for name in names]
+    sizes += [("ae", f"ch_mult[{i}]", m) for i, m in enumerate(c.ae["ch_mult"] or [None])]
+    sizes += [("ae", "norm_groups", c.ae.get("norm_groups", 32)), ("llm", "max_position_embeddings", c.llm.get("max_position_embeddings", 32768))]
+    sizes += [("bagel", f"{name}[{i}]", n) for name in ("vae_resize", "vit_resize") for i, n in enumerate(getattr(c, name))]
+    for file, name, value in sizes:
+        yield type(value) is not int or not 0 < value < 2**24, f"{file}_config.json: {name} is {value!r}, must be a whole number from 1 to 2^24"
     for name in ("rope_scaling", "rope_parameters"):
         how = c.llm.get(name) or {}
-        if not isinstance(how, dict) or how.get("rope_type", how.get("type", "default")) != "default":
-            raise ValueError(f"llm_config.json: {name} {how!r} is not implemented, only the default rotation")
+        yield (not isinstance(how, dict) or how.get("rope_type", how.get("type", "default")) != "default",
+               f"llm_config.json: {name} {how!r} is not implemented, only the default rotation")
     for file, name, value, low in (("llm", "rms_norm_eps", c.rms_eps, 0.0), ("llm", "rope_theta", c.rope_theta, 1e-6),
                                    ("vit", "layer_norm_eps", c.vit.get("layer_norm_eps", 1e-6), 0.0),
                                    ("ae", "scale_factor", c.ae["scale_factor"], 1e-6), ("ae", "shift_factor", c.ae["shift_factor"], -1e30)):
-        if type(value) not in (int, float) or not low <= value < 1e30:
-            raise ValueError(f"{file}_config.json: {name} is {value!r}, must be a finite number of at least {low:g}")
-    check_fit(c)
-    for file, name, known in FLAGS:
-        if getattr(c, file).get(name, known) != known:
-            raise ValueError(f"{file}_config.json: {name} {getattr(c, file)[name]!r} is not implemented, only {known!r}")
-
-
-def check_fit(c: PolicyConfig) -> None:
-    """ValueError, in one line, where sizes that are possible each do not fit together."""
+        yield (type(value) not in (int, float) or not low <= value < 1e30,
+               f"{file}_config.json: {name} is {value!r}, must be a finite number of at least {low:g}")
     D, H, levels = c.llm["hidden_size"], c.llm["num_attention_heads"], c.ae["ch_mult"]
-    resizes = ((c.vae_resize, c.stride), (c.vit_resize, c.vit["patch_size"]))
-    rules = (
-        (D % 4 == 0 and D % (2 * H) == 0, "llm_config.json: hidden_size must be a multiple of 4 and an even multiple of num_attention_heads"),
-        (H % c.llm["num_key_value_heads"] == 0, "llm_config.json: num_attention_heads must be a multiple of num_key_value_heads"),
-        (c.vit["hidden_size"] % c.vit["num_attention_heads"] == 0, "vit_config.json: hidden_size must be a multiple of num_attention_heads"),
-        (c.vit.get("num_channels", 3) == 3, "vit_config.json: num_channels must be 3"),
-        (c.ae["in_channels"] == c.ae["out_ch"] == 3, "ae_config.json: in_channels and out_ch must be 3"),
-        (levels[0] == 1, "ae_config.json: ch_mult must start with 1, as AutoencoderKL's first level does"),
-        (c.ae["downsample"] == 2 ** (len(levels) - 1), "ae_config.json: downsample must be 2 per level of ch_mult but the last"),
-        (all(len(r) == 3 and r[1] <= r[0] and r[2] % token == 0 for r, token in resizes),
-         "bagel_config.json: vae_resize and vit_resize must be longest, shortest, stride; the stride a multiple of a token's pixels"))
-    for kept, rule in rules:
-        if not kept:
-            raise ValueError(rule)
+    yield D % 4 or D % (2 * H), "llm_config.json: hidden_size must be a multiple of 4 and an even multiple of num_attention_heads"
+    yield H % c.llm["num_key_value_heads"], "llm_config.json: num_attention_heads must be a multiple of num_key_value_heads"
+    yield c.vit["hidden_size"] % c.vit["num_attention_heads"], "vit_config.json: hidden_size must be a multiple of num_attention_heads"
+    yield c.vit.get("num_channels", 3) != 3, "vit_config.json: num_channels must be 3"
+    yield not c.ae["in_channels"] == c.ae["out_ch"] == 3, "ae_config.json: in_channels and out_ch must be 3"
+    yield levels[0] != 1, "ae_config.json: ch_mult must start with 1, as AutoencoderKL's first level does"
+    yield c.ae["downsample"] != 2 ** (len(levels) - 1), "ae_config.json: downsample must be 2 per level of ch_mult but the last"
+    for rule, token in ((c.vae_resize, c.stride), (c.vit_resize, c.vit["patch_size"])):
+        yield (len(rule) != 3 or rule[1] > rule[0] or rule[2] % token,
+               "bagel_config.json: vae_resize and vit_resize must be longest, shortest, stride; the stride a multiple of a token's pixels")
+    for file, name, known in FLAGS:
+        value = getattr(c, file).get(name, known)
+        yield value != known, f"{file}_config.json: {name} {value!r} is not implemented, only {known!r}"
+
+
+def check_config(c: PolicyConfig) -> None:
+    """ValueError, in one line, for a configuration that no policy can have."""
+    for wrong, why in faults(c):
+        if wrong:
+            raise ValueError(why)
 
 
 def read_json(path: Path, default: dict | None = None) -> dict:
@@ -958,22 +946,16 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     return content
 
 
-def shards(folder: Path, stem: str) -> list[Path]:
-    """The files that stem.safetensors.index.json lists."""
-    index = folder / f"{stem}.safetensors.index.json"
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
-        raise ValueError(f"{index} has no weight_map of keys to files")
-    return [folder / f for f in sorted(set(listed.values()))]
-
-
 def open_tensors(folder: Path, stem: str) -> dict:
-    """Key -> open file of stem.safetensors, or of the shards that stem.safetensors.index.json lists. Nothing is read yet."""
+    """Key -> open file of stem.safetensors, or else of the shards that stem.safetensors.index.json lists. Nothing is read yet."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if index.exists():
-        files = shards(folder, stem)
-    elif single.exists():
+    if single.exists():
         files = [single]
+    elif index.exists():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+            raise ValueError(f"{index} has no weight_map of keys to files")
+        files = [folder / f for f in sorted(set(listed.values()))]
     else:
         there = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".bin", ".pth", ".ckpt")) if folder.is_dir() else []
         found = f"; it holds {there}, and pickled weights are not read" if there else ""
@@ -988,24 +970,8 @@ def open_tensors(folder: Path, stem: str) -> dict:
             raise ValueError(f"{file} is not a whole safetensors file ({error}); download it again") from error
         opened |= {key: handle for key in handle.keys()}
     if not opened:
-        raise ValueError(f"{index if index.exists() else single} holds no tensors")
+        raise ValueError(f"{single if single.exists() else index} holds no tensors")
     return opened
-
-
-def drop_index(folder: Path, stem: str) -> None:
-    """Remove an older index beside stem.safetensors, which loading would prefer, and then its shards inside the folder."""
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
-        return
-    try:
-        old = shards(folder, stem)
-    except ValueError:
-        old = []                                                # a damaged index names nothing to remove
-    index.unlink()
-    whole_files = [(folder / f"{name}.safetensors").resolve() for name in ("ema", "ae", "adapter_model")]
-    for path in (p.resolve() for p in old):
-        if path.is_file() and folder.resolve() in path.parents and path not in whole_files:
-            path.unlink()
 
 
 def load_tokenizer(folder: Path):

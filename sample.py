@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import flow_grpo
@@ -278,14 +279,14 @@ def select(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
     samples = range(r.G) if samples is None else samples
     of_prompts = list(prompts)
     of_samples = [p * r.G + g for p in prompts for g in samples]
-    pick = lambda x, rows: x if x is None else [x[i] for i in rows] if isinstance(x, list) else x[rows]
 
     def part(s, begun):
         rows = of_samples if begun else of_prompts
+        pick = lambda x: x if x is None or isinstance(x, tuple) else [x[i] for i in rows] if isinstance(x, list) else x[rows]   # one tuple is of all
         if isinstance(s, Text):
-            return replace(s, tokens=s.tokens[rows], mask=s.mask[rows], chosen=pick(s.chosen, rows), logp=pick(s.logp, rows))
-        return replace(s, pixels=pick(s.pixels, rows), latents=pick(s.latents, rows), flow=s.flow and flow_grpo.select(s.flow, torch.tensor(rows)),
-                       size=pick(s.size, rows) if isinstance(s.size, list) else s.size)
+            return replace(s, tokens=pick(s.tokens), mask=pick(s.mask), chosen=pick(s.chosen), logp=pick(s.logp))
+        flow = s.flow and flow_grpo.select(s.flow, torch.tensor(rows))
+        return replace(s, size=pick(s.size), pixels=pick(s.pixels), latents=pick(s.latents), flow=flow)
 
     chosen = [s.chosen is not None if isinstance(s, Text) else s.flow is not None for s in r.segments]
     segments = tuple(part(s, any(chosen[:i + 1])) for i, s in enumerate(r.segments))
@@ -295,8 +296,8 @@ def select(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
 def join(parts: list[Rollout]) -> Rollout:
     """Rollouts of the same plan for other prompts, behind one another; texts are padded to the longest."""
     def cat(rows):
-        if rows[0] is None:
-            return None
+        if rows[0] is None or isinstance(rows[0], tuple):       # one size of all
+            return rows[0]
         if isinstance(rows[0], list):
             return [x for row in rows for x in row]
         if rows[0].ndim == 2:                                   # text: tokens, masks, log-probs
@@ -305,12 +306,11 @@ def join(parts: list[Rollout]) -> Rollout:
         return torch.cat(rows)
 
     def joined(same):
-        first = same[0]
-        if isinstance(first, Text):
-            return replace(first, **{k: cat([getattr(s, k) for s in same]) for k in ("tokens", "mask", "chosen", "logp")})
-        flow = first.flow and replace(first.flow, **{k: torch.cat([getattr(s.flow, k) for s in same]) for k in ("latents", "means", "logp", "data")})
-        size = cat([s.size for s in same]) if isinstance(first.size, list) else first.size
-        return replace(first, size=size, pixels=cat([s.pixels for s in same]), latents=cat([s.latents for s in same]), flow=flow)
+        across = lambda held, names: replace(held[0], **{k: cat([getattr(x, k) for x in held]) for k in names})
+        if isinstance(same[0], Text):
+            return across(same, ("tokens", "mask", "chosen", "logp"))
+        flow = same[0].flow and across([s.flow for s in same], ("latents", "means", "logp", "data"))
+        return replace(across(same, ("size", "pixels", "latents")), flow=flow)
 
     return replace(parts[0], segments=tuple(joined(same) for same in zip(*(r.segments for r in parts))), B=sum(r.B for r in parts))
 
@@ -330,42 +330,39 @@ def images_of(policy: Policy, r: Rollout) -> Tensor | list[Tensor] | None:
     return torch.stack(images) if isinstance(drawn[-1].size, tuple) else images
 
 
-def check_picture(path: str) -> None:
-    """ValueError or FileNotFoundError, in one line, unless `path` looks like an image file: its header, and of a PNG its checksums."""
-    from PIL import Image, UnidentifiedImageError
+def open_picture(path: str, verify: bool = False):
+    """The PIL image of a file, all of it; verify=True reads its header alone, and of a PNG its checksums. ValueError or FileNotFoundError, in
+    one line, for what is no image."""
+    from PIL import Image
     try:
         with Image.open(path) as image:
-            image.verify()
+            image.verify() if verify else image.load()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"image {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from error
+    return image
 
 
 def read_picture(path: str, policy: Policy) -> tuple[Tensor, Tensor]:
     """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each. The ViT's is made of the other, as
     BAGEL does."""
-    from PIL import Image
-    check_picture(path)
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
-    source = fit_image(image, *policy.config.vae_resize)
+    open_picture(path, verify=True)
+    source = fit_image(open_picture(path), *policy.config.vae_resize)
     return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in [0, 1] -> uint8 (N, H, W, 3), rounded."""
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
     """Write (N, 3, H, W) in [0, 1] as one PNG, row by row, with a thin gap."""
     from PIL import Image
-    N, _, H, W = images.shape
-    rows, gap = -(-N // columns), 2
-    sheet = np.full((rows * (H * zoom + gap) - gap, columns * (W * zoom + gap) - gap, 3), 255, dtype=np.uint8)
-    for i, image in enumerate((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()):
-        y, x = (i // columns) * (H * zoom + gap), (i % columns) * (W * zoom + gap)
-        sheet[y:y + H * zoom, x:x + W * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
-    Image.fromarray(sheet).save(path)
+    cells = to_bytes(images).repeat(zoom, 1).repeat(zoom, 2)
+    cells = np.pad(cells, ((0, -len(cells) % columns), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    Image.fromarray(rearrange(cells, "(r c) h w k -> (r h) (c w) k", c=columns)[:-2, :-2]).save(path)
 
 
 # What depends on size when a person samples; BAGEL's are the official inferencer's: 50 points are 49 steps. Guidance of a text-to-image

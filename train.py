@@ -27,6 +27,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
@@ -47,8 +47,8 @@ import shapes
 from grpo import group_advantage, grpo_loss
 from policy import (GENERATION, THINK_TO_DRAW, UNDERSTANDING, Policy, adapters_off, add_lora, gathered, placed, read_json, reset_adapters,
                     save_adapters, save_tensors, shard, whole, write_atomic)
-from sample import (Arguments, Draw, Picture, Read, Rollout, See, Text, Write, check_picture, images_of, join, read_picture, replay, rollout,
-                    save_grid, scale_of, select, texts_of)
+from sample import (Arguments, Draw, Picture, Read, Rollout, See, Text, Write, images_of, join, open_picture, read_picture, replay, rollout,
+                    save_grid, scale_of, select, texts_of, to_bytes)
 
 ASSETS = Path(__file__).parent / "assets" / "toy"
 
@@ -130,9 +130,9 @@ class Config:
     dense: float = 0.0
     format: float = 0.0
     graded: bool = True
-    normalise: str = "sum"      # sum: components are added, then normalised; each: normalised by group, then added, without --advantage
-    advantage: str = "group"    # whose spread divides: group, batch, none
-    text_average: str = "token"  # token: the step's tokens weigh alike; sequence: its texts do
+    normalise: Literal["sum", "each"] = "sum"   # sum: components are added, then normalised; each: normalised by group, added, without --advantage
+    advantage: Literal["group", "batch", "none"] = "group"      # whose spread divides
+    text_average: Literal["token", "sequence"] = "token"    # token: the step's tokens weigh alike; sequence: its texts do
     text_clip: float = 0.0
     text_beta: float = 0.0
     image_weight: float = 1.0
@@ -146,7 +146,7 @@ class Config:
     denoise_steps: int = 0      # K
     shift: float = 1.0
     noise_level: float = 0.0
-    sampler: str = "sde"        # sde, cps, dance
+    sampler: Literal["sde", "cps", "dance"] = "sde"
     window: int = 0             # W noisy steps, somewhere in window_low..window_high
     window_low: int = 0
     window_high: int = 0
@@ -155,7 +155,7 @@ class Config:
     think_tokens: int = 0
     answer_tokens: int = 0
     system_prompt: bool = False  # BAGEL's think prompt before the user's
-    experts: str = "both"       # what is trained: both, understanding, generation
+    experts: Literal["both", "understanding", "generation"] = "both"    # what is trained
     lora: int = 0               # rank of adapters, whose absence is the reference; 0 trains all weights against a frozen copy
     shard: bool = False         # FSDP2: weights, gradients and optimiser cut over the ranks
     bf16: bool = False          # compute in bf16; what is trained stays fp32
@@ -173,7 +173,8 @@ def parse(argv: list[str] | None = None) -> Config:
     ap.add_argument("--recipe", default="lvrpo", choices=[*METHODS, "control", "pretrain"])
     ap.add_argument("--scale", choices=[*SCALES], help="default: by the width of --policy")
     for f in fields(Config)[1:]:
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        choices = get_args(f.type)                              # of a Literal
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(choices=choices) if choices else dict(type=f.type)
         ap.add_argument(f"--{f.name}", **kind)
     given = {k: v for k, v in vars(ap.parse_args(argv)).items() if v is not None}
     if given["recipe"] == "pretrain":
@@ -289,7 +290,7 @@ class Tasks:
         if cfg.ask and not self.toy:
             policy.encode_text([row["question"] for row in self.asked], room=cfg.answer_tokens)
             for path in dict.fromkeys(row["image"] for row in self.asked):
-                check_picture(path)                             # not in the middle of a run
+                open_picture(path, verify=True)                 # not in the middle of a run
 
     def choose(self, task: str, step: int) -> list[dict]:
         """The step's prompts of a task, from (seed, step) alone: tags in turn, then one of the tag."""
@@ -458,20 +459,17 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, judges: dict, cfg: Co
     samples = rewards.Samples(each(batch.prompts), each(batch.metadata), texts_of(policy, r), images,
                               None if batch.sources is None else batch.sources.repeat_interleave(r.G, 0).to(policy.device),
                               each(batch.answers) if batch.answers else None)
-    look, table = {}, {}
+    look, table = {}, {k: judges[k] for k in TASK_REWARDS[batch.task] if k in judges}
     if batch.task == "ask":
         table["accuracy"] = rewards.answer_accuracy
-        table |= {k: judges[k] for k in ("kn",) if k in judges}
-    else:
-        table |= judges
-        if cfg.format and batch.task == "think":
-            table["format"] = lambda samples: rewards.think_format(samples, answer=False)
-        if toy:
-            found = evaluation.detector(images)
-            table["ins"] = rewards.Instruction(lambda _: found, cfg.graded)
-            look = {"truth": evaluation.truth(samples.metadata, found).mean().item()}
-            if r.G == cfg.group_size:                           # a rank that draws a piece of each group cannot say how they vary
-                look |= shapes.diversity(evaluation.to_bytes(images), found, r.G)
+    elif toy:
+        found = evaluation.detector(images)
+        table["ins"] = rewards.Instruction(lambda _: found, cfg.graded)
+        look = {"truth": evaluation.truth(samples.metadata, found).mean().item()}
+        if r.G == cfg.group_size:                               # a rank that draws a piece of each group cannot say how they vary
+            look |= shapes.diversity(to_bytes(images), found, r.G)
+    if cfg.format and batch.task == "think":
+        table["format"] = lambda samples: rewards.think_format(samples, answer=False)
     components = rewards.score(table, samples)
     if batch.task == "ask":
         look = {"truth": components["accuracy"].mean().item()}
@@ -498,14 +496,9 @@ def needs_reference(cfg: Config) -> bool:
     return cfg.recipe != "control" and bool(cfg.text_beta or cfg.image_beta or cfg.mse_weight)
 
 
-@contextlib.contextmanager
 def reference_of(policy: Policy, frozen: Policy | None):
-    """The reference policy: a frozen copy, or the policy itself with its adapters off."""
-    if frozen is not None:
-        yield frozen
-    else:
-        with adapters_off(policy):
-            yield policy
+    """A context that gives the reference policy: a frozen copy, or the policy itself with its adapters off."""
+    return adapters_off(policy) if frozen is None else contextlib.nullcontext(frozen)
 
 
 def segment_loss(scored, reference, adv: Tensor, totals: dict, cfg: Config) -> tuple[Tensor, dict]:
@@ -594,10 +587,10 @@ def clip(optimizer, most: float, ranks: Ranks, averaged: int) -> Tensor:
 
 def over_ranks(log: dict[str, list[float]], ranks: Ranks) -> dict[str, float]:
     """One number per name: the mean over micro-batches and ranks, or the least and largest where the name says min or max."""
-    row = {k: min(v) if k.endswith("min") else max(v) if k.endswith("max") else float(np.mean(v)) for k, v in log.items()}
-    everyone = ranks.gather(torch.tensor([list(row.values())], dtype=torch.float64, device=ranks.device))      # (ranks, names)
-    pick = lambda k, column: column.min() if k.endswith("min") else column.max() if k.endswith("max") else column.mean()
-    return {k: pick(k, everyone[:, i]).item() for i, k in enumerate(row)}
+    one = lambda k, v: v.min() if k.endswith("min") else v.max() if k.endswith("max") else v.mean()
+    mine = torch.tensor([[one(k, np.array(v)) for k, v in log.items()]], dtype=torch.float64, device=ranks.device)
+    everyone = ranks.gather(mine)                                                                              # (ranks, names)
+    return {k: one(k, everyone[:, i]).item() for i, k in enumerate(log)}
 
 
 @torch.no_grad()
@@ -624,38 +617,30 @@ def self_check(policy: Policy, work: list, cfg: Config) -> dict:
 # ---- what is kept ----
 
 
+def trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
+    """name -> parameter of what the run trains."""
+    return {n: p for n, p in policy.named_parameters() if p.requires_grad}
+
+
 class Average:
     """Exponential moving average of the trainable weights, fp32; `swapped` puts it into the policy for a while."""
 
     def __init__(self, policy: nn.Module, decay: float):
-        self.decay = decay
-        self.weights = {n: p.detach().float().clone() for n, p in policy.named_parameters() if p.requires_grad}
+        self.decay, self.weights = decay, {n: p.detach().float().clone() for n, p in trainable(policy).items()}
 
     @torch.no_grad()
     def update(self, policy: nn.Module) -> None:
-        for n, p in policy.named_parameters():
-            if n in self.weights:
-                self.weights[n].lerp_(p.detach().float(), 1 - self.decay)
+        for n, p in trainable(policy).items():
+            self.weights[n].lerp_(p.float(), 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped(self, policy: nn.Module):
-        own = {n: p.detach().clone() for n, p in policy.named_parameters() if n in self.weights}
-        self._put(policy, self.weights)
+        own = {n: p.detach().clone() for n, p in trainable(policy).items()}
+        policy.load_state_dict(self.weights, strict=False)
         try:
             yield policy
         finally:
-            self._put(policy, own)
-
-    @torch.no_grad()
-    def _put(self, policy: nn.Module, weights: dict) -> None:
-        for n, p in policy.named_parameters():
-            if n in weights:
-                p.copy_(weights[n])
-
-
-def trainable(policy: Policy) -> dict[str, nn.Parameter]:
-    """name -> parameter of what the run trains."""
-    return {n: p for n, p in policy.named_parameters() if p.requires_grad}
+            policy.load_state_dict(own, strict=False)
 
 
 def state(run: "Run") -> dict[str, Tensor]:
@@ -700,56 +685,54 @@ def save_checkpoint(run: "Run", step: int, writer: int = 0) -> None:
     dist.barrier()
 
 
-def read_shards(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
-    """Fill tensors from a folder that ranks wrote together."""
-    try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    except CheckpointException as error:
-        raise ValueError(f"{folder} is not a whole checkpoint: {next(iter(error.failures.values()))[0]}") from error
-
-
-def stored_step(path: Path) -> int:
-    """The step of a checkpoint of either kind."""
-    step = {"step": torch.tensor(0)}
+def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, of a sharded one this rank's part, from a checkpoint of either kind."""
     try:
         if path.is_dir():
-            read_shards(step, path, alone=True)
-            return int(step["step"])
+            alone = not any(isinstance(v, DTensor) for v in tensors.values())
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
+            return
         with safe_open(path, framework="pt") as file:
-            return int(file.get_tensor("step"))
+            for key, value in tensors.items():
+                value.copy_(placed(file.get_tensor(key).to(value.device), value))
+    except CheckpointException as error:
+        raise ValueError(f"{path} is not a whole checkpoint: {next(iter(error.failures.values()))[0]}") from error
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors checkpoint ({error}); pickled checkpoints are not read") from error
 
 
+def stored_step(path: Path) -> int:
+    """The step of a checkpoint of either kind."""
+    step = torch.tensor(0)
+    read_checkpoint(path, {"step": step})
+    return int(step)
+
+
+def stored_shapes(path: Path) -> dict[str, tuple]:
+    """Key -> shape of a checkpoint of either kind."""
+    if path.is_dir():
+        return {k: tuple(v.size) for k, v in dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()}
+    with safe_open(path, framework="pt") as file:
+        return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+
+
 def load_checkpoint(run: "Run") -> int:
     """Put the checkpoint in cfg.out into the run's tensors and return its step. All keys and shapes are checked before anything changes."""
-    out, into = Path(run.cfg.out), state(run)
+    out, into = Path(run.cfg.out), state(run) | {"step": torch.tensor(0)}
     there = [p for p in (out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.old") if p.exists()]
     if not there:
         raise FileNotFoundError(f"no checkpoint {out / 'checkpoint.safetensors'} to resume from")
     path = max(there, key=stored_step)                          # a kill may leave one of each kind
-    if path.is_dir():
-        reader = dcp.HuggingFaceStorageReader(str(path))
-        shapes_there = {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()}
-    else:
-        tensors = load_file(path)
-        shapes_there = {k: tuple(v.shape) for k, v in tensors.items()}
-    want = {"step": ()} | {k: tuple(v.shape) for k, v in into.items()}
-    missing, extra = sorted(want.keys() - shapes_there.keys()), sorted(shapes_there.keys() - want.keys())
+    want, has = {k: tuple(v.shape) for k, v in into.items()}, stored_shapes(path)
+    missing, extra = sorted(want.keys() - has.keys()), sorted(has.keys() - want.keys())
     if missing or extra:
         raise ValueError(f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} keys extra {extra[:6]}; "
                          "was it written with another --policy, --lora or --experts?")
     for key, shape in want.items():
-        if shapes_there[key] != shape:
-            raise ValueError(f"{path}: {key} has shape {shapes_there[key]}, the policy {shape}")
-    step = torch.tensor(0)
-    if path.is_dir():
-        read_shards(into | {"step": step}, path, alone=not dist.is_initialized())
-    else:
-        for key, value in into.items():
-            value.copy_(placed(tensors[key].to(value.device), value))
-        step = tensors["step"]
-    return int(step)
+        if has[key] != shape:
+            raise ValueError(f"{path}: {key} has shape {has[key]}, the policy {shape}")
+    read_checkpoint(path, into)
+    return int(into["step"])
 
 
 def set_aside(out: Path) -> None:
@@ -791,10 +774,9 @@ class Log:
 
 def commit() -> str | None:
     """The commit of these files, with "+" where they differ from it; None outside git or without it."""
-    def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout.strip()
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -817,54 +799,42 @@ class Run:
     work: list | None = None    # the last step's batches, rollouts and advantages
 
 
+def faults(cfg: Config, ranks: Ranks):
+    """(whether it is so, what is said of it), one by one: a fault may presume that those above it are not there."""
+    yield cfg.group_size < 2, f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare"
+    yield (cfg.experts == "generation" and cfg.ask,
+           f"--ask {cfg.ask} questions teach the understanding expert, which --experts generation freezes; set --ask 0")
+    yield cfg.shard and "RANK" not in os.environ, "--shard cuts the policy over ranks; start with torchrun"
+    yield (Path(cfg.policy).resolve() == (Path(cfg.out) / "policy").resolve(),
+           f"--policy {cfg.policy} is where this run would write its own policy; give another --out")
+    one = ("epochs", "referee_batch", "denoise_steps", "window", "think_tokens", "answer_tokens", "resolution")
+    for f in fields(cfg):
+        value, low = getattr(cfg, f.name), 1 if f.name in one else 0
+        yield f.type is float and not math.isfinite(value), f"--{f.name} {value}: must be a finite number"
+        yield f.name in ("temperature", "shift", "grad_clip", "noise_level") and value <= 0, f"--{f.name} {value}: must be above 0"
+        number = f.type in (int, float) and f.name not in reward_weights(cfg)       # a reward of weight below 0 is a penalty
+        yield number and value < low, f"--{f.name} {value}: must be at least {low}"
+    yield (cfg.sampler == "cps" and cfg.noise_level >= 2,
+           f"--noise_level {cfg.noise_level}: must be below 2 for cps, whose std is the sine of half a turn there")
+    yield cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, which would never move"
+    last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
+    yield (not cfg.window_low + cfg.window <= cfg.window_high <= last,
+           f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in {last} noisy steps")
+    for task, names in TASK_REWARDS.items():
+        n, cuts = getattr(cfg, task), ranks.share(getattr(cfg, task))[1]
+        less = n // ranks.world * ranks.world
+        yield (cfg.recipe != "control" and n and not any(reward_weights(cfg)[k] for k in names),
+               f"--{task} has no reward: give one of {', '.join('--' + k for k in names)} a weight")
+        yield (n and cfg.group_size % cuts, f"--{task} {n} prompts do not divide over {ranks.world} ranks; {f'{less} or ' if less else ''}"
+               f"{less + ranks.world} would, or a --group_size that is a multiple of {cuts}")
+    yield not cfg.draw + cfg.think + cfg.ask, "nothing to learn from: --draw, --think and --ask are all 0"
+
+
 def check(cfg: Config, ranks: Ranks) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    if cfg.group_size < 2:
-        raise ValueError(f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare")
-    if cfg.experts not in ("both", *EXPERTS):
-        raise ValueError(f"--experts {cfg.experts}: choose both, {', '.join(EXPERTS)}")
-    if cfg.experts == "generation" and cfg.ask:
-        raise ValueError(f"--ask {cfg.ask} questions teach the understanding expert, which --experts generation freezes; set --ask 0")
-    if cfg.shard and "RANK" not in os.environ:
-        raise ValueError("--shard cuts the policy over ranks; start with torchrun")
-    if Path(cfg.policy).resolve() == (Path(cfg.out) / "policy").resolve():
-        raise ValueError(f"--policy {cfg.policy} is where this run would write its own policy; give another --out")
-    for f in fields(cfg):
-        if f.type is float and not math.isfinite(getattr(cfg, f.name)):
-            raise ValueError(f"--{f.name} {getattr(cfg, f.name)}: must be a finite number")
-    none = ("draw", "think", "ask", "micro", "rollout_batch", "steps", "eval_every", "save_every", "lora", "window_low", "seed", "text_clip",
-            "text_beta", "image_weight", "image_clip", "image_beta", "mse_weight", "lr_understanding", "lr_generation",
-            "weight_decay", "ema")
-    one = ("epochs", "referee_batch", "denoise_steps", "window", "think_tokens", "answer_tokens", "resolution")
-    for name, low in (dict.fromkeys(none, 0) | dict.fromkeys(one, 1)).items():
-        if getattr(cfg, name) < low:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
-    for name in ("temperature", "shift", "grad_clip", "noise_level"):
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
-    if cfg.sampler == "cps" and cfg.noise_level >= 2:
-        raise ValueError(f"--noise_level {cfg.noise_level}: must be below 2 for cps, whose std is the sine of half a turn there")
-    if cfg.ema >= 1:
-        raise ValueError(f"--ema {cfg.ema}: must be below 1, which would never move")
-    for name, names in dict(normalise=("sum", "each"), advantage=("group", "batch", "none"), text_average=("token", "sequence"),
-                            sampler=("sde", "cps", "dance")).items():
-        if getattr(cfg, name) not in names:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: choose {', '.join(names)}")
-    last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
-    if not cfg.window_low + cfg.window <= cfg.window_high <= last:
-        raise ValueError(f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in "
-                         f"{last} noisy steps")
-    for task, names in TASK_REWARDS.items():
-        if cfg.recipe != "control" and getattr(cfg, task) and not any(reward_weights(cfg)[k] for k in names):
-            raise ValueError(f"--{task} has no reward: give one of {', '.join('--' + k for k in names)} a weight")
-    for task in ("draw", "think", "ask"):
-        n, less = getattr(cfg, task), getattr(cfg, task) // ranks.world * ranks.world
-        cuts = ranks.share(n)[1]
-        if n and cfg.group_size % cuts:
-            raise ValueError(f"--{task} {n} prompts do not divide over {ranks.world} ranks; {less or ''}{' or ' if less else ''}"
-                             f"{less + ranks.world} would, or a --group_size that is a multiple of {cuts}")
-    if not cfg.draw + cfg.think + cfg.ask:
-        raise ValueError("nothing to learn from: --draw, --think and --ask are all 0")
+    for wrong, why in faults(cfg, ranks):
+        if wrong:
+            raise ValueError(why)
 
 
 EXPERTS = {"understanding": UNDERSTANDING, "generation": GENERATION}
@@ -987,8 +957,7 @@ def one_step(run: Run, step: int) -> dict:
         adv, group = advantage_phase(components, getattr(cfg, batch.task), cfg, run.ranks)                     # 3. compare
         look |= {"completions/mean_length": s.chosen.sum(1).float().mean().item()
                  for s in r.segments if isinstance(s, Text) and s.chosen is not None}
-        mine = torch.tensor(list(look.values()), dtype=torch.float64, device=run.ranks.device)
-        look = dict(zip(look, (run.ranks.total(mine) / run.ranks.world).tolist()))
+        look = over_ranks({k: [v] for k, v in look.items()}, run.ranks)
         stats |= {f"{batch.task}/{k}": v for k, v in (look | group).items()}
         work.append((batch, r, adv))
     run.work = work

@@ -9,10 +9,9 @@ import torch
 
 import eval as evaluation
 import shapes
-from eval import (draw_eval, evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot, read_log, spaced, summary,
-                  to_bytes, truth)
+from eval import (draw_eval, evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot, read_log, spaced, summary, truth)
 from policy import Policy
-from sample import TOY
+from sample import TOY, to_bytes
 
 
 def test_held_out_prompts_are_evaluation_prompts_of_every_tag():

@@ -283,7 +283,7 @@ def test_the_scale_follows_the_width_and_tasks_without_data_are_left_out(tmp_pat
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--experts", "none"], "choose both, understanding, generation"), (["--experts", "generation", "--ask", "2"], "set --ask 0"),
+    (["--experts", "generation", "--ask", "2"], "set --ask 0"),
     (["--shard"], "start with torchrun")])
 def test_settings_that_cannot_work_are_refused(folder, tmp_path, more, words):
     with pytest.raises(ValueError, match=words):
