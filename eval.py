@@ -331,15 +331,18 @@ def never_ends(policy: Policy):
         del policy.sample_text
 
 
-def bench_variant(name: str, folder: str, repeats: int = 5) -> dict:
-    """Least seconds of one variant after a warm-up, since a busy machine only adds, and the MB that the work adds to the process's peak
-    (CUDA: the peak allocated on the device)."""
+def bench_variant(name: str, folder: str, least: int = 5, enough: float = 5.0) -> dict:
+    """Least seconds of one variant after a warm-up, since a busy machine only adds, of at least `least` repeats and `enough` seconds; and
+    the MB that the work adds to the process's peak (CUDA: the peak allocated on the device)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work, resident = bench_case(name, Policy.load(folder, device=device)), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     base = resident()
-    runs = [timed(device, work) for _ in range(repeats + 1)]
-    peak = max(gb for _, gb, _ in runs) * 1e9 / 2**20 if device.type == "cuda" else resident() - base
-    return dict(seconds=min(seconds for seconds, _, _ in runs[1:]), work=peak)
+    work()
+    runs = []
+    while len(runs) < least or sum(seconds for seconds, _ in runs) < enough:
+        runs.append(timed(device, work)[:2])
+    peak = max(gb for _, gb in runs) * 1e9 / 2**20 if device.type == "cuda" else resident() - base
+    return dict(seconds=min(seconds for seconds, _ in runs), work=peak)
 
 
 BENCHES = {"replay": "replay, thought of 64 tokens read once for all 5 steps (16 prompts, G=8)",
