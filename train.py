@@ -874,9 +874,9 @@ def memory(policy: Policy, cfg: Config, world: int) -> dict[str, float]:
     Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
     reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
     replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
-    activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered blocks of a sharded policy. Not
-    counted: referees, the autoencoder's activations, what the allocator loses, and the whole weights that a sharded rollout keeps only
-    where they fit.
+    activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered
+    blocks of a sharded policy. Not counted: referees, the autoencoder's activations, what the allocator loses, and the whole weights
+    that a sharded rollout keeps only where they fit.
     """
     c, byte = policy.config.llm, 2 if cfg.bf16 else 4
     D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
