@@ -391,11 +391,12 @@ class Policy(nn.Module):
 
     def _read(self, context: Context, parts: list, position: Tensor, mask: Tensor, causal: bool, keep: bool = True) -> tuple[list, Context]:
         """Run the blocks over [understanding tokens | generation tokens] behind a context; both outputs normed by expert. Returns them
-        and the longer context, or the context as it was where its new keys are not kept."""
+        and the longer context, or, where its new keys are not kept, the context as it was, each row of which may serve several.
+        position: (rows of the context, L)."""
         (N, L), rows = mask.shape, len(context.valid)
         if N != rows and (keep or N % rows):
             raise ValueError(f"{N} rows behind {rows} contexts; " + ("give one each" if keep else "give each context as many as the others"))
-        valid = context.valid.repeat_interleave(N // rows, dim=0)                                  # (N, S)
+        valid, position = (z.repeat_interleave(N // rows, dim=0) for z in (context.valid, position))          # (N, S), (N, L)
         seen = valid[:, None, None, :].expand(N, 1, L, valid.shape[1])
         allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1)                           # (N, 1, L, S+L)
         allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)                             # (N, 1, H/kv*L, S+L)
@@ -427,7 +428,7 @@ class Policy(nn.Module):
         markers = self.embed(ids).to(patches.dtype)                                                # (N, 2, D)
         parts = [markers, patches] if expert == GENERATION else [torch.cat([markers, patches], dim=1), None]
         mask = torch.cat([mask.new_ones(N, 2), mask], dim=1)                                       # (N, 2+M)
-        position = context.position.repeat_interleave(max(1, N // len(context.position)))[:, None].expand(-1, 2 + M)   # (N, 2+M)
+        position = context.position[:, None].expand(-1, 2 + M)                                     # (rows of the context, 2+M)
         return self._read(context, parts, position, mask, causal=False, keep=keep)
 
     def _embed_latents(self, x: Tensor, t: Tensor, size) -> tuple[Tensor, Tensor]:
