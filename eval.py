@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import flow_grpo
-import shapes
+from toy import shapes
 from grpo import token_logp
 from policy import Guidance, Policy, PolicyConfig, read_json, write_atomic
 from rewards import geneval_check

@@ -34,7 +34,7 @@ import flow_grpo
 from grpo import token_logp
 from policy import THINK_TO_ANSWER, THINK_TO_DRAW, Guidance, Policy, fit_image, fit_size, guided_velocity, to_tensor
 
-TOY = Path(__file__).parent / "assets" / "toy" / "policy"
+TOY = Path(__file__).parent / "toy" / "policy"
 
 
 # ---- the plan of a trajectory ----
@@ -391,7 +391,7 @@ class Arguments(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(description="Prompt in, PNG grid or answer out.", allow_abbrev=False)
     ap.add_argument("prompt", help="what to draw, what to ask about --question, or how to change --edit")
-    ap.add_argument("--policy", default=str(TOY), help="a policy folder: assets/toy/policy, out/policy, BAGEL-7B-MoT")
+    ap.add_argument("--policy", default=str(TOY), help="a policy folder: toy/policy, out/policy, BAGEL-7B-MoT")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on, such as out/adapter")
     ap.add_argument("--think", action="store_true", help="write a thought first")
     ap.add_argument("--question", metavar="IMAGE", help="answer the prompt about this image instead of drawing")

@@ -1,9 +1,9 @@
 """GRPO for one policy that reads and writes text and images: rollout, reward, advantage, update, log, keep.
 
-    torchrun train.py                                           # lvrpo on the toy, from assets/toy, minutes on a laptop
+    torchrun train.py                                           # lvrpo on the toy, from toy, minutes on a laptop
     torchrun train.py --recipe unigrpo --group_size 16 --out out/unigrpo
     torchrun --nproc_per_node=8 train.py --recipe unigrpo --policy BAGEL-7B-MoT --prompts prompts.jsonl
-    torchrun train.py --recipe pretrain                         # makes everything in assets/toy again
+    torchrun train.py --recipe pretrain                         # makes everything in toy again
 
 Plain `python train.py` is one process. Every random number derives from (seed, step, prompt, sample), so there is no generator state to
 keep: a checkpoint is the weights, their average, the optimiser and the step, and a resumed run is the uninterrupted one, bit for bit.
@@ -43,14 +43,14 @@ from tqdm import tqdm
 import eval as evaluation
 import flow_grpo
 import rewards
-import shapes
+from toy import shapes
 from grpo import group_advantage, grpo_loss
 from policy import (GENERATION, THINK_TO_DRAW, UNDERSTANDING, Policy, adapters_off, add_lora, gathered, placed, read_json, reset_adapters,
                     save_adapters, save_tensors, shard, whole, write_atomic)
 from sample import (Arguments, Draw, Picture, Read, Rollout, See, Text, Write, images_of, join, open_picture, read_picture, replay, rollout,
                     save_grid, scale_of, select, texts_of, to_bytes)
 
-ASSETS = Path(__file__).parent / "assets" / "toy"
+ASSETS = Path(__file__).parent / "toy"
 
 # One row a switch, one column a method: the paper's value where it is confirmed. (o): ours, where the paper's is not known;
 # (d): ours, which departs from the paper's, named beside it.
@@ -936,7 +936,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
         optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     judges, imitation = {}, None
     if cfg.recipe == "control":
-        from assets.pretrain import Imitation
+        from toy.pretrain import Imitation
         imitation = Imitation(policy, cfg.seed, cfg.grad_clip)
     else:
         judges = referees(cfg, ranks.device)
@@ -1067,7 +1067,7 @@ def main() -> None:
     try:
         cfg, ranks = parse(), setup()
         if cfg.recipe == "pretrain":
-            from assets import pretrain
+            from toy import pretrain
             if ranks.world > 1:
                 raise ValueError("--recipe pretrain runs in one process")
             pretrain.main(Path(cfg.out))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval as evaluation
-import shapes
+from toy import shapes
 from eval import (draw_eval, evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot, read_log, spaced, summary, truth)
 from policy import Policy
 from sample import TOY, to_bytes

@@ -20,13 +20,14 @@ import train
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
-ALONE = ("grpo", "flow_grpo", "rewards", "policy", "shapes")
+ALONE = ("grpo", "flow_grpo", "rewards", "policy", "toy/shapes")
 OURS = {p.stem for p in ROOT.glob("*.py")}
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_copied_file_needs_nothing_of_ours(tmp_path, name):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
+    name = Path(name).name
     code = f"import sys, {name}; assert not {sorted(OURS - {name})!r} or not set({sorted(OURS - {name})!r}) & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
 
@@ -39,7 +40,7 @@ def test_concept_files_that_prove_themselves_run_alone(tmp_path):
 
 
 def test_importing_reads_no_heavy_library():
-    code = "import sys, grpo, flow_grpo, shapes; assert not {'transformers', 'diffusers', 'open_clip', 'matplotlib', 'PIL'} & set(sys.modules)"
+    code = "import sys, grpo, flow_grpo, toy.shapes; assert not {'transformers', 'diffusers', 'open_clip', 'matplotlib', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -101,7 +102,7 @@ def test_functions_that_stand_in_two_files_are_the_same():
 
 
 def test_the_assets_stay_small_and_hold_no_pickle():
-    files = [p for p in (ROOT / "assets").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = [p for p in (ROOT / "toy").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) < 12 * 2**20
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from assets.referees import build_judge, build_siglip
+from toy.referees import build_judge, build_siglip
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import flow_grpo
 import rewards
-import shapes
+from toy import shapes
 import train
 from grpo import group_advantage, grpo_loss
 from policy import Policy
@@ -560,7 +560,7 @@ def test_each_expert_has_its_own_learning_rate(tmp_path, moves, rates):
 
 
 def test_the_control_imitates_with_the_optimiser_and_the_clip_of_the_run(tmp_path, monkeypatch):
-    from assets import pretrain
+    from toy import pretrain
     corpus = pretrain.Corpus
     monkeypatch.setattr(pretrain, "Corpus", lambda policy, seed: corpus(policy, seed, pictures=96, thoughts=64, scenes=64))
     run = train.begin(small(tmp_path, "--recipe", "control", "--grad_clip", 1e-3), ALONE)

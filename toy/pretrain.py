@@ -1,5 +1,5 @@
-"""How every file of assets/toy is made: `torchrun train.py --recipe pretrain`. Seeds are fixed; progress is printed.
-`python -m assets.pretrain` measures the referees.
+"""How every file of toy is made: `torchrun train.py --recipe pretrain`. Seeds are fixed; progress is printed.
+`python -m toy.pretrain` measures the referees.
 
     tokenizer    the closed vocabulary of shapes.py, one word one token, and BAGEL's four markers
     autoencoder  diffusers' AutoencoderKL, 32x32x3 pixels to 4x4x4, which the policy reads as 4 tokens of 16 features
@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import rewards
-import shapes
-from assets.referees import build_judge, build_siglip
+from toy import shapes
+from toy.referees import build_judge, build_siglip
 from eval import rendered
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 
@@ -305,7 +305,7 @@ def latent_statistics(policy: Policy, scenes: int = 1000) -> None:
 
 
 def main(folder) -> None:
-    """Make everything in `folder` (assets/toy): policy/, siglip/, judge/."""
+    """Make everything in `folder` (toy): policy/, siglip/, judge/."""
     begun = time.time()
     say = lambda what: print(f"{what} done after {time.time() - begun:.0f} s", flush=True)
     torch.manual_seed(0)
@@ -337,4 +337,4 @@ def main(folder) -> None:
 
 
 if __name__ == "__main__":
-    print(referees(Path(__file__).parent / "toy"))
+    print(referees(Path(__file__).parent))

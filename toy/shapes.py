@@ -15,7 +15,7 @@ tuples" are (shape, color, row, col), of a scene by `discrete`, of detections by
     found = detect(render(sample_scene(metadata, rng)))[0]          # [{"class", "box", "score", "color"}, ...]
     satisfies(metadata, read(found))                                # True
 
-`python shapes.py --out shapes.png` prints the detector's accuracy and writes a sheet of examples.
+`python toy/shapes.py --out shapes.png` prints the detector's accuracy and writes a sheet of examples.
 """
 import argparse
 import textwrap
