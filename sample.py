@@ -31,8 +31,9 @@ from einops import rearrange
 from torch import Tensor
 
 import flow_grpo
+from checkpoint import load_policy
 from grpo import token_logp
-from policy import THINK_TO_ANSWER, THINK_TO_DRAW, Guidance, Policy, fit_image, fit_size, guided_velocity, to_tensor
+from policy import THINK_TO_ANSWER, THINK_TO_DRAW, Guidance, Policy, guided_velocity
 
 TOY = Path(__file__).parent / "toy" / "policy"
 
@@ -330,6 +331,35 @@ def images_of(policy: Policy, r: Rollout) -> Tensor | list[Tensor] | None:
     return torch.stack(images) if isinstance(drawn[-1].size, tuple) else images
 
 
+def fit_size(width: int, height: int, longest: int, shortest: int, stride: int, most: int = 14 * 14 * 9 * 1024) -> tuple[int, int]:
+    """BAGEL's resize rule: the (width, height), multiples of stride, that an input image is brought to before it is read."""
+    snap = lambda n: max(stride, int(round(n / stride) * stride))
+    scaled = lambda w, h, s: (snap(round(w * s)), snap(round(h * s)))
+    scale = max(min(longest / max(width, height), 1.0), shortest / min(width, height))
+    w, h = scaled(width, height, scale)
+    if w * h > most:
+        w, h = scaled(w, h, most / (w * h))                     # of areas, applied to sides, as the official rule has it
+    if max(w, h) > longest:
+        w, h = scaled(w, h, longest / max(w, h))
+    return w, h
+
+
+def fit_image(image, longest: int, shortest: int, stride: int):
+    """A PIL image on white, in RGB, resized by BAGEL's rule (bicubic)."""
+    from PIL import Image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    image = image.convert("RGB")
+    return image.resize(fit_size(*image.size, longest, shortest, stride), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image) -> Tensor:
+    """An RGB PIL image -> (3, H, W) fp32 in [-1, 1]."""
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return raw.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
+
+
 def open_picture(path: str, verify: bool = False):
     """The PIL image of a file, all of it; verify=True reads its header alone, and of a PNG its checksums. ValueError or FileNotFoundError, in
     one line, for what is no image."""
@@ -421,7 +451,7 @@ def run(a: argparse.Namespace) -> str:
         raise ValueError(f"--out {a.out}: must be a .png file in a folder that exists")
     if a.question and a.edit:
         raise ValueError("--question answers and --edit draws; give one of them")
-    policy = Policy.load(a.policy, device="cuda" if torch.cuda.is_available() else "cpu", adapter=a.adapter)
+    policy = load_policy(a.policy, device="cuda" if torch.cuda.is_available() else "cpu", adapter=a.adapter)
     scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
     system = [Read([THINK_TO_ANSWER if a.question else THINK_TO_DRAW])] if scale["system_prompt"] and a.think else []
     write = Write(scale["tokens"], a.temperature)

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,23 +31,21 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import eval as evaluation
 import flow_grpo
 import rewards
-from toy import shapes
+from checkpoint import (Average, gathered, load_checkpoint, load_policy, read_json, reset_adapters, run_state, save_adapters, save_checkpoint,
+                        save_policy, save_tensors, shard, trainable, whole, write_atomic)
 from grpo import group_advantage, grpo_loss
-from policy import (GENERATION, THINK_TO_DRAW, UNDERSTANDING, Policy, adapters_off, add_lora, gathered, placed, read_json, reset_adapters,
-                    save_adapters, save_tensors, shard, whole, write_atomic)
+from policy import GENERATION, THINK_TO_DRAW, UNDERSTANDING, Policy, adapters_off, add_lora
 from sample import (Arguments, Draw, Picture, Read, Rollout, See, Text, Write, images_of, join, open_picture, read_picture, replay, rollout,
                     save_grid, scale_of, select, texts_of, to_bytes)
+from toy import shapes
 
 ASSETS = Path(__file__).parent / "toy"
 
@@ -617,124 +614,6 @@ def self_check(policy: Policy, work: list, cfg: Config) -> dict:
 # ---- what is kept ----
 
 
-def trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
-    """name -> parameter of what the run trains."""
-    return {n: p for n, p in policy.named_parameters() if p.requires_grad}
-
-
-class Average:
-    """Exponential moving average of the trainable weights, fp32; `swapped` puts it into the policy for a while."""
-
-    def __init__(self, policy: nn.Module, decay: float):
-        self.decay, self.weights = decay, {n: p.detach().float().clone() for n, p in trainable(policy).items()}
-
-    @torch.no_grad()
-    def update(self, policy: nn.Module) -> None:
-        for n, p in trainable(policy).items():
-            self.weights[n].lerp_(p.float(), 1 - self.decay)
-
-    @contextlib.contextmanager
-    def swapped(self, policy: nn.Module):
-        own = {n: p.detach().clone() for n, p in trainable(policy).items()}
-        policy.load_state_dict(self.weights, strict=False)
-        try:
-            yield policy
-        finally:
-            policy.load_state_dict(own, strict=False)
-
-
-def state(run: "Run") -> dict[str, Tensor]:
-    """The live tensors of a checkpoint but for the step: trainable weights, their average, AdamW's moments."""
-    out = {}
-    for n, p in trainable(run.policy).items():
-        out |= {f"policy.{n}": p.detach(), f"average.{n}": run.average.weights[n]}
-        out |= {f"adamw.{k}.{n}": v for k, v in run.optimizer.state[p].items()}
-    return out
-
-
-def save_checkpoint(run: "Run", step: int, writer: int = 0) -> None:
-    """Replace out/checkpoint.safetensors atomically, from the rank `writer`, where ranks hold equal weights; of a sharded run the folder
-    out/checkpoint, which all ranks write together (torch.distributed.checkpoint, in safetensors) and which any number of ranks reads."""
-    out, tensors = Path(run.cfg.out), state(run) | {"step": torch.tensor(step)}
-    single, folder, fresh, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.tmp", out / "checkpoint.old"
-    if not run.policy.sharded:
-        if run.ranks.rank == writer:
-            part = out / f"checkpoint.{writer}.safetensors"     # a file of its own, since several ranks may fail together
-            save_tensors(tensors, part)
-            os.replace(part, single)
-            if folder.exists():
-                folder.rename(fresh)                            # in one step, so that no half of a folder looks like a checkpoint
-            shutil.rmtree(fresh, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-        return
-    if run.ranks.rank == 0:
-        shutil.rmtree(fresh, ignore_errors=True)
-    dist.barrier()
-    try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(fresh), save_distributed=True))
-    except CheckpointException as error:                        # no Exception: it would pass every handler
-        raise OSError(f"{fresh} could not be written: {next(iter(error.failures.values()))[0]}") from error
-    dist.barrier()
-    if run.ranks.rank == 0:
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)                                    # a kill before this line leaves the old one, which is looked for too
-        shutil.rmtree(old, ignore_errors=True)
-        single.unlink(missing_ok=True)
-    dist.barrier()
-
-
-def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, of a sharded one this rank's part, from a checkpoint of either kind."""
-    try:
-        if path.is_dir():
-            alone = not any(isinstance(v, DTensor) for v in tensors.values())
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
-            return
-        with safe_open(path, framework="pt") as file:
-            for key, value in tensors.items():
-                value.copy_(placed(file.get_tensor(key).to(value.device), value))
-    except CheckpointException as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {next(iter(error.failures.values()))[0]}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors checkpoint ({error}); pickled checkpoints are not read") from error
-
-
-def stored_step(path: Path) -> int:
-    """The step of a checkpoint of either kind."""
-    step = torch.tensor(0)
-    read_checkpoint(path, {"step": step})
-    return int(step)
-
-
-def stored_shapes(path: Path) -> dict[str, tuple]:
-    """Key -> shape of a checkpoint of either kind."""
-    if path.is_dir():
-        return {k: tuple(v.size) for k, v in dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()}
-    with safe_open(path, framework="pt") as file:
-        return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
-
-
-def load_checkpoint(run: "Run") -> int:
-    """Put the checkpoint in cfg.out into the run's tensors and return its step. All keys and shapes are checked before anything changes."""
-    out, into = Path(run.cfg.out), state(run) | {"step": torch.tensor(0)}
-    there = [p for p in (out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.old") if p.exists()]
-    if not there:
-        raise FileNotFoundError(f"no checkpoint {out / 'checkpoint.safetensors'} to resume from")
-    path = max(there, key=stored_step)                          # a kill may leave one of each kind
-    want, has = {k: tuple(v.shape) for k, v in into.items()}, stored_shapes(path)
-    missing, extra = sorted(want.keys() - has.keys()), sorted(has.keys() - want.keys())
-    if missing or extra:
-        raise ValueError(f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} keys extra {extra[:6]}; "
-                         "was it written with another --policy, --lora or --experts?")
-    for key, shape in want.items():
-        if has[key] != shape:
-            raise ValueError(f"{path}: {key} has shape {has[key]}, the policy {shape}")
-    read_checkpoint(path, into)
-    return int(into["step"])
-
-
 def set_aside(out: Path) -> None:
     """Move the log and the checkpoints of an older run into a folder of their own, so that nothing of it is lost or resumed by mistake."""
     names = [n for n in ("log.jsonl", "checkpoint.safetensors", "checkpoint", "checkpoint.old") if (out / n).exists()]
@@ -852,7 +731,7 @@ def freeze(policy: Policy, cfg: Config) -> None:
         block.checkpointing = cfg.checkpointing
 
 
-def load_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
+def prepared_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
     """The policy to train, or its frozen reference. Its memory is checked on the meta device, before a weight is read."""
     def prepare(policy: Policy) -> None:
         if trained:
@@ -863,7 +742,7 @@ def load_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
             shard(policy, torch.bfloat16 if cfg.bf16 else None)
         if trained and ranks.device.type == "cuda":
             check_memory(policy, cfg, ranks)
-    policy = Policy.load(cfg.policy, device=ranks.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32, prepare=prepare)
+    policy = load_policy(cfg.policy, device=ranks.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32, prepare=prepare)
     reset_adapters(policy, ranks.device, cfg.seed)
     return policy
 
@@ -924,9 +803,9 @@ def check_memory(policy: Policy, cfg: Config, ranks: Ranks) -> None:
 def begin(cfg: Config, ranks: Ranks) -> Run:
     """Load everything a run needs; with --resume, its last checkpoint too."""
     check(cfg, ranks)
-    policy = load_policy(cfg, ranks)
+    policy = prepared_policy(cfg, ranks)
     tasks = Tasks(cfg, policy)
-    frozen = load_policy(cfg, ranks, trained=False) if needs_reference(cfg) and not cfg.lora else None
+    frozen = prepared_policy(cfg, ranks, trained=False) if needs_reference(cfg) and not cfg.lora else None
     rates, groups = dict(understanding=cfg.lr_understanding, generation=cfg.lr_generation), []
     for name, params in policy.parts().items():
         for cut in (False, True):                               # sharded and whole tensors do not mix in one group
@@ -941,7 +820,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     else:
         judges = referees(cfg, ranks.device)
     run = Run(cfg, ranks, policy, frozen, optimizer, Average(policy, cfg.ema), tasks, judges, imitation)
-    run.start = load_checkpoint(run) if cfg.resume else 0
+    run.start = load_checkpoint(Path(cfg.out), run_state(policy, run.average, optimizer)) if cfg.resume else 0
     run.log = Log(cfg, ranks, run.start)
     return run
 
@@ -1015,14 +894,14 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 raise keep_bad_step(run, step, error) from error
             except (ValueError, OSError, rewards.RewardError):
                 if step > run.start and not run.policy.sharded:  # raised before the update: the weights are those of the step before
-                    save_checkpoint(run, step, writer=ranks.rank)
+                    keep(run, step, writer=ranks.rank)
                 raise
             run.average.update(run.policy)
             run.log(step=step, **stats)                                                                        # 5. look
             bar.set_postfix({k.split("/")[0]: f"{v:.3f}" for k, v in stats.items() if k.endswith("/reward") or k == "loss"})
             done, halt = step + 1, bool(ranks.total(torch.tensor([len(stop)], device=ranks.device)).item())
             if halt or done == cfg.steps or cfg.save_every and done % cfg.save_every == 0:
-                save_checkpoint(run, done)                                                                     # 6. keep
+                keep(run, done)                                                                                # 6. keep
             if halt:
                 tqdm.write(f"stopped after step {step}, checkpoint saved; go on with --resume")
                 return
@@ -1032,11 +911,16 @@ def train(cfg: Config, ranks: Ranks) -> None:
         with run.average.swapped(run.policy), gathered(run.policy):
             if cfg.lora:
                 save_adapters(run.policy, out / "adapter")
-            run.policy.save(out / "policy")
+            save_policy(run.policy, out / "policy")
     if ranks.rank == 0 and run.tasks.toy and cfg.eval_every:
-        evaluation.before_after(Policy.load(cfg.policy, ranks.device), Policy.load(out / "policy", ranks.device), out / "before_after.png")
+        evaluation.before_after(load_policy(cfg.policy, ranks.device), load_policy(out / "policy", ranks.device), out / "before_after.png")
         evaluation.plot([run.log.path], out / "curves.png")
         print(evaluation.summary(run.log.path))
+
+
+def keep(run: Run, step: int, writer: int = 0) -> None:
+    """Save the run's checkpoint; of equal ranks only `writer` writes."""
+    save_checkpoint(Path(run.cfg.out), run_state(run.policy, run.average, run.optimizer), step, run.policy.sharded, run.ranks.rank, writer)
 
 
 def keep_bad_step(run: Run, step: int, error: Exception) -> FloatingPointError:

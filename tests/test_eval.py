@@ -9,8 +9,9 @@ import torch
 
 import eval as evaluation
 from toy import shapes
-from eval import (draw_eval, evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot, read_log, spaced, summary, truth)
-from policy import Policy
+from checkpoint import load_policy
+from eval import (draw_eval, evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot,
+                  read_log, spaced, summary, truth)
 from sample import TOY, to_bytes
 
 
@@ -66,7 +67,7 @@ def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(mo
 
 
 def test_evaluation_is_repeatable_and_the_base_is_useful_but_imperfect():
-    policy = Policy.load(TOY)
+    policy = load_policy(TOY)
     table = evaluate(policy)
     assert json.dumps(table) == json.dumps(evaluate(policy))
     assert 0.25 <= table["draw"][0] <= 0.6 and 0.6 <= table["ask"][0] <= 0.85
@@ -92,18 +93,6 @@ def test_a_file_that_is_no_log_is_refused(tmp_path, content):
         read_log(tmp_path / "x.jsonl")
 
 
-@pytest.mark.parametrize("name", [f"{what}-{way}" for what in evaluation.BENCHES for way in ("plain", "shared")])
-def test_every_variant_of_the_benchmark_runs(name):
-    evaluation.bench_case(name, Policy.load(TOY))()
-
-
-def test_the_benchmark_of_a_large_policy_measures_every_part(tmp_path):
-    rows = evaluation.bench_release(Policy.load(TOY).requires_grad_(False), size=32, steps=3, batches=(1, 2), words=4, G=2).splitlines()
-    assert len(rows) == 8 and all(row.count("|") == 5 for row in rows)
-    for words in ("batch 2", "4 tokens", "rollout of 4 tokens", "ceiling"):
-        assert any(words in row for row in rows), words
-
-
 def test_spaced_rows_go_from_the_first_to_the_last():
     assert spaced(list(range(10)), 4) == [0, 3, 6, 9] and spaced([1, 2], 4) == [1, 2]
 
@@ -111,7 +100,7 @@ def test_spaced_rows_go_from_the_first_to_the_last():
 def test_thoughts_are_evaluated_greedily():
     """Samples of a prompt differ by their noise alone."""
     metadata = [m for m in shapes.implicit_prompts("eval") if "held_out" not in m][:4]
-    _, texts = draw_eval(Policy.load(TOY), metadata, think=True, seed=0, samples=6)
+    _, texts = draw_eval(load_policy(TOY), metadata, think=True, seed=0, samples=6)
     assert all(len(set(texts[i:i + 6])) == 1 for i in range(0, 24, 6))
 
 
@@ -136,9 +125,3 @@ def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
     each = [table[f"draw/{tag}"] for tag in shapes.TAGS]
     assert table["draw"][0] == pytest.approx(sum(m for m, _ in each) / len(each))
     assert table["draw"][1] == pytest.approx(math.sqrt(sum(e * e for _, e in each)) / len(each))
-
-
-def test_the_release_is_not_measured_without_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="eval.py: --policy 7b measures 29 GB of weights on a GPU"):
-        evaluation.main(["bench", "--policy", "7b"])

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flow_grpo import rollout, time_grid
-from policy import (Guidance, Policy, fit_image, fit_size, grid_ids, guided_velocity, own_attention, patchify, release_name, sincos_table,
-                    to_tensor, unpatchify)
+from checkpoint import load_policy, release_name
+from policy import Guidance, grid_ids, guided_velocity, own_attention, patchify, sincos_table, unpatchify
+from sample import fit_image, fit_size, to_tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -27,7 +27,7 @@ def named(kind):
 
 @pytest.fixture(scope="module")
 def policy():
-    return Policy.load(GOLDEN)
+    return load_policy(GOLDEN)
 
 
 @pytest.fixture(scope="module")

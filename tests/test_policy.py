@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from eval import release_on_meta
+from bench import release_on_meta
+from checkpoint import load_policy, release_ae_name, release_name, save_adapters, save_policy, save_tensors
+from policy import Guidance, LoRA, PolicyConfig, RMSNorm, adapters_off, add_lora, guided_velocity, own_attention
+from sample import fit_size
 from grpo import token_logp
-from policy import (Guidance, LoRA, Policy, PolicyConfig, RMSNorm, adapters_off, add_lora, fit_size, guided_velocity, own_attention, release_ae_name,
-                    release_name, save_adapters, save_tensors)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 SIZE = (16, 24)                                                 # 2 x 3 latent tokens of 8 pixels
@@ -22,7 +23,7 @@ few = settings(max_examples=15)
 
 @pytest.fixture(scope="module")
 def policy():
-    return Policy.load(GOLDEN)
+    return load_policy(GOLDEN)
 
 
 def words(generator, n, low=3, high=9, vocabulary=280):
@@ -209,7 +210,7 @@ def test_writing_stops_at_the_end_token_and_masks_what_follows(policy):
 
 
 def test_adapters_start_as_the_policy_and_switch_off():
-    policy, plain = Policy.load(GOLDEN), Policy.load(GOLDEN)
+    policy, plain = load_policy(GOLDEN), load_policy(GOLDEN)
     add_lora(policy, rank=2, alpha=4.0)
     tokens = torch.arange(5)[None]
     base = plain.append_text(plain.empty(1), tokens)[0]
@@ -226,12 +227,12 @@ def test_adapters_start_as_the_policy_and_switch_off():
 
 
 def test_saving_merges_adapters_and_loading_gives_the_same_function(tmp_path):
-    policy = add_lora(Policy.load(GOLDEN), rank=2, alpha=4.0)
+    policy = add_lora(load_policy(GOLDEN), rank=2, alpha=4.0)
     for m in policy.modules():
         if isinstance(m, LoRA):
             torch.nn.init.normal_(m.B, std=0.1)
-    policy.save(tmp_path)
-    again = Policy.load(tmp_path)
+    save_policy(policy, tmp_path)
+    again = load_policy(tmp_path)
     x = noisy(torch.Generator().manual_seed(9), 1)
     with torch.no_grad():
         for p in (policy, again):
@@ -240,7 +241,7 @@ def test_saving_merges_adapters_and_loading_gives_the_same_function(tmp_path):
 
 
 def test_a_saved_folder_has_the_released_layout_bit_for_bit(tmp_path):
-    Policy.load(GOLDEN).save(tmp_path)
+    save_policy(load_policy(GOLDEN), tmp_path)
     for name in ("ema.safetensors", "ae.safetensors"):
         ours, theirs = load_file(tmp_path / name), load_file(GOLDEN / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
@@ -262,7 +263,7 @@ def cut(folder, stem, into=("one", "two")):
 def test_sharded_folders_load(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "p")
     cut(tmp_path / "p", "ema")
-    assert torch.equal(Policy.load(tmp_path / "p").embed.weight, Policy.load(GOLDEN).embed.weight)
+    assert torch.equal(load_policy(tmp_path / "p").embed.weight, load_policy(GOLDEN).embed.weight)
 
 
 def sharded_and_changed(tmp_path):
@@ -270,7 +271,7 @@ def sharded_and_changed(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "p")
     cut(tmp_path / "p", "ema")
     cut(tmp_path / "p", "ae", ("three", "four"))
-    policy = Policy.load(tmp_path / "p")
+    policy = load_policy(tmp_path / "p")
     with torch.no_grad():
         policy.embed.weight += 1
         policy.autoencoder.decoder.conv_in.bias += 1
@@ -279,56 +280,56 @@ def sharded_and_changed(tmp_path):
 
 def test_a_save_over_a_sharded_folder_is_what_is_read_again(tmp_path):
     policy = sharded_and_changed(tmp_path)
-    policy.save(tmp_path / "p")
-    again = Policy.load(tmp_path / "p")
+    save_policy(policy, tmp_path / "p")
+    again = load_policy(tmp_path / "p")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in policy.state_dict().items())
 
 
 def test_a_save_over_shards_that_dies_behind_the_weights_keeps_the_weights(tmp_path, monkeypatch):
     policy, write = sharded_and_changed(tmp_path), save_tensors
-    monkeypatch.setattr("policy.save_tensors", lambda tensors, path: write(tensors, path) if path.name.startswith("ema") else 1 / 0)
+    monkeypatch.setattr("checkpoint.save_tensors", lambda tensors, path: write(tensors, path) if path.name.startswith("ema") else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        policy.save(tmp_path / "p")
-    assert torch.equal(Policy.load(tmp_path / "p").embed.weight, policy.embed.weight)
+        save_policy(policy, tmp_path / "p")
+    assert torch.equal(load_policy(tmp_path / "p").embed.weight, policy.embed.weight)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ""}}', "["])
 def test_a_damaged_old_index_does_not_stop_a_save(tmp_path, content):
-    policy = Policy.load(GOLDEN)
+    policy = load_policy(GOLDEN)
     (tmp_path / "ema.safetensors.index.json").write_text(content)
-    policy.save(tmp_path)
-    assert torch.equal(Policy.load(tmp_path).embed.weight, policy.embed.weight)
+    save_policy(policy, tmp_path)
+    assert torch.equal(load_policy(tmp_path).embed.weight, policy.embed.weight)
 
 
 def test_adapters_saved_over_shards_are_the_ones_that_load(tmp_path):
-    policy = add_lora(Policy.load(GOLDEN), 2, 4.0)
+    policy = add_lora(load_policy(GOLDEN), 2, 4.0)
     save_adapters(policy, tmp_path)
     cut(tmp_path, "adapter_model")
     with torch.no_grad():
         policy.blocks[0].experts[0].q.B += 1
     save_adapters(policy, tmp_path)
-    assert (Policy.load(GOLDEN, adapter=tmp_path).blocks[0].experts[0].q.B == 1).all()
+    assert (load_policy(GOLDEN, adapter=tmp_path).blocks[0].experts[0].q.B == 1).all()
 
 
 def test_a_tied_head_that_the_file_leaves_out_is_read_from_the_embedding_and_is_saved(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "p")
     edit(lambda t: t.pop("language_model.lm_head.weight"))(tmp_path / "p")
     with pytest.raises(ValueError, match="lm_head"):
-        Policy.load(tmp_path / "p")
+        load_policy(tmp_path / "p")
     set_json(tmp_path / "p" / "llm_config.json", tie_word_embeddings=True)
-    policy = Policy.load(tmp_path / "p")
-    policy.save(tmp_path / "q")
-    assert torch.equal(Policy.load(tmp_path / "q").head.weight, policy.embed.weight)
+    policy = load_policy(tmp_path / "p")
+    save_policy(policy, tmp_path / "q")
+    assert torch.equal(load_policy(tmp_path / "q").head.weight, policy.embed.weight)
     with torch.no_grad():
         policy.head.weight += 1
-    policy.save(tmp_path / "q")
+    save_policy(policy, tmp_path / "q")
     assert json.loads((tmp_path / "q" / "llm_config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_a_file_of_two_dtypes_is_of_that_of_most_of_its_numbers(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "p")
     edit(lambda t: t.update({k: v.bfloat16() for k, v in t.items() if k != min(t)}))(tmp_path / "p")
-    policy = Policy.load(tmp_path / "p")
+    policy = load_policy(tmp_path / "p")
     assert policy.stored == policy.latent_positions.dtype == policy.embed.weight.dtype == torch.bfloat16
     policy.velocity(policy.empty(1), torch.zeros(1, 6, 16), 0.5, SIZE)
 
@@ -388,7 +389,7 @@ def broken(tmp_path, change):
     shutil.copytree(GOLDEN, folder)
     change(folder)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        Policy.load(folder)
+        load_policy(folder)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -403,7 +404,7 @@ def edit(change):
 
 def test_bad_folders_are_refused_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        Policy.load(tmp_path / "nowhere")
+        load_policy(tmp_path / "nowhere")
 
 
 def test_missing_and_extra_keys_are_named(tmp_path):
@@ -449,7 +450,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     def full(tensors, target, metadata=None):
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("policy.save_file", full)
+    monkeypatch.setattr("checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_tensors({"a": torch.zeros(2)}, path)
     assert torch.equal(load_file(path)["a"], torch.ones(2)) and list(tmp_path.iterdir()) == [path]
@@ -457,7 +458,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_the_release_has_the_published_keys_and_shapes():
     """The 7B configuration on the meta device: 1,223 tensors, 14,607,260,128 values, 244 of the autoencoder."""
-    policy = release_on_meta(Policy.load(GOLDEN).tokenizer)
+    policy = release_on_meta(load_policy(GOLDEN).tokenizer)
     state = {release_name(k): tuple(v.shape) for k, v in policy.state_dict().items() if not k.startswith("autoencoder.")}
     D, kv, I, W = 3584, 512, 18944, 1152
     table = {"language_model.model.embed_tokens.weight": (152064, D), "language_model.lm_head.weight": (152064, D),
@@ -494,8 +495,8 @@ def test_the_release_has_the_published_keys_and_shapes():
 
 
 def test_a_save_that_fails_half_way_keeps_the_old_tokenizer(tmp_path, monkeypatch):
-    policy = Policy.load(GOLDEN)
-    policy.save(tmp_path)
+    policy = load_policy(GOLDEN)
+    save_policy(policy, tmp_path)
     old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def full(folder):
@@ -504,7 +505,7 @@ def test_a_save_that_fails_half_way_keeps_the_old_tokenizer(tmp_path, monkeypatc
 
     monkeypatch.setattr(policy.tokenizer, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
-        policy.save(tmp_path)
+        save_policy(policy, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
 
 
@@ -546,7 +547,7 @@ def test_norms_of_bfloat16_round_before_the_weight():
 
 
 def test_the_velocity_of_a_bfloat16_policy_is_float32():
-    policy = Policy.load(GOLDEN, dtype=torch.bfloat16)
+    policy = load_policy(GOLDEN, dtype=torch.bfloat16)
     with torch.no_grad():
         assert policy.velocity(policy.empty(1), noisy(torch.Generator().manual_seed(11), 1), 0.5, SIZE).dtype == torch.float32
 
@@ -622,7 +623,7 @@ def test_an_adapter_adds_alpha_over_rank_of_its_product():
 
 
 def test_adapters_sit_on_all_projections_of_the_named_experts_alone():
-    policy = add_lora(Policy.load(GOLDEN), rank=2, alpha=4.0, experts=(1,))
+    policy = add_lora(load_policy(GOLDEN), rank=2, alpha=4.0, experts=(1,))
     names = {f"blocks.{n}.experts.1.{leaf}" for n in range(2) for leaf in ("q", "k", "v", "o", "gate", "up", "down")}
     assert {n for n, m in policy.named_modules() if isinstance(m, LoRA)} == names
 
@@ -655,7 +656,7 @@ def test_fields_that_a_release_leaves_out_take_their_classes_defaults(tmp_path):
         config |= {"rope_parameters": {"rope_theta": config["rope_theta"]}} if "llm" in name else {}
         (tmp_path / "p" / name).chmod(0o644)
         (tmp_path / "p" / name).write_text(json.dumps({k: v for k, v in config.items() if k not in gone}))
-    whole, short = Policy.load(GOLDEN), Policy.load(tmp_path / "p")
+    whole, short = load_policy(GOLDEN), load_policy(tmp_path / "p")
     tokens, pixels = torch.arange(5)[None], torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(0))
     for policy in (whole, short):
         policy.out = policy.append_text(policy.append_image(policy.empty(1), pixels=pixels), tokens)[0]
@@ -671,4 +672,4 @@ def test_a_default_rotation_may_be_named(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "p")
     set_json(tmp_path / "p" / "llm_config.json", rope_theta=None, rope_scaling={"rope_type": "default"},
              rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    assert Policy.load(tmp_path / "p").config.rope_theta == 5e5
+    assert load_policy(tmp_path / "p").config.rope_theta == 5e5

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import bench
 import eval as evaluation
 import policy
 import rewards
@@ -46,7 +47,7 @@ def test_importing_reads_no_heavy_library():
 
 def commands():
     """Every command line in the README's and the files' fenced or indented examples that starts one of our programs."""
-    texts = [README] + [(ROOT / f"{n}.py").read_text().split('"""')[1] for n in ("train", "sample", "eval")]
+    texts = [README] + [(ROOT / f"{n}.py").read_text().split('"""')[1] for n in ("train", "sample", "eval", "bench")]
     lines = [line.split(" #")[0].strip() for text in texts for line in re.findall(r"^\s*((?:pip install|torchrun|python) .*)$", text, re.M)]
     return sorted({part.strip() for line in lines for part in line.split("&&") if ".py" in part})
 
@@ -63,16 +64,17 @@ def test_every_command_of_the_readme_parses(command, monkeypatch, tmp_path):
     assert (ROOT / f"{name}.py").is_file()
     if name == "train":
         train.parse(argv)
-    elif name in ("sample", "eval"):
+    elif name in ("sample", "eval", "bench"):
         ran, zero = [], {k: (0.0, 0.0) for k in ("draw", "think", "ask", "draw/held_out", "ask/held_out", "layout_entropy", "pairwise_distance")}
-        module = {"sample": sample, "eval": evaluation}[name]
+        module = {"sample": sample, "eval": evaluation, "bench": bench}[name]
         for inner in ("run", "plot", "bench", "bench_release", "memory_table", "evaluate"):
             if hasattr(module, inner):
                 monkeypatch.setattr(module, inner, lambda *a, **k: ran.append(a) or zero)
+        if name == "bench":
+            monkeypatch.setattr(module, "random_release", lambda device: None)
         if name == "eval":
             toy = SimpleNamespace(config=SimpleNamespace(llm={"hidden_size": 128}))
-            monkeypatch.setattr(module.Policy, "load", lambda *a, **k: toy)
-            monkeypatch.setattr(module, "random_release", lambda device: None)
+            monkeypatch.setattr(module, "load_policy", lambda *a, **k: toy)
             argv = [*argv, "--out", str(tmp_path / "out.json")]
         module.main(argv)
         assert len(ran) == 1

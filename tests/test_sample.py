@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 import flow_grpo
-from eval import plain_replay, plain_text
-from policy import Guidance, Policy, guided_velocity
-from sample import (TOY, Draw, Picture, Read, Reader, See, Text, Write, generators, images_of, join, main, read_picture, replay, rollout,
-                    save_grid, select, texts_of)
+from bench import plain_replay, plain_text
+from checkpoint import load_policy
+from policy import Guidance, guided_velocity
+from sample import (TOY, Draw, Picture, Read, Reader, See, Text, Write, generators, images_of, join, main,
+                    read_picture, replay, rollout, save_grid, select, texts_of)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 DRAW = Draw((16, 24), flow_grpo.time_grid(6, 2.0), (1, 4), 0.8, "cps")
@@ -21,7 +22,7 @@ GUIDED = Guidance(3.0, 2.0, "channel", 0.0, (0.0, 1.0))
 
 @pytest.fixture(scope="module")
 def policy():
-    return Policy.load(GOLDEN)
+    return load_policy(GOLDEN)
 
 
 def plans():
@@ -300,7 +301,7 @@ def test_the_noise_of_a_step_is_not_the_noise_before_it(policy):
 
 
 def test_micro_batches_of_images_of_several_sizes_are_slices_of_the_whole():
-    policy, g = Policy.load(TOY), torch.Generator().manual_seed(4)
+    policy, g = load_policy(TOY), torch.Generator().manual_seed(4)
     pixels = [torch.rand(3, h, w, generator=g) * 2 - 1 for h, w in ((16, 32), (32, 32), (32, 32))]
     plan = [See(pixels, pixels), Read(["a red circle"] * 3), Draw((16, 32), flow_grpo.time_grid(4), (0, 2), 0.5, "cps")]
     r = rollout(policy, plan, seed=1, step=0, prompts=[0, 1, 2], G=2)

@@ -16,8 +16,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import train
-from eval import release_on_meta
-from policy import Policy, PolicyConfig, adapters, load_adapters, merged_state, release_name, save_tensors
+from bench import release_on_meta
+from checkpoint import load_adapters, load_policy, merged_state, release_name, save_policy, save_tensors
+from policy import Policy, PolicyConfig, adapters
 from sample import Draw, Read, images_of, rollout, scale_of
 from train import Ranks, memory, parse, peak
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
     ae = dict(in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1], num_res_blocks=1, z_channels=4, downsample=2, scale_factor=0.3611, shift_factor=0.1159)
     torch.manual_seed(1)
     config = PolicyConfig(llm, vit, dict(latent_patch_size=2, max_latent_size=8, vit_max_num_patch_per_side=8), ae)
-    Policy(config, Policy.load(GOLDEN).tokenizer).save(path)
+    save_policy(Policy(config, load_policy(GOLDEN).tokenizer), path)
     (path / "p.txt").write_text("a red cat\na blue dog on the box\nx\na tree\n")
     Image.new("RGB", (30, 20), (200, 30, 0)).save(path / "i.png")
     Image.new("RGB", (16, 40), (0, 30, 200)).save(path / "j.png")
@@ -146,8 +147,8 @@ def test_sharded_bf16_starts_as_sharded_fp32(runs):
 
 def test_ranks_agree_whether_parameters_stay_gathered(folder, tmp_path):
     """Room for them on one rank alone would leave the other waiting for gathers that never come."""
-    code = ("import sys, torch, torch.distributed as dist\nfrom policy import Policy, gathered, shard\ndist.init_process_group('gloo')\n"
-            "policy = Policy.load(sys.argv[1], prepare=shard)\n"
+    code = ("import sys, torch, torch.distributed as dist\nfrom checkpoint import gathered, load_policy, shard\ndist.init_process_group('gloo')\n"
+            "policy = load_policy(sys.argv[1], prepare=shard)\n"
             "with torch.no_grad(), gathered(policy, 1e12 if dist.get_rank() == 0 else 0):\n"
             "    for _ in range(3):\n        policy.append_text(policy.empty(1), torch.arange(4)[None])\ndist.barrier()\n"
                 "dist.destroy_process_group()\n")
@@ -182,7 +183,7 @@ def test_a_bad_folder_of_adapters_is_refused(folder, runs, tmp_path, name, conte
     shutil.copytree(runs / "one-lvrpo-adapters" / "adapter", tmp_path / "a")
     (tmp_path / "a" / name).unlink() if content is None else (tmp_path / "a" / name).write_text(content)
     with pytest.raises((ValueError, OSError), match=words):
-        Policy.load(folder, adapter=tmp_path / "a")
+        load_policy(folder, adapter=tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["two-then-one", "one-then-two"])
@@ -211,12 +212,12 @@ def test_ranks_split_groups_where_prompts_are_few(folder, runs):
 @pytest.mark.parametrize("name", ["one-lvrpo-adapters", "two-lvrpo-adapters"])
 def test_adapters_alone_and_merged_are_the_same_policy(folder, runs, name):
     exported, base = load_file(runs / name / "policy" / "ema.safetensors"), load_file(folder / "ema.safetensors")
-    merged = {release_name(k): v for k, v in merged_state(Policy.load(folder, adapter=runs / name / "adapter"))}
+    merged = {release_name(k): v for k, v in merged_state(load_policy(folder, adapter=runs / name / "adapter"))}
     assert all(torch.allclose(v, merged[k], atol=1e-7) for k, v in exported.items())
     assert sum(not torch.equal(v, base[k]) for k, v in exported.items()) == 3 * 2 * 7
     plan = [Read(["a red cat"]), Draw((16, 24), torch.linspace(1, 0, 4))]
     a, b = (images_of(p, rollout(p, plan, seed=0, step=0, prompts=[0], G=2)) for p in (
-        Policy.load(runs / name / "policy"), Policy.load(folder, adapter=runs / name / "adapter")))
+        load_policy(runs / name / "policy"), load_policy(folder, adapter=runs / name / "adapter")))
     assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -233,7 +234,7 @@ def test_adapters_are_stored_as_peft_stores_them(runs):
 
 def test_adapters_of_another_policy_are_refused(runs):
     with pytest.raises(ValueError, match="adapter_model.safetensors: .*(missing|shape)"):
-        load_adapters(Policy.load(GOLDEN), runs / "one-lvrpo-adapters" / "adapter")
+        load_adapters(load_policy(GOLDEN), runs / "one-lvrpo-adapters" / "adapter")
 
 
 def test_training_one_expert_leaves_the_other_as_it_was(folder, runs):
@@ -265,7 +266,7 @@ def test_a_bf16_release_stays_bf16_and_trains_in_fp32(folder, tmp_path):
                                       "--questions", "", "--bf16")), ALONE)
     assert run.policy.blocks[0].experts[1].q.weight.dtype == torch.float32 and run.policy.blocks[0].experts[0].q.weight.dtype == torch.bfloat16
     train.one_step(run, 0)
-    run.policy.save(tmp_path / "policy")
+    save_policy(run.policy, tmp_path / "policy")
     assert {v.dtype for v in load_file(tmp_path / "policy" / "ema.safetensors").values()} == {torch.bfloat16}
 
 
@@ -291,7 +292,7 @@ def test_settings_that_cannot_work_are_refused(folder, tmp_path, more, words):
 
 
 def release(cfg):
-    policy = release_on_meta(Policy.load(GOLDEN).tokenizer)
+    policy = release_on_meta(load_policy(GOLDEN).tokenizer)
     train.freeze(policy, cfg)
     return policy
 
@@ -327,6 +328,6 @@ def test_too_little_memory_is_said_before_anything_is_read_with_what_would_fit(m
 
 
 def test_every_adapter_has_a_release_name(folder):
-    policy = train.add_lora(Policy.load(folder), 2, 4.0)
+    policy = train.add_lora(load_policy(folder), 2, 4.0)
     names = {release_name(f"{n}.weight") for n in adapters(policy)}
     assert len(names) == 3 * 2 * 7 and names <= load_file(folder / "ema.safetensors").keys()

@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from plain_bagel import Plain
 
+from checkpoint import load_policy, save_policy
 from policy import Guidance, Policy, PolicyConfig, guided_velocity
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
@@ -33,15 +34,15 @@ def configs(draw):
 
 def random_policy(config, folder, generator):
     """A policy of `config` with no weight at its usual start, saved and read again."""
-    policy = Policy(config, Policy.load(GOLDEN).tokenizer)
+    policy = Policy(config, load_policy(GOLDEN).tokenizer)
     with torch.no_grad():
         for name, x in policy.state_dict().items():
             noise = torch.randn(x.shape, generator=generator)
             x.copy_(1 + 0.2 * noise if x.ndim == 1 and name.endswith("weight") else noise / max(1, x[0].numel()) ** 0.5 if x.ndim > 1
                     else 0.2 * noise)
         policy.embed.weight.mul_(config.llm["hidden_size"] ** 0.5)
-    policy.save(folder)
-    return Policy.load(folder)
+    save_policy(policy, folder)
+    return load_policy(folder)
 
 
 def near(ours, plain):

@@ -19,7 +19,7 @@ import rewards
 from toy import shapes
 import train
 from grpo import group_advantage, grpo_loss
-from policy import Policy
+from checkpoint import load_policy
 from sample import Text, Write, replay, rollout
 from train import Config, Ranks, parse
 
@@ -112,7 +112,7 @@ def test_adapters_train_against_the_policy_without_them(tmp_path):
     log = records(tmp_path)
     assert log[1]["draw/image/velocity_mse"] == 0 and log[2]["draw/image/velocity_mse"] > 0
     assert all(".A" in k or ".B" in k for k in checkpoint(tmp_path) if k.startswith("policy."))
-    assert Policy.load(tmp_path / "policy").embed.weight.shape == Policy.load(parse([]).policy).embed.weight.shape
+    assert load_policy(tmp_path / "policy").embed.weight.shape == load_policy(parse([]).policy).embed.weight.shape
 
 
 def test_rollout_and_replay_agree_before_the_first_update(tmp_path):
@@ -152,7 +152,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path):
 
 
 def test_kill_in_the_middle_of_a_save_leaves_a_whole_checkpoint(tmp_path):
-    code = ("import torch, pathlib, sys; from policy import save_tensors\n"
+    code = ("import torch, pathlib, sys; from checkpoint import save_tensors\n"
             "path, i = pathlib.Path(sys.argv[1]), 0\n"
             "while True:\n    save_tensors({'a': torch.full((4_000_000,), float(i))}, path); i += 1; print(i, flush=True)\n")
     path = tmp_path / "checkpoint.safetensors"
@@ -175,7 +175,7 @@ def test_a_full_disk_at_save_keeps_the_old_checkpoint_and_is_said(tmp_path, monk
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("policy.save_file", full)
+    monkeypatch.setattr("checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train.train(small(tmp_path, "--steps", 2, "--resume"), ALONE)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == old
@@ -327,7 +327,7 @@ def test_prompts_and_questions_from_files_train(tmp_path):
     train.train(small(tmp_path / "ask", "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0, "--steps", 1), ALONE)
     assert "ask/rewards/accuracy/mean" in records(tmp_path / "ask")[1]
     cfg = small(tmp_path / "ask", "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0)
-    (batch,) = train.Tasks(cfg, Policy.load(cfg.policy)).batches(0, ALONE)
+    (batch,) = train.Tasks(cfg, load_policy(cfg.policy)).batches(0, ALONE)
     assert batch.sources.shape == (2, 3, 448, 448)              # as large as the published judge reads
 
 
@@ -416,7 +416,7 @@ def test_the_reward_of_a_short_run_rises(tmp_path, monkeypatch):
 def world(tmp_path, *more):
     """Tasks.batches of a small configuration, by task."""
     cfg = small(tmp_path, *more)
-    here = train.Tasks(cfg, Policy.load(cfg.policy))
+    here = train.Tasks(cfg, load_policy(cfg.policy))
     return lambda step=0, ranks=ALONE: {b.task: b for b in here.batches(step, ranks)}
 
 
@@ -596,7 +596,7 @@ def test_the_average_moves_by_one_minus_its_decay_and_steps_in_for_a_while():
 
 def test_the_exported_policy_is_the_average(tmp_path):
     train.train(small(tmp_path, "--steps", 2), ALONE)
-    saved, exported = checkpoint(tmp_path), Policy.load(tmp_path / "policy").state_dict()
+    saved, exported = checkpoint(tmp_path), load_policy(tmp_path / "policy").state_dict()
     averages = {k.removeprefix("average."): v for k, v in saved.items() if k.startswith("average.")}
     assert averages and all(torch.equal(exported[n], v) for n, v in averages.items())
     assert any(not torch.equal(saved[f"policy.{n}"], v) for n, v in averages.items())
@@ -631,15 +631,15 @@ def test_a_run_that_starts_anew_keeps_the_old_log_and_checkpoint(tmp_path):
 def test_the_rank_that_fails_keeps_the_steps_before_it(tmp_path, monkeypatch):
     run = train.begin(small(tmp_path), ALONE)
     run.ranks = Ranks(1, 2, torch.device("cpu"))
-    train.save_checkpoint(run, 5)
+    train.keep(run, 5)
     assert not (tmp_path / "checkpoint.safetensors").exists()
-    train.save_checkpoint(run, 5, writer=1)
+    train.keep(run, 5, writer=1)
     assert [p.name for p in tmp_path.glob("checkpoint*")] == ["checkpoint.safetensors"] and int(checkpoint(tmp_path)["step"]) == 5
 
 
 def test_checkpoints_come_after_every_save_every_steps_and_at_the_end(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda run, step: saved.append(step))
+    monkeypatch.setattr(train, "keep", lambda run, step: saved.append(step))
     train.train(small(tmp_path, "--steps", 5, "--save_every", 2), ALONE)
     assert saved == [2, 4, 5]
 

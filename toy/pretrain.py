@@ -24,10 +24,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import rewards
+from checkpoint import save_policy
+from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from toy import shapes
 from toy.referees import build_judge, build_siglip
 from eval import rendered
-from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 
 WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
 SIZE, QUESTIONS = (32, 32), 4                                   # pixels; questions about each scene of the corpus
@@ -319,7 +320,7 @@ def main(folder) -> None:
     corpus = Corpus(policy)
     for steps, lr, seed, scenes in ROUNDS:
         train_base(policy, corpus, steps, lr, seed, scenes)
-    policy.eval().save(folder / "policy")
+    save_policy(policy.eval(), folder / "policy")
     say("base")
     torch.manual_seed(5)
     build_siglip(folder / "siglip", shapes.VOCABULARY)

@@ -1,0 +1,289 @@
+"""What it costs: the speed ratios of sharing, batching and caching; seconds and memory at BAGEL's size.
+
+    python bench.py                                          # what sharing, batching and caching save, as ratios in one run
+    python bench.py memory                                   # GB per GPU that training BAGEL's sizes needs, computed
+    python bench.py --policy 7b                              # a policy of BAGEL's size: images, tokens, one update on this GPU
+
+The plain ways stand here beside the fast ones, as their oracles.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import flow_grpo
+import train
+from checkpoint import load_policy, read_json
+from eval import SHIFT, SIZE
+from grpo import token_logp
+from policy import Guidance, Policy, PolicyConfig
+from sample import TOY, Arguments, Draw, Read, Text, Write, images_of, replay, rollout, scale_of
+from toy import shapes
+
+
+# ---- ratios on the toy ----
+
+def plain_replay(policy: Policy, r) -> list[torch.Tensor]:
+    """Log-probs of a think-then-draw rollout without sharing: prompt, thought and image read again for every sample and every step.
+
+    The oracle of sample.replay: the same numbers, the same gradients, more seconds. Returns [text (N, L), image (N, W)]."""
+    prompt, thought, drawn = r.segments
+    tokens, mask = (z.repeat_interleave(r.G, 0) for z in (prompt.tokens, prompt.mask))
+    flow, start, images = drawn.flow, drawn.flow.window[0], []
+    for w in range(flow.logp.shape[1]):
+        _, context = policy.append_text(policy.empty(len(tokens)), tokens, mask)
+        logits, context = policy.append_text(context, thought.tokens, thought.mask)
+        v = policy.velocity(context, flow.latents[:, w].contiguous(), flow.times[start + w], drawn.size)
+        mean, std = flow_grpo.transition(flow.latents[:, w], v, flow.times[start + w], flow.times[start + w + 1],
+                                         noise_level=flow.noise_level, kind=flow.kind)
+        images.append(flow_grpo.gaussian_logp(flow.latents[:, w + 1], mean, std))
+    text = torch.where(thought.chosen[:, 1:], token_logp(logits[:, :-1], thought.tokens[:, 1:]), 0.0)
+    return [torch.nn.functional.pad(text, (1, 0)), torch.stack(images, 1)]
+
+
+def plain_text(policy: Policy, context, uniforms: torch.Tensor) -> torch.Tensor:
+    """Sampled tokens (N, L) without a cache: all tokens so far are read again for each next one. Oracle of Policy.sample_text."""
+    tokens = torch.full((len(uniforms), 1), policy.start, device=policy.device)
+    for i in range(uniforms.shape[1]):
+        logits, _ = policy.append_text(context, tokens)
+        below = logits[:, -1].float().softmax(-1).cumsum(-1) <= uniforms[:, i, None]
+        tokens = torch.cat([tokens, below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)], dim=1)
+    return tokens[:, 1:]
+
+
+def bench_case(name: str, policy: Policy):
+    """The work of one variant as a function of no arguments."""
+    G, W = 8, 5
+    prompts = [m["prompt"] for m in shapes.prompts("eval")[:16]]
+    draw = Draw(SIZE, flow_grpo.time_grid(6, SHIFT), (0, W), 0.8, "cps")
+    if name.startswith("replay"):
+        r = rollout(policy, [Read(prompts), draw], seed=0, step=0, prompts=list(range(16)), G=G)
+        words = torch.randint(8, policy.config.llm["vocab_size"], (16 * G, 66), generator=torch.Generator().manual_seed(0))
+        words[:, 0], words[:, -1] = policy.start, policy.end
+        read = torch.ones_like(words, dtype=torch.bool)
+        thought = Text(*(z.to(policy.device) for z in (words, read, read.clone(), torch.zeros(words.shape))))
+        r = replace(r, segments=(r.segments[0], thought, r.segments[1]))
+
+        def work():
+            policy.zero_grad()
+            out = plain_replay(policy, r) if name.endswith("plain") else \
+                [s.logp if s.logp is not None else s.flow.logp for s in replay(policy, r)]
+            sum(x.sum() for x in out).backward()
+        return work
+    if name.startswith("group"):
+        plan = [Read(prompts[:1]), draw]
+        if name.endswith("plain"):
+            return lambda: [rollout(policy, plan, seed=0, step=0, prompts=[i], G=1) for i in range(16)]
+        return lambda: rollout(policy, plan, seed=0, step=0, prompts=[0], G=16)
+    with torch.no_grad():
+        _, context = policy.append_text(policy.empty(16), *policy.encode_text(prompts))
+    uniforms = torch.rand(16, 64, generator=torch.Generator().manual_seed(0)).to(policy.device)
+
+    def write():
+        with torch.no_grad(), never_ends(policy):
+            return plain_text(policy, context, uniforms) if name.endswith("plain") else policy.sample_text(context, uniforms)
+    return write
+
+
+@contextlib.contextmanager
+def never_ends(policy: Policy):
+    """Let sampled texts run to their full length, so that every variant does the same work."""
+    sample, end = policy.sample_text, policy.end
+
+    def full_length(*inputs):
+        policy.end = -1
+        try:
+            return sample(*inputs)
+        finally:
+            policy.end = end
+
+    policy.sample_text = full_length
+    try:
+        yield
+    finally:
+        del policy.sample_text
+
+
+def bench_variant(name: str, folder: str, least: int = 5, enough: float = 5.0) -> dict:
+    """Least seconds of one variant after a warm-up, since a busy machine only adds, of at least `least` repeats and `enough` seconds; and
+    the MB that the work adds to the process's peak (CUDA: the peak allocated on the device)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work, resident = bench_case(name, load_policy(folder, device=device)), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    base = resident()
+    work()
+    runs = []
+    while len(runs) < least or sum(seconds for seconds, _ in runs) < enough:
+        runs.append(timed(device, work)[:2])
+    peak = max(gb for _, gb in runs) * 1e9 / 2**20 if device.type == "cuda" else resident() - base
+    return dict(seconds=min(seconds for seconds, _ in runs), work=peak)
+
+
+BENCHES = {"replay": "replay, thought of 64 tokens read once for all 5 steps (16 prompts, G=8)",
+           "group": "sampling a group of 16 at once", "text": "64 tokens with a key-value cache"}
+
+
+def bench(folder: str, rounds: int = 5) -> str:
+    """Markdown rows: what each idea saves against doing it plainly. Every variant runs in a process of its own, the two by turns, because
+    a machine's pace drifts; medians over the rounds, and the smallest and largest ratio of a round."""
+    rows = ["| what | plain s | ours s | ratio (rounds) | plain MB | ours MB |", "|---|---|---|---|---|---|"]
+    for name, title in BENCHES.items():
+        both = {"plain": [], "shared": []}
+        for variant in list(both) * rounds:
+            command = [sys.executable, __file__, "--policy", folder, "--variant", f"{name}-{variant}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"variant {name}-{variant}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
+            both[variant].append(json.loads(done.stdout.splitlines()[-1]))
+        plain, ours = ({key: np.array([run[key] for run in runs]) for key in ("seconds", "work")} for runs in both.values())
+        ratios = plain["seconds"] / ours["seconds"]
+        rows.append(f"| {title} | {np.median(plain['seconds']):.3f} | {np.median(ours['seconds']):.3f} | "
+                    f"{np.median(ratios):.1f}x ({ratios.min():.1f}-{ratios.max():.1f}) | +{np.median(plain['work']):.0f} | "
+                    f"+{np.median(ours['work']):.0f} |")
+    return "\n".join(rows)
+
+
+def timed(device, work) -> tuple[float, float, object]:
+    """(seconds, peak GB on the GPU, result) of work()."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    sync()
+    begun = time.perf_counter()
+    result = work()
+    sync()
+    return time.perf_counter() - begun, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan"), result
+
+
+# ---- BAGEL's size ----
+
+def release_on_meta(tokenizer) -> Policy:
+    """BAGEL-7B-MoT's sizes without memory, with the toy's tokenizer."""
+    llm = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+               rope_theta=1e6, rms_norm_eps=1e-6)
+    vit = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, patch_size=14, image_size=980, num_hidden_layers=27,
+               num_channels=3, layer_norm_eps=1e-6)
+    with torch.device("meta"):
+        return Policy(PolicyConfig(llm, vit), tokenizer)
+
+
+def random_release(device) -> Policy:
+    """The release's sizes with random weights: 29 GB in bf16, for measuring only. ValueError without a GPU."""
+    if device.type != "cuda":
+        raise ValueError("--policy 7b measures 29 GB of weights on a GPU, and PyTorch finds none")
+    release = release_on_meta(load_policy(TOY).tokenizer).bfloat16().to_empty(device=device).requires_grad_(False).eval()
+    with torch.no_grad():
+        for name, p in release.named_parameters():
+            p.fill_(1.0) if "norm" in name and name.endswith("weight") else p.normal_(std=0.02)
+        for name in ("latent_positions", "vit_positions"):
+            getattr(release, name).normal_(std=0.02)
+    return release
+
+
+def ceilings(device, dtype) -> tuple[float, float]:
+    """Measured best of five: (products of square matrices in FLOP/s, copies of memory in bytes/s, read and written)."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = min(timed(device, lambda: a @ b)[0] for _ in range(6))
+    big = torch.empty(side * side * 4, device=device, dtype=dtype)
+    copy = min(timed(device, lambda: big.clone())[0] for _ in range(6))
+    return 2 * side**3 / product, 2 * big.numel() * big.element_size() / copy
+
+
+def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: tuple[int, ...] = (1, 4, 16), words: int = 256, G: int = 8) -> str:
+    """Markdown rows of a large policy: text to image by batch (the batch of one is the official order), one UniGRPO update with adapters,
+    text decoding. FLOP of a replay: 2 per weight and token forward, 2 backward (adapters need no gradient of the frozen weights), and the
+    attention's; recomputation is not counted as useful."""
+    device, c = policy.device, policy.config.llm
+    rows, prompt = ["| what | seconds | rate | peak GB |", "|---|---|---|---|"], "a red circle left of a blue square"
+    flops, bandwidth = ceilings(device, policy.embed.weight.dtype)
+    rows.append(f"| ceilings | | {flops / 1e12:.1f} TFLOP/s of products, {bandwidth / 1e9:.0f} GB/s of copies | |")
+    times, guidance, alone = flow_grpo.time_grid(steps, 3.0), Guidance(4.0), None
+    plan = [Read([prompt]), Draw((size, size), times)]
+    rollout(policy, [Read([prompt]), Draw((size, size), times[[0, -1]])], seed=0, step=0, prompts=[0], G=1)              # warm-up
+    for n in batches:
+        seconds, peak, _ = timed(device, lambda: images_of(policy, rollout(policy, plan, seed=0, step=0, prompts=[0], G=n, guidance=guidance)))
+        alone = alone or seconds / n
+        rows.append(f"| text to image, {size} px, {steps} steps, guidance 4, batch {n} | {seconds:.2f} | {60 * n / seconds:.1f} images/min, "
+                    f"{alone * n / seconds:.2f}x one by one | {peak:.1f} |")
+    with torch.no_grad(), never_ends(policy):
+        _, context = policy.append_text(policy.empty(16), *policy.encode_text([prompt] * 16))
+        uniforms = torch.rand(16, words, generator=torch.Generator().manual_seed(0)).to(device)
+        policy.sample_text(context, uniforms[:, :4])
+        seconds, peak, _ = timed(device, lambda: policy.sample_text(context, uniforms))
+    expert = lambda e: sum(p.numel() for block in policy.blocks for p in block.experts[e].parameters())
+    read = (expert(0) + policy.head.weight.numel()) * policy.head.weight.element_size()
+    rows.append(f"| text, batch 16, {words} tokens | {seconds:.2f} | {16 * words / seconds:.0f} tokens/s, weights read at "
+                f"{read * words / seconds / bandwidth:.0%} of the copies' rate | {peak:.1f} |")
+    cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--think", "1", "--ask", "0", "--group_size", str(G), "--think_tokens", str(words),
+                       "--resolution", str(size), "--micro", str(G), "--epochs", "1", "--no-system_prompt", "--prompts", "-"])
+    understanding, generation, head = expert(0), expert(1), policy.head.weight.numel()
+    train.freeze(policy, cfg)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
+    draw = Draw((size, size), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), (0, cfg.window), cfg.noise_level, cfg.sampler)
+    batch = train.Batch("think", 0, [Read([prompt]), Write(words), draw], [{}], [prompt], [0], range(G))
+    with never_ends(policy):
+        seconds, peak, r = timed(device, lambda: train.act(policy, batch, cfg))
+    rows.append(f"| UniGRPO, G={G}: rollout of {words} tokens and {cfg.denoise_steps} steps | {seconds:.2f} | | {peak:.1f} |")
+    adv, ranks = torch.linspace(-1, 1, G, device=device), train.Ranks(0, 1, device)
+    for i in range(2):                                          # the first warms up
+        seconds, peak, _ = timed(device, lambda: train.update_phase(policy, None, optimizer, [(batch, r, adv)], cfg, ranks))
+    step, _, _ = timed(device, optimizer.step)
+    L, M = r.segments[0].tokens.shape[1] + words + 2, policy.latent_grid((size, size), 1)[0].shape[1]
+    attention = 4 * c["num_hidden_layers"] * c["hidden_size"] * (L * L / 2 + cfg.window * M * (L + M))
+    forward = 2 * (understanding * L + head * words + generation * cfg.window * M) + attention
+    useful = G * forward * (2 + 1)                              # forward, backward, and the reference's forward
+    rows.append(f"| UniGRPO, G={G}: replay, backward, reference, optimiser ({step:.2f} s of it) | {seconds:.2f} | "
+                f"{useful / seconds / flops:.0%} of the products' ceiling | {peak:.1f} |")
+    return "\n".join(rows)
+
+
+def memory_table() -> str:
+    """Markdown rows: what `train.memory` computes for UniGRPO on the release's sizes, GB on each GPU."""
+    tokenizer, rows = load_policy(TOY).tokenizer, ["| trained | pixels | GPUs | kept | rollout | replay | peak |", "|---|---|---|---|---|---|---|"]
+    for name, flags in (("adapters, both experts", ["--lora", "64"]), ("generation expert", ["--lora", "0", "--experts", "generation", "--shard"]),
+                        ("all weights", ["--lora", "0", "--shard"])):
+        for pixels in (512, 1024):
+            for world in (1, 8):
+                cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--prompts", "-", "--resolution", str(pixels),
+                                   "--think", str(4 * world), *flags])
+                policy = release_on_meta(tokenizer)
+                train.freeze(policy, cfg)
+                need = train.memory(policy, cfg, world)
+                kept = sum(v for k, v in need.items() if k not in ("rollout", "replay"))
+                rows.append(f"| {name} | {pixels} | {world} | {kept:.0f} | {need['rollout']:.0f} | {need['replay']:.0f} | {train.peak(need):.0f} |")
+    return "\n".join(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = Arguments(description="Measure speed and memory.", allow_abbrev=False)
+    ap.add_argument("what", nargs="?", default="speed", choices=["speed", "memory"])
+    ap.add_argument("--policy", default=str(TOY), help='a policy folder, or "7b": the release\'s sizes with random weights')
+    ap.add_argument("--variant", help=argparse.SUPPRESS)
+    a = ap.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if a.what == "memory":
+            print(memory_table())
+        elif a.variant:
+            print(json.dumps(bench_variant(a.variant, a.policy)))
+        elif a.policy == "7b":
+            print(bench_release(random_release(device)))
+        elif scale_of(read_json(Path(a.policy) / "llm_config.json").get("hidden_size", 0)) == "bagel":
+            print(bench_release(load_policy(a.policy, device=device).requires_grad_(False)))
+        else:
+            print(bench(a.policy))
+    except (ValueError, OSError) as error:
+        sys.exit(f"bench.py: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()
