@@ -22,11 +22,12 @@ import torch
 
 import flow_grpo
 import train
-from checkpoint import load_policy, read_json
+from checkpoint import freeze, load_policy, read_json
 from eval import SHIFT, SIZE
 from grpo import token_logp
 from policy import Guidance, Policy, PolicyConfig
-from sample import TOY, Arguments, Draw, Read, Text, Write, images_of, replay, rollout, scale_of
+from sample import TOY, Arguments, Draw, Read, Text, Write, images_of, one_line, replay_rollout, sample_plan, scale_of
+from tasks import Batch, Choices, Ranks, memory, peak, prompt_row
 from toy import shapes
 
 
@@ -35,7 +36,7 @@ from toy import shapes
 def plain_replay(policy: Policy, r) -> list[torch.Tensor]:
     """Log-probs of a think-then-draw rollout without sharing: prompt, thought and image read again for every sample and every step.
 
-    The oracle of sample.replay: the same numbers, the same gradients, more seconds. Returns [text (N, L), image (N, W)]."""
+    The oracle of sample.replay_rollout: the same numbers, the same gradients, more seconds. Returns [text (N, L), image (N, W)]."""
     prompt, thought, drawn = r.segments
     tokens, mask = (z.repeat_interleave(r.G, 0) for z in (prompt.tokens, prompt.mask))
     flow, start, images = drawn.flow, drawn.flow.window[0], []
@@ -66,7 +67,7 @@ def bench_case(name: str, policy: Policy):
     prompts = [m["prompt"] for m in shapes.prompts("eval")[:16]]
     draw = Draw(SIZE, flow_grpo.time_grid(6, SHIFT), (0, W), 0.8, "cps")
     if name.startswith("replay"):
-        r = rollout(policy, [Read(prompts), draw], seed=0, step=0, prompts=list(range(16)), G=G)
+        r = sample_plan(policy, [Read(prompts), draw], seed=0, step=0, prompts=list(range(16)), G=G)
         words = torch.randint(8, policy.config.llm["vocab_size"], (16 * G, 66), generator=torch.Generator().manual_seed(0))
         words[:, 0], words[:, -1] = policy.start, policy.end
         read = torch.ones_like(words, dtype=torch.bool)
@@ -76,14 +77,14 @@ def bench_case(name: str, policy: Policy):
         def work():
             policy.zero_grad()
             out = plain_replay(policy, r) if name.endswith("plain") else \
-                [s.logp if s.logp is not None else s.flow.logp for s in replay(policy, r)]
+                [s.logp if s.logp is not None else s.flow.logp for s in replay_rollout(policy, r)]
             sum(x.sum() for x in out).backward()
         return work
     if name.startswith("group"):
         plan = [Read(prompts[:1]), draw]
         if name.endswith("plain"):
-            return lambda: [rollout(policy, plan, seed=0, step=0, prompts=[i], G=1) for i in range(16)]
-        return lambda: rollout(policy, plan, seed=0, step=0, prompts=[0], G=16)
+            return lambda: [sample_plan(policy, plan, seed=0, step=0, prompts=[i], G=1) for i in range(16)]
+        return lambda: sample_plan(policy, plan, seed=0, step=0, prompts=[0], G=16)
     with torch.no_grad():
         _, context = policy.append_text(policy.empty(16), *policy.encode_text(prompts))
     uniforms = torch.rand(16, 64, generator=torch.Generator().manual_seed(0)).to(policy.device)
@@ -208,9 +209,9 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
     rows.append(f"| ceilings | | {flops / 1e12:.1f} TFLOP/s of products, {bandwidth / 1e9:.0f} GB/s of copies | |")
     times, guidance, alone = flow_grpo.time_grid(steps, 3.0), Guidance(4.0), None
     plan = [Read([prompt]), Draw((size, size), times)]
-    rollout(policy, [Read([prompt]), Draw((size, size), times[[0, -1]])], seed=0, step=0, prompts=[0], G=1)              # warm-up
+    sample_plan(policy, [Read([prompt]), Draw((size, size), times[[0, -1]])], seed=0, step=0, prompts=[0], G=1)              # warm-up
     for n in batches:
-        seconds, peak, _ = timed(device, lambda: images_of(policy, rollout(policy, plan, seed=0, step=0, prompts=[0], G=n, guidance=guidance)))
+        seconds, peak, _ = timed(device, lambda: images_of(policy, sample_plan(policy, plan, seed=0, step=0, prompts=[0], G=n, guidance=guidance)))
         alone = alone or seconds / n
         rows.append(f"| text to image, {size} px, {steps} steps, guidance 4, batch {n} | {seconds:.2f} | {60 * n / seconds:.1f} images/min, "
                     f"{alone * n / seconds:.2f}x one by one | {peak:.1f} |")
@@ -226,14 +227,14 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
     cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--think", "1", "--ask", "0", "--group_size", str(G), "--think_tokens", str(words),
                        "--resolution", str(size), "--micro", str(G), "--epochs", "1", "--no-system_prompt", "--prompts", "-"])
     understanding, generation, head = expert(0), expert(1), policy.head.weight.numel()
-    train.freeze(policy, cfg)
+    freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
     draw = Draw((size, size), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), (0, cfg.window), cfg.noise_level, cfg.sampler)
-    batch = train.Batch("think", 0, [Read([prompt]), Write(words), draw], [{}], [prompt], [0], range(G))
+    batch = Batch("think", 0, [prompt_row({"prompt": prompt})], Choices(Write(words), Write(1), draw), [0], range(G))
     with never_ends(policy):
         seconds, peak, r = timed(device, lambda: train.act(policy, batch, cfg))
     rows.append(f"| UniGRPO, G={G}: rollout of {words} tokens and {cfg.denoise_steps} steps | {seconds:.2f} | | {peak:.1f} |")
-    adv, ranks = torch.linspace(-1, 1, G, device=device), train.Ranks(0, 1, device)
+    adv, ranks = torch.linspace(-1, 1, G, device=device), Ranks(0, 1, device)
     for i in range(2):                                          # the first warms up
         seconds, peak, _ = timed(device, lambda: train.update_phase(policy, None, optimizer, [(batch, r, adv)], cfg, ranks))
     step, _, _ = timed(device, optimizer.step)
@@ -247,7 +248,7 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
 
 
 def memory_table() -> str:
-    """Markdown rows: what `train.memory` computes for UniGRPO on the release's sizes, GB on each GPU."""
+    """Markdown rows: what `tasks.memory` computes for UniGRPO on the release's sizes, GB on each GPU."""
     tokenizer, rows = load_policy(TOY).tokenizer, ["| trained | pixels | GPUs | kept | rollout | replay | peak |", "|---|---|---|---|---|---|---|"]
     for name, flags in (("adapters, both experts", ["--lora", "64"]), ("generation expert", ["--lora", "0", "--experts", "generation", "--shard"]),
                         ("all weights", ["--lora", "0", "--shard"])):
@@ -256,10 +257,10 @@ def memory_table() -> str:
                 cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--prompts", "-", "--resolution", str(pixels),
                                    "--think", str(4 * world), *flags])
                 policy = release_on_meta(tokenizer)
-                train.freeze(policy, cfg)
-                need = train.memory(policy, cfg, world)
+                freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
+                need = memory(policy, cfg, world)
                 kept = sum(v for k, v in need.items() if k not in ("rollout", "replay"))
-                rows.append(f"| {name} | {pixels} | {world} | {kept:.0f} | {need['rollout']:.0f} | {need['replay']:.0f} | {train.peak(need):.0f} |")
+                rows.append(f"| {name} | {pixels} | {world} | {kept:.0f} | {need['rollout']:.0f} | {need['replay']:.0f} | {peak(need):.0f} |")
     return "\n".join(rows)
 
 
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--variant", help=argparse.SUPPRESS)
     a = ap.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with one_line("bench.py"):
         if a.what == "memory":
             print(memory_table())
         elif a.variant:
@@ -281,8 +282,6 @@ def main(argv: list[str] | None = None) -> None:
             print(bench_release(load_policy(a.policy, device=device).requires_grad_(False)))
         else:
             print(bench(a.policy))
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.py: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

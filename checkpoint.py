@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,45 +33,53 @@ from policy import (GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy
 
 # ---- files ----
 
+@dataclass
+class Refusing(AbstractContextManager):
+    """Inside, an error of these kinds becomes a ValueError in one line, `what`: the error. So does a bare Exception, which tokenizers
+    raises and which an except clause could catch only together with all others."""
+
+    what: str
+    kinds: tuple
+
+    def __exit__(self, kind, error, trace):
+        if kind is Exception or isinstance(error, self.kinds):
+            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error     # of the ranks'
+            raise ValueError(f"{self.what}: {' '.join(str(first).split())[:300]}") from error
+
+
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in a file; `default` where the file is missing and there is one. Errors: ValueError, FileNotFoundError."""
     if not path.exists():
         if default is None:
-            raise FileNotFoundError(f"{path} is missing; a policy folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, "
-                                    "a folder of adapters adapter_config.json, adapter_model.safetensors")
+            raise FileNotFoundError(f"{path} is missing; a policy folder has llm_config.json, vit_config.json, ema.safetensors, "
+                                    "ae.safetensors, a folder of adapters adapter_config.json, adapter_model.safetensors")
         return dict(default)
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    with Refusing(f"{path} is not JSON", (ValueError, RecursionError)):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))          # some editors put a byte order mark first
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, must hold a JSON object")
     return content
 
 
 def open_tensors(folder: Path, stem: str) -> dict:
-    """Key -> open file of stem.safetensors, or else of the shards that stem.safetensors.index.json lists. Nothing is read yet."""
+    """Key -> open file: stem.safetensors, or else the shard that stem.safetensors.index.json names for the key. Nothing is read yet."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.exists():
-        files = [single]
-    elif index.exists():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
-            raise ValueError(f"{index} has no weight_map of keys to files")
-        files = [folder / f for f in sorted(set(listed.values()))]
-    else:
-        there = sorted(p.name for p in folder.iterdir() if p.suffix in (".pt", ".bin", ".pth", ".ckpt")) if folder.is_dir() else []
-        found = f"; it holds {there}, and pickled weights are not read" if there else ""
-        raise FileNotFoundError(f"{folder} has no {stem}.safetensors{found}; convert the weights to safetensors")
+    if not single.exists() and not index.exists():
+        pickled = sorted(p.name for p in folder.glob("*.*") if p.suffix in (".pt", ".bin", ".pth", ".ckpt"))
+        found = f"; it holds {pickled}, and pickled weights are not read" if pickled else ""
+        raise FileNotFoundError(f"{folder} has no {single.name}{found}; convert the weights to safetensors")
+    shard = {} if single.exists() else read_json(index).get("weight_map")
+    if not isinstance(shard, dict) or not all(isinstance(f, str) and f == Path(f).name for f in shard.values()):
+        raise ValueError(f"{index} has no weight_map of keys to names of files beside it")
     opened = {}
-    for file in files:
-        try:
+    for file in [single] if single.exists() else [folder / f for f in sorted(set(shard.values()))]:
+        with Refusing(f"{file} cannot be read as safetensors, download it again", (SafetensorError, OSError)):
             handle = safe_open(file, framework="pt")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{index} lists {file.name}, which is missing; download it again") from error
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); download it again") from error
-        opened |= {key: handle for key in handle.keys()}
+        held = set(handle.keys())
+        own = held if single.exists() else {k for k, f in shard.items() if f == file.name}
+        if wrong := sorted(own - held) or sorted(held - own - shard.keys()):
+            raise ValueError(f"{file} does not hold what {index.name} says: {wrong[0]} is in only one of them; download both again")
+        opened |= {key: handle for key in own}
     if not opened:
         raise ValueError(f"{single if single.exists() else index} holds no tensors")
     return opened
@@ -79,18 +88,26 @@ def open_tensors(folder: Path, stem: str) -> dict:
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether all numbers are finite, and stay so in dtype. Its extremes tell, without a copy of x; a NaN is one."""
+    return not x.numel() or bool(torch.stack(x.aminmax()).to(dtype or x.dtype).isfinite().all())
+
+
 def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=(), tied: dict[str, str] | None = None
            ) -> torch.dtype:
     """Give `module` the tensors of a file one by one, in `dtype` (None: the file's), and return the file's: that of most of its numbers.
 
     names: key in the file -> name in the module; masters: names that become fp32; tied: key -> the key that is read where the file lacks
-    it. Raises with all that do not fit.
+    it, and that it must equal where not. ValueError for all that does not fit, and for numbers that are not finite.
     """
     files, file = open_tensors(folder, stem), folder / f"{stem}.safetensors"
     source = {key: key if key in files else (tied or {}).get(key, key) for key in names}
     missing, extra = sorted(set(source.values()) - files.keys()), sorted(files.keys() - set(source.values()))
     if missing or extra:
         raise ValueError(f"{file}: {len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}")
+    for key, other in (tied or {}).items():
+        if source[key] == key and not torch.equal(files[key].get_tensor(key), files[other].get_tensor(other)):
+            raise ValueError(f"{file}: {key} differs from {other}, but tie_word_embeddings says that they are one; set it to false")
     want, state, numbers = module.state_dict(), {}, {}
     for key in files:
         held = files[key].get_slice(key)
@@ -105,29 +122,44 @@ def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dt
             value = value[:, :, 0, 0]                           # the autoencoder's 1x1 convolutions
         if value.shape != want[name].shape:
             raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(want[name].shape)}")
-        state[name] = placed(value, want[name]).to(device=device, dtype=torch.float32 if name in masters else dtype or stored)
+        kind = torch.float32 if name in masters else dtype or stored
+        if not finite(value, kind):
+            raise ValueError(f"{file}: {key} holds numbers that are not finite in {kind}")
+        state[name] = placed(value, want[name]).to(device=device, dtype=kind)
     module.load_state_dict(state, strict=False, assign=True)
     return stored
 
 
+@contextmanager
+def replaced(path: Path):
+    """Inside, a file to write; then it takes the place of `path`, whole or not at all, with the mode that the umask gives. It lies in a
+    folder of a fixed name, so that the next save clears away what a kill leaves. Errors: OSError in one line."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    file = scratch / path.name
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        file.touch()
+        mode = file.stat().st_mode
+        yield file
+        file.chmod(mode)                                        # safetensors makes its files private
+        os.replace(file, path)
+    except (SafetensorError, OSError) as error:                 # a full disk may be either
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file so that the path always holds a whole file: the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as file:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then in its place."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file whole or not at all."""
+    with replaced(path) as file:
+        file.write_bytes(content)
 
 
 # ---- the released layout ----
@@ -145,8 +177,9 @@ RELEASE_NAMES = (
 # diffusers' AutoencoderKL -> the release's (BFL's) keys.
 AE_NAMES = (
     ("down_blocks", "down"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"), ("mid_block.resnets.0", "mid.block_1"),
-    ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0", "mid.attn_1"), ("resnets", "block"), ("conv_shortcut", "nin_shortcut"),
-    ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("conv_norm_out", "norm_out"))
+    ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0", "mid.attn_1"), ("resnets", "block"),
+    ("conv_shortcut", "nin_shortcut"), ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+    ("conv_norm_out", "norm_out"))
 
 
 def release_name(name: str) -> str:
@@ -174,17 +207,16 @@ def load_policy(folder: str | Path, device="cpu", dtype: torch.dtype | None = No
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"policy folder {folder} does not exist")
-    config = PolicyConfig(read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json"),
-                          {**RELEASE_BAGEL, **read_json(folder / "bagel_config.json", {})}, read_json(folder / "ae_config.json", RELEASE_AE))
+    llm, vit, bagel, ae = (read_json(folder / f"{name}_config.json", default) for name, default in
+                           (("llm", None), ("vit", None), ("bagel", {}), ("ae", RELEASE_AE)))
+    config = PolicyConfig(llm, vit, RELEASE_BAGEL | bagel, ae)
     tokenizer = load_tokenizer(folder)
-    try:
-        check_config(config)
-        with torch.device("meta"):                          # no memory until the file's own tensors are assigned
+    with Refusing(f"a config file of {folder} lacks a field or holds what cannot be", (KeyError, TypeError, RuntimeError)):
+        for wrong, why in faults(config):
+            if wrong:
+                raise ValueError(why)
+        with torch.device("meta"):                              # no memory until the file's own tensors are assigned
             policy = Policy(config, tokenizer)
-    except KeyError as error:
-        raise ValueError(f"a config file of {folder} lacks the field {error}") from error
-    except TypeError as error:
-        raise ValueError(f"a config file of {folder} holds a size that cannot be: {error}") from error
     policy.autoencoder.requires_grad_(False)
     if prepare:
         prepare(policy)
@@ -223,36 +255,45 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
     ae = {release_ae_name(k, levels): v for k, v in policy.autoencoder.state_dict().items()}
     # The release stores the attention projections of the autoencoder as 1x1 convolutions.
     save_tensors({k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in ae.items()}, folder / "ae.safetensors")
-    with tempfile.TemporaryDirectory(dir=folder) as fresh:
-        policy.tokenizer.save_pretrained(fresh)
-        for file in Path(fresh).iterdir():
-            os.replace(file, folder / file.name)
+    files = tokenizer_files(policy.tokenizer)
+    for name in TOKENIZER_FILES:                                # a file of another tokenizer would be read beside these
+        write_atomic(folder / name, files[name]) if name in files else (folder / name).unlink(missing_ok=True)
 
 
-# What must be a whole number above 0, by file.
-SIZES = {"llm": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
-         "vit": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size"),
-         "bagel": ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"),
-         "ae": ("ch", "z_channels", "downsample", "num_res_blocks")}
-
-
-# Flags of which one value is implemented, the one that holds where a file does not say.
-FLAGS = (("llm", "hidden_act", "silu"), ("llm", "use_sliding_window", False), ("vit", "hidden_act", "gelu_pytorch_tanh"),
-         ("bagel", "connector_act", "gelu_pytorch_tanh"), ("bagel", "interpolate_pos", False))
+# What a field must be: a whole number above 0 (int), or the one value that is implemented, which also holds where a file does not say. A
+# field that is neither here nor read below changes nothing that is computed: dropout, vision_use_head (BAGEL's ViT has none) and the like.
+FIELDS = {
+    "llm": dict(hidden_size=int, intermediate_size=int, num_hidden_layers=int, num_attention_heads=int, num_key_value_heads=int,
+                vocab_size=int, model_type="qwen2", hidden_act="silu", attention_bias=True, qkv_bias=True, mlp_bias=False, qk_norm=True,
+                is_causal=True, use_sliding_window=False, use_mrope=False, partial_rotary_factor=1.0, quantization_config=False),
+    "vit": dict(hidden_size=int, intermediate_size=int, num_hidden_layers=int, num_attention_heads=int, patch_size=int, image_size=int,
+                model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3, rope=False, quantization_config=False),
+    "bagel": dict(latent_patch_size=int, max_latent_size=int, vit_max_num_patch_per_side=int, connector_act="gelu_pytorch_tanh",
+                  interpolate_pos=False, visual_gen=True, visual_und=True, vit_select_layer=-2, vit_rope=False),
+    "ae": dict(ch=int, z_channels=int, downsample=int, num_res_blocks=int, in_channels=3, out_ch=3, act_fn="silu", double_z=True,
+               attn_resolutions=[], mid_block_add_attention=True, tanh_out=False, use_quant_conv=False, use_post_quant_conv=False)}
 
 
 def faults(c: PolicyConfig):
-    """(whether it is so, what is said of it) of what no policy can have, one by one; a fault may presume that those above it are not there."""
-    sizes = [(file, name, getattr(c, file)[name]) for file, names in SIZES.items() for name in names]
+    """(whether it is so, what is said of it) of what no policy can have, one by one; a fault may presume that those above are not there."""
+    sizes = [(file, name, getattr(c, file)[name]) for file, fields in FIELDS.items() for name, kind in fields.items() if kind is int]
+    sizes += [(file, name, getattr(c, file).get(name, 1)) for file, name in (("llm", "max_position_embeddings"), ("ae", "norm_groups"))]
     sizes += [("ae", f"ch_mult[{i}]", m) for i, m in enumerate(c.ae["ch_mult"] or [None])]
-    sizes += [("ae", "norm_groups", c.ae.get("norm_groups", 32)), ("llm", "max_position_embeddings", c.llm.get("max_position_embeddings", 32768))]
     sizes += [("bagel", f"{name}[{i}]", n) for name in ("vae_resize", "vit_resize") for i, n in enumerate(getattr(c, name))]
     for file, name, value in sizes:
-        yield type(value) is not int or not 0 < value < 2**24, f"{file}_config.json: {name} is {value!r}, must be a whole number from 1 to 2^24"
+        whole = type(value) is int and 0 < value < 2**24
+        yield not whole, f"{file}_config.json: {name} is {value!r}, must be a whole number from 1 to 2^24"
+    llm = FIELDS["llm"] | dict(head_dim=c.head_dim, layer_types=["full_attention"] * c.llm["num_hidden_layers"])
+    for file, fields in (FIELDS | {"llm": llm}).items():
+        for name, one in fields.items():
+            value = getattr(c, file).get(name)
+            yield one is not int and value not in (None, one), f"{file}_config.json: {name} {value!r} is not implemented, only {one!r}"
     for name in ("rope_scaling", "rope_parameters"):
-        how = c.llm.get(name) or {}
-        yield (not isinstance(how, dict) or how.get("rope_type", how.get("type", "default")) != "default",
+        how, plain = c.llm.get(name) or {}, dict(rope_type="default", type="default", partial_rotary_factor=1.0)
+        yield (not isinstance(how, dict) or any(v is not None and v != plain.get(k) for k, v in how.items() if k != "rope_theta"),
                f"llm_config.json: {name} {how!r} is not implemented, only the default rotation")
+        theta = how.get("rope_theta", c.rope_theta)             # transformers 4 and 5 read it from different places
+        yield theta != c.rope_theta, f"llm_config.json: rope_theta is {c.rope_theta!r}, but {theta!r} in {name}; they must agree"
     for file, name, value, low in (("llm", "rms_norm_eps", c.rms_eps, 0.0), ("llm", "rope_theta", c.rope_theta, 1e-6),
                                    ("vit", "layer_norm_eps", c.vit.get("layer_norm_eps", 1e-6), 0.0),
                                    ("ae", "scale_factor", c.ae["scale_factor"], 1e-6), ("ae", "shift_factor", c.ae["shift_factor"], -1e30)):
@@ -262,23 +303,15 @@ def faults(c: PolicyConfig):
     yield D % 4 or D % (2 * H), "llm_config.json: hidden_size must be a multiple of 4 and an even multiple of num_attention_heads"
     yield H % c.llm["num_key_value_heads"], "llm_config.json: num_attention_heads must be a multiple of num_key_value_heads"
     yield c.vit["hidden_size"] % c.vit["num_attention_heads"], "vit_config.json: hidden_size must be a multiple of num_attention_heads"
-    yield c.vit.get("num_channels", 3) != 3, "vit_config.json: num_channels must be 3"
-    yield not c.ae["in_channels"] == c.ae["out_ch"] == 3, "ae_config.json: in_channels and out_ch must be 3"
     yield levels[0] != 1, "ae_config.json: ch_mult must start with 1, as AutoencoderKL's first level does"
     yield c.ae["downsample"] != 2 ** (len(levels) - 1), "ae_config.json: downsample must be 2 per level of ch_mult but the last"
     for rule, token in ((c.vae_resize, c.stride), (c.vit_resize, c.vit["patch_size"])):
         yield (len(rule) != 3 or rule[1] > rule[0] or rule[2] % token,
                "bagel_config.json: vae_resize and vit_resize must be longest, shortest, stride; the stride a multiple of a token's pixels")
-    for file, name, known in FLAGS:
-        value = getattr(c, file).get(name, known)
-        yield value != known, f"{file}_config.json: {name} {value!r} is not implemented, only {known!r}"
 
 
-def check_config(c: PolicyConfig) -> None:
-    """ValueError, in one line, for a configuration that no policy can have."""
-    for wrong, why in faults(c):
-        if wrong:
-            raise ValueError(why)
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja", "tokenizer.model")
 
 
 def load_tokenizer(folder: Path):
@@ -286,38 +319,28 @@ def load_tokenizer(folder: Path):
     than tokenizer_config.json says."""
     declare_torchvision_ops()
     from transformers import AutoTokenizer
-    check_vocabulary(folder)
     told = read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder", {})
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"the tokenizer files of {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
-    for i, token in told.items():
-        if (found := tokenizer.convert_tokens_to_ids(token["content"])) != int(i):
-            raise ValueError(f"{folder}: the token {token['content']} is {i} in tokenizer_config.json, but {found} as the tokenizer counts; "
-                             "added tokens must stand in vocab.json or follow it without a gap")
+    wanted = f"the tokenizer files of {folder} (tokenizer_config.json; vocab.json and merges.txt, or tokenizer.json) are missing or damaged"
+    with Refusing(wanted, (ValueError, OSError, AttributeError, TypeError, KeyError, IndexError, RecursionError, ImportError)):
+        if empty := [n for n in TOKENIZER_FILES if (folder / n).is_file() and not (folder / n).stat().st_size]:
+            raise ValueError(f"{empty[0]} is empty")            # merges.txt would be read as no merges
+        tokenizer = AutoTokenizer.from_pretrained(folder.resolve())
+        for i, token in told.items():
+            if (found := tokenizer.convert_tokens_to_ids(token["content"])) != int(i):
+                raise ValueError(f"the token {token['content']} is {i} in tokenizer_config.json, but {found} as the tokenizer counts; "
+                                 "added tokens must stand in vocab.json or follow it without a gap")
     return tokenizer
 
 
-def check_vocabulary(folder: Path) -> None:
-    """ValueError for what the tokenizers library would refuse with an Exception of no kind: files that are not JSON, merges that are
-    none. Files that are not there are not checked."""
-    whole_file, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    if not isinstance(read_json(whole_file, {"model": {}}).get("model"), dict):
-        raise ValueError(f"{whole_file} holds no model; download it again")
-    known = read_json(vocabulary, {})
-    if vocabulary.exists() and not (known and all(type(i) is int for i in known.values())):
-        raise ValueError(f"{vocabulary} holds no ids of tokens; download it again")
-    if not (vocabulary.exists() and merges.exists()):
-        return
-    try:
-        lines = merges.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{merges} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    pairs = [(i, line.split(" ")) for i, line in enumerate(lines, 1) if line.strip() and not line.startswith("#version")]
-    wrong = [i for i, pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= known.keys()]
-    if not pairs or wrong:
-        raise ValueError(f"{merges} holds no merges" if not pairs else f"{merges}:{wrong[0]}: not a merge of two tokens of {vocabulary.name}")
+def tokenizer_files(tokenizer) -> dict[str, bytes]:
+    """Name -> content: the files of the folder it was loaded from, byte for byte, since transformers 5 would write tokenizer.json alone,
+    which the official BAGEL code does not read; what transformers writes where there was no folder."""
+    read = lambda folder: {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
+    if tokenizer.name_or_path and (own := read(Path(tokenizer.name_or_path))):
+        return own
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return read(Path(folder))
 
 
 # ---- adapters ----
@@ -361,13 +384,38 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
     save_tensors(tensors, Path(folder) / "adapter_model.safetensors")
 
 
+# adapter_config.json: fields that are read or that change nothing in what is computed; values of others that mean plain LoRA. Of fields
+# that are in neither, null, false and empty ones do.
+ADAPTER_FREE = {"r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "lora_dropout", "base_model_name_or_path", "revision",
+                "task_type", "inference_mode", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "eva_config"}
+ADAPTER_PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
+
+
+def check_adapter(config: dict, modules: set[str]) -> None:
+    """ValueError for a config of anything but plain LoRA on the modules of these names."""
+    for name, value in config.items():
+        plain = value is None or value is False or value in ("", [], {}) or value in ADAPTER_PLAIN.get(name, ())
+        if name not in ADAPTER_FREE and not plain:
+            raise ValueError(f"{name} {value!r} is not implemented, only plain LoRA")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if type(r) is not int or not 0 < r < 2**16 or type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+        raise ValueError(f"it lacks the numbers r, a whole one above 0, and lora_alpha; they are {r!r} and {alpha!r}")
+    for name, wanted in (("target_modules", True), ("exclude_modules", False)):
+        if (said := config.get(name)) and said != "all-linear":
+            hit = {m for m in modules if (re.fullmatch(said, m) if isinstance(said, str) else any(f".{m}".endswith(f".{t}") for t in said))}
+            if wrong := sorted(modules - hit if wanted else hit):
+                raise ValueError(f"{name} {said!r} leaves out {wrong[0]}, of which there are weights")
+
+
 def load_adapters(policy: Policy, folder: str | Path) -> Policy:
-    """Put the adapters of a folder of `save_adapters` on the policy, in place; their keys and shapes are checked."""
-    config, files = read_json(Path(folder) / "adapter_config.json"), open_tensors(Path(folder), "adapter_model")
-    if lacks := [k for k in ("r", "lora_alpha") if not isinstance(config.get(k), (int, float))]:
-        raise ValueError(f"{Path(folder) / 'adapter_config.json'} lacks the numbers {lacks}")
+    """Put the adapters of a folder of `save_adapters`, or of peft, on the policy, in place; config, keys and shapes are checked."""
+    path = Path(folder) / "adapter_config.json"
+    config, files = read_json(path), open_tensors(Path(folder), "adapter_model")
+    with Refusing(f"{path}", (ValueError, TypeError, re.error)):
+        check_adapter(config, {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in files})
+    scale = math.sqrt(config["r"]) if config.get("use_rslora") else 1.0     # peft then divides alpha by sqrt(r), LoRA always by r
     experts = tuple(e for e in (UNDERSTANDING, GENERATION) if any(("_moe_gen" in k) == e for k in files))
-    add_lora(policy, config["r"], config["lora_alpha"], experts)
+    add_lora(policy, config["r"], config["lora_alpha"] * scale, experts)
     names = {f"base_model.model.{release_name(f'{n}.weight').removesuffix('.weight')}.lora_{k}.weight": f"{n}.{k}"
              for n in adapters(policy) for k in "AB"}
     assign(policy, Path(folder), "adapter_model", names, torch.float32, policy.device)
@@ -429,6 +477,21 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 
 
 # ---- what a run keeps ----
+
+EXPERTS = {"understanding": UNDERSTANDING, "generation": GENERATION}
+
+
+def freeze(policy: Policy, experts: str, lora: int, checkpointing: bool) -> None:
+    """Leave trainable adapters of rank `lora` or, at 0, all weights, of one expert or of "both"."""
+    names = [*EXPERTS] if experts == "both" else [experts]
+    if lora:
+        add_lora(policy, lora, 2.0 * lora, tuple(EXPERTS[name] for name in names))
+    for name, params in policy.trainable_by_expert().items():
+        for p in params:
+            p.requires_grad_(name in names)
+    for block in policy.blocks:
+        block.checkpointing = checkpointing
+
 
 def trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
     """name -> parameter of what the run trains."""
@@ -498,51 +561,76 @@ def save_checkpoint(out: Path, tensors: dict[str, Tensor], step: int, sharded: b
     dist.barrier()
 
 
+def whole_checkpoint(path: Path) -> Refusing:
+    return Refusing(f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read",
+                    (CheckpointException, SafetensorError, ValueError, KeyError))
+
+
 def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, of a sharded one this rank's part, from a checkpoint of either kind."""
-    try:
+    """Fill tensors, of a sharded one this rank's part, from a checkpoint of either kind. ValueError for numbers that are not finite: of a
+    file before a tensor changes, of a folder, which is read in place, after."""
+    with whole_checkpoint(path):
         if path.is_dir():
             alone = not any(isinstance(v, DTensor) for v in tensors.values())
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
-            return
+            bad = [k for k, v in tensors.items() if not finite(v.to_local() if isinstance(v, DTensor) else v)]
+        else:
+            with safe_open(path, framework="pt") as file:
+                bad = [k for k in tensors if not finite(file.get_tensor(k))]
+                for key, value in tensors.items() if not bad else ():
+                    value.copy_(placed(file.get_tensor(key).to(value.device), value))
+    if bad:
+        raise ValueError(f"{path}: {bad[0]} holds numbers that are not finite; no run can go on from them")
+
+
+def stored_kinds(path: Path) -> dict[str, tuple]:
+    """Key -> (shape, dtype) of a checkpoint of either kind."""
+    with whole_checkpoint(path):
+        if path.is_dir():
+            held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+            if holes := [k for k, v in held.items() if sum(math.prod(c.sizes) for c in v.chunks) != math.prod(v.size)]:
+                raise ValueError(f"parts of {holes[0]} are missing")
+            return {k: (tuple(v.size), v.properties.dtype) for k, v in held.items()}
         with safe_open(path, framework="pt") as file:
-            for key, value in tensors.items():
-                value.copy_(placed(file.get_tensor(key).to(value.device), value))
-    except CheckpointException as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {next(iter(error.failures.values()))[0]}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors checkpoint ({error}); pickled checkpoints are not read") from error
-
-
-def stored_step(path: Path) -> int:
-    """The step of a checkpoint of either kind."""
-    step = torch.tensor(0)
-    read_checkpoint(path, {"step": step})
-    return int(step)
-
-
-def stored_shapes(path: Path) -> dict[str, tuple]:
-    """Key -> shape of a checkpoint of either kind."""
-    if path.is_dir():
-        return {k: tuple(v.size) for k, v in dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata.items()}
-    with safe_open(path, framework="pt") as file:
-        return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+            held = {k: file.get_slice(k) for k in file.keys()}
+            return {k: (tuple(v.get_shape()), (FLOATS | {"I64": torch.int64}).get(v.get_dtype())) for k, v in held.items()}
 
 
 def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
-    """Put the checkpoint in `out` into a run's tensors and return its step. All keys and shapes are checked before anything changes."""
+    """Put the checkpoint in `out` into a run's tensors and return its step. Keys, shapes and dtypes are checked before anything changes."""
     into = tensors | {"step": torch.tensor(0)}
-    there = [p for p in (out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.old") if p.exists()]
+    single, folder, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.old"
+    there = [p for p in (single, folder if folder.exists() else old) if p.exists()]         # a kill may leave one of each kind
     if not there:
-        raise FileNotFoundError(f"no checkpoint {out / 'checkpoint.safetensors'} to resume from")
-    path = max(there, key=stored_step)                          # a kill may leave one of each kind
-    want, has = {k: tuple(v.shape) for k, v in into.items()}, stored_shapes(path)
-    missing, extra = sorted(want.keys() - has.keys()), sorted(has.keys() - want.keys())
-    if missing or extra:
-        raise ValueError(f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} keys extra {extra[:6]}; "
-                         "was it written with another --policy, --lora or --experts?")
-    for key, shape in want.items():
-        if has[key] != shape:
-            raise ValueError(f"{path}: {key} has shape {has[key]}, the policy {shape}")
+        raise FileNotFoundError(f"no checkpoint {single} to resume from")
+    want, steps = {k: (tuple(v.shape), v.dtype) for k, v in into.items()}, {}
+    for path in there:
+        has = stored_kinds(path)
+        missing, extra = sorted(want.keys() - has.keys()), sorted(has.keys() - want.keys())
+        if missing or extra:
+            raise ValueError(f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} keys extra {extra[:6]}; "
+                             "was it written with another --policy, --lora or --experts?")
+        if wrong := [k for k in want if has[k] != want[k]]:
+            raise ValueError(f"{path}: {wrong[0]} has shape {has[wrong[0]]}, the policy {want[wrong[0]]}")
+        read_checkpoint(path, {"step": into["step"]})
+        steps[path] = int(into["step"])
+    path = max(steps, key=steps.get)
+    if steps[path] < 0:
+        raise ValueError(f"{path}: step is {steps[path]}, must be 0 or above")
     read_checkpoint(path, into)
-    return int(into["step"])
+    return steps[path]
+
+
+def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list | None) -> Path:
+    """Save the weights and the batches of a step whose loss or gradient is not finite, one file per rank; returns its path. work:
+    (batch, rollout, advantages) of each task."""
+    path = out / f"bad_step_{rank}.safetensors"
+    tensors = {f"policy.{n}": p.to_local() if isinstance(p, DTensor) else p for n, p in trainable(policy).items()}
+    tensors |= {"step": torch.tensor(step)}
+    for batch, r, adv in work or []:
+        tensors[f"{batch.task}.adv"] = adv
+        for i, s in enumerate(r.segments):
+            held = vars(s) | (vars(s.flow) if getattr(s, "flow", None) else {})
+            tensors |= {f"{batch.task}.{i}.{k}": v.clone() for k, v in held.items() if isinstance(v, Tensor)}
+    save_tensors(tensors, path)
+    return path

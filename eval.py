@@ -1,74 +1,43 @@
-"""Evaluation: fixed held-out prompts and questions, ODE sampling, greedy text; plots of logs.
+"""What a policy is worth: tables on held-out rows, plots and pictures of runs, and the log that they read.
 
-    python eval.py --policy out/policy                       # a table by GenEval tag and question kind, with standard errors
+    python eval.py --policy out/policy                       # a table by task and tag, with standard errors
     python eval.py plot out/log.jsonl control/log.jsonl      # curves of one or several runs
 
-Truth is the exact detector of shapes.py through GenEval's checker; the recipes' reward "ins" is built on the same two, the others are
-not. Standard errors are over prompts (their samples are not independent); the mean over tags weighs tags equally, as GenEval does; the
-error of a change treats the two evaluations as independent. Every number comes from the seeds given here.
+Truth is the exact detector of toy/shapes.py through GenEval's checker; the recipes' reward "ins" is built on the same two, the others are
+not. Standard errors are over rows (the samples of a prompt are not independent); the mean over tags weighs tags equally, as GenEval does;
+the error of a change treats the two evaluations as independent. Every number comes from the seeds given here.
 """
 
+import io
 import json
 import math
+import os
+import platform
 import re
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import flow_grpo
-from checkpoint import load_policy, write_atomic
+from checkpoint import gathered, load_policy, write_atomic
 from policy import Policy
-from rewards import geneval_check
-from sample import TOY, Arguments, Draw, Read, See, Write, images_of, rollout, scale_of, texts_of, to_bytes
-from toy import shapes
+from rewards import Samples
+from sample import TOY, Arguments, Draw, Write, images_of, one_line, sample_plan, save_grid, say, scale_of, to_bytes
+from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, precision, room_to_gather, samples_of, spaced
 
-KINDS = ("count", "color", "shape", "exists", "relation")
-PROMPTS_PER_TAG, SAMPLES, THOUGHTS, QUESTIONS, ODE_STEPS, SHIFT, SIZE = 32, 8, 96, 1000, 10, 2.0, (32, 32)
-
-
-def rendered(scenes: list[shapes.Scene]) -> torch.Tensor:
-    """Scenes as the policy reads their pictures: (N, 3, 32, 32) in [-1, 1]."""
-    return torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+ODE_STEPS, SHIFT, SIZE = 10, 2.0, (32, 32)
+ROWS_AT_ONCE = 500
 
 
-def detector(images: torch.Tensor) -> list[list[dict]]:
-    """The toy's exact detector on (N, 3, 32, 32) in [0, 1]."""
-    return shapes.detect(to_bytes(images))
-
-
-def truth(metadata: list[dict], detections: list[list[dict]]) -> np.ndarray:
-    """1.0 where GenEval's checker passes, per sample (N,)."""
-    return np.array([float(geneval_check(m, found)[0]) for m, found in zip(metadata, detections)])
-
-
-def spaced(rows: list, n: int) -> list:
-    """n rows evenly spaced in the list; all where it has fewer."""
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
-
-
-def held_out_prompts(pairs: bool = False) -> list[dict]:
-    """Evaluation prompts, none of which is trained on: at most PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training
-    (3, 6, 9, 15, 32, 32), or, pairs=True, as many of all tags together that name a pair that training never shows.
-
-    Another phrasing of the same meaning is trained on, but for three in ten of position and nearly half of color_attr (`shapes.prompts`)."""
-    pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
-    if pairs:
-        return spaced(pool, PROMPTS_PER_TAG)
-    return [m for tag in shapes.TAGS for m in spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
-
-
-def held_out_questions(pairs: bool = False, seed: int = 7):
-    """(scenes, questions): QUESTIONS scenes that training never asks about, one question each, kinds in turn; with pairs=True half as
-    many, each with a (colour, shape) pair that training never shows."""
-    rng, scenes, questions = np.random.default_rng(seed), [], []
-    while len(questions) < QUESTIONS // (1 + pairs):
-        kind, scene = KINDS[len(questions) % len(KINDS)], shapes.random_scene(rng, "eval")
-        if any((o.color, o.shape) in shapes.HELD_OUT for o in scene) == pairs and kind in shapes.question_kinds(scene):
-            scenes.append(scene)
-            questions.append(shapes.make_question(scene, rng, kind, training=False))
-    return scenes, questions
+def plain_choices() -> Choices:
+    """Greedy text, ODE sampling."""
+    return Choices(Write(24, temperature=0.0), Write(4, temperature=0.0), Draw(SIZE, flow_grpo.time_grid(ODE_STEPS, SHIFT)))
 
 
 def mean_and_error(values) -> tuple[float, float]:
@@ -76,54 +45,54 @@ def mean_and_error(values) -> tuple[float, float]:
     return values.mean().item(), (values.std(ddof=1) / math.sqrt(len(values))).item() if len(values) > 1 else float("nan")
 
 
-def draw_eval(policy: Policy, metadata: list[dict], think: bool, seed: int, samples: int = SAMPLES):
-    """Samples of every prompt, prompt-major: (images (N, 3, H, W) in [0, 1], texts or None)."""
-    plan = [Read([m["prompt"] for m in metadata])] + [Write(24, temperature=0.0)] * think
-    plan.append(Draw(SIZE, flow_grpo.time_grid(ODE_STEPS, SHIFT)))
-    r = rollout(policy, plan, seed=seed, step=0, prompts=list(range(len(metadata))), G=samples)
-    return images_of(policy, r), texts_of(policy, r)
+def answered(policy: Policy, task: Task, rows: list[Row], seed: int, samples: int | None = None) -> Samples:
+    """What rewards and truth read of `samples` of every row, prompt-major; None: as many as the task's evaluation takes."""
+    G, done = samples or task.samples, []
+    for i in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[i:i + ROWS_AT_ONCE]
+        r = sample_plan(policy, task.plan(some, plain_choices()), seed=seed, step=0, prompts=list(range(i, i + len(some))), G=G)
+        done.append(samples_of(policy, some, r))
+    return joined(done)
 
 
-def answer_eval(policy: Policy, scenes, questions, batch: int = 500) -> list[str]:
-    """Greedy answers to the questions about the rendered scenes."""
-    out = []
-    for i in range(0, len(scenes), batch):
-        pixels = rendered(scenes[i:i + batch])
-        plan = [See(pixels), Read([q["question"] for q in questions[i:i + batch]]), Write(4, temperature=0.0)]
-        out += texts_of(policy, rollout(policy, plan, seed=0, step=0, prompts=list(range(len(pixels))), G=1))
-    return out
+def joined(some: list[Samples]) -> Samples:
+    """Samples behind one another."""
+    def column(name: str):
+        held = [getattr(s, name) for s in some]
+        if held[0] is None:
+            return None
+        return torch.cat(held) if isinstance(held[0], Tensor) else [x for each in held for x in each]
+    return Samples(*(column(name) for name in ("prompts", "metadata", "texts", "images", "sources", "answers")))
 
 
-def drawn_truth(policy: Policy, metadata: list[dict], seed: int):
-    """(share of true samples per prompt (B,), images, detections) of prompts drawn at once."""
-    images, _ = draw_eval(policy, metadata, think=False, seed=seed)
-    found = detector(images)
-    return truth([m for m in metadata for _ in range(SAMPLES)], found).reshape(-1, SAMPLES).mean(1), images, found
+def right_share(policy: Policy, task: Task, rows: list[Row], seed: int):
+    """(share of true samples per row (B,), samples, detections)."""
+    samples = answered(policy, task, rows, seed)
+    found = detect(samples.images) if task.draws else None
+    return task.truth(samples, found).double().view(len(rows), -1).mean(1).numpy(), samples, found
 
 
 def evaluate(policy: Policy, seed: int = 1234) -> dict[str, tuple[float, float]]:
-    """name -> (mean, standard error): draw/<tag>, draw, think, thought, ask/<kind>, ask, the variety of draw within groups, and draw and
-    ask on pairs that training never shows (held_out)."""
-    table, metadata = {}, held_out_prompts()
-    right, images, found = drawn_truth(policy, metadata, seed)
-    for tag in shapes.TAGS:
-        table[f"draw/{tag}"] = mean_and_error([r for r, m in zip(right, metadata) if m["tag"] == tag])
-    parts = [table[f"draw/{tag}"] for tag in shapes.TAGS]
-    table["draw"] = (float(np.mean([m for m, _ in parts])), math.sqrt(sum(e * e for _, e in parts)) / len(parts))
-    table["draw/held_out"] = mean_and_error(drawn_truth(policy, held_out_prompts(pairs=True), seed + 2)[0])
-    table |= {name: (value, float("nan")) for name, value in shapes.diversity(to_bytes(images), found, SAMPLES).items()}
-    implicit = spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], THOUGHTS)
-    images, texts = draw_eval(policy, implicit, think=True, seed=seed + 1, samples=4)
-    table["think"] = mean_and_error(truth([m for m in implicit for _ in range(4)], detector(images)).reshape(-1, 4).mean(1))
-    table["thought"] = mean_and_error([float(t == m["thought"]) for t, m in zip(texts[::4], implicit)])
-    scenes, questions = held_out_questions()
-    right = [float(a.strip() == q["answer"]) for a, q in zip(answer_eval(policy, scenes, questions), questions)]
-    for kind in KINDS:
-        table[f"ask/{kind}"] = mean_and_error([r for r, q in zip(right, questions) if q["kind"] == kind])
-    table["ask"] = mean_and_error(right)
-    scenes, questions = held_out_questions(pairs=True)
-    table["ask/held_out"] = mean_and_error([a.strip() == q["answer"] for a, q in zip(answer_eval(policy, scenes, questions), questions)])
+    """name -> (mean, standard error) of every task with held-out rows: <task>/<tag>, <task>, <task>/held_out (pairs that training never
+    shows), and what the task measures beside its truth."""
+    table = {}
+    for place, (name, task) in enumerate(TASKS.items()):
+        if task.held_out is not None:
+            table |= evaluate_task(policy, name, task, seed + place)
     return table
+
+
+def evaluate_task(policy: Policy, name: str, task: Task, seed: int) -> dict[str, tuple[float, float]]:
+    rows = task.held_out(False)
+    right, samples, found = right_share(policy, task, rows, seed)
+    table = {f"{name}/{tag}": mean_and_error([x for x, row in zip(right, rows) if row.metadata["tag"] == tag]) for tag in task.tags}
+    each = list(table.values())
+    table[name] = (float(np.mean([m for m, _ in each])), math.sqrt(sum(e * e for _, e in each)) / len(each)) if task.mean_of_tags \
+        else mean_and_error(right)
+    if unseen := task.held_out(True):
+        table[f"{name}/held_out"] = mean_and_error(right_share(policy, task, unseen, seed + 2)[0])
+    beside = task.also(rows, samples, found, task.samples) if task.also else {}
+    return table | {k: mean_and_error(v) if isinstance(v, list) else (v, float("nan")) for k, v in beside.items()}
 
 
 def print_table(table: dict[str, tuple[float, float]]) -> str:
@@ -132,63 +101,250 @@ def print_table(table: dict[str, tuple[float, float]]) -> str:
 
 
 def markdown_row(name: str, table: dict[str, tuple[float, float]]) -> str:
-    cell = lambda k: f"{table[k][0]:.3f} ± {table[k][1]:.3f}" if math.isfinite(table[k][1]) else f"{table[k][0]:.2f}"
-    columns = ("draw", "think", "ask", "draw/held_out", "ask/held_out", "layout_entropy", "pairwise_distance")
-    return f"| {name} | " + " | ".join(map(cell, columns)) + " |"
+    """The headlines of a table: tasks, unseen pairs, and what has no error."""
+    def cell(key: str) -> str:
+        mean, error = table[key]
+        return f"{mean:.3f} ± {error:.3f}" if math.isfinite(error) else f"{mean:.2f}"
+    keys = [k for k in table if k in TASKS] + [k for k in table if k.endswith("/held_out")] + [k for k in table if not math.isfinite(table[k][1])]
+    return f"| {name} | " + " | ".join(map(cell, keys)) + " |"
+
+
+# ---- the log of a run ----
+
+
+class Log:
+    """out/log.jsonl, one JSON object a line; the first tells what ran. Only one rank writes, and only one run at a time owns the folder.
+
+    A resumed run goes on in the same file and adds a row of what differs from the run that it resumes. A run that starts anew first moves
+    an older run's log and checkpoint into out/previous (out/previous2, ...), not before its own first step is done.
+    """
+
+    def __init__(self, out: Path, config: dict, active: bool, world: int):
+        self.path, self.active, self.evaluated, self.waiting, self.opened = out / "log.jsonl", active, set(), [], False
+        self.head = dict(config=config, command=" ".join(sys.argv), commit=commit(), world=world,
+                         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+        self.begun, self.owned = time.monotonic(), None
+        if active:
+            out.mkdir(parents=True, exist_ok=True)
+            self.owned = Owner(out)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.owned:
+            self.owned.close()
+
+    def resume(self, step: int) -> None:
+        """Go on behind the rows of the steps before `step`; what cannot be read is dropped."""
+        if not self.active or not self.path.exists():
+            return
+        head, rows = read_rows(self.path)
+        kept = [r for r in rows if r.get("step", step) < step or "eval" in r and r["step"] == step]
+        self.begun -= max([r["seconds"] for r in kept if isinstance(r.get("seconds"), (int, float))], default=0.0)
+        self.evaluated = {r["step"] for r in kept if "eval" in r}
+        changed = differences(head, self.head) if head else {}
+        self.write([head or self.head, *kept])
+        self.opened = True
+        if changed:
+            say("resumes with other settings: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
+            self(step=step, resumed=changed)
+
+    def __call__(self, **record) -> None:
+        """Add a row. Rows before the first step's wait for it."""
+        if not self.active:
+            return
+        if "eval" in record:
+            self.evaluated.add(record["step"])
+        row = dict(seconds=round(time.monotonic() - self.begun, 2), **record)
+        if not self.opened and "eval" in record:
+            self.waiting.append(row)
+            return
+        self.open()
+        if not self.path.exists():                              # deleted while the run goes
+            self.write([self.head])
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def open(self) -> None:
+        """Put an older run aside and begin the file, with the rows that waited."""
+        if self.active and not self.opened:
+            set_aside(self.path.parent)
+            self.write([self.head, *self.waiting])
+            self.opened = True
+
+    def write(self, rows: list[dict]) -> None:
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in rows).encode())
+
+
+class Owner:
+    """Holds the lock by which a run owns its folder; it ends with the process, however that ends. ValueError where another run holds it."""
+
+    def __init__(self, out: Path):
+        self.held = None
+        if sys.platform == "win32":                             # has no such locks
+            return
+        import fcntl
+        self.held = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise ValueError(f"--out {out} is in use by another run; give another folder, or wait for its end") from error
+        except OSError:                                         # a network's file system without locks
+            say(f"warning: {out} cannot be locked; see to it that no other run writes there")
+
+    def close(self) -> None:
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
+
+    __del__ = close
+
+
+def set_aside(out: Path) -> None:
+    """Move the log and the checkpoints of an older run into a folder of their own, so that nothing of it is lost or resumed by mistake."""
+    names = [n for n in ("log.jsonl", "checkpoint.safetensors", "checkpoint", "checkpoint.old") if (out / n).exists()]
+    if names:
+        number = next(i for i in range(1, 10**6) if not (out / f"previous{i if i > 1 else ''}").exists())
+        folder = out / f"previous{number if number > 1 else ''}"
+        folder.mkdir()
+        for name in names:
+            (out / name).rename(folder / name)
+
+
+# What may differ between a run and its resumption without changing what is computed.
+FREE = ("resume", "out", "steps", "eval_every", "save_every", "micro", "rollout_batch", "referee_batch")
+
+
+def differences(old: dict, new: dict) -> dict[str, list]:
+    """name -> [old, new] of the settings, commit, versions and number of ranks in which two heads of a log differ."""
+    def flat(head: dict) -> dict:
+        config = head.get("config") or {}
+        nested = {k: v for part in config.values() if isinstance(part, dict) for k, v in part.items()}
+        plain = {k: v for k, v in config.items() if not isinstance(v, dict) and k not in FREE}
+        return plain | nested | (head.get("versions") or {}) | {k: head.get(k) for k in ("commit", "world")}
+    a, b = flat(old), flat(new)
+    return {k: [a.get(k), b.get(k)] for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def commit() -> str | None:
+    """The commit of these files, with "+" where they differ from it; None outside git or without it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_rows(path: Path) -> tuple[dict | None, list[dict]]:
+    """A log's head, or None where it is lost, and its other rows; torn and blank lines, as a crash leaves them, are passed over."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and ("step" in row or "config" in row):
+            rows.append(row)
+    heads = [row for row in rows if "config" in row]
+    return (heads[0] if heads else None), [row for row in rows if "config" not in row]
+
+
+def read_log(path: Path) -> tuple[dict, list[dict]]:
+    """A log's head and its other rows; ValueError for a file that is no log."""
+    head, rows = read_rows(path)
+    if head is None:
+        raise ValueError(f"{path} is not a log of train.py: no line of it holds the config")
+    return head, rows
+
+
+# ---- looks at a run ----
+
+
+def look(run, step: int) -> None:
+    """The averaged weights of a train.Run on held-out rows, logged where their truth is known, and a few prompts drawn into out/samples."""
+    cfg, policy = run.cfg, run.policy
+    due = cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated
+    if policy.sharded:                                          # then all ranks' forwards are needed
+        due = run.ranks.total(torch.tensor(int(due), device=run.ranks.device)).item()
+    if not due:
+        return
+    with run.average.swapped(policy), gathered(policy, room_to_gather(policy.device)), precision(cfg, policy.device):
+        if run.source.evaluated:
+            table = evaluate(policy)
+            run.log(step=step, eval={k: [round(x, 5) if math.isfinite(x) else None for x in v] for k, v in table.items()})
+        images = preview(policy, run.source, cfg)
+    if images is not None and run.ranks.rank == 0:
+        path = Path(cfg.out) / "samples" / f"{step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(images, str(path), columns=4)
+
+
+def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
+    """(16, 3, H, W) four prompts of step 0 with four samples each, of the last task in use that draws; None where none does."""
+    drawing = [name for name in in_use(cfg) if TASKS[name].draws]
+    if not drawing:
+        return None
+    name, choices = drawing[-1], choices_of(cfg, (0, 0))
+    rows = source.pools[name]((cfg.seed, 0, list(TASKS).index(name)), 4, range(4))
+    # Without noise on the way, equal starts would give equal pictures.
+    plan = TASKS[name].plan(rows, Choices(choices.think, choices.answer, replace(choices.draw, shared_noise=False), choices.system_prompt))
+    return images_of(policy, sample_plan(policy, plan, seed=cfg.seed, step=0, prompts=list(range(4)), G=4))
 
 
 # ---- pictures ----
 
 
-def read_log(path: Path) -> tuple[dict, list[dict]]:
-    """A log's first record and the others. A torn last line, as a crash leaves it, is dropped."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    if not rows or not all(isinstance(row, dict) for row in rows) or "config" not in rows[0]:
-        raise ValueError(f"{path} is not a log of train.py: its first line must hold the config")
-    return rows[0], rows[1:]
+def panels_of(looks: list[dict]) -> list[tuple[str, str]]:
+    """(key, title) of the headlines that a run's evaluations hold: tasks, then what has no error."""
+    keys = dict.fromkeys(k for row in looks for k, (_, error) in row["eval"].items() if k in TASKS or error is None)
+    return [(k, TASKS[k].title if k in TASKS else k.replace("_", " ")) for k in sorted(keys, key=lambda k: k not in TASKS)]
 
 
 def plot(paths: list[Path], out: Path) -> None:
-    """Held-out truth with two standard errors, within-group variety, and the training reward, over minutes; one colour a run."""
+    """Held-out truth with two standard errors, variety within groups, and the training reward, over minutes; one colour a run. What a log
+    does not hold leaves a gap."""
+    runs = [(path, *read_log(path)) for path in paths]
+    looks = {path: [r for r in rows if "eval" in r] for path, _, rows in runs}
+    if empty := [path for path in paths if not any(r["eval"] for r in looks[path])]:
+        raise ValueError(f"{empty[0]} holds no evaluation to plot")
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = (("draw", "text to image"), ("think", "think, then draw"), ("ask", "questions"), ("layout_entropy", "layout entropy, bits"))
-    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(17, 3.4), layout="constrained")
-    for n, path in enumerate(paths):
-        head, rows = read_log(path)
-        looks = [r for r in rows if "eval" in r]
-        if not looks or any(key not in r["eval"] for r in looks for key, _ in panels):
-            raise ValueError(f"{path} holds no evaluation to plot")
-        minutes = [r["seconds"] / 60 for r in looks]
-        name = f"{head['config']['recipe']}, seed {head['config']['seed']}"
-        for axis, (key, title) in zip(axes, panels):
-            mean, error = np.array([[np.nan if x is None else x for x in r["eval"][key]] for r in looks], dtype=float).T
-            axis.plot(minutes, mean, marker="o", markersize=3, color=f"C{n}", label=name,
-                      linestyle="--" if head["config"]["recipe"] == "control" else "-")
-            if np.isfinite(error).all():
-                axis.fill_between(minutes, mean - 2 * error, mean + 2 * error, color=f"C{n}", alpha=0.15, linewidth=0)
-            axis.set(title=title, xlabel="minutes")
-            axis.spines[["top", "right"]].set_visible(False)
-        steps = [r for r in rows if "eval" not in r]
-        keys = [k for k in (steps[0] if steps else {}) if re.fullmatch(r"\w+/reward", k)]
-        if keys:
-            reward = np.array([[r[k] for k in keys] for r in steps]).mean(1)
-            axes[-1].plot([r["seconds"] / 60 for r in steps], reward / reward[:5].mean(), color=f"C{n}", linewidth=1)
-    axes[-1].set(title="training reward, start = 1", xlabel="minutes")
-    axes[-1].spines[["top", "right"]].set_visible(False)
-    for axis in axes[:3]:
-        axis.set_ylim(0, 1)
+    panels = panels_of([row for path in paths for row in looks[path]])
+    figure, (axes,) = plt.subplots(1, len(panels) + 1, figsize=(3.4 * (len(panels) + 1), 3.4), layout="constrained", squeeze=False)
+    for n, (path, head, rows) in enumerate(runs):
+        recipe = head["config"]["recipe"]
+        style = dict(color=f"C{n}", label=f"{recipe}, seed {head['config']['seed']}", linestyle="--" if recipe == "control" else "-")
+        minutes = np.array([r["seconds"] / 60 for r in looks[path]])
+        for axis, (key, _) in zip(axes, panels):
+            both = [r["eval"].get(key, (None, None)) for r in looks[path]]
+            mean, error = np.array([[np.nan if x is None else x for x in pair] for pair in both], dtype=float).T
+            axis.plot(minutes, mean, marker="o", markersize=3, **style)
+            axis.fill_between(minutes, mean - 2 * error, mean + 2 * error, color=f"C{n}", alpha=0.15, linewidth=0)
+        at, reward = rewards_over(rows)
+        axes[-1].plot(at, reward, color=f"C{n}", linewidth=1)
+    for axis, (key, title) in zip(axes, [*panels, ("", "training reward, start = 1")]):
+        axis.set(title=title, xlabel="minutes", **(dict(ylim=(0, 1)) if key in TASKS else dict(ylim=(0, None)) if key else {}))
+        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out truth")
-    axes[3].set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    save_figure(figure, out, dpi=110)
+
+
+def rewards_over(rows: list[dict]) -> tuple[list[float], np.ndarray]:
+    """Minutes and the mean of the tasks' training rewards, each divided by its mean over the first five steps that have it."""
+    keys = dict.fromkeys(k for r in rows for k in r if re.fullmatch(r"\w+/reward", k))
+    steps = [r for r in rows if any(k in r for k in keys)]
+    scale = {k: np.mean([r[k] for r in steps if k in r][:5]) for k in keys}
+    return [r["seconds"] / 60 for r in steps], np.array([np.mean([r[k] / scale[k] for k in keys if k in r]) for r in steps])
+
+
+def gallery(task: Task) -> list[Row]:
+    """A few held-out rows of a task: one per tag, or two."""
+    rows = task.held_out(False)
+    return [spaced([row for row in rows if row.metadata["tag"] == tag], 3)[1] for tag in task.tags] or spaced(rows, 4)[1:3]
 
 
 def before_after(before: Policy, after: Policy, out: Path, per_prompt: int = 6, seed: int = 99) -> None:
@@ -196,31 +352,36 @@ def before_after(before: Policy, after: Policy, out: Path, per_prompt: int = 6, 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plain = [spaced([m for m in held_out_prompts() if m["tag"] == tag], 3)[1] for tag in shapes.TAGS]
-    implicit = spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], 4)[1:3]
-    grids = []
-    for policy in (before, after):
-        drawn, _ = draw_eval(policy, plain, False, seed, per_prompt)
-        thought, texts = draw_eval(policy, implicit, True, seed, per_prompt)
-        images, metadata = torch.cat([drawn, thought]), [m for m in plain + implicit for _ in range(per_prompt)]
-        grids.append((to_bytes(images), truth(metadata, detector(images)), texts[::per_prompt]))
-    rows = len(plain) + len(implicit)
-    figure, axes = plt.subplots(rows, 2 * per_prompt + 1, figsize=(11, 0.92 * rows), width_ratios=[1] * per_prompt + [0.35] + [1] * per_prompt)
+    shown = [(task, gallery(task)) for task in TASKS.values() if task.draws and task.held_out]
+    count = sum(len(rows) for _, rows in shown)
+    figure, axes = plt.subplots(count, 2 * per_prompt + 1, figsize=(11, 0.92 * count), width_ratios=[1] * per_prompt + [0.35] + [1] * per_prompt)
     for axis in axes.flat:
         axis.set_axis_off()
-    for side, (images, right, texts) in enumerate(grids):
-        for i, (image, ok) in enumerate(zip(images, right)):
-            row, column = divmod(i, per_prompt)
-            axis = axes[row, column + side * (per_prompt + 1)]
-            axis.imshow(image, interpolation="nearest")
-            axis.plot([0, 31], [32.6, 32.6], color="tab:green" if ok else "tab:red", linewidth=3, clip_on=False)
-        for row, m in enumerate(plain + implicit):
-            title = m["prompt"] if row < len(plain) else f"{m['prompt']}   ->   {texts[row - len(plain)]}"
-            axes[row, side * (per_prompt + 1)].set_title(title, fontsize=6.5, loc="left", pad=2.5)
-        axes[0, side * (per_prompt + 1)].annotate(("before", "after")[side], (0, 1.5), xycoords="axes fraction", fontsize=11, weight="bold")
+    for side, policy in enumerate((before, after)):
+        line, first = 0, side * (per_prompt + 1)
+        for task, rows in shown:
+            samples = answered(policy, task, rows, seed, per_prompt)
+            right, images = task.truth(samples, detect(samples.images)), to_bytes(samples.images)
+            for i, row in enumerate(rows):
+                thought = f"   ->   {samples.texts[i * per_prompt]}" if samples.texts else ""
+                axes[line, first].set_title(row.text + thought, fontsize=6.5, loc="left", pad=2.5)
+                for g in range(per_prompt):
+                    axis, n = axes[line, first + g], i * per_prompt + g
+                    axis.imshow(images[n], interpolation="nearest")
+                    axis.plot([0, 31], [32.6, 32.6], color="tab:green" if right[n] else "tab:red", linewidth=3, clip_on=False)
+                line += 1
+        axes[0, first].annotate(("before", "after")[side], (0, 1.5), xycoords="axes fraction", fontsize=11, weight="bold")
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.93, wspace=0.06, hspace=0.42)
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out, dpi=130)
+
+
+def save_figure(figure, out: Path, dpi: int) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    import matplotlib.pyplot as plt
+    held = io.BytesIO()
+    figure.savefig(held, dpi=dpi, format="png")
     plt.close(figure)
+    write_atomic(Path(out), held.getvalue())
 
 
 def summary(path: Path) -> str:
@@ -231,7 +392,7 @@ def summary(path: Path) -> str:
         return f"{path} holds no evaluation"
     (first, last), minutes = (looks[0]["eval"], looks[-1]["eval"]), looks[-1]["seconds"] / 60
     lines = [f"held-out truth after {minutes:.1f} minutes    before     after    change"]
-    for name in last:
+    for name in [k for k in last if k in first]:
         (a, ea), (b, eb) = first[name], last[name]
         error = "" if ea is None else f" +- {math.hypot(ea, eb):.3f}"
         lines.append(f"  {name:<26} {a:9.3f} {b:9.3f} {b - a:+9.3f}{error}")
@@ -247,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--seed", type=int, default=1234)
     ap.add_argument("--out", type=Path, help="where to write: eval.json, or curves.png")
     a = ap.parse_args(argv)
-    try:
+    with one_line("eval.py"):
         if a.what == "plot":
             if not a.logs:
                 raise ValueError("plot needs at least one log.jsonl")
@@ -262,8 +423,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n", flush=True)
             write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).replace("NaN", "null").encode())
             print(f"written to {out}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

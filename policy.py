@@ -520,7 +520,7 @@ class Policy(nn.Module):
         tokens, mask, logps = (torch.cat(z, dim=1) for z in (tokens, mask, logps))
         return tokens, mask, torch.where(mask, logps, 0.0)
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
+    def trainable_by_expert(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters by expert: 'understanding', 'generation' (latent and time layers included)."""
         groups = {"understanding": [], "generation": []}
         for name, p in self.named_parameters():

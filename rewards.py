@@ -112,17 +112,16 @@ def _centred(components: dict[str, Tensor], G: int) -> dict[str, Tensor]:
     return centred
 
 
-def normalised(components: dict[str, Tensor], G: int) -> dict[str, Tensor]:
-    """Every component (N,) centred within its groups of G and divided by their population std + 1e-4; exactly 0 in a tied group.
+def normalised(components: dict[str, Tensor], G: int, std: str = "population") -> dict[str, Tensor]:
+    """Every component (N,) centred within its groups of G and divided by their std + 1e-4; exactly 0 in a tied group. std: "population"
+    divides squares by n, "unbiased" by n - 1, as CoRL's code does.
 
     Their weighted sum is an advantage [CoRL's code, unify_advantage] in which weights mean what they say, where the advantage of the
     summed reward [LVRPO Eq. 3] follows the component that varies most (see variance_share). It amplifies a component that hardly
     varies. Errors: ValueError when G does not divide N or is below 2.
-
-    Differs: CoRL's code takes the unbiased std.
     """
-    return {name: (each / (each.square().mean(1, keepdim=True).sqrt() + 1e-4)).flatten()
-            for name, each in _centred(components, G).items()}
+    n = G - (std == "unbiased")
+    return {name: (each / ((each.square().sum(1, keepdim=True) / n).sqrt() + 1e-4)).flatten() for name, each in _centred(components, G).items()}
 
 
 def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
@@ -584,3 +583,59 @@ class Knowledge:
         pairs = zip(samples.prompts, samples.need("texts"))
         asked = [self.statement.format(prompt=prompt, answer=final_answer(text).strip()) for prompt, text in pairs]
         return self.judge.yes_probability(samples.need("sources"), asked)
+
+
+# ---- the table of rewards ----
+
+
+class Models:
+    """What rewards are built from: the settings of a run and the models that rewards share, each loaded when it is first asked for.
+
+    cfg has siglip, judge (folders or hub names), referee_batch and graded; detector: images -> detections, or None.
+    """
+
+    def __init__(self, cfg, device, detector=None):
+        self.cfg, self.device, self.found_by = cfg, device, detector
+
+    @functools.cached_property
+    def encoder(self) -> Siglip | OpenClip:
+        path = self.cfg.siglip
+        open_clip = path.startswith("hf-hub:") or any(Path(path).glob("open_clip_*.safetensors"))
+        return (load_open_clip if open_clip else load_siglip)(path, device=self.device, batch_size=self.cfg.referee_batch)
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        return load_judge(self.cfg.judge, device=self.device, batch_size=self.cfg.referee_batch)
+
+    @property
+    def detector(self) -> Callable:
+        if self.found_by is None:
+            raise ValueError("--ins reads detections, and nothing detects objects in the images of files; set --ins 0 and use --sem or --kn")
+        return self.found_by
+
+    @property
+    def patches(self) -> Siglip:
+        if isinstance(self.encoder, OpenClip):
+            raise ValueError(f"--dense reads patches, which open_clip's {self.cfg.siglip} does not give; use transformers' SigLIP, or --dense 0")
+        return self.encoder
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of REWARDS: the help of the flag of its weight, the fields of Samples that it reads (one of these sets), how it is built."""
+
+    help: str
+    reads: tuple[tuple[str, ...], ...]
+    build: Callable[[Models], Reward]
+
+
+# The sum of a task's rewards adds them in this order. To add a reward, write its function and its row.
+REWARDS = {
+    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", (("images",),), lambda m: Semantic(m.encoder)),
+    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (("images",), ("sources", "texts")), lambda m: Knowledge(m.judge)),
+    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (("images",),), lambda m: Dense(m.patches)),
+    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (("images",),), lambda m: Instruction(m.detector, m.cfg.graded)),
+    "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),), lambda m: answer_accuracy),
+    "format": Entry("think tags of a thought before an image [AlphaGRPO]", (("texts", "images"),),
+                    lambda m: functools.partial(think_format, answer=False)),
+}

@@ -6,8 +6,8 @@
     edit            See(pixels, source), Read(instructions), Draw(...)
     several rounds  Read(prompts), Draw(...), Read(instructions), Write(24), Draw(...)     what was drawn is read back clean
 
-`rollout` walks a plan of these and keeps, for each chosen segment, what the update needs: tokens, mask and log-probs of text; the
-latents around every noisy step, means and log-probs of an image. `replay` walks the kept segments under other weights. The given
+`sample_plan` walks a plan of these and keeps, for each chosen segment, what the update needs: tokens, mask and log-probs of text; the
+latents around every noisy step, means and log-probs of an image. `replay_rollout` walks the kept segments under other weights. The given
 prefix is read once per prompt and repeated for the group; what a sample wrote is read once for all steps of its image.
 
 Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M latent tokens, F features, W noisy steps.
@@ -21,19 +21,25 @@ Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M lat
 
 import argparse
 import math
+import os
+import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
 import flow_grpo
 from checkpoint import load_policy
 from grpo import token_logp
 from policy import THINK_TO_ANSWER, THINK_TO_DRAW, Guidance, Policy, guided_velocity
+from rewards import RewardError
 
 TOY = Path(__file__).parent / "toy" / "policy"
 
@@ -75,6 +81,8 @@ class Draw:
     noise_level: float = 0.0
     kind: str = "sde"
     shared_noise: bool = False                                  # one initial noise per group
+    density: str = "mean"                                       # reduction of the log-density over latent entries
+    scaled: bool = True                                         # False: -(x - mean)^2 in its place, as Flow-CPS published it
 
 
 # ---- what a trajectory keeps ----
@@ -128,9 +136,9 @@ class Reader:
         self.policy, self.guidance = policy, guidance
         self.full = self.no_text = self.no_image = policy.empty(N)
 
-    def text(self, tokens: Tensor, mask: Tensor, thought: bool = False, logits: bool = False) -> Tensor | None:
-        """Read text. A thought enters the full context alone; other text leaves `no_text` at what stood before it."""
-        if self.guidance and not thought:
+    def text(self, tokens: Tensor, mask: Tensor, chosen: bool = False, logits: bool = False) -> Tensor | None:
+        """Read text. What the policy wrote enters the full context alone; given text leaves `no_text` at what stood before it."""
+        if self.guidance and not chosen:
             self.no_text = self.full
             _, self.no_image = self.policy.append_text(self.no_image, tokens, mask, logits=False)
         out, self.full = self.policy.append_text(self.full, tokens, mask, logits=logits)
@@ -168,7 +176,7 @@ def initial_noise(policy: Policy, sizes: list[tuple[int, int]], source: list[tor
 
 
 @torch.no_grad()
-def rollout(policy: Policy, plan: list, *, seed: int, step: int, prompts: list[int], G: int, first: int = 0,
+def sample_plan(policy: Policy, plan: list, *, seed: int, step: int, prompts: list[int], G: int, first: int = 0,
             guidance: Guidance | None = None) -> Rollout:
     """Act: walk the plan for the prompts with the given indices (they seed the samples), G samples each, without gradients.
 
@@ -197,7 +205,7 @@ def rollout(policy: Policy, plan: list, *, seed: int, step: int, prompts: list[i
         elif isinstance(item, Write):
             segment = write(policy, reader, draw_uniforms(item.length, source), item.temperature)
             draw_uniforms(item.length, lead)
-            reader.text(segment.tokens, segment.mask, thought=True)
+            reader.text(segment.tokens, segment.mask, chosen=True)
         else:
             W = item.window[1] - item.window[0]
             size = item.size if isinstance(item.size, tuple) else [s for s in item.size for _ in range(G)]
@@ -208,7 +216,8 @@ def rollout(policy: Policy, plan: list, *, seed: int, step: int, prompts: list[i
             shared = initial_noise(policy, [size] * B, lead, W)[0] if item.shared_noise else None
             segment = Picture(size, flow=flow_grpo.rollout(
                 reader.velocity(size), noise[0] if shared is None else flow_grpo.shared_noise(shared, G), item.times.to(policy.device),
-                window=item.window, noise_level=item.noise_level, kind=item.kind, step_noise=noise[1:]))
+                window=item.window, noise_level=item.noise_level, kind=item.kind, step_noise=noise[1:], reduce=item.density,
+                normaliser=item.scaled, scaled=item.scaled))
             if place + 1 < len(plan):
                 segment = replace(segment, pixels=seen_again(policy, segment))
                 reader.image(segment.pixels, segment.flow.data, size)
@@ -248,7 +257,7 @@ def write(policy: Policy, reader: Reader, uniforms: Tensor, temperature: float) 
     return Text(full, read, chosen, torch.cat([none, logp, none], dim=1), temperature)
 
 
-def replay(policy: Policy, r: Rollout) -> list[Scored]:
+def replay_rollout(policy: Policy, r: Rollout) -> list[Scored]:
     """Learn: score the chosen segments of a rollout under `policy`, with gradients if they are on. Contexts are built inside the graph."""
     reader, repeated, out = Reader(policy, r.B, r.guidance), False, []
     for s in r.segments:
@@ -257,7 +266,7 @@ def replay(policy: Policy, r: Rollout) -> list[Scored]:
             reader.repeat(r.G)
             repeated = True
         if isinstance(s, Text):
-            logits = reader.text(s.tokens, s.mask, thought=not given, logits=not given)
+            logits = reader.text(s.tokens, s.mask, chosen=not given, logits=not given)
             if not given:
                 logp = token_logp(logits[:, :-1], s.tokens[:, 1:], s.temperature or 1.0)               # (N, L-1)
                 logp = torch.where(s.chosen[:, 1:], logp, 0.0)
@@ -275,7 +284,7 @@ def replay(policy: Policy, r: Rollout) -> list[Scored]:
     return out
 
 
-def select(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
+def subset(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
     """Some prompts of a rollout, and of each some samples (None: all): a micro-batch."""
     samples = range(r.G) if samples is None else samples
     of_prompts = list(prompts)
@@ -283,7 +292,12 @@ def select(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
 
     def part(s, begun):
         rows = of_samples if begun else of_prompts
-        pick = lambda x: x if x is None or isinstance(x, tuple) else [x[i] for i in rows] if isinstance(x, list) else x[rows]   # one tuple is of all
+
+        def pick(x):
+            if x is None or isinstance(x, tuple):               # one size is of all
+                return x
+            return [x[i] for i in rows] if isinstance(x, list) else x[rows]
+
         if isinstance(s, Text):
             return replace(s, tokens=pick(s.tokens), mask=pick(s.mask), chosen=pick(s.chosen), logp=pick(s.logp))
         flow = s.flow and flow_grpo.select(s.flow, torch.tensor(rows))
@@ -314,6 +328,36 @@ def join(parts: list[Rollout]) -> Rollout:
         return replace(across(same, ("size", "pixels", "latents")), flow=flow)
 
     return replace(parts[0], segments=tuple(joined(same) for same in zip(*(r.segments for r in parts))), B=sum(r.B for r in parts))
+
+
+def chosen_texts(r: Rollout) -> list[Text]:
+    return [s for s in r.segments if isinstance(s, Text) and s.chosen is not None]
+
+
+def counts(r: Rollout, per: str, most: int) -> Tensor:
+    """(2,) of a rollout, what its losses are averaged over: sampled text tokens (per="token"), texts ("sequence") or texts times `most`
+    tokens ("constant"); and noisy image steps."""
+    of_text = {"token": lambda chosen: int(chosen.sum()), "sequence": len, "constant": lambda chosen: len(chosen) * most}[per]
+    image = sum(s.flow.logp.numel() for s in r.segments if isinstance(s, Picture) and s.flow is not None)
+    return torch.tensor([sum(of_text(s.chosen) for s in chosen_texts(r)), image], dtype=torch.float64)
+
+
+def micro_batches(r: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
+    """Cuts of a rollout and their rows: whole groups while `size` samples hold one, else pieces of a group; 0 is one cut."""
+    prompts, samples = (r.B, r.G) if not size else (size // r.G, r.G) if size >= r.G else (1, size)
+    cuts = [(range(i, min(i + prompts, r.B)), range(g, min(g + samples, r.G))) for i in range(0, r.B, prompts) for g in range(0, r.G, samples)]
+    return [(subset(r, p, s), [i * r.G + g for i in p for g in s]) for p, s in cuts]
+
+
+@torch.no_grad()
+def replay_gaps(policy: Policy, r: Rollout) -> list[tuple[str, float]]:
+    """("text" or "image", largest |log-prob of a replay - log-prob of the rollout|) of each chosen segment."""
+    gaps = []
+    for scored in replay_rollout(policy, r):
+        s = scored.segment
+        kind, gap = ("image", scored.flow.logp - s.flow.logp) if scored.logp is None else ("text", scored.logp - s.logp)
+        gaps.append((kind, gap.abs().max().item()))
+    return gaps
 
 
 def texts_of(policy: Policy, r: Rollout) -> list[str] | None:
@@ -395,6 +439,105 @@ def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
     Image.fromarray(rearrange(cells, "(r c) h w k -> (r h) (c w) k", c=columns)[:-2, :-2]).save(path)
 
 
+# ---- the command lines of all programs ----
+
+
+class Terminal:
+    """A stream whose failed writes cost nothing: where the reader of a pipe, the terminal or the disk behind it is gone, all further
+    output goes to the null device. A run must not die of its progress bar."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.tried(lambda: self.stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self.tried(self.stream.flush)
+
+    def tried(self, work):
+        try:
+            return work()
+        except UnicodeEncodeError as error:                     # a terminal that is not UTF-8
+            return self.stream.write(error.object.encode("ascii", "backslashreplace").decode())
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def parse_args(self, argv=None):
+        for word in sys.argv[1:] if argv is None else argv:
+            if any("\ud800" <= c <= "\udfff" for c in word):
+                self.error(f"{ascii(word)} is not UTF-8 text")
+        return super().parse_args(argv)
+
+
+def say(text: str) -> None:
+    """A line to the terminal, above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def one_line(program: str):
+    """Inside, what a person can mend ends as one line, `program: what is wrong`, and exit status 1; Ctrl-C as 130."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Terminal, streams)
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        end(program, "interrupted", 130)
+    except torch.cuda.OutOfMemoryError as error:
+        end(program, f"{first_line(error)}; try fewer samples at once")
+    except (ValueError, OSError, FloatingPointError, RewardError, MemoryError, RecursionError) as error:
+        end(program, first_line(error))
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        end(program, "another rank stopped, and so does this one")
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def end(program: str, why: str, status: int = 1) -> None:
+    """Leave with one line."""
+    if status == 1 and not dist.is_initialized():
+        sys.exit(f"{program}: {why}")
+    sys.stderr.write(f"{program}: {why}\n")                     # in one piece, since ranks share the stream
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(status)                                        # leaving the group in order would wait for ranks that wait for this one
+    sys.exit(status)
+
+
+@contextmanager
+def signals():
+    """A list that SIGINT, SIGTERM, SIGQUIT and SIGHUP append their names to while inside; the old handlers come back afterwards.
+    A SIGHUP that is ignored, as nohup does, stays so."""
+    caught, names = [], ["SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        names.remove("SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]        # Windows lacks two of them
+    old = [signal.signal(n, lambda n, _: caught.append(signal.Signals(n).name)) for n in numbers]
+    try:
+        yield caught
+    finally:
+        for n, handler in zip(numbers, old):
+            signal.signal(n, handler)
+
+
 # What depends on size when a person samples; BAGEL's are the official inferencer's: 50 points are 49 steps. Guidance of a text-to-image
 # call and of an edit.
 SAMPLING = {
@@ -409,13 +552,6 @@ def scale_of(width: int) -> str:
     if not isinstance(width, int):
         raise ValueError(f"hidden_size {width!r} in llm_config.json: must be a whole number")
     return "bagel" if width >= 1024 else "toy"
-
-
-class Arguments(argparse.ArgumentParser):
-    """A command line whose errors are one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -436,10 +572,8 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--renorm", choices=["global", "channel", "text_channel"], help="how guided velocities are kept short")
     ap.add_argument("--out", default="samples.png")
     a = ap.parse_args(argv)
-    try:
+    with one_line("sample.py"):
         print(run(a))
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {str(error).splitlines()[0]}")
 
 
 def run(a: argparse.Namespace) -> str:
@@ -458,15 +592,16 @@ def run(a: argparse.Namespace) -> str:
     if a.question:
         pixels, _ = read_picture(a.question, policy)
         plan = [*system, See(pixels[None]), Read([a.prompt]), write]
-        return "\n".join(texts_of(policy, rollout(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n if a.temperature else 1)))
+        return "\n".join(texts_of(policy, sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n if a.temperature else 1)))
     guidance, size, seen = scale["edit" if a.edit else "guidance"], (a.size or scale["size"],) * 2, []
     asked = dict(text_scale=a.guidance, image_scale=a.image_guidance, renorm=a.renorm)
     guidance = replace(guidance, **{k: v for k, v in asked.items() if v is not None})
     if a.edit:
         pixels, source = read_picture(a.edit, policy)
         seen, size = [See(pixels[None], source[None])], tuple(source.shape[-2:])
-    plan = [*system, *seen, Read([a.prompt]), *[write] * a.think, Draw(size, flow_grpo.time_grid(a.steps or scale["steps"], scale["shift"]))]
-    r = rollout(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n, guidance=guidance if guidance.text_scale > 1 else None)
+    thought = [write] if a.think else []
+    plan = [*system, *seen, Read([a.prompt]), *thought, Draw(size, flow_grpo.time_grid(a.steps or scale["steps"], scale["shift"]))]
+    r = sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n, guidance=guidance if guidance.text_scale > 1 else None)
     save_grid(images_of(policy, r), a.out, columns=min(a.n, 8), zoom=scale["zoom"])
     return "\n".join([*dict.fromkeys(texts_of(policy, r) or []), f"{a.n} images in {a.out}"])
 

@@ -1,4 +1,4 @@
-"""The evaluation judges the truth on held-out prompts, by the tag, with honest errors."""
+"""The evaluation judges the truth on held-out rows, by the tag, with honest errors; logs survive what happens to files."""
 
 import json
 import math
@@ -8,36 +8,48 @@ import pytest
 import torch
 
 import eval as evaluation
-from toy import shapes
+import tasks
 from checkpoint import load_policy
-from eval import (draw_eval, evaluate, held_out_prompts, held_out_questions, markdown_row, mean_and_error, plot,
-                  read_log, spaced, summary, truth)
+from eval import answered, evaluate, markdown_row, mean_and_error, plot, read_log, summary
+from rewards import Samples
 from sample import TOY, to_bytes
+from tasks import TASKS, drawn_truth, held_out_prompts, held_out_questions, held_out_riddles, spaced
+from toy import shapes
 
 
 def test_held_out_prompts_are_evaluation_prompts_of_every_tag():
-    chosen = {m["prompt"] for m in held_out_prompts()}
-    assert not chosen & {m["prompt"] for m in shapes.prompts("train")}
-    assert {m["tag"] for m in held_out_prompts()} == set(shapes.TAGS)
-    assert not any("held_out" in m for m in held_out_prompts()) and all("held_out" in m for m in held_out_prompts(pairs=True))
-    assert not {m["prompt"] for m in held_out_prompts(pairs=True)} & {m["prompt"] for m in shapes.prompts("train")}
+    chosen, training = held_out_prompts(), {m["prompt"] for m in shapes.prompts("train")}
+    assert not {row.text for row in chosen} & training
+    assert {row.metadata["tag"] for row in chosen} == set(shapes.TAGS)
+    assert not any("held_out" in row.metadata for row in chosen) and all("held_out" in row.metadata for row in held_out_prompts(pairs=True))
+    assert not {row.text for row in held_out_prompts(pairs=True)} & training
 
 
-def test_held_out_questions_are_about_evaluation_scenes_and_cover_the_kinds():
+def test_held_out_questions_are_about_evaluation_scenes_and_cover_the_kinds(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tasks, "question_row", lambda scene, question: asked.append((scene, question)))
     for pairs in (False, True):
-        scenes, questions = held_out_questions(pairs)
-        assert all(shapes.scene_split(s) == "eval" for s in scenes)
-        assert all(any((o.color, o.shape) in shapes.HELD_OUT for o in s) == pairs for s in scenes)
-        kinds = [q["kind"] for q in questions]
-        assert {kinds.count(k) for k in evaluation.KINDS} == {len(questions) // len(evaluation.KINDS)}
+        asked.clear()
+        held_out_questions(pairs)
+        assert all(shapes.scene_split(s) == "eval" for s, _ in asked)
+        assert all(any((o.color, o.shape) in shapes.HELD_OUT for o in s) == pairs for s, _ in asked)
+        kinds = [q["kind"] for _, q in asked]
+        assert {kinds.count(k) for k in tasks.KINDS} == {len(asked) // len(tasks.KINDS)}
+
+
+def painted(rows, scene_of, G=1):
+    """Samples of pictures that are painted by hand."""
+    images = np.stack([shapes.render(scene_of(row.metadata)) for row in rows for _ in range(G)])
+    each = [row for row in rows for _ in range(G)]
+    return Samples([row.text for row in each], [row.metadata for row in each], images=torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
 
 
 def test_truth_is_one_on_scenes_that_satisfy_the_prompt_and_zero_on_wrong_ones():
-    rng = np.random.default_rng(0)
-    metadata = held_out_prompts()
-    right = np.stack([shapes.render(shapes.sample_scene(m, rng, training=False)) for m in metadata])
-    wrong = np.stack([shapes.render(shapes.sample_scene(shapes.wrong_metadata(m, rng), rng, training=False)) for m in metadata])
-    assert truth(metadata, shapes.detect(right)).min() == 1.0 and truth(metadata, shapes.detect(wrong)).max() == 0.0
+    rng, rows = np.random.default_rng(0), held_out_prompts()
+    right = painted(rows, lambda m: shapes.sample_scene(m, rng, training=False))
+    wrong = painted(rows, lambda m: shapes.sample_scene(shapes.wrong_metadata(m, rng), rng, training=False))
+    assert drawn_truth(right, tasks.detect(right.images)).min() == 1.0 and drawn_truth(wrong, tasks.detect(wrong.images)).max() == 0.0
+    assert drawn_truth(right, None) is None
 
 
 def test_pixels_survive_the_way_to_the_detector():
@@ -52,18 +64,25 @@ def test_errors_are_standard_errors_of_the_mean():
     assert math.isnan(mean_and_error([1.0])[1])
 
 
+def by_hand(scene_of):
+    """In place of `answered`: right answers and thoughts, and pictures of scene_of(metadata)."""
+    def answer(policy, task, rows, seed, samples=None):
+        G = samples or task.samples
+        each = [row for row in rows for _ in range(G)]
+        images = painted(rows, scene_of, G).images if task.draws else None
+        texts = [row.answer or row.metadata.get("thought", "") for row in each] if task.writes else None
+        return Samples([row.text for row in each], [row.metadata for row in each], texts, images, None,
+                       [row.answer for row in each] if rows[0].answer else None)
+    return answer
+
+
 def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(monkeypatch):
     """evaluate() with drawing and answering replaced by ground truth: every truth is 1."""
-    def draw(policy, metadata, think, seed, samples=evaluation.SAMPLES):
-        rng = np.random.default_rng(seed)
-        images = np.stack([shapes.render(shapes.sample_scene(m, rng, training=False)) for m in metadata for _ in range(samples)])
-        return torch.from_numpy(images).permute(0, 3, 1, 2) / 255, [m["thought"] for m in metadata for _ in range(samples)] if think else None
-
-    monkeypatch.setattr(evaluation, "draw_eval", draw)
-    monkeypatch.setattr(evaluation, "answer_eval", lambda policy, scenes, questions: [q["answer"] for q in questions])
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(evaluation, "answered", by_hand(lambda m: shapes.sample_scene(m, rng, training=False)))
     table = evaluate(None)
     assert all(mean == 1.0 for name, (mean, _) in table.items() if name not in ("layout_entropy", "pairwise_distance"))
-    assert table["draw"][1] == 0.0
+    assert table["draw"][1] == 0.0 and {*TASKS} <= table.keys()
 
 
 def test_evaluation_is_repeatable_and_the_base_is_useful_but_imperfect():
@@ -73,24 +92,22 @@ def test_evaluation_is_repeatable_and_the_base_is_useful_but_imperfect():
     assert 0.25 <= table["draw"][0] <= 0.6 and 0.6 <= table["ask"][0] <= 0.85
 
 
-def test_logs_plot_and_sum_up_and_a_torn_line_is_dropped(tmp_path):
-    row = {k: [0.5, 0.01] for k in ("draw", "think", "ask", "layout_entropy", "pairwise_distance", "draw/held_out", "ask/held_out")}
-    row["layout_entropy"] = [2.0, None]
-    lines = [json.dumps({"config": {"recipe": "lvrpo", "seed": 0}}), json.dumps({"step": 0, "seconds": 1.0, "eval": row}),
-             json.dumps({"step": 9, "seconds": 61.0, "eval": row | {"draw": [0.75, 0.01]}}), '{"step": 10, "sec']
-    (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    assert len(read_log(tmp_path / "log.jsonl")[1]) == 2
-    assert "+0.250 +- 0.014" in summary(tmp_path / "log.jsonl")
-    plot([tmp_path / "log.jsonl"], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert markdown_row("x", {k: (m, float("nan") if e is None else e) for k, (m, e) in row.items()}).count("|") == 9
+def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
+    """A painter that paints the first prompt of every tag alone, and the other prompts not at all."""
+    rng, first = np.random.default_rng(0), {}
 
+    def scene_of(m):
+        own = first.setdefault(m["tag"], m["prompt"]) == m["prompt"]
+        return shapes.sample_scene(m, rng, training=False) if own else []
 
-@pytest.mark.parametrize("content", ['{"a": 1}\n', "3\n", ""])
-def test_a_file_that_is_no_log_is_refused(tmp_path, content):
-    (tmp_path / "x.jsonl").write_text(content)
-    with pytest.raises(ValueError, match="first line must hold the config"):
-        read_log(tmp_path / "x.jsonl")
+    monkeypatch.setattr(evaluation, "answered", by_hand(scene_of))
+    table, tags = evaluate(None), [row.metadata["tag"] for row in held_out_prompts()]
+    assert len({tags.count(tag) for tag in shapes.TAGS}) > 1
+    for tag in shapes.TAGS:
+        assert table[f"draw/{tag}"] == pytest.approx(mean_and_error([1.0] + [0.0] * (tags.count(tag) - 1)))
+    each = [table[f"draw/{tag}"] for tag in shapes.TAGS]
+    assert table["draw"][0] == pytest.approx(sum(m for m, _ in each) / len(each))
+    assert table["draw"][1] == pytest.approx(math.sqrt(sum(e * e for _, e in each)) / len(each))
 
 
 def test_spaced_rows_go_from_the_first_to_the_last():
@@ -99,29 +116,49 @@ def test_spaced_rows_go_from_the_first_to_the_last():
 
 def test_thoughts_are_evaluated_greedily():
     """Samples of a prompt differ by their noise alone."""
-    metadata = [m for m in shapes.implicit_prompts("eval") if "held_out" not in m][:4]
-    _, texts = draw_eval(load_policy(TOY), metadata, think=True, seed=0, samples=6)
+    texts = answered(load_policy(TOY), TASKS["think"], held_out_riddles()[:4], seed=0, samples=6).texts
     assert all(len(set(texts[i:i + 6])) == 1 for i in range(0, 24, 6))
 
 
-def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
-    """A painter that paints the first prompt of every tag alone, and the other prompts not at all."""
-    first = {}
+# ---- logs and plots ----
 
-    def draw(policy, metadata, think, seed, samples=evaluation.SAMPLES):
-        rng, rows = np.random.default_rng(seed), []
-        for m in metadata:
-            own = first.setdefault(m["tag"], m["prompt"]) == m["prompt"]
-            for _ in range(samples):
-                rows.append(shapes.render(shapes.sample_scene(m, rng, training=False) if own else []))
-        return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255, [""] * len(rows) if think else None
+ROW = {k: [0.5, 0.01] for k in ("draw", "think", "ask", "draw/held_out", "ask/held_out")} | {"layout_entropy": [2.0, None], "pairwise_distance": [0.3, None]}
+HEAD = {"config": {"recipe": "lvrpo", "seed": 0}}
 
-    monkeypatch.setattr(evaluation, "draw_eval", draw)
-    monkeypatch.setattr(evaluation, "answer_eval", lambda policy, scenes, questions: [""] * len(questions))
-    table, tags = evaluate(None), [m["tag"] for m in held_out_prompts()]
-    assert len({tags.count(tag) for tag in shapes.TAGS}) > 1
-    for tag in shapes.TAGS:
-        assert table[f"draw/{tag}"] == pytest.approx(mean_and_error([1.0] + [0.0] * (tags.count(tag) - 1)))
-    each = [table[f"draw/{tag}"] for tag in shapes.TAGS]
-    assert table["draw"][0] == pytest.approx(sum(m for m, _ in each) / len(each))
-    assert table["draw"][1] == pytest.approx(math.sqrt(sum(e * e for _, e in each)) / len(each))
+
+def write_log(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_logs_plot_and_sum_up_and_torn_lines_are_passed_over(tmp_path):
+    log = write_log(tmp_path / "log.jsonl", HEAD, {"step": 0, "seconds": 1.0, "eval": ROW}, '{"step": 1, "sec', "", "null", "\x00\x00",
+                    {"step": 9, "seconds": 61.0, "eval": ROW | {"draw": [0.75, 0.01]}}, '{"step": 10, "sec')
+    assert [r["step"] for r in read_log(log)[1]] == [0, 9]
+    assert "+0.250 +- 0.014" in summary(log)
+    plot([log], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert markdown_row("x", {k: (m, float("nan") if e is None else e) for k, (m, e) in ROW.items()}).count("|") == 9
+
+
+def test_rows_of_a_log_need_not_hold_the_same_keys(tmp_path):
+    """As a run leaves them that was resumed with other tasks; what is missing is a gap."""
+    rows = [{"step": 0, "seconds": 1.0, "draw/reward": 1.0, "ask/reward": 1.0}, {"step": 1, "seconds": 2.0, "draw/reward": 1.0},
+            {"step": 2, "seconds": 2.5, "resumed": {"seed": [0, 1]}}, {"step": 2, "seconds": 3.0, "think/reward": 0.5, "loss": 0.0}]
+    looks = [{"step": 0, "seconds": 0.0, "eval": ROW}, {"step": 3, "seconds": 4.0, "eval": {"draw": [0.6, 0.1]}}]
+    log = write_log(tmp_path / "a.jsonl", HEAD, looks[0], *rows, looks[1])
+    plot([log, write_log(tmp_path / "b.jsonl", HEAD, looks[1])], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists() and "draw" in summary(log)
+    at, reward = evaluation.rewards_over(rows)
+    assert at == [1 / 60, 2 / 60, 3 / 60] and list(reward) == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}\n', "3\n", ""])
+def test_a_file_that_is_no_log_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match="no line of it holds the config"):
+        read_log(write_log(tmp_path / "x.jsonl", content))
+
+
+def test_a_log_without_evaluations_is_not_plotted(tmp_path):
+    with pytest.raises(ValueError, match="holds no evaluation to plot"):
+        plot([write_log(tmp_path / "x.jsonl", HEAD, {"step": 0, "seconds": 1.0})], tmp_path / "curves.png")

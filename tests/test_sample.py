@@ -12,7 +12,7 @@ from bench import plain_replay, plain_text
 from checkpoint import load_policy
 from policy import Guidance, guided_velocity
 from sample import (TOY, Draw, Picture, Read, Reader, See, Text, Write, generators, images_of, join, main,
-                    read_picture, replay, rollout, save_grid, select, texts_of)
+                    read_picture, replay_rollout, sample_plan, save_grid, subset, texts_of)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 DRAW = Draw((16, 24), flow_grpo.time_grid(6, 2.0), (1, 4), 0.8, "cps")
@@ -40,8 +40,8 @@ def plans():
 
 @pytest.mark.parametrize("layout", plans())
 def test_replay_with_unchanged_weights_gives_the_log_probs_of_the_rollout(policy, layout, guidance):
-    r = rollout(policy, plans()[layout], seed=1, step=2, prompts=[0, 1, 2], G=4, guidance=guidance)
-    scored = replay(policy, r)
+    r = sample_plan(policy, plans()[layout], seed=1, step=2, prompts=[0, 1, 2], G=4, guidance=guidance)
+    scored = replay_rollout(policy, r)
     chosen = [s for s in r.segments if (s.chosen if isinstance(s, Text) else s.flow) is not None]
     assert [s.segment for s in scored] == chosen and chosen
     for s in scored:
@@ -52,9 +52,9 @@ def test_replay_with_unchanged_weights_gives_the_log_probs_of_the_rollout(policy
 
 
 def test_sharing_the_prefix_is_the_plain_way_values_and_gradients(policy):
-    r = rollout(policy, plans()["think, draw"][:1] + [Write(5), DRAW], seed=1, step=0, prompts=[0, 1, 2], G=3)
+    r = sample_plan(policy, plans()["think, draw"][:1] + [Write(5), DRAW], seed=1, step=0, prompts=[0, 1, 2], G=3)
     grads = []
-    for scored in ([s.logp if s.logp is not None else s.flow.logp for s in replay(policy, r)], plain_replay(policy, r)):
+    for scored in ([s.logp if s.logp is not None else s.flow.logp for s in replay_rollout(policy, r)], plain_replay(policy, r)):
         policy.zero_grad()
         (scored[0].sum() + (scored[1] * torch.arange(3)).sum()).backward()
         grads.append(([x.detach() for x in scored], {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}))
@@ -67,17 +67,17 @@ def test_sharing_the_prefix_is_the_plain_way_values_and_gradients(policy):
 
 
 def test_a_replay_calls_the_velocity_once_for_all_noisy_steps_of_an_image(policy, monkeypatch):
-    r, calls, velocity = rollout(policy, plans()["several rounds"], seed=0, step=0, prompts=[0, 1, 2], G=2), [], policy.velocity
+    r, calls, velocity = sample_plan(policy, plans()["several rounds"], seed=0, step=0, prompts=[0, 1, 2], G=2), [], policy.velocity
     monkeypatch.setattr(policy, "velocity", lambda context, x, t, size: calls.append(tuple(x.shape[:1])) or velocity(context, x, t, size))
-    replay(policy, r)
+    replay_rollout(policy, r)
     assert calls == [(6 * 3,), (6 * 3,)]
 
 
 @pytest.mark.parametrize("size", [(16, 24), [(16, 24), (8, 8), (24, 16)]])
 def test_an_image_without_a_noisy_step_cannot_be_replayed(policy, size):
-    r = rollout(policy, [Read(PROMPTS), Draw(size, flow_grpo.time_grid(3))], seed=0, step=0, prompts=[0, 1, 2], G=1)
+    r = sample_plan(policy, [Read(PROMPTS), Draw(size, flow_grpo.time_grid(3))], seed=0, step=0, prompts=[0, 1, 2], G=1)
     with pytest.raises(ValueError, match="no noisy step"):
-        replay(policy, r)
+        replay_rollout(policy, r)
 
 
 def test_cached_writing_is_full_recomputation(policy):
@@ -91,27 +91,27 @@ def test_cached_writing_is_full_recomputation(policy):
 
 def test_a_sample_depends_on_its_seed_step_prompt_and_place_alone(policy):
     plan = lambda prompts: [Read(prompts), Write(5), DRAW]
-    whole = rollout(policy, plan(PROMPTS), seed=1, step=2, prompts=[7, 8, 9], G=4)
-    part = rollout(policy, plan(PROMPTS[1:2]), seed=1, step=2, prompts=[8], G=4)
-    a, b = select(whole, range(1, 2)), part
+    whole = sample_plan(policy, plan(PROMPTS), seed=1, step=2, prompts=[7, 8, 9], G=4)
+    part = sample_plan(policy, plan(PROMPTS[1:2]), seed=1, step=2, prompts=[8], G=4)
+    a, b = subset(whole, range(1, 2)), part
     assert texts_of(policy, a) == texts_of(policy, b)
     assert torch.allclose(a.segments[-1].flow.data, b.segments[-1].flow.data, atol=2e-5)
     for change in (dict(seed=2, step=2, prompts=[8]), dict(seed=1, step=3, prompts=[8]), dict(seed=1, step=2, prompts=[7])):
-        other = rollout(policy, plan(PROMPTS[1:2]), G=4, **change)
+        other = sample_plan(policy, plan(PROMPTS[1:2]), G=4, **change)
         assert not torch.allclose(other.segments[-1].flow.data, b.segments[-1].flow.data)
 
 
 def test_sampling_leaves_the_global_generator_alone(policy):
     before = torch.get_rng_state()
-    rollout(policy, [Read(PROMPTS), Write(3), DRAW], seed=1, step=0, prompts=[0, 1, 2], G=2)
+    sample_plan(policy, [Read(PROMPTS), Write(3), DRAW], seed=1, step=0, prompts=[0, 1, 2], G=2)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_micro_batches_are_slices_of_the_whole(policy):
-    r = rollout(policy, plans()["think, edit"], seed=1, step=0, prompts=[0, 1, 2], G=4)
-    whole = replay(policy, r)
+    r = sample_plan(policy, plans()["think, edit"], seed=1, step=0, prompts=[0, 1, 2], G=4)
+    whole = replay_rollout(policy, r)
     for i in range(3):
-        for a, b in zip(replay(policy, select(r, range(i, i + 1))), whole):
+        for a, b in zip(replay_rollout(policy, subset(r, range(i, i + 1))), whole):
             rows = slice(4 * i, 4 * i + 4)
             if a.logp is not None:
                 assert torch.allclose(a.logp, b.logp[rows], atol=2e-5)
@@ -121,12 +121,12 @@ def test_micro_batches_are_slices_of_the_whole(policy):
 
 def test_shared_noise_starts_a_group_from_one_point(policy):
     plan = [Read(PROMPTS), Draw((16, 24), flow_grpo.time_grid(4), (0, 2), 0.5, "cps", shared_noise=True)]
-    start = rollout(policy, plan, seed=0, step=0, prompts=[0, 1, 2], G=4).segments[-1].flow.latents[:, 0].view(3, 4, -1)
+    start = sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1, 2], G=4).segments[-1].flow.latents[:, 0].view(3, 4, -1)
     assert (start == start[:, :1]).all() and not torch.equal(start[0], start[1])
 
 
 def test_a_truncated_thought_is_closed_and_only_sampled_tokens_are_chosen(policy):
-    r = rollout(policy, [Read(PROMPTS), Write(4)], seed=0, step=0, prompts=[0, 1, 2], G=8)
+    r = sample_plan(policy, [Read(PROMPTS), Write(4)], seed=0, step=0, prompts=[0, 1, 2], G=8)
     s = r.segments[-1]
     assert (s.tokens[:, 0] == policy.start).all() and not s.chosen[:, 0].any()
     for tokens, mask, chosen, logp in zip(s.tokens, s.mask, s.chosen, s.logp):
@@ -137,34 +137,34 @@ def test_a_truncated_thought_is_closed_and_only_sampled_tokens_are_chosen(policy
 
 def test_the_thought_is_read_by_the_image(policy):
     """The image behind a thought differs from the image without it, under the same noise."""
-    r = rollout(policy, [Read(PROMPTS), Write(5), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
+    r = sample_plan(policy, [Read(PROMPTS), Write(5), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
     bare = r.segments[0], r.segments[2]
-    v = replay(policy, r)[1].flow.v
-    assert not torch.allclose(replay(policy, type(r)(bare, r.B, r.G))[0].flow.v, v, atol=1e-3)
+    v = replay_rollout(policy, r)[1].flow.v
+    assert not torch.allclose(replay_rollout(policy, type(r)(bare, r.B, r.G))[0].flow.v, v, atol=1e-3)
 
 
 def test_a_given_image_comes_first(policy):
     pixels = torch.zeros(3, 3, 40, 40)
     with pytest.raises(ValueError, match="put it first"):
-        rollout(policy, [Read(PROMPTS), Write(3), See(pixels)], seed=0, step=0, prompts=[0, 1, 2], G=2)
+        sample_plan(policy, [Read(PROMPTS), Write(3), See(pixels)], seed=0, step=0, prompts=[0, 1, 2], G=2)
 
 
 def test_what_was_drawn_is_read_back_clean(policy):
     """The second image of several rounds depends on the first, through its latents and through its pixels."""
-    r = rollout(policy, plans()["several rounds"], seed=1, step=0, prompts=[0, 1, 2], G=2)
-    first, v = r.segments[1], replay(policy, r)[-1].flow.v
+    r = sample_plan(policy, plans()["several rounds"], seed=1, step=0, prompts=[0, 1, 2], G=2)
+    first, v = r.segments[1], replay_rollout(policy, r)[-1].flow.v
     assert len(first.pixels) == 6 and first.pixels[0].shape[0] == 3
     for change in (dict(pixels=[-x for x in first.pixels]), dict(flow=dataclasses.replace(first.flow, data=-first.flow.data))):
         other = dataclasses.replace(r, segments=(r.segments[0], dataclasses.replace(first, **change), *r.segments[2:]))
-        assert not torch.allclose(replay(policy, other)[-1].flow.v, v, atol=1e-3)
+        assert not torch.allclose(replay_rollout(policy, other)[-1].flow.v, v, atol=1e-3)
 
 
 @pytest.mark.parametrize("shared_noise", [False, True])
 def test_a_group_in_parts_is_the_group(policy, shared_noise):
     plan = [Read(PROMPTS), Write(5), dataclasses.replace(DRAW, shared_noise=shared_noise)]
-    whole = rollout(policy, plan, seed=1, step=2, prompts=[0, 1, 2], G=4)
-    part = rollout(policy, plan, seed=1, step=2, prompts=[0, 1, 2], G=2, first=2)
-    a, b = select(whole, range(3), range(2, 4)), part
+    whole = sample_plan(policy, plan, seed=1, step=2, prompts=[0, 1, 2], G=4)
+    part = sample_plan(policy, plan, seed=1, step=2, prompts=[0, 1, 2], G=2, first=2)
+    a, b = subset(whole, range(3), range(2, 4)), part
     assert a.G == b.G == 2 and texts_of(policy, a) == texts_of(policy, b)
     assert torch.allclose(a.segments[-1].flow.data, b.segments[-1].flow.data, atol=2e-5)
 
@@ -176,12 +176,12 @@ def test_rollouts_of_parts_join_to_the_whole(policy, layout):
         short = lambda x: x[rows] if isinstance(x, torch.Tensor) else [x[i] for i in rows]
         plan = [type(item)(*(short(x) if isinstance(x, (list, torch.Tensor)) else x for x in vars(item).values()))
                 if isinstance(item, (Read, See)) else item for item in plans()[layout]]
-        return rollout(policy, plan, seed=1, step=0, prompts=rows, G=2)
+        return sample_plan(policy, plan, seed=1, step=0, prompts=rows, G=2)
 
     whole, parts = walk(range(3)), join([walk(range(2)), walk([2])])
     assert parts.B == 3 and len(parts.segments) == len(whole.segments)
     assert images_of(policy, whole) is None or torch.allclose(images_of(policy, parts), images_of(policy, whole), atol=1e-4)
-    for a, b in zip(replay(policy, parts), replay(policy, whole)):
+    for a, b in zip(replay_rollout(policy, parts), replay_rollout(policy, whole)):
         ours, theirs = (s.logp if s.logp is not None else s.flow.logp for s in (a, b))
         assert torch.allclose(ours, theirs[:, :ours.shape[1]], atol=2e-5)
 
@@ -193,18 +193,18 @@ def test_images_of_several_sizes_are_drawn_as_alone(policy):
     sources = [torch.rand(3, *s, generator=g) * 2 - 1 for s in sizes]
     seen = [torch.rand(3, 20, 30, generator=g), torch.rand(3, 10, 10, generator=g), torch.rand(3, 50, 20, generator=g)]
     times = flow_grpo.time_grid(4, 2.0)
-    batch = rollout(policy, [See(seen, sources), Read(PROMPTS), Draw(sizes, times)], seed=3, step=0, prompts=[0, 1, 2], G=2, guidance=GUIDED)
+    batch = sample_plan(policy, [See(seen, sources), Read(PROMPTS), Draw(sizes, times)], seed=3, step=0, prompts=[0, 1, 2], G=2, guidance=GUIDED)
     images = images_of(policy, batch)
     for i in range(3):
         plan = [See([seen[i]], [sources[i]]), Read(PROMPTS[i:i + 1]), Draw(sizes[i], times)]
-        alone = images_of(policy, rollout(policy, plan, seed=3, step=0, prompts=[i], G=2, guidance=GUIDED))
+        alone = images_of(policy, sample_plan(policy, plan, seed=3, step=0, prompts=[i], G=2, guidance=GUIDED))
         assert torch.allclose(alone, torch.stack(images[2 * i:2 * i + 2]), atol=2e-4)
     with pytest.raises(ValueError, match="several sizes cannot share noisy steps"):
-        rollout(policy, [Read(PROMPTS), Draw(sizes, times, (0, 1), 0.5)], seed=0, step=0, prompts=[0, 1, 2], G=1)
+        sample_plan(policy, [Read(PROMPTS), Draw(sizes, times, (0, 1), 0.5)], seed=0, step=0, prompts=[0, 1, 2], G=1)
 
 
 def test_pictures_come_out_in_range_and_grids_are_written(policy, tmp_path):
-    r = rollout(policy, [Read(PROMPTS), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
+    r = sample_plan(policy, [Read(PROMPTS), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
     images = images_of(policy, r)
     assert images.shape == (6, 3, 16, 24) and 0 <= images.min() and images.max() <= 1
     save_grid(images, str(tmp_path / "grid.png"), columns=4)
@@ -270,7 +270,7 @@ def test_guidance_goes_without_the_last_given_text_or_without_the_images(policy)
         assert reader.no_text is reader.full and reader.no_image.valid.shape[1] == 0
         reader.text(*system)
         reader.text(*prompt)
-        reader.text(*thought, thought=True)
+        reader.text(*thought, chosen=True)
         contexts = read(True, system, prompt, thought), read(True, system), read(False, system, prompt)
         for ours, plain in zip((reader.full, reader.no_text, reader.no_image), contexts):
             assert torch.equal(ours.position, plain.position)
@@ -287,14 +287,14 @@ def test_no_two_samples_share_a_generator():
 def test_shared_noise_is_that_of_a_prompts_own_first_sample(policy):
     def start(shared):
         draw = Draw((16, 24), flow_grpo.time_grid(4), (0, 2), 0.5, "cps", shared)
-        return rollout(policy, [Read(PROMPTS), draw], seed=0, step=0, prompts=[4, 5, 6], G=4).segments[-1].flow.latents[:, 0]
+        return sample_plan(policy, [Read(PROMPTS), draw], seed=0, step=0, prompts=[4, 5, 6], G=4).segments[-1].flow.latents[:, 0]
 
     assert torch.equal(start(True), start(False)[::4].repeat_interleave(4, 0))
 
 
 def test_the_noise_of_a_step_is_not_the_noise_before_it(policy):
     draw = Draw((16, 24), flow_grpo.time_grid(4), (0, 2), 0.5, "cps")
-    flow = rollout(policy, [Read(PROMPTS), draw], seed=0, step=0, prompts=[0, 1, 2], G=4).segments[-1].flow
+    flow = sample_plan(policy, [Read(PROMPTS), draw], seed=0, step=0, prompts=[0, 1, 2], G=4).segments[-1].flow
     steps = (flow.latents[:, 1:] - flow.means) / flow.std.view(1, -1, 1, 1)
     noises = torch.stack([flow.latents[:, 0], steps[:, 0], steps[:, 1]]).flatten(1)
     assert (torch.corrcoef(noises) - torch.eye(3)).abs().max() < 0.15
@@ -304,14 +304,14 @@ def test_micro_batches_of_images_of_several_sizes_are_slices_of_the_whole():
     policy, g = load_policy(TOY), torch.Generator().manual_seed(4)
     pixels = [torch.rand(3, h, w, generator=g) * 2 - 1 for h, w in ((16, 32), (32, 32), (32, 32))]
     plan = [See(pixels, pixels), Read(["a red circle"] * 3), Draw((16, 32), flow_grpo.time_grid(4), (0, 2), 0.5, "cps")]
-    r = rollout(policy, plan, seed=1, step=0, prompts=[0, 1, 2], G=2)
-    whole = replay(policy, r)[0].flow.logp
+    r = sample_plan(policy, plan, seed=1, step=0, prompts=[0, 1, 2], G=2)
+    whole = replay_rollout(policy, r)[0].flow.logp
     for first, last in ((0, 1), (0, 2), (2, 3)):
-        assert torch.allclose(replay(policy, select(r, range(first, last)))[0].flow.logp, whole[2 * first:2 * last], atol=2e-5)
+        assert torch.allclose(replay_rollout(policy, subset(r, range(first, last)))[0].flow.logp, whole[2 * first:2 * last], atol=2e-5)
 
 
 def test_pictures_are_the_decoded_pixels_from_minus_one_to_one_brought_to_zero_to_one(policy):
-    r = rollout(policy, [Read(PROMPTS), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
+    r = sample_plan(policy, [Read(PROMPTS), DRAW], seed=0, step=0, prompts=[0, 1, 2], G=2)
     pixels = policy.decode(r.segments[-1].flow.data, (16, 24))
     assert torch.allclose(images_of(policy, r), (pixels.clamp(-1, 1) + 1) / 2, atol=1e-6)
 

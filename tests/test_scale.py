@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 import train
 from bench import release_on_meta
-from checkpoint import load_adapters, load_policy, merged_state, release_name, save_policy, save_tensors
-from policy import Policy, PolicyConfig, adapters
-from sample import Draw, Read, images_of, rollout, scale_of
-from train import Ranks, memory, parse, peak
+from checkpoint import freeze, load_adapters, load_policy, merged_state, release_name, save_policy, save_tensors
+from policy import Policy, PolicyConfig, adapters, add_lora
+from sample import Draw, Read, images_of, sample_plan, scale_of
+from tasks import Ranks, check_memory, memory, peak
+from train import parse
 
 ROOT = Path(train.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
@@ -53,7 +54,7 @@ def folder(tmp_path_factory):
 def arguments(folder, out, recipe, *more):
     """Two steps at the scale of BAGEL, shrunk to this folder."""
     tasks = ["--draw", 2, "--think", 2, "--ask", 2] if recipe == "lvrpo" else ["--think", 4]
-    toy = Path(train.ASSETS)
+    toy = train.TOY
     return [str(x) for x in ("--recipe", recipe, "--scale", "bagel", "--policy", folder, "--prompts", folder / "p.txt", "--questions",
                              folder / "q.jsonl", *tasks, "--siglip", toy / "siglip", "--judge", toy / "judge", "--resolution", 16,
                              "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--epochs", 1, "--steps", 2,
@@ -216,7 +217,7 @@ def test_adapters_alone_and_merged_are_the_same_policy(folder, runs, name):
     assert all(torch.allclose(v, merged[k], atol=1e-7) for k, v in exported.items())
     assert sum(not torch.equal(v, base[k]) for k, v in exported.items()) == 3 * 2 * 7
     plan = [Read(["a red cat"]), Draw((16, 24), torch.linspace(1, 0, 4))]
-    a, b = (images_of(p, rollout(p, plan, seed=0, step=0, prompts=[0], G=2)) for p in (
+    a, b = (images_of(p, sample_plan(p, plan, seed=0, step=0, prompts=[0], G=2)) for p in (
         load_policy(runs / name / "policy"), load_policy(folder, adapter=runs / name / "adapter")))
     assert torch.allclose(a, b, atol=1e-5)
 
@@ -277,10 +278,10 @@ def test_the_scale_follows_the_width_and_tasks_without_data_are_left_out(tmp_pat
     assert (scale_of(128), scale_of(3584)) == ("toy", "bagel")
     (tmp_path / "llm_config.json").write_text(json.dumps(RELEASE_LLM))
     cfg = parse(["--recipe", "unigrpo", "--policy", str(tmp_path), "--prompts", "prompts.jsonl"])
-    assert (cfg.resolution, cfg.lora, cfg.ins, cfg.sem, cfg.think) == (512, 64, 0.0, 1.0, 32)
+    assert (cfg.resolution, cfg.lora, cfg.weights["ins"], cfg.weights["sem"], cfg.rows["think"]) == (512, 64, 0.0, 1.0, 32)
     cfg = parse(["--policy", str(tmp_path), "--prompts", "prompts.jsonl"])
-    assert (cfg.draw, cfg.think, cfg.ask) == (24, 8, 0)
-    assert parse(["--policy", str(tmp_path), "--questions", "q.jsonl"]).draw == 0 and parse([]).resolution == 32
+    assert list(cfg.rows.values()) == [24, 8, 0]
+    assert parse(["--policy", str(tmp_path), "--questions", "q.jsonl"]).rows["draw"] == 0 and parse([]).resolution == 32
 
 
 @pytest.mark.parametrize("more, words", [
@@ -293,7 +294,7 @@ def test_settings_that_cannot_work_are_refused(folder, tmp_path, more, words):
 
 def release(cfg):
     policy = release_on_meta(load_policy(GOLDEN).tokenizer)
-    train.freeze(policy, cfg)
+    freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
     return policy
 
 
@@ -320,14 +321,14 @@ def test_too_little_memory_is_said_before_anything_is_read_with_what_would_fit(m
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     cfg = parse(["--scale", "bagel", "--recipe", "unigrpo", "--prompts", "p", "--micro", "24", "--rollout_batch", "200"])
     with pytest.raises(ValueError, match=r"needs about \d+ GB on each GPU, which has 60: weights 3\d.*try --micro 1") as error:
-        train.check_memory(release(cfg), cfg, Ranks(0, 1, torch.device("cuda")))
+        check_memory(release(cfg), cfg, Ranks(0, 1, torch.device("cuda")))
     assert "\n" not in str(error.value)
     cfg = parse(["--scale", "bagel", "--recipe", "unigrpo", "--prompts", "p", "--lora", "0"])
     with pytest.raises(ValueError, match="--lora 64"):
-        train.check_memory(release(cfg), cfg, Ranks(0, 1, torch.device("cuda")))
+        check_memory(release(cfg), cfg, Ranks(0, 1, torch.device("cuda")))
 
 
 def test_every_adapter_has_a_release_name(folder):
-    policy = train.add_lora(load_policy(folder), 2, 4.0)
+    policy = add_lora(load_policy(folder), 2, 4.0)
     names = {release_name(f"{n}.weight") for n in adapters(policy)}
     assert len(names) == 3 * 2 * 7 and names <= load_file(folder / "ema.safetensors").keys()

@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 
 import flow_grpo
 import rewards
+import sample
+import tasks
 from toy import shapes
 import train
 from grpo import group_advantage, grpo_loss
 from checkpoint import load_policy
-from sample import Text, Write, replay, rollout
-from train import Config, Ranks, parse
+from sample import Text, replay_rollout, sample_plan
+from tasks import Ranks
+from train import Config, parse
 
 ROOT = Path(train.__file__).parent
 GENEVAL = ROOT.parent / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
@@ -100,10 +103,10 @@ def test_two_ranks_give_the_run_of_one(tmp_path):
 def test_a_run_leaves_the_reference_and_the_referees_alone(tmp_path):
     run = train.begin(small(tmp_path), ALONE)
     frozen = [p.clone() for p in run.frozen.parameters()]
-    judge = [p.clone() for p in run.judges["kn"].judge.model.parameters()]
+    judge = [p.clone() for p in run.rewards["kn"].judge.model.parameters()]
     train.one_step(run, 0)
     assert all(torch.equal(a, b) for a, b in zip(frozen, run.frozen.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(judge, run.judges["kn"].judge.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(judge, run.rewards["kn"].judge.model.parameters()))
     assert not torch.equal(run.policy.blocks[0].experts[1].q.weight, run.frozen.blocks[0].experts[1].q.weight)
 
 
@@ -126,11 +129,11 @@ def test_self_check_stops_a_run_whose_paths_differ(tmp_path, monkeypatch):
     run = train.begin(small(tmp_path), ALONE)
 
     def shifted(*args, **kwargs):
-        r = rollout(*args, **kwargs)
+        r = sample_plan(*args, **kwargs)
         change = lambda s: dataclasses.replace(s, logp=s.logp + 3.0) if getattr(s, "logp", None) is not None else s
         return dataclasses.replace(r, segments=tuple(map(change, r.segments)))
 
-    monkeypatch.setattr(train, "rollout", shifted)
+    monkeypatch.setattr(train, "sample_plan", shifted)
     with pytest.raises(ValueError, match="must be one function"):
         train.one_step(run, 0)
 
@@ -214,8 +217,10 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_batch(tmp_path, mon
 
 
 def test_every_field_of_the_config_is_read():
-    source = (ROOT / "train.py").read_text()
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "tasks", "eval", "rewards"))
     for f in dataclasses.fields(Config):
+        if f.name in {task.file for task in tasks.TASKS.values()}:
+            continue                                            # read by the task's own name for it
         assert re.search(rf"\bcfg\.{f.name}\b", source), f.name
 
 
@@ -261,14 +266,16 @@ def test_the_image_text_referee_is_read_by_transformers_or_by_open_clip(tmp_path
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
     asked = []
     for name in ("load_siglip", "load_open_clip", "load_judge"):
-        monkeypatch.setattr(train.rewards, name, lambda path, *, device, batch_size, name=name: asked.append((name, path, batch_size)))
+        monkeypatch.setattr(rewards, name, lambda path, *, device, batch_size, name=name: asked.append((name, path, batch_size)))
     for path in (str(tmp_path), "hf-hub:timm/ViT-B-16-SigLIP2", "google/siglip2-so400m-patch14-384"):
-        train.referees(small(tmp_path, "--kn", 1, "--siglip", path, "--judge", "j", "--referee_batch", 3), "cpu")
+        models = rewards.Models(small(tmp_path, "--siglip", path, "--judge", "j", "--referee_batch", 3), "cpu")
+        models.encoder, models.judge, models.encoder            # the second time it is there
     judge = ("load_judge", "j", 3)
     assert asked == [("load_open_clip", str(tmp_path), 3), judge, ("load_open_clip", "hf-hub:timm/ViT-B-16-SigLIP2", 3), judge,
                      ("load_siglip", "google/siglip2-so400m-patch14-384", 3), judge]
+    monkeypatch.setattr(rewards, "load_open_clip", lambda path, **settings: rewards.OpenClip(None, None))
     with pytest.raises(ValueError, match="--dense reads patches"):
-        train.referees(small(tmp_path, "--siglip", tmp_path, "--dense", 1), "cpu")
+        rewards.REWARDS["dense"].build(rewards.Models(small(tmp_path, "--siglip", tmp_path, "--dense", 1), "cpu"))
 
 
 def test_a_run_does_not_write_over_the_policy_that_it_starts_from(tmp_path):
@@ -294,13 +301,13 @@ def test_a_bad_prompts_file_names_file_and_line(tmp_path, text, words):
 def test_prompts_are_told_by_what_the_file_holds(tmp_path):
     (tmp_path / "p.json").write_text('\n{"prompt": "a red\u2028circle", "tag": "colors"}\n')
     (tmp_path / "p.txt").write_text("a red\u2028circle\r\n\na square")
-    assert train.read_prompts(str(tmp_path / "p.json")) == [{"tag": "colors", "include": [], "prompt": "a red\u2028circle"}]
-    assert [m["prompt"] for m in train.read_prompts(str(tmp_path / "p.txt"))] == ["a red\u2028circle", "a square"]
+    assert tasks.read_prompts(str(tmp_path / "p.json")) == [{"tag": "colors", "include": [], "prompt": "a red\u2028circle"}]
+    assert [m["prompt"] for m in tasks.read_prompts(str(tmp_path / "p.txt"))] == ["a red\u2028circle", "a square"]
 
 
 def test_samples_of_a_prompt_from_a_file_differ(tmp_path, monkeypatch):
     grids = []
-    monkeypatch.setattr(train, "save_grid", lambda images, path, columns: grids.append(images))
+    monkeypatch.setattr(train.evaluation, "save_grid", lambda images, path, columns: grids.append(images))
     (tmp_path / "p.txt").write_text("a red circle")
     train.train(small(tmp_path, "--prompts", tmp_path / "p.txt", "--steps", 0, "--ins", 0, "--think", 0, "--ask", 0, "--eval_every", 1), ALONE)
     assert len(grids[0]) == 4 and len(grids[0].flatten(1).unique(dim=0)) == 4
@@ -327,13 +334,13 @@ def test_prompts_and_questions_from_files_train(tmp_path):
     train.train(small(tmp_path / "ask", "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0, "--steps", 1), ALONE)
     assert "ask/rewards/accuracy/mean" in records(tmp_path / "ask")[1]
     cfg = small(tmp_path / "ask", "--questions", tmp_path / "q.jsonl", "--draw", 0, "--think", 0)
-    (batch,) = train.Tasks(cfg, load_policy(cfg.policy)).batches(0, ALONE)
-    assert batch.sources.shape == (2, 3, 448, 448)              # as large as the published judge reads
+    (batch,) = tasks.Source(cfg, load_policy(cfg.policy)).batches(0, ALONE)
+    assert [row.source.shape for row in batch.rows] == [(3, 448, 448)] * 2      # as large as the published judge reads
 
 
 @pytest.mark.skipif(not GENEVAL.exists(), reason="GenEval's metadata is not part of the repository")
 def test_genevals_metadata_are_prompts():
-    rows = train.read_prompts(str(GENEVAL))
+    rows = tasks.read_prompts(str(GENEVAL))
     assert len(rows) == 553 and {r["tag"] for r in rows} == set(shapes.TAGS)
 
 
@@ -386,7 +393,7 @@ def test_a_failure_in_mid_run_keeps_the_steps_before_it(tmp_path, monkeypatch):
     (lambda s: 1 / 0, "reward 'sem' failed on prompt '.+ZeroDivisionError")])
 def test_a_broken_reward_stops_the_run_with_its_name_and_the_prompt(tmp_path, bad, words):
     run = train.begin(small(tmp_path), ALONE)
-    run.judges["sem"] = bad
+    run.rewards["sem"] = bad
     with pytest.raises(RuntimeError, match=words) as error:
         train.one_step(run, 0)
     assert "\n" not in str(error.value)
@@ -398,8 +405,8 @@ def test_a_broken_reward_stops_the_run_with_its_name_and_the_prompt(tmp_path, ba
 def test_the_reward_of_a_short_run_rises(tmp_path, monkeypatch):
     """Twenty steps on prompts of one tag, whose difficulty varies little from step to step: reward and truth rise far beyond their noise,
     and variety stays."""
-    every = train.shapes.prompts
-    monkeypatch.setattr(train.shapes, "prompts", lambda split: [m for m in every(split) if m["tag"] == "colors"])
+    every = shapes.prompts
+    monkeypatch.setattr(shapes, "prompts", lambda split: [m for m in every(split) if m["tag"] == "colors"])
     train.train(parse(["--draw", "8", "--think", "0", "--ask", "0", "--sem", "0", "--kn", "0", "--image_beta", "0", "--steps", "20",
                        "--eval_every", "0", "--out", str(tmp_path)]), ALONE)
     rows = records(tmp_path)[1:]
@@ -413,10 +420,14 @@ def test_the_reward_of_a_short_run_rises(tmp_path, monkeypatch):
 # ---- what is asked ----
 
 
+def texts(batch):
+    return [row.text for row in batch.rows]
+
+
 def world(tmp_path, *more):
-    """Tasks.batches of a small configuration, by task."""
+    """Source.batches of a small configuration, by task."""
     cfg = small(tmp_path, *more)
-    here = train.Tasks(cfg, load_policy(cfg.policy))
+    here = tasks.Source(cfg, load_policy(cfg.policy))
     return lambda step=0, ranks=ALONE: {b.task: b for b in here.batches(step, ranks)}
 
 
@@ -424,13 +435,13 @@ def test_every_step_and_every_seed_asks_anew(tmp_path):
     more = "--draw", 8, "--think", 8, "--ask", 8
     runs = [world(tmp_path, *more, "--seed", seed)(step) for seed, step in ((0, 0), (0, 1), (1, 0))]
     for task in ("draw", "think"):
-        assert len({tuple(r[task].prompts) for r in runs}) == 3
-    assert len({r["ask"].sources.sum().item() for r in runs}) == 3
+        assert len({tuple(texts(r[task])) for r in runs}) == 3
+    assert len({sum(row.source.sum().item() for row in r["ask"].rows) for r in runs}) == 3
 
 
 def test_tags_are_asked_equally_often_however_many_prompts_they_have(tmp_path):
     batches = world(tmp_path, "--draw", 24)
-    tags = [m["tag"] for step in range(40) for m in batches(step)["draw"].metadata]
+    tags = [row.metadata["tag"] for step in range(40) for row in batches(step)["draw"].rows]
     assert set(tags) == set(shapes.TAGS)
     assert all(0.8 / 6 < tags.count(tag) / len(tags) < 1.2 / 6 for tag in shapes.TAGS)
 
@@ -450,15 +461,14 @@ def test_ranks_share_the_steps_prompts_and_each_prompt_has_an_index_of_its_own(t
     indices = [i for b in whole.values() for i in b.index]
     assert indices == list(range(4 * len(whole)))
     for task, b in whole.items():
-        assert [p for half in halves for p in half[task].prompts] == b.prompts
+        assert [p for half in halves for p in texts(half[task])] == texts(b)
         assert [i for half in halves for i in half[task].index] == b.index
-    assert torch.equal(torch.cat([half["ask"].sources for half in halves]), whole["ask"].sources)
+    assert all(torch.equal(a.source, b.source) for a, b in zip([row for half in halves for row in half["ask"].rows], whole["ask"].rows))
 
 
 def test_every_task_writes_at_the_temperature_of_the_run(tmp_path):
-    batches = world(tmp_path, "--temperature", 0.7)()
-    written = {task: [s.temperature for s in b.plan if isinstance(s, Write)] for task, b in batches.items()}
-    assert written == {"draw": [], "think": [0.7], "ask": [0.7]}
+    for batch in world(tmp_path, "--temperature", 0.7)().values():
+        assert (batch.choices.think.temperature, batch.choices.answer.temperature) == (0.7, 0.7)
 
 
 # ---- one update ----
@@ -466,13 +476,13 @@ def test_every_task_writes_at_the_temperature_of_the_run(tmp_path):
 
 def test_rewards_see_each_sample_beside_its_own_prompt_source_and_answer(tmp_path):
     run, seen = train.begin(small(tmp_path, "--draw", 0, "--think", 0), ALONE), []
-    judge = run.judges["kn"]
-    run.judges["kn"] = lambda samples: seen.append(samples) or judge(samples)
+    judge = run.rewards["kn"]
+    run.rewards["kn"] = lambda samples: seen.append(samples) or judge(samples)
     train.one_step(run, 0)
     (batch, _, _), (samples,) = run.work[0], seen
     for i in range(8):
-        assert samples.prompts[i] == batch.prompts[i // 4] and samples.answers[i] == batch.answers[i // 4]
-        assert torch.equal(samples.sources[i], batch.sources[i // 4])
+        assert samples.prompts[i] == batch.rows[i // 4].text and samples.answers[i] == batch.rows[i // 4].answer
+        assert torch.equal(samples.sources[i], batch.rows[i // 4].source)
 
 
 def test_components_are_added_then_normalised_or_normalised_then_added(tmp_path):
@@ -490,10 +500,10 @@ def test_losses_are_averaged_over_sampled_tokens_and_noisy_steps(tmp_path):
     run = train.begin(small(tmp_path), ALONE)
     train.one_step(run, 0)
     for batch, r, _ in run.work:
-        text, image = train.counts(r, "token").tolist()
+        text, image = train.counts(r, "token", 9).tolist()
         chosen = [s.chosen for s in r.segments if isinstance(s, Text) and s.chosen is not None]
         assert text == (0 if batch.task == "draw" else chosen[0].sum().item())
-        assert train.counts(r, "sequence").tolist() == [0 if batch.task == "draw" else 8, image]
+        assert train.counts(r, "sequence", 9).tolist() == [0 if batch.task == "draw" else 8, image]
         assert image == (0 if batch.task == "ask" else 8 * run.cfg.window)
 
 
@@ -514,7 +524,7 @@ def test_a_segment_is_weighed_clipped_and_held_to_the_reference_as_the_config_sa
     cfg, totals, adv = run.cfg, dict(text=50.0, image=30.0), torch.linspace(-1, 1, 8)
     for batch, r, _ in run.work:
         with torch.no_grad():
-            pairs = list(zip(replay(run.policy, r), replay(run.frozen, r)))
+            pairs = list(zip(replay_rollout(run.policy, r), replay_rollout(run.frozen, r)))
         for scored, ref in pairs:
             s, loss = scored.segment, train.segment_loss(scored, ref, adv, totals, cfg)[0]
             if isinstance(s, Text):
@@ -553,9 +563,9 @@ def test_the_gradient_is_clipped_to_the_norm_of_the_config(tmp_path):
 @pytest.mark.parametrize("moves, rates", [("understanding", (1e-3, 0)), ("generation", (0, 1e-3))])
 def test_each_expert_has_its_own_learning_rate(tmp_path, moves, rates):
     run = train.begin(small(tmp_path, "--lr_understanding", rates[0], "--lr_generation", rates[1]), ALONE)
-    before = {k: [p.detach().clone() for p in group] for k, group in run.policy.parts().items()}
+    before = {k: [p.detach().clone() for p in group] for k, group in run.policy.trainable_by_expert().items()}
     train.one_step(run, 0)
-    for k, group in run.policy.parts().items():
+    for k, group in run.policy.trainable_by_expert().items():
         assert any(not torch.equal(a, b) for a, b in zip(before[k], group)) == (k == moves)
 
 
@@ -570,13 +580,13 @@ def test_the_control_imitates_with_the_optimiser_and_the_clip_of_the_run(tmp_pat
 
 
 def test_log_entries_of_micro_batches_are_means_but_for_min_and_max():
-    assert train.over_ranks({"a/mean": [1.0, 2.0, 6.0], "a/min": [2.0, 1.0, 3.0], "a/max": [2.0, 3.0, 1.0]}, ALONE) == \
+    assert ALONE.combined({"a/mean": [1.0, 2.0, 6.0], "a/min": [2.0, 1.0, 3.0], "a/max": [2.0, 3.0, 1.0]}) == \
         {"a/mean": 3.0, "a/min": 1.0, "a/max": 3.0}
 
 
 def test_the_seed_of_a_run_decides_its_adapters(tmp_path):
     weights = [run.policy.blocks[0].experts[0].q.A.detach().clone() for run in
-               (train.begin(small(tmp_path, "--lora", 2, "--seed", seed), ALONE) for seed in (0, 0, 1))]
+               (train.begin(small(tmp_path / str(i), "--lora", 2, "--seed", seed), ALONE) for i, seed in enumerate((0, 0, 1)))]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -624,7 +634,7 @@ def test_a_run_that_starts_anew_keeps_the_old_log_and_checkpoint(tmp_path):
     train.train(small(tmp_path, "--steps", 1, "--seed", 1), ALONE)
     assert (tmp_path / "previous" / "log.jsonl").read_text() == old and records(tmp_path)[0]["config"]["seed"] == 1
     assert load_file(tmp_path / "previous" / "checkpoint.safetensors")["step"] == 1
-    train.begin(small(tmp_path, "--steps", 1), ALONE)
+    train.train(small(tmp_path, "--steps", 0), ALONE)
     assert (tmp_path / "previous2" / "log.jsonl").exists() and not (tmp_path / "checkpoint.safetensors").exists()
 
 
@@ -657,7 +667,7 @@ def test_a_failure_in_the_first_step_leaves_no_checkpoint(tmp_path, monkeypatch)
 def test_both_signals_are_noted_and_the_old_handlers_come_back():
     numbers = signal.SIGINT, signal.SIGTERM
     old = [signal.getsignal(n) for n in numbers]
-    with train.signals() as seen:
+    with sample.signals() as seen:
         for n in numbers:
             signal.raise_signal(n)
     assert seen == ["SIGINT", "SIGTERM"] and [signal.getsignal(n) for n in numbers] == old
@@ -666,5 +676,5 @@ def test_both_signals_are_noted_and_the_old_handlers_come_back():
 def test_every_rank_keeps_its_own_bad_step(tmp_path):
     run = train.begin(small(tmp_path), ALONE)
     for rank in (0, 1):
-        train.keep_bad_step(dataclasses.replace(run, ranks=Ranks(rank, 2, torch.device("cpu"))), 3, ValueError("nan"))
+        train.save_bad_step(tmp_path, rank, run.policy, 3, None)
     assert sorted(p.name for p in tmp_path.glob("bad_step_*")) == ["bad_step_0.safetensors", "bad_step_1.safetensors"]

@@ -28,7 +28,7 @@ from checkpoint import save_policy
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from toy import shapes
 from toy.referees import build_judge, build_siglip
-from eval import rendered
+from tasks import rendered
 
 WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
 SIZE, QUESTIONS = (32, 32), 4                                   # pixels; questions about each scene of the corpus

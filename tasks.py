@@ -1,0 +1,582 @@
+"""What is asked of the policy: each task's layout, rewards and truth, and where its rows come from.
+
+A task is one entry of TASKS: its plan (what a trajectory is made of), what its samples hold (which decides the rewards that can score
+them), its exact truth, and how its rows are drawn from the toy world or from a file. The loop, the checks before a run, the memory
+estimate, the evaluation and the plots walk the table; none of them knows a task by name. To add a task, add its entry here and give it a
+number of rows a step in a recipe of train.py, or by its flag.
+
+Legend: B rows of a task and step, G samples of each, N = B*G prompt-major. Pixels that the policy reads are in [-1, 1], images that
+rewards read in [0, 1].
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import flow_grpo
+from checkpoint import whole
+from policy import THINK_TO_DRAW, Policy
+from rewards import REWARDS, Samples, answer_accuracy, final_answer, geneval_check, normalise_answer
+from sample import Draw, Read, Rollout, See, Write, images_of, open_picture, read_picture, texts_of, to_bytes
+from toy import shapes
+
+SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards; judges squash to such a square anyway
+
+
+# ---- rows ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that is asked, wherever it comes from."""
+
+    text: str                                                   # the prompt or the question
+    metadata: dict                                              # GenEval format: tag, include, exclude
+    pixels: Tensor | None = None                                # (3, H, W) the given image as the policy reads it
+    source: Tensor | None = None                                # (3, H, W) the given image as rewards read it
+    answer: str | None = None
+
+
+Pool = Callable[[tuple, int, range], list[Row]]                 # (random key, rows of the whole step, which of them) -> those rows
+
+
+def prompt_row(metadata: dict) -> Row:
+    return Row(metadata["prompt"], metadata)
+
+
+def by_tag(prompts: list[dict]) -> Pool:
+    """Tags in turn, however many prompts each has, then one prompt of the tag."""
+    tagged: dict[str, list] = {}
+    for m in prompts:
+        tagged.setdefault(m.get("tag", ""), []).append(m)
+    groups = list(tagged.values())
+
+    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+        rng = np.random.default_rng(key)
+        turns = rng.permutation(count * len(groups))[:count] % len(groups)
+        rows = [prompt_row(shapes.pick(rng, groups[turn])) for turn in turns]
+        return [rows[i] for i in mine]
+    return draw
+
+
+def question_row(scene: shapes.Scene, question: dict) -> Row:
+    pixels = rendered([scene])[0]
+    return Row(question["question"], {"tag": question["kind"], "include": []}, pixels, pixels * 0.5 + 0.5, question["answer"])
+
+
+def toy_questions() -> Pool:
+    """A scene of the toy world and a question about it, each drawn from (key, number of the question)."""
+    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+        rows = []
+        for i in mine:
+            rng = np.random.default_rng((*key, i))
+            scene = shapes.random_scene(rng)
+            rows.append(question_row(scene, shapes.make_question(scene, rng)))
+        return rows
+    return draw
+
+
+def file_questions(rows: list[dict], policy: Policy) -> Pool:
+    """Rows of a file, without repetition in a step where it has enough; images are read when they are drawn."""
+    def read(row: dict) -> Row:
+        pixels, _ = read_picture(row["image"], policy)
+        source = F.interpolate(pixels[None] * 0.5 + 0.5, SOURCE_SIZE, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        return Row(row["question"], {"tag": row.get("kind", ""), "include": []}, pixels, source, row["answer"])
+
+    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+        drawn = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
+        return [read(rows[drawn[i]]) for i in mine]
+    return draw
+
+
+def rendered(scenes: list[shapes.Scene]) -> Tensor:
+    """Scenes as the policy reads their pictures: (N, 3, 32, 32) in [-1, 1]."""
+    return torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+# ---- what a task is ----
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How the policy makes its choices: what it may write and how it draws."""
+
+    think: Write
+    answer: Write
+    draw: Draw
+    system_prompt: bool = False                                 # BAGEL's think prompt before the user's
+
+
+@dataclass(frozen=True)
+class Task:
+    """One entry of TASKS."""
+
+    title: str                                                  # in plots and tables
+    help: str                                                   # of its flag, the number of rows a step
+    plan: Callable[[list[Row], Choices], list]                  # what a trajectory is made of
+    gives: tuple[str, ...]                                      # the fields of rewards.Samples that its samples have
+    truth: Callable[[Samples, list | None], Tensor | None]      # (N,) in [0, 1] from samples and detections; None where it is unknown
+    toy: Callable[[], Pool]
+    file: str                                                   # the Config field that names its file: prompts or questions
+    writes: str = ""                                            # the Config field of the most tokens that it writes
+    held_out: Callable[[bool], list[Row]] | None = None         # rows of the evaluation; True: of pairs that training never shows
+    samples: int = 1                                            # of each row in an evaluation
+    tags: tuple[str, ...] = ()                                  # that an evaluation tells apart
+    mean_of_tags: bool = False                                  # its headline weighs tags alike, as GenEval does, else rows
+    also: Callable[[list[Row], Samples, list, int], dict] | None = None     # further entries of its evaluation: name -> one per row, or a number
+
+    @property
+    def draws(self) -> bool:
+        return "images" in self.gives
+
+
+def draw_plan(rows: list[Row], choices: Choices) -> list:
+    return [Read([row.text for row in rows]), choices.draw]
+
+
+def think_plan(rows: list[Row], choices: Choices) -> list:
+    system = [Read([THINK_TO_DRAW] * len(rows))] if choices.system_prompt else []
+    return [*system, Read([row.text for row in rows]), choices.think, choices.draw]
+
+
+def ask_plan(rows: list[Row], choices: Choices) -> list:
+    return [See([row.pixels for row in rows]), Read([row.text for row in rows]), choices.answer]
+
+
+def drawn_truth(samples: Samples, found: list | None) -> Tensor | None:
+    """1 where GenEval's checker passes what the detector found; unknown without a detector."""
+    if found is None:
+        return None
+    return torch.tensor([float(geneval_check(m, each)[0]) for m, each in zip(samples.metadata, found)])
+
+
+def answer_truth(samples: Samples, found: list | None) -> Tensor:
+    return answer_accuracy(samples)
+
+
+def variety(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
+    return shapes.diversity(to_bytes(samples.images), found, G)
+
+
+def right_thoughts(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
+    return {"thought": [float(text == row.metadata["thought"]) for text, row in zip(samples.texts[::G], rows)]}
+
+
+# ---- what an evaluation asks ----
+
+PROMPTS_PER_TAG, THOUGHTS, QUESTIONS = 32, 96, 1000
+KINDS = ("count", "color", "shape", "exists", "relation")
+
+
+def spaced(rows: list, n: int) -> list:
+    """n rows evenly spaced in the list; all where it has fewer."""
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
+
+
+def held_out_prompts(pairs: bool = False) -> list[Row]:
+    """Evaluation prompts, none of which is trained on: at most PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training
+    (3, 6, 9, 15, 32, 32), or, pairs=True, as many of all tags together that name a pair that training never shows.
+
+    Another phrasing of the same meaning is trained on, but for three in ten of position and nearly half of color_attr (`shapes.prompts`)."""
+    pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
+    chosen = spaced(pool, PROMPTS_PER_TAG) if pairs else \
+        [m for tag in shapes.TAGS for m in spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
+    return list(map(prompt_row, chosen))
+
+
+def held_out_riddles(pairs: bool = False) -> list[Row]:
+    """Implicit prompts of the evaluation; there are none of pairs that training never shows."""
+    if pairs:
+        return []
+    return list(map(prompt_row, spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], THOUGHTS)))
+
+
+def held_out_questions(pairs: bool = False, seed: int = 7) -> list[Row]:
+    """QUESTIONS scenes that training never asks about, one question each, kinds in turn; with pairs=True half as many, each with a
+    (colour, shape) pair that training never shows."""
+    rng, rows = np.random.default_rng(seed), []
+    while len(rows) < QUESTIONS // (1 + pairs):
+        kind, scene = KINDS[len(rows) % len(KINDS)], shapes.random_scene(rng, "eval")
+        if any((o.color, o.shape) in shapes.HELD_OUT for o in scene) == pairs and kind in shapes.question_kinds(scene):
+            rows.append(question_row(scene, shapes.make_question(scene, rng, kind, training=False)))
+    return rows
+
+
+# The order decides random keys: a new task goes to the end.
+TASKS = {
+    "draw": Task("text to image", "prompts a step that are drawn at once", draw_plan, ("images",), drawn_truth,
+                 lambda: by_tag(shapes.prompts("train")), "prompts", held_out=held_out_prompts, samples=8, tags=shapes.TAGS,
+                 mean_of_tags=True, also=variety),
+    "think": Task("think, then draw", "prompts a step that are thought about, then drawn", think_plan, ("texts", "images"), drawn_truth,
+                  lambda: by_tag(shapes.implicit_prompts("train")), "prompts", "think_tokens", held_out=held_out_riddles, samples=4,
+                  also=right_thoughts),
+    "ask": Task("questions", "questions a step", ask_plan, ("sources", "texts", "answers"), answer_truth, toy_questions, "questions",
+                "answer_tokens", held_out=held_out_questions, tags=KINDS),
+}
+
+
+def rewards_of(name: str) -> list[str]:
+    """The rewards that can score a task: those that read no more than its samples have."""
+    return [reward for reward, entry in REWARDS.items() if any(set(fields) <= set(TASKS[name].gives) for fields in entry.reads)]
+
+
+def in_use(cfg) -> list[str]:
+    """The tasks of a run, in the table's order."""
+    return [name for name in TASKS if cfg.rows[name]]
+
+
+# ---- ranks ----
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers: one rank of one process, or torchrun's."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place; x itself where there is one."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Concatenate equal-sized x of all ranks in rank order."""
+        if self.world == 1:
+            return x
+        everyone = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(everyone, x.contiguous())
+        return torch.cat(everyone)
+
+    def cuts(self, count: int) -> int:
+        """Into how many pieces each group of `count` prompts is cut: 1 where the prompts divide over the ranks."""
+        return self.world // math.gcd(count, self.world)
+
+    def share(self, count: int, G: int) -> tuple[range, range]:
+        """Which of `count` prompts, and which samples of each group of G, are this rank's."""
+        cuts = self.cuts(count)
+        deals, deal, cut = self.world // cuts, self.rank // cuts, self.rank % cuts
+        return range(deal * count // deals, (deal + 1) * count // deals), range(cut * G // cuts, (cut + 1) * G // cuts)
+
+    def groups(self, x: Tensor, count: int, G: int) -> Tensor:
+        """x (n,) of the samples of each rank -> (count, G) of all."""
+        cuts = self.cuts(count)
+        deals = self.world // cuts
+        return self.gather(x).view(deals, cuts, count // deals, G // cuts).transpose(1, 2).reshape(count, G)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The inverse: x (count, G) of all samples -> (n,) of this rank's."""
+        mine, samples = self.share(*x.shape)
+        return x[mine.start:mine.stop, samples.start:samples.stop].flatten()
+
+    def combined(self, log: dict[str, list[float]]) -> dict[str, float]:
+        """One number per name: the mean over micro-batches and ranks, or the least and largest where the name says min or max."""
+        def one(name: str, values):
+            return values.min() if name.endswith("min") else values.max() if name.endswith("max") else values.mean()
+        mine = torch.tensor([[one(k, np.array(v)) for k, v in log.items()]], dtype=torch.float64, device=self.device)
+        everyone = self.gather(mine)                                                                           # (ranks, names)
+        return {k: one(k, everyone[:, i]).item() for i, k in enumerate(log)}
+
+    def add_gradients(self, optimizer, averaged: int) -> None:
+        """Add the gradients of all ranks up where FSDP2 has not."""
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # so that every rank has the same list
+            if not isinstance(p, DTensor):
+                self.total(p.grad).div_(averaged)
+
+
+def clip_gradients(optimizer, most: float) -> Tensor:
+    """Clip the common norm of all gradients to `most` and return what it was."""
+    groups = [g["params"] for g in optimizer.param_groups]
+    norm = torch.linalg.vector_norm(torch.stack([whole(nn.utils.get_total_norm([p.grad for p in params])) for params in groups]))
+    for params in groups:
+        nn.utils.clip_grads_with_norm_(params, most, norm)
+    return norm
+
+
+def setup() -> Ranks:
+    """Read torchrun's environment; nccl where there are GPUs, else gloo."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return Ranks(rank, world, device)
+
+
+# ---- one step's rows ----
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One task's rows on this rank."""
+
+    task: str
+    step: int
+    rows: list[Row]
+    choices: Choices
+    index: list[int]                                            # of each row among the step's, over all ranks and tasks; seeds the samples
+    samples: range                                              # of each group, on this rank
+
+
+def choices_of(cfg, window: tuple[int, int]) -> Choices:
+    """A training run's choices, with the step's window of noisy steps."""
+    draw = Draw((cfg.resolution, cfg.resolution), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), window, cfg.noise_level, cfg.sampler,
+                cfg.shared_noise, cfg.density, cfg.scaled)
+    return Choices(Write(cfg.think_tokens, cfg.temperature), Write(cfg.answer_tokens, cfg.temperature), draw, cfg.system_prompt)
+
+
+class Source:
+    """The rows of a run's tasks, of the toy world or of files, each checked before the run begins."""
+
+    def __init__(self, cfg, policy: Policy):
+        self.cfg, files = cfg, {task.file: getattr(cfg, task.file) for task in TASKS.values()}
+        toy = not any(files.values())
+        # Truth and r_ins of one batch share one detection.
+        self.detector = functools.lru_cache(maxsize=1)(detect) if toy else None
+        self.evaluated = toy                                    # whether there are held-out rows with a known truth
+        if any(TASKS[name].draws for name in in_use(cfg)):
+            check_resolution(cfg.resolution, toy, policy)
+        self.pools, read = {}, functools.cache(lambda kind: READERS[kind](files[kind], policy))
+        for name in in_use(cfg):
+            task = TASKS[name]
+            if not toy and not files[task.file]:
+                raise ValueError(f"--{name} {cfg.rows[name]} needs --{task.file}; or set --{name} 0")
+            if not toy:
+                check_rows(read(task.file), task, cfg, policy)
+            self.pools[name] = task.toy() if toy else POOLS[task.file](read(task.file), policy)
+
+    def batches(self, step: int, ranks) -> list[Batch]:
+        """This rank's share of the step's rows, one Batch per task in use."""
+        cfg, out, first = self.cfg, [], 0
+        choices = choices_of(cfg, flow_grpo.draw_window(cfg.window, cfg.window_low, cfg.window_high, seed=cfg.seed, step=step))
+        for name in in_use(cfg):
+            mine, samples = ranks.share(cfg.rows[name], cfg.group_size)
+            rows = self.pools[name]((cfg.seed, step, list(TASKS).index(name)), cfg.rows[name], mine)
+            out.append(Batch(name, step, rows, choices, [first + i for i in mine], samples))
+            first += cfg.rows[name]
+        return out
+
+
+def samples_of(policy: Policy, rows: list[Row], r: Rollout) -> Samples:
+    """What rewards read of a rollout of these rows."""
+    each = [row for row in rows for _ in range(r.G)]
+    given = lambda name: [getattr(row, name) for row in each] if getattr(rows[0], name) is not None else None
+    sources = None if rows[0].source is None else torch.stack(given("source")).to(policy.device)
+    return Samples([row.text for row in each], [row.metadata for row in each], texts_of(policy, r), images_of(policy, r), sources, given("answer"))
+
+
+def measured(name: str, samples: Samples, detector, G: int, whole_groups: bool) -> dict[str, float]:
+    """What is logged of a task's samples beside their rewards: truth, and variety within groups, where they can be known."""
+    task, found = TASKS[name], None
+    if detector is not None and task.draws:
+        found = detector(samples.images)
+    right = task.truth(samples, found)
+    out = {} if right is None else {"truth": right.double().mean().item()}
+    if found is not None and whole_groups:                      # a rank that draws a piece of each group cannot say how they vary
+        out |= shapes.diversity(to_bytes(samples.images), found, G)
+    return out
+
+
+def detect(images: Tensor) -> list[list[dict]]:
+    """The toy's exact detector on (N, 3, 32, 32) in [0, 1]."""
+    return shapes.detect(to_bytes(images))
+
+
+# ---- files ----
+
+
+def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
+    side, most = policy.config.stride, policy.config.stride * policy.config.bagel["max_latent_size"]
+    if toy and resolution != shapes.SIZE:
+        raise ValueError(f"--resolution {resolution}: must be {shapes.SIZE}, the toy world")
+    if resolution % side or resolution > most:
+        raise ValueError(f"--resolution {resolution}: must be a multiple of {side} up to {most}")
+
+
+def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
+    """ValueError for a text that leaves no room for what is written, or an answer longer than what may be written."""
+    room = getattr(cfg, task.writes) if task.writes else 0
+    policy.check_text([row.get("question", row.get("prompt")) for row in rows], room)
+    for answer in dict.fromkeys(row["answer"] for row in rows if "answer" in row):
+        length = len(policy.tokenizer(answer, add_special_tokens=False).input_ids)
+        if length > room:
+            raise ValueError(f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} lets {room} be written")
+
+
+def read_lines(path: str) -> list[tuple[int, str]]:
+    """(number from 1, line) of a UTF-8 file's lines that are not blank, without a byte order mark; ValueError where there are none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"file {path} does not exist")
+    raw = Path(path).read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
+        raise ValueError(f"file {path} is UTF-16 or binary, must be UTF-8 text; save it as UTF-8")
+    try:
+        lines = raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n")      # str.splitlines would cut at U+2028 too
+    except UnicodeDecodeError as error:
+        raise ValueError(f"file {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"file {path} is empty; it must hold one entry a line")
+    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def parsed(line: str):
+    """The JSON value of a line; ValueError where it is none."""
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
+    """JSON objects, one a line, each with the needed text fields, none of them empty; errors name file and line."""
+    rows = []
+    for number, line in read_lines(path):
+        try:
+            row = parsed(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a JSON object ({getattr(error, 'msg', error)}); each line must be one") from error
+        if not isinstance(row, dict) or (missing := [k for k in needed if not isinstance(row.get(k), str) or not row[k].strip()]):
+            raise ValueError(f"{path}:{number}: must be an object with the text fields {list(needed)}"
+                             + (f", lacks {missing}" if isinstance(row, dict) else ", one a line"))
+        if any("\ud800" <= c <= "\udfff" for k in needed for c in row[k]):
+            raise ValueError(f"{path}:{number}: holds half of a surrogate pair, which is no text")
+        rows.append(row)
+    return rows
+
+
+def read_prompts(path: str, policy: Policy | None = None) -> list[dict]:
+    """Prompts as metadata: JSON lines of GenEval's format in a .jsonl (or .json) file, else plain text in a .txt file or one without an
+    ending. The name decides; a file whose content says otherwise is refused."""
+    ending = Path(path).suffix.lower()
+    if ending in (".jsonl", ".json", ".ndjson"):
+        rows = [{"tag": "", "include": [], **row} for row in read_json_lines(path, ("prompt",))]
+        for row in rows:
+            objects = row["include"] if isinstance(row["include"], list) else [None]
+            if not isinstance(row["tag"], str) or not all(isinstance(c, dict) and "class" in c for c in objects):
+                raise ValueError(f"{path}: prompt {row['prompt'][:60]!r}: tag must be text and include a list of objects with a class")
+        return rows
+    if ending not in (".txt", ""):
+        raise ValueError(f"file {path}: its ending {ending} says neither .jsonl (JSON objects) nor .txt (plain text); rename it")
+    lines = read_lines(path)
+    for number, line in lines:
+        if line.lstrip()[0] in "{[" and is_json(line):
+            raise ValueError(f"{path}:{number}: JSON in a file that its name calls plain text; name it .jsonl, one object a line")
+    return [{"tag": "", "include": [], "prompt": line.strip()} for _, line in lines]
+
+
+def is_json(line: str) -> bool:
+    try:
+        return isinstance(parsed(line), dict | list)
+    except ValueError:
+        return line.strip() in ("{", "[")                       # the first line of an indented file
+
+
+TAGS_OF_ANSWERS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def read_questions(path: str, policy: Policy) -> list[dict]:
+    """Rows image, question, answer; image paths are relative to the file. Every image is decoded once and every answer can be earned."""
+    rows = [{**row, "image": str(Path(path).parent / row["image"])} for row in read_json_lines(path, ("image", "question", "answer"))]
+    if gone := [row["image"] for row in rows if not Path(row["image"]).is_file()]:
+        raise FileNotFoundError(f"{path}: {len(gone)} images do not exist: {gone[:3]}")
+    for row in rows:
+        row["answer"] = final_answer(row["answer"])             # data for R1-like training hold it in its tags
+        if not normalise_answer(row["answer"]) or any(tag in row["answer"] for tag in TAGS_OF_ANSWERS):
+            raise ValueError(f"{path}: question {row['question'][:60]!r}: the answer {row['answer'][:60]!r} is empty or holds tags, "
+                             "so that no text can earn it")
+    images = list(dict.fromkeys(row["image"] for row in rows))
+    for image in tqdm(images, desc="checking images", disable=len(images) < 1000):
+        open_picture(image, verify=True)
+    return rows
+
+
+READERS = {"prompts": read_prompts, "questions": read_questions}
+POOLS = {"prompts": lambda rows, policy: by_tag(rows), "questions": file_questions}
+
+
+# ---- memory ----
+
+
+def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
+    """What a run needs on each GPU, in GB (1e9 bytes), computed from counts of numbers; `policy` may be on the meta device.
+
+    Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
+    reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
+    replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
+    activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered
+    blocks of a sharded policy. Not counted: referees, the autoencoder's activations, what the allocator loses, and the whole weights
+    that a sharded rollout keeps only where they fit.
+    """
+    c, byte, used = policy.config.llm, 2 if cfg.bf16 else 4, [TASKS[name] for name in in_use(cfg)]
+    D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
+    cut = world if cfg.shard and not policy.sharded else 1      # of a policy that is not cut yet, nearly everything will be
+    held_here = lambda p: p.to_local().numel() if isinstance(p, DTensor) else p.numel() / cut
+    held = sum(held_here(p) for p in policy.parameters())
+    trained = sum(held_here(p) for p in policy.parameters() if p.requires_grad)
+    two = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters()) if cfg.shard else 0
+    drawn = [cfg.rows[name] * cfg.group_size // world for name in in_use(cfg)]
+    most = max(min(n, max(cfg.rollout_batch, cfg.group_size) if cfg.rollout_batch else n) for n in drawn)
+    micro = max(min(n, cfg.micro or n) for n in drawn)
+    M = (cfg.resolution // policy.config.stride) ** 2 + 2 if any(task.draws for task in used) else 0
+    written = max(getattr(cfg, task.writes) if task.writes else 0 for task in used)
+    system = 160 if cfg.system_prompt and any(task.draws and task.writes for task in used) else 0
+    L = 64 + system + written
+    cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
+    block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
+    mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees, also as a bias
+    noisy = cfg.window * M                                      # tokens of a sample's noisy steps, which a replay reads in one call
+    inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
+    out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
+           "reference": held * byte if cfg.needs_reference and not cfg.lora else 0,
+           "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
+           "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + written * V * (byte + 12)) + two}
+    return {k: v / 1e9 for k, v in out.items()}
+
+
+def peak(need: dict[str, float]) -> float:
+    """GB at the worst moment: rollout and replay do not meet."""
+    return sum(v for k, v in need.items() if k not in ("rollout", "replay")) + max(need["rollout"], need["replay"])
+
+
+def check_memory(policy: Policy, cfg, ranks: Ranks) -> None:
+    """ValueError before anything is read where the GPU cannot hold the run, with settings that it would hold."""
+    has, need = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9, memory(policy, cfg, ranks.world)
+    if peak(need) <= has:
+        return
+    changes = [dict(micro=1), dict(rollout_batch=cfg.group_size), dict(micro=1, rollout_batch=cfg.group_size), dict(think_tokens=64, micro=1)]
+    fits = [c for c in changes if peak(memory(policy, replace(cfg, **c), ranks.world)) <= has]
+    otherwise = "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
+    hint = " ".join(f"--{k} {v}" for k, v in fits[0].items()) if fits else otherwise
+    told = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if v >= 0.05)
+    raise ValueError(f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {told}; try {hint}")
+
+
+def room_to_gather(device: torch.device) -> float | None:
+    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU, or held by PyTorch without
+    use; None, any number, on a CPU."""
+    if device.type != "cuda":
+        return None
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2
+
+
+def precision(cfg, device: torch.device):
+    """bf16 autocast where it is asked for: of the policy's own calls, not of losses and rewards."""
+    return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else nullcontext()
