@@ -26,7 +26,7 @@ from checkpoint import freeze, load_policy, read_json
 from eval import SHIFT, SIZE
 from grpo import token_logp
 from policy import Guidance, Policy, PolicyConfig
-from sample import TOY, Arguments, Draw, Read, Text, Write, images_of, one_line, replay_rollout, sample_plan, scale_of
+from sample import TOY, Arguments, Draw, Read, Text, Write, images_of, one_line, replay_rollout, sample_plan, scale_of, the_device
 from tasks import Batch, Choices, Ranks, memory, peak, prompt_row
 from toy import shapes
 
@@ -117,7 +117,7 @@ def never_ends(policy: Policy):
 def bench_variant(name: str, folder: str, least: int = 5, enough: float = 5.0) -> dict:
     """Least seconds of one variant after a warm-up, since a busy machine only adds, of at least `least` repeats and `enough` seconds; and
     the MB that the work adds to the process's peak (CUDA: the peak allocated on the device)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = the_device()
     work, resident = bench_case(name, load_policy(folder, device=device)), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     base = resident()
     work()
@@ -168,8 +168,8 @@ def timed(device, work) -> tuple[float, float, object]:
 
 def release_on_meta(tokenizer) -> Policy:
     """BAGEL-7B-MoT's sizes without memory, with the toy's tokenizer."""
-    llm = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
-               rope_theta=1e6, rms_norm_eps=1e-6)
+    llm = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+               vocab_size=152064,               rope_theta=1e6, rms_norm_eps=1e-6)
     vit = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, patch_size=14, image_size=980, num_hidden_layers=27,
                num_channels=3, layer_norm_eps=1e-6)
     with torch.device("meta"):
@@ -199,7 +199,8 @@ def ceilings(device, dtype) -> tuple[float, float]:
     return 2 * side**3 / product, 2 * big.numel() * big.element_size() / copy
 
 
-def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: tuple[int, ...] = (1, 4, 16), words: int = 256, G: int = 8) -> str:
+def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: tuple[int, ...] = (1, 4, 16), words: int = 256,
+                  G: int = 8) -> str:
     """Markdown rows of a large policy: text to image by batch (the batch of one is the official order), one UniGRPO update with adapters,
     text decoding. FLOP of a replay: 2 per weight and token forward, 2 backward (adapters need no gradient of the frozen weights), and the
     attention's; recomputation is not counted as useful."""
@@ -211,9 +212,11 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
     plan = [Read([prompt]), Draw((size, size), times)]
     sample_plan(policy, [Read([prompt]), Draw((size, size), times[[0, -1]])], seed=0, step=0, prompts=[0], G=1)              # warm-up
     for n in batches:
-        seconds, peak, _ = timed(device, lambda: images_of(policy, sample_plan(policy, plan, seed=0, step=0, prompts=[0], G=n, guidance=guidance)))
+        seconds, peak, _ = timed(device, lambda: images_of(policy, sample_plan(policy, plan, seed=0, step=0, prompts=[0], G=n,
+                                                                               guidance=guidance)))
         alone = alone or seconds / n
-        rows.append(f"| text to image, {size} px, {steps} steps, guidance 4, batch {n} | {seconds:.2f} | {60 * n / seconds:.1f} images/min, "
+        rows.append(f"| text to image, {size} px, {steps} steps, guidance 4, batch {n} | {seconds:.2f} | "
+                    f"{60 * n / seconds:.1f} images/min, "
                     f"{alone * n / seconds:.2f}x one by one | {peak:.1f} |")
     with torch.no_grad(), never_ends(policy):
         _, context = policy.append_text(policy.empty(16), *policy.encode_text([prompt] * 16))
@@ -224,8 +227,9 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
     read = (expert(0) + policy.head.weight.numel()) * policy.head.weight.element_size()
     rows.append(f"| text, batch 16, {words} tokens | {seconds:.2f} | {16 * words / seconds:.0f} tokens/s, weights read at "
                 f"{read * words / seconds / bandwidth:.0%} of the copies' rate | {peak:.1f} |")
-    cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--think", "1", "--ask", "0", "--group_size", str(G), "--think_tokens", str(words),
-                       "--resolution", str(size), "--micro", str(G), "--epochs", "1", "--no-system_prompt", "--prompts", "-"])
+    cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--think", "1", "--ask", "0", "--group_size", str(G),
+                       "--think_tokens", str(words), "--resolution", str(size), "--micro", str(G), "--epochs", "1", "--no-system_prompt",
+                       "--prompts", "-"])
     understanding, generation, head = expert(0), expert(1), policy.head.weight.numel()
     freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
@@ -249,8 +253,10 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
 
 def memory_table() -> str:
     """Markdown rows: what `tasks.memory` computes for UniGRPO on the release's sizes, GB on each GPU."""
-    tokenizer, rows = load_policy(TOY).tokenizer, ["| trained | pixels | GPUs | kept | rollout | replay | peak |", "|---|---|---|---|---|---|---|"]
-    for name, flags in (("adapters, both experts", ["--lora", "64"]), ("generation expert", ["--lora", "0", "--experts", "generation", "--shard"]),
+    tokenizer = load_policy(TOY).tokenizer
+    rows = ["| trained | pixels | GPUs | kept | rollout | replay | peak |", "|---|---|---|---|---|---|---|"]
+    for name, flags in (("adapters, both experts", ["--lora", "64"]),
+                        ("generation expert", ["--lora", "0", "--experts", "generation", "--shard"]),
                         ("all weights", ["--lora", "0", "--shard"])):
         for pixels in (512, 1024):
             for world in (1, 8):
@@ -260,7 +266,8 @@ def memory_table() -> str:
                 freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
                 need = memory(policy, cfg, world)
                 kept = sum(v for k, v in need.items() if k not in ("rollout", "replay"))
-                rows.append(f"| {name} | {pixels} | {world} | {kept:.0f} | {need['rollout']:.0f} | {need['replay']:.0f} | {peak(need):.0f} |")
+                told = [f"{gb:.0f}" for gb in (kept, need["rollout"], need["replay"], peak(need))]
+                rows.append(f"| {name} | {pixels} | {world} | {' | '.join(told)} |")
     return "\n".join(rows)
 
 
@@ -270,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--policy", default=str(TOY), help='a policy folder, or "7b": the release\'s sizes with random weights')
     ap.add_argument("--variant", help=argparse.SUPPRESS)
     a = ap.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = the_device()
     with one_line("bench.py"):
         if a.what == "memory":
             print(memory_table())

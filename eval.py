@@ -14,9 +14,11 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +30,7 @@ import flow_grpo
 from checkpoint import gathered, load_policy, write_atomic
 from policy import Policy
 from rewards import Samples
-from sample import TOY, Arguments, Draw, Write, images_of, one_line, sample_plan, save_grid, say, scale_of, to_bytes
+from sample import TOY, Arguments, Draw, Write, images_of, one_line, sample_plan, save_grid, say, scale_of, the_device, to_bytes
 from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, precision, room_to_gather, samples_of, spaced
 
 ODE_STEPS, SHIFT, SIZE = 10, 2.0, (32, 32)
@@ -97,7 +99,8 @@ def evaluate_task(policy: Policy, name: str, task: Task, seed: int) -> dict[str,
 
 def print_table(table: dict[str, tuple[float, float]]) -> str:
     """The table as text, one row a name."""
-    return "\n".join(f"{name:<22} {mean:.3f}" + (f" +- {error:.3f}" if math.isfinite(error) else "") for name, (mean, error) in table.items())
+    told = lambda error: f" +- {error:.3f}" if math.isfinite(error) else ""
+    return "\n".join(f"{name:<22} {mean:.3f}{told(error)}" for name, (mean, error) in table.items())
 
 
 def markdown_row(name: str, table: dict[str, tuple[float, float]]) -> str:
@@ -105,7 +108,8 @@ def markdown_row(name: str, table: dict[str, tuple[float, float]]) -> str:
     def cell(key: str) -> str:
         mean, error = table[key]
         return f"{mean:.3f} ± {error:.3f}" if math.isfinite(error) else f"{mean:.2f}"
-    keys = [k for k in table if k in TASKS] + [k for k in table if k.endswith("/held_out")] + [k for k in table if not math.isfinite(table[k][1])]
+    plain = [k for k in table if not math.isfinite(table[k][1])]
+    keys = [k for k in table if k in TASKS] + [k for k in table if k.endswith("/held_out")] + plain
     return f"| {name} | " + " | ".join(map(cell, keys)) + " |"
 
 
@@ -259,6 +263,22 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
     return head, rows
 
 
+@contextmanager
+def signals():
+    """A list that SIGINT, SIGTERM, SIGQUIT and SIGHUP append their names to while inside; the old handlers come back afterwards.
+    A SIGHUP that is ignored, as nohup does, stays so."""
+    caught, names = [], ["SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        names.remove("SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]        # Windows lacks two of them
+    old = [signal.signal(n, lambda n, _: caught.append(signal.Signals(n).name)) for n in numbers]
+    try:
+        yield caught
+    finally:
+        for n, handler in zip(numbers, old):
+            signal.signal(n, handler)
+
+
 # ---- looks at a run ----
 
 
@@ -354,7 +374,8 @@ def before_after(before: Policy, after: Policy, out: Path, per_prompt: int = 6, 
     import matplotlib.pyplot as plt
     shown = [(task, gallery(task)) for task in TASKS.values() if task.draws and task.held_out]
     count = sum(len(rows) for _, rows in shown)
-    figure, axes = plt.subplots(count, 2 * per_prompt + 1, figsize=(11, 0.92 * count), width_ratios=[1] * per_prompt + [0.35] + [1] * per_prompt)
+    widths = [1] * per_prompt + [0.35] + [1] * per_prompt
+    figure, axes = plt.subplots(count, len(widths), figsize=(11, 0.92 * count), width_ratios=widths)
     for axis in axes.flat:
         axis.set_axis_off()
     for side, policy in enumerate((before, after)):
@@ -415,9 +436,9 @@ def main(argv: list[str] | None = None) -> None:
             plot(a.logs, a.out or Path("curves.png"))
             print(f"curves in {a.out or 'curves.png'}")
         else:
-            policy = load_policy(a.policy, device="cuda" if torch.cuda.is_available() else "cpu", adapter=a.adapter)
+            policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
             if scale_of(policy.config.llm["hidden_size"]) != "toy":
-                raise ValueError("the table is of the toy world; a large policy is measured by its own benchmarks on images that sample.py draws")
+                raise ValueError("the table is of the toy world; measure a large policy on images that sample.py draws")
             table = evaluate(policy, a.seed)
             out = a.out or Path("eval.json")
             print(f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n", flush=True)

@@ -121,7 +121,8 @@ def normalised(components: dict[str, Tensor], G: int, std: str = "population") -
     varies. Errors: ValueError when G does not divide N or is below 2.
     """
     n = G - (std == "unbiased")
-    return {name: (each / ((each.square().sum(1, keepdim=True) / n).sqrt() + 1e-4)).flatten() for name, each in _centred(components, G).items()}
+    spread = lambda each: (each.square().sum(1, keepdim=True) / n).sqrt()                     # noqa: E731
+    return {name: (each / (spread(each) + 1e-4)).flatten() for name, each in _centred(components, G).items()}
 
 
 def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
@@ -162,12 +163,13 @@ def normalise_answer(text: str) -> str:
 
 
 def answer_accuracy(samples: Samples) -> Tensor:
-    """R_Acc: 1 if the final answer equals the right one after normalisation, else 0. (N,) in {0, 1} [CoRL].
+    """R_Acc: 1 if the final answer equals the right one after normalisation, else 0. (N,) in {0, 1} [CoRL]. A right answer may stand in
+    <answer> tags of its own, as data sets for R1-like training have it.
 
     Gamed by guessing: the commonest answer earns its frequency. Only the first <answer> counts, so listing earns nothing.
     """
     pairs = zip(samples.need("texts"), samples.need("answers"))
-    return torch.tensor([float(normalise_answer(final_answer(text)) == normalise_answer(right)) for text, right in pairs])
+    return torch.tensor([float(normalise_answer(final_answer(text)) == normalise_answer(final_answer(right))) for text, right in pairs])
 
 
 def think_format(samples: Samples, *, answer: bool = True) -> Tensor:
@@ -610,13 +612,13 @@ class Models:
     @property
     def detector(self) -> Callable:
         if self.found_by is None:
-            raise ValueError("--ins reads detections, and nothing detects objects in the images of files; set --ins 0 and use --sem or --kn")
+            raise ValueError("--ins reads detections, and nothing detects objects in images of files; set --ins 0 and use --sem or --kn")
         return self.found_by
 
     @property
     def patches(self) -> Siglip:
         if isinstance(self.encoder, OpenClip):
-            raise ValueError(f"--dense reads patches, which open_clip's {self.cfg.siglip} does not give; use transformers' SigLIP, or --dense 0")
+            raise ValueError(f"--dense reads patches, which open_clip's {self.cfg.siglip} does not give; use transformers' or --dense 0")
         return self.encoder
 
 

@@ -14,17 +14,18 @@ Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M lat
 
     python sample.py "a red circle and a blue square" --n 8                     # draws a grid into samples.png
     python sample.py "as many circles as a triangle has sides" --think          # writes a thought first
-    python sample.py "a red circle and a blue square" --n 1 --out one.png
-    python sample.py "what color is the circle ?" --question one.png            # answers about an image
+    python sample.py "what color is the circle ?" --question samples.png        # answers about an image
     python sample.py "make the sky red" --edit photo.png --policy BAGEL-7B-MoT  # draws an image changed
 """
 
 import argparse
+import io
 import math
 import os
-import signal
+import struct
 import sys
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flow_grpo
-from checkpoint import load_policy
+from checkpoint import load_policy, write_atomic
 from grpo import token_logp
 from policy import THINK_TO_ANSWER, THINK_TO_DRAW, Guidance, Policy, guided_velocity
 from rewards import RewardError
@@ -345,7 +346,8 @@ def counts(r: Rollout, per: str, most: int) -> Tensor:
 def micro_batches(r: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
     """Cuts of a rollout and their rows: whole groups while `size` samples hold one, else pieces of a group; 0 is one cut."""
     prompts, samples = (r.B, r.G) if not size else (size // r.G, r.G) if size >= r.G else (1, size)
-    cuts = [(range(i, min(i + prompts, r.B)), range(g, min(g + samples, r.G))) for i in range(0, r.B, prompts) for g in range(0, r.G, samples)]
+    cuts = [(range(i, min(i + prompts, r.B)), range(g, min(g + samples, r.G)))
+            for i in range(0, r.B, prompts) for g in range(0, r.G, samples)]
     return [(subset(r, p, s), [i * r.G + g for i in p for g in s]) for p, s in cuts]
 
 
@@ -388,13 +390,49 @@ def fit_size(width: int, height: int, longest: int, shortest: int, stride: int, 
     return w, h
 
 
-def fit_image(image, longest: int, shortest: int, stride: int):
-    """A PIL image on white, in RGB, resized by BAGEL's rule (bicubic)."""
+def of_eight_bits(image):
+    """A decoded PIL image -> (the same in mode L, RGB or CMYK, its alpha channel or None). ValueError where white could be any number."""
     from PIL import Image
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    tags, clear, alpha, grey = getattr(image, "tag_v2", {}), image.info.get("transparency"), None, image.mode in ("1", "L", "LA")
+    if image.mode[0] in "IF":                                   # I;16, I, F, of which PIL would cut off what is above 255
+        ranged = image.mode.startswith("I;") or image.mode == "I" and image.format in ("PNG", "PPM")
+        if not ranged or tags.get(258, (16,)) != (16,) or tags.get(262, 1) != 1:     # BitsPerSample, PhotometricInterpretation
+            raise ValueError(f"which of its grey numbers (mode {image.mode}) is white is not known; save it with 8 bits")
+        numbers, grey = np.asarray(image), True
+        image = Image.fromarray((numbers / 257).round().astype(np.uint8))
+        alpha = None if clear is None else Image.fromarray(np.where(numbers == clear, 0, 255).astype(np.uint8))
+    elif clear is not None or image.mode in ("RGBA", "LA", "PA", "RGBa"):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    image = image.convert("RGB")
+        alpha = image.getchannel("A")
+    image = image if image.mode == "CMYK" else image.convert("RGB")
+    return image.convert("L") if grey else image, alpha
+
+
+# What EXIF calls the orientation -> PIL's Image.Transpose that turns the picture upright.
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+
+
+def as_shown(image):
+    """A decoded PIL image -> RGB as viewers show it: upright, in sRGB, on white. As they do, it passes over EXIF and colour profiles that
+    are damaged."""
+    from PIL import Image, ImageCms
+    profile, turn = image.info.get("icc_profile"), None
+    with suppress(SyntaxError, ValueError, TypeError, struct.error):
+        turn = UPRIGHT.get(image.getexif().get(0x0112))
+    image, alpha = of_eight_bits(image)
+    if profile:
+        with suppress(OSError, ImageCms.PyCMSError, ImportError):           # ImportError: PIL was built without LittleCMS
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            image = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image.convert("RGB"), mask=alpha)
+    return white if turn is None else white.transpose(turn)
+
+
+def fit_image(image, longest: int, shortest: int, stride: int):
+    """A PIL image as it is shown, resized by BAGEL's rule (bicubic)."""
+    from PIL import Image
+    image = as_shown(image)
     return image.resize(fit_size(*image.size, longest, shortest, stride), Image.Resampling.BICUBIC)
 
 
@@ -405,23 +443,33 @@ def to_tensor(image) -> Tensor:
 
 
 def open_picture(path: str, verify: bool = False):
-    """The PIL image of a file, all of it; verify=True reads its header alone, and of a PNG its checksums. ValueError or FileNotFoundError, in
-    one line, for what is no image."""
+    """The picture in a file, all of it, as it is shown: a PIL image in RGB. ValueError or FileNotFoundError, in one line, for what is none.
+    verify=True is the check before a run: it decodes all of the file as well, but a JPEG into an eighth of its size."""
     from PIL import Image
+    # What PIL was seen to raise for damaged files of its formats.
+    errors = (OSError, SyntaxError, ValueError, RuntimeError, TypeError, IndexError, AttributeError, MemoryError, struct.error,
+              Image.DecompressionBombError)
     try:
-        with Image.open(path) as image:
-            image.verify() if verify else image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # of many pixels, odd metadata, odd palettes
+            with Image.open(path) as image:
+                image.verify()                                  # the checksums of a PNG, which decoding passes over
+            with Image.open(path) as image:
+                if verify:
+                    image.draft(None, (1, 1))
+                image.load()
+                if min(image.size) < 1:
+                    raise ValueError("it has no pixels")
+                return as_shown(image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"image {path} does not exist") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
-    return image
+    except errors as error:
+        raise ValueError(f"image {path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def read_picture(path: str, policy: Policy) -> tuple[Tensor, Tensor]:
     """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each. The ViT's is made of the other, as
     BAGEL does."""
-    open_picture(path, verify=True)
     source = fit_image(open_picture(path), *policy.config.vae_resize)
     return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
 
@@ -432,14 +480,22 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
-    """Write (N, 3, H, W) in [0, 1] as one PNG, row by row, with a thin gap."""
+    """Write (N, 3, H, W) in [0, 1] as one PNG, row by row, with a thin gap. FloatingPointError for pixels that are not finite."""
     from PIL import Image
+    if not (sound := images.isfinite().flatten(1).all(1)).all():            # 8 bits would make the others black
+        raise FloatingPointError(f"{path} is not written: {int((~sound).sum())} of {len(images)} images hold pixels that are not finite")
     cells = to_bytes(images).repeat(zoom, 1).repeat(zoom, 2)
     cells = np.pad(cells, ((0, -len(cells) % columns), (0, 2), (0, 2), (0, 0)), constant_values=255)
-    Image.fromarray(rearrange(cells, "(r c) h w k -> (r h) (c w) k", c=columns)[:-2, :-2]).save(path)
+    png = io.BytesIO()
+    Image.fromarray(rearrange(cells, "(r c) h w k -> (r h) (c w) k", c=columns)[:-2, :-2]).save(png, "PNG")
+    write_atomic(Path(path), png.getvalue())
 
 
 # ---- the command lines of all programs ----
+
+
+def the_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Terminal:
@@ -512,7 +568,6 @@ def first_line(error: Exception) -> str:
 
 
 def end(program: str, why: str, status: int = 1) -> None:
-    """Leave with one line."""
     if status == 1 and not dist.is_initialized():
         sys.exit(f"{program}: {why}")
     sys.stderr.write(f"{program}: {why}\n")                     # in one piece, since ranks share the stream
@@ -520,22 +575,6 @@ def end(program: str, why: str, status: int = 1) -> None:
     if dist.is_initialized():
         os._exit(status)                                        # leaving the group in order would wait for ranks that wait for this one
     sys.exit(status)
-
-
-@contextmanager
-def signals():
-    """A list that SIGINT, SIGTERM, SIGQUIT and SIGHUP append their names to while inside; the old handlers come back afterwards.
-    A SIGHUP that is ignored, as nohup does, stays so."""
-    caught, names = [], ["SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        names.remove("SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]        # Windows lacks two of them
-    old = [signal.signal(n, lambda n, _: caught.append(signal.Signals(n).name)) for n in numbers]
-    try:
-        yield caught
-    finally:
-        for n, handler in zip(numbers, old):
-            signal.signal(n, handler)
 
 
 # What depends on size when a person samples; BAGEL's are the official inferencer's: 50 points are 49 steps. Guidance of a text-to-image
@@ -585,7 +624,7 @@ def run(a: argparse.Namespace) -> str:
         raise ValueError(f"--out {a.out}: must be a .png file in a folder that exists")
     if a.question and a.edit:
         raise ValueError("--question answers and --edit draws; give one of them")
-    policy = load_policy(a.policy, device="cuda" if torch.cuda.is_available() else "cpu", adapter=a.adapter)
+    policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
     scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
     system = [Read([THINK_TO_ANSWER if a.question else THINK_TO_DRAW])] if scale["system_prompt"] and a.think else []
     write = Write(scale["tokens"], a.temperature)

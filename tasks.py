@@ -136,7 +136,7 @@ class Task:
     samples: int = 1                                            # of each row in an evaluation
     tags: tuple[str, ...] = ()                                  # that an evaluation tells apart
     mean_of_tags: bool = False                                  # its headline weighs tags alike, as GenEval does, else rows
-    also: Callable[[list[Row], Samples, list, int], dict] | None = None     # further entries of its evaluation: name -> one per row, or a number
+    also: Callable[[list[Row], Samples, list, int], dict] | None = None     # beside its truth: name -> one per row, or a number
 
     @property
     def draws(self) -> bool:
@@ -190,7 +190,7 @@ def held_out_prompts(pairs: bool = False) -> list[Row]:
     """Evaluation prompts, none of which is trained on: at most PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training
     (3, 6, 9, 15, 32, 32), or, pairs=True, as many of all tags together that name a pair that training never shows.
 
-    Another phrasing of the same meaning is trained on, but for three in ten of position and nearly half of color_attr (`shapes.prompts`)."""
+    Training has another phrasing of the same meaning, but for three in ten of position and nearly half of color_attr."""
     pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
     chosen = spaced(pool, PROMPTS_PER_TAG) if pairs else \
         [m for tag in shapes.TAGS for m in spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
@@ -380,7 +380,8 @@ def samples_of(policy: Policy, rows: list[Row], r: Rollout) -> Samples:
     each = [row for row in rows for _ in range(r.G)]
     given = lambda name: [getattr(row, name) for row in each] if getattr(rows[0], name) is not None else None
     sources = None if rows[0].source is None else torch.stack(given("source")).to(policy.device)
-    return Samples([row.text for row in each], [row.metadata for row in each], texts_of(policy, r), images_of(policy, r), sources, given("answer"))
+    return Samples([row.text for row in each], [row.metadata for row in each], texts_of(policy, r), images_of(policy, r), sources,
+                   given("answer"))
 
 
 def measured(name: str, samples: Samples, detector, G: int, whole_groups: bool) -> dict[str, float]:
@@ -541,7 +542,7 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     L = 64 + system + written
     cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
     block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
-    mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees, also as a bias
+    mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees
     noisy = cfg.window * M                                      # tokens of a sample's noisy steps, which a replay reads in one call
     inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
     out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
@@ -561,7 +562,8 @@ def check_memory(policy: Policy, cfg, ranks: Ranks) -> None:
     has, need = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9, memory(policy, cfg, ranks.world)
     if peak(need) <= has:
         return
-    changes = [dict(micro=1), dict(rollout_batch=cfg.group_size), dict(micro=1, rollout_batch=cfg.group_size), dict(think_tokens=64, micro=1)]
+    changes = [dict(micro=1), dict(rollout_batch=cfg.group_size), dict(micro=1, rollout_batch=cfg.group_size),
+               dict(think_tokens=64, micro=1)]
     fits = [c for c in changes if peak(memory(policy, replace(cfg, **c), ranks.world)) <= has]
     otherwise = "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
     hint = " ".join(f"--{k} {v}" for k, v in fits[0].items()) if fits else otherwise

@@ -6,10 +6,9 @@
     python train.py recipes                                     # how the methods differ, as a table
     torchrun train.py --recipe pretrain                         # makes the toy's weights again
 
-Plain `python train.py` is one process. Every random number derives from (seed, step, prompt, sample), so there is no generator state to
-keep: a checkpoint is the weights, their average, the optimiser and the step, and a resumed run is the uninterrupted one, bit for bit.
-Ranks share prompts, and groups where there are more ranks than prompts; losses are divided by global counts, so neither the ranks nor
-the micro-batches change a gradient.
+Plain `python train.py` is one process. Every random number derives from (seed, step, prompt, sample): a checkpoint keeps no generator, and
+a resumed run is the uninterrupted one, bit for bit. Ranks share prompts, and groups where there are more ranks than prompts; losses are
+divided by global counts, so neither the ranks nor the micro-batches change a gradient.
 
 Legend: B prompts per step and task, G samples each, N = B*G prompt-major, L text positions, W noisy steps.
 """
@@ -37,9 +36,10 @@ from checkpoint import (Average, freeze, gathered, load_checkpoint, load_policy,
                         save_bad_step, save_checkpoint, save_policy, shard, trainable)
 from grpo import group_advantage, grpo_loss
 from policy import Policy, adapters_off
-from sample import (Arguments, Rollout, Text, chosen_texts, counts, join, micro_batches, one_line, replay_gaps, replay_rollout, sample_plan, say,
-                    scale_of, signals)
-from tasks import TASKS, Batch, Ranks, Source, check_memory, clip_gradients, in_use, measured, precision, rewards_of, room_to_gather, samples_of, setup
+from sample import (Arguments, Rollout, Text, chosen_texts, counts, join, micro_batches, one_line, replay_gaps, replay_rollout,
+                    sample_plan, say, scale_of)
+from tasks import (TASKS, Batch, Ranks, Source, check_memory, clip_gradients, in_use, measured, precision, rewards_of, room_to_gather,
+                   samples_of, setup)
 
 TOY = Path(__file__).parent / "toy"
 
@@ -83,10 +83,8 @@ def option(default, help: str, least: float | None = None, above: float | None =
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. Numbers of rows are global: ranks share them. `python train.py --help` explains every field.
-
-    The control (more pretraining) reads what is trained and how it is kept; the rest must be valid and does nothing.
-    """
+    """Everything a run depends on; `python train.py --help` explains each field. Numbers of rows are global: ranks share them. The control
+    (more pretraining) reads what is trained and how it is kept; the rest must be valid and does nothing."""
 
     recipe: str
     rows: dict[str, int] = field(default_factory=dict)          # task -> rows a step, a flag each
@@ -94,7 +92,7 @@ class Config:
     policy: str = option(str(TOY / "policy"), "the policy folder to start from")
     prompts: str = option("", "prompts: .jsonl with \"prompt\" (and GenEval's fields), or .txt with one a line; none: the toy world")
     questions: str = option("", "questions: .jsonl with \"image\" (a path), \"question\", \"answer\"; none: the toy world")
-    siglip: str = option(str(TOY / "siglip"), "SigLIP of r_sem and r_dense: a folder or hub name for transformers, or open_clip (hf-hub:...)")
+    siglip: str = option(str(TOY / "siglip"), "SigLIP of r_sem, r_dense: a folder or hub name for transformers, or open_clip (hf-hub:...)")
     judge: str = option(str(TOY / "judge"), "yes/no judge of r_kn: a folder or hub name")
     out: str = option("out", "folder of log, checkpoint, pictures and trained policy")
     resume: bool = option(False, "go on from the checkpoint in --out")
@@ -107,7 +105,7 @@ class Config:
     rollout_batch: int = option(0, "samples drawn at once, in whole groups; 0: all")
     referee_batch: int = option(0, "samples that a reward model scores at once", least=1)
     graded: bool = option(True, "r_ins is the fraction of rules kept, else all or nothing")
-    normalise: Literal["sum", "each"] = option("sum", "rewards are added, then normalised [LVRPO]; or each by itself, then added [CoRL's code]")
+    normalise: Literal["sum", "each"] = option("sum", "add rewards, then normalise [LVRPO]; or each by itself, then add [CoRL's code]")
     advantage: Literal["group", "batch", "none"] = option("group", "whose std divides the centred reward: GRPO's, AlphaGRPO's, Dr. GRPO's")
     std: Literal["population", "unbiased"] = option("population", "divisor n (Flow-GRPO, AlphaGRPO) or n - 1 (TRL, CoRL)")
     adv_clamp: float = option(0.0, "bound of the advantage's size (AlphaGRPO: 5); 0: none")
@@ -125,7 +123,7 @@ class Config:
     image_beta: float = option(0.0, "weight of the transition KL to the reference")
     mse_weight: float = option(0.0, "weight of |v - v_ref|^2 [UniGRPO Eq. 8]")
     mse_reduce: Literal["mean", "sum"] = option("mean", "how |v - v_ref|^2 is reduced over latent entries")
-    density: Literal["mean", "sum"] = option("mean", "how a step's log-density is reduced over latent entries; clip ranges presume the mean")
+    density: Literal["mean", "sum"] = option("mean", "reduces a step's log-density over latent entries; clip ranges presume the mean")
     scaled: bool = option(True, "log-density with its variance and normaliser; else -(x - mean)^2, the score that Flow-CPS published")
     ratio_norm: bool = option(False, "RatioNorm [GRPO-Guard, UniGRPO Eq. 5]")
     step_weights: bool = option(False, "weigh noisy steps by 1/|dt| [GRPO-Guard]")
@@ -168,7 +166,7 @@ def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
 
 def parse(argv: list[str] | None = None) -> Config:
     """Command line -> Config. Later wins: Config's default, the scale, the recipe, the flag. Unknown names are refused."""
-    ap = Arguments(description=__doc__.split("\n")[0], allow_abbrev=False)
+    ap = Arguments(description=__doc__.split("\n")[0], usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
     ap.add_argument("--recipe", default="lvrpo", choices=[*RECIPES, "control", "pretrain"],
                     help="a method; or control, more pretraining; or pretrain, which makes the toy's weights")
     ap.add_argument("--scale", choices=[*SCALES], help="settings that depend on size; default: by the width of --policy")
@@ -298,7 +296,8 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         optimizer.step()
-    return ranks.combined(log) | {"loss": ranks.total(torch.tensor(value, dtype=torch.float64, device=ranks.device)).item(), "grad_norm": norm.item()}
+    value = ranks.total(torch.tensor(value, dtype=torch.float64, device=ranks.device))
+    return ranks.combined(log) | {"loss": value.item(), "grad_norm": norm.item()}
 
 
 def one_step(run: "Run", step: int) -> dict:
@@ -324,7 +323,7 @@ def one_step(run: "Run", step: int) -> dict:
 def train(cfg: Config, ranks: Ranks) -> None:
     """The run: the six phases until cfg.steps, or until a signal, which saves first."""
     run = begin(cfg, ranks)
-    with signals() as caught, run.log:
+    with evaluation.signals() as caught, run.log:
         evaluation.look(run, run.start)
         bar = tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, disable=ranks.rank > 0, desc=cfg.recipe)
         for step in bar:
@@ -385,7 +384,7 @@ def self_check(policy: Policy, work: list, cfg: Config) -> dict:
             name, clip = f"{batch.task}/{kind}", cfg.text_clip if kind == "text" else cfg.image_clip
             out[name] = max(gap, out.get(name, 0.0))
             if gap > max(10 * clip, 0.05):
-                raise ValueError(f"self-check: log-probs of {name} differ by {gap:.2g} between rollout and replay; they must be one function")
+                raise ValueError(f"self-check: rollout and replay differ by {gap:.2g} in log-probs of {name}; they must be one function")
             if gap > clip:
                 say(f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the clip range {clip:g}")
     return out
@@ -449,7 +448,6 @@ def refusals(cfg: Config, ranks: Ranks):
     yield (cfg.sampler == "cps" and cfg.noise_level >= 2,
            f"--noise_level {cfg.noise_level}: must be below 2 for cps, whose std is the sine of half a turn there")
     yield cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, which would never move"
-    yield 0 < cfg.text_delta < 1, f"--text_delta {cfg.text_delta}: must be at least 1, or 0 for none"
     yield (cfg.normalise == "each" and cfg.advantage != "group",
            f"--advantage {cfg.advantage} has no effect where --normalise each divides each reward by its group's std; leave one out")
     last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
@@ -535,13 +533,13 @@ def main() -> None:
         cfg, ranks = parse(), setup()
         if ranks.rank == 0:
             print(resolved(cfg))
-        if cfg.recipe == "pretrain":
+        if cfg.recipe != "pretrain":
+            train(cfg, ranks)
+        elif ranks.world == 1:
             from toy import pretrain
-            if ranks.world > 1:
-                raise ValueError("--recipe pretrain runs in one process")
             pretrain.main(Path(cfg.out))
         else:
-            train(cfg, ranks)
+            raise ValueError("--recipe pretrain runs in one process")
     if dist.is_initialized():
         dist.destroy_process_group()
 

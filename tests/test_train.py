@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import flow_grpo
 import rewards
-import sample
 import tasks
 from toy import shapes
 import train
@@ -667,7 +666,7 @@ def test_a_failure_in_the_first_step_leaves_no_checkpoint(tmp_path, monkeypatch)
 def test_both_signals_are_noted_and_the_old_handlers_come_back():
     numbers = signal.SIGINT, signal.SIGTERM
     old = [signal.getsignal(n) for n in numbers]
-    with sample.signals() as seen:
+    with train.evaluation.signals() as seen:
         for n in numbers:
             signal.raise_signal(n)
     assert seen == ["SIGINT", "SIGTERM"] and [signal.getsignal(n) for n in numbers] == old

@@ -223,7 +223,7 @@ def train_siglip(encoder, steps: int = 2500, batch: int = 64, lr: float = 1e-3, 
 
 
 def judge_batch(rng, batch: int, pool: list[dict]):
-    """(scenes, asked, right): odd rows ask of a prompt of `pool` whether it is true, even rows of an answer whether it is right; half are."""
+    """(scenes, asked, right): odd rows ask whether a prompt of `pool` is true, even rows whether an answer is right; half are."""
     scenes, asked, right = [], [], []
     for i in range(batch):
         if i % 2:

@@ -1,0 +1,104 @@
+"""Every task on a device that is not the CPU: no tensor is left on the wrong one. See tests/pretend.py."""
+
+import json
+
+import pytest
+import torch
+from pretend import DEVICE, Literals, PretendDevice
+
+import bench
+import eval as evaluation
+import flow_grpo
+import sample
+import tasks
+import train
+from checkpoint import load_checkpoint, load_policy, run_state
+from policy import Guidance
+from sample import TOY, Draw, Read, See, Write, images_of, replay_rollout, sample_plan, subset, texts_of
+from tasks import Ranks
+
+GOLDEN = evaluation.Path(__file__).parent / "golden" / "bagel_tiny"
+THERE = Ranks(0, 1, DEVICE)
+SMALL = ["--draw", "2", "--think", "2", "--ask", "2", "--group_size", "2", "--steps", "2", "--save_every", "1"]
+
+
+@pytest.fixture(autouse=True)
+def pretended():
+    with PretendDevice(), Literals():
+        yield
+
+
+def test_tensors_of_two_devices_cannot_meet():
+    with pytest.raises(RuntimeError, match="two devices meet"):
+        torch.zeros(2, device=DEVICE) + torch.zeros(2)
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A small evaluation."""
+    for name, value in dict(PROMPTS_PER_TAG=3, THOUGHTS=4, QUESTIONS=10).items():
+        monkeypatch.setattr(tasks, name, value)
+
+
+@pytest.mark.parametrize("more", [
+    ["--eval_every", "1"],                                      # all weights against a frozen copy, evaluation and pictures
+    ["--recipe", "unigrpo", "--eval_every", "0", "--micro", "2"],
+    ["--eval_every", "0", "--lora", "4", "--text_average", "constant", "--text_ratio", "sequence", "--text_clip_high", "0.28"],
+    ["--eval_every", "0", "--dense", "1", "--format", "1", "--normalise", "each", "--std", "unbiased", "--checkpointing", "--rollout_batch", "2",
+     "--density", "sum", "--kl_correction", "--adv_clamp", "5", "--text_delta", "3"]])
+def test_a_run_trains_saves_evaluates_exports_and_resumes(tmp_path, few, monkeypatch, more):
+    train.train(train.parse([*SMALL, *more, "--out", str(tmp_path)]), THERE)
+    rows = records(tmp_path)
+    assert [r["step"] for r in rows if "loss" in r] == [0, 1]
+    assert len([r for r in rows if "eval" in r]) == (3 if "1" == more[1] else 0)
+    run = train.begin(train.parse([*SMALL, *more, "--out", str(tmp_path / "again")]), THERE)
+    assert load_checkpoint(tmp_path, run_state(run.policy, run.average, run.optimizer)) == 2
+    assert {p.device for p in run.policy.parameters()} == {DEVICE}
+    assert load_policy(tmp_path / "policy", device=DEVICE).embed.weight.device == DEVICE
+
+
+def plans(policy):
+    side, patch = policy.config.stride, policy.config.vit["patch_size"]
+    pixels = [torch.rand(3, 2 * patch, 3 * patch) * 2 - 1, torch.rand(3, patch, 2 * patch) * 2 - 1]
+    source = [torch.rand(3, 2 * side, 2 * side) * 2 - 1 for _ in range(2)]
+    grid, size = flow_grpo.time_grid(4, 3.0), (2 * side, 2 * side)
+    draw = lambda kind, shared=False: Draw(size, grid, (0, 2), 0.7, kind, shared)
+    return {"edit": [See(pixels, source), Read(["make it red", "b"]), Write(5), draw("sde")],
+            "rounds": [Read(["a", "b"]), draw("dance", True), Read(["c", "d"]), Write(4), draw("cps")],
+            "question": [See(pixels), Read(["a", "b"]), Write(4)],
+            "sizes": [Read(["a", "b"]), Draw([(side, 2 * side), (2 * side, side)], grid)]}
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(4.0, 2.0, "text_channel", 0.0, (0.0, 1.0))])
+@pytest.mark.parametrize("name", ["edit", "rounds", "question", "sizes"])
+def test_every_layout_is_sampled_and_replayed(name, guidance):
+    policy = load_policy(GOLDEN, device=DEVICE)
+    r = sample_plan(policy, plans(policy)[name], seed=0, step=0, prompts=[0, 1], G=3, guidance=guidance)
+    images, texts = images_of(policy, r), texts_of(policy, r)
+    assert (images is None) == (name == "question") and (texts is None) == (name == "sizes")
+    if name != "sizes":
+        for scored in replay_rollout(policy, r) + replay_rollout(policy, subset(r, range(1), range(2))):
+            assert (scored.logp if scored.flow is None else scored.flow.logp).device == DEVICE
+
+
+def test_the_command_line_draws_thinks_edits_and_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "the_device", lambda: DEVICE)
+    one = str(tmp_path / "one.png")
+    sample.main(["a red circle", "--n", "1", "--out", one])
+    sample.main(["a red circle", "--think", "--n", "2", "--guidance", "3", "--out", str(tmp_path / "two.png")])
+    sample.main(["make it red", "--edit", one, "--n", "1", "--out", str(tmp_path / "three.png")])
+    sample.main(["what color is the circle ?", "--question", one])
+    assert "1 images in" in capsys.readouterr().out
+
+
+def test_the_evaluation_and_the_benchmarks_run(tmp_path, few, monkeypatch):
+    policy = load_policy(TOY, device=DEVICE)
+    evaluation.evaluate(policy)
+    for name in bench.BENCHES:
+        bench.bench_case(f"{name}-shared", policy)()
+    rows = bench.bench_release(policy.requires_grad_(False), size=32, steps=3, batches=(1, 2), words=4, G=2).splitlines()
+    assert len(rows) == 8
