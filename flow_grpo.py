@@ -13,14 +13,26 @@ Notation: t is flow time, 1 = noise, 0 = data, dt = t_next - t < 0; x = (1-t)*da
 B prompts, G samples of each, N = B*G flattened prompt-major; K steps, W noisy ones, S of these replayed; "..." stands for the
 latent's own dimensions, at least one; `_old` is the policy that sampled, `_ref` the frozen one.
 
-    old = rollout(velocity, noise, time_grid(15, shift=3.0), window=draw_window(3, 0, 5, seed=0, step=update),
-                  noise_level=0.7, step_noise=step_noise)
-    adv = ...                                                                     # (N,) from rewards of old.data
+With a transformer and a scheduler of diffusers (here SD3's; its sigmas are times, its prediction is noise - data). `velocity` is
+called with fp32 latents, and what it returns is widened to fp32, whatever the transformer computes in:
+
+    scheduler.set_timesteps(15)                                                   # .sigmas (16,) from 1 to 0
+    def velocity(x, t):
+        return transformer(x.to(transformer.dtype), timestep=1000 * t.expand(len(x)), encoder_hidden_states=prompts,
+                           pooled_projections=pooled, return_dict=False)[0]
+    old = rollout(velocity, torch.randn(B * G, 16, 64, 64), scheduler.sigmas, window=draw_window(3, 0, 7, seed=0, step=update),
+                  noise_level=0.7, step_noise=torch.randn(3, B * G, 16, 64, 64))
+    reward = score_of(old.data).view(B, G)                                        # what you like: (B*G,), the higher the better
+    adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)                        # (B, G)
     with torch.no_grad():
-        reference = replay(velocity_ref, old)
-    loss, stats = flow_grpo_loss(replay(velocity, old), old, adv, total=3 * len(adv), low=1e-4, high=1e-4,
-                                 mse_weight=0.01, reference=reference)
+        reference = replay(velocity_of_the_frozen_one, old)
+    loss, stats = flow_grpo_loss(replay(velocity, old), old, adv.flatten(), total=3 * B * G,                    # W * N: mean over steps
+                                 low=1e-4, high=1e-4, mse_weight=0.01, reference=reference)
     loss.backward()
+
+The clip range depends on the number of entries of a latent, the noise and the learning rate; only a measured ratio tells it. Update
+twice per batch with a range that never acts (low=high=1) and read stats["ratio/std"] of the second update, averaged over a few
+batches. A range of one and a half times that number clips 5 to 8 of 100 ratios on the ring below, with RatioNorm and without.
 
 `python flow_grpo.py` teaches a small flow a ring in the plane, draws it to one side by reward, and saves a picture.
 """
@@ -164,10 +176,12 @@ def rollout(
     velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, times: Tensor, *, window: tuple[int, int], noise_level: float,
     kind: str = "sde", step_noise: Tensor | None = None, reduce: str = "mean", normaliser: bool = True, scaled: bool = True
 ) -> Trajectory:
-    """Sample from `noise` (N, ...) at times[0] to data at times[-1], (K+1,): noisy steps in the window, ODE steps elsewhere.
+    """Sample from `noise` (N, ...) at times[0] to data at times[-1] = 0, (K+1,): noisy steps in the window, ODE steps elsewhere.
     `velocity` is called once a step as f(x (N, ...), t 0-dim) -> (N, ...). `step_noise` (W, N, ...), standard normal, is the
     caller's, so that its seeds may derive from the sample's index. The empty window (0, 0) is pure ODE sampling and needs none.
-    Errors: ValueError when the window leaves the grid, step_noise has another shape, or a step in the window has std 0."""
+    Errors: ValueError when times are no falling grid from at most 1 to 0, the window leaves the grid, step_noise has another shape,
+    or a step in the window has std 0; FloatingPointError when a latent is not finite."""
+    check_times(times)
     (start, stop), W = window, window[1] - window[0]
     if not 0 <= start <= stop < len(times):
         raise ValueError(f"rollout: window is {window}, expected 0 <= start <= stop <= {len(times) - 1}, the number of steps")
@@ -188,7 +202,25 @@ def rollout(
         x = mean + std[w] * _wide(step_noise[w])
         means[:, w], latents[:, w + 1] = mean, x
         logp[:, w] = gaussian_logp(x, mean, std[w], reduce=reduce, normaliser=normaliser, scaled=scaled)
+    if not x.isfinite().all():                                                    # what is not finite stays so to the end
+        raise FloatingPointError("rollout: the latents are not finite; expected finite noise, step_noise and velocities")
     return Trajectory(times, (start, stop), kind, noise_level, latents, means, std, logp, x, reduce, normaliser, scaled)
+
+
+def check_times(times: Tensor) -> None:
+    """ValueError, with what is wrong and what would be right, unless `times` (K+1,) falls strictly from at most 1 to 0."""
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"rollout: times is {tuple(times.shape)}, expected (K+1,), the times before and after each of K steps")
+    first, last = times[0].item(), times[-1].item()
+    told = f"rollout: times go from {first:g} to {last:g}"
+    if first > 1:
+        raise ValueError(f"{told}, expected from at most 1 to 0; take a scheduler's sigmas, or its timesteps / 1000 with a 0 behind them")
+    if first < last:
+        raise ValueError(f"{told}, expected from 1, noise, to 0, data; flip the grid")
+    if last != 0:
+        raise ValueError(f"{told}, expected a last entry of 0, at which the data stand; append it")
+    if not (times[1:] < times[:-1]).all():
+        raise ValueError(f"{told} but do not fall at every step, expected {times.tolist()} without repetitions, turns and NaN")
 
 
 def replay(
@@ -200,15 +232,16 @@ def replay(
     Errors: ValueError when a step is outside the window or there is none, or a velocity has another shape than its latents."""
     steps, times = window_steps(trajectory, steps), trajectory.times[trajectory.window[0]:]
     v = torch.stack([velocity(trajectory.latents[:, w].contiguous(), times[w]) for w in steps], 1)                 # (N, S, ...)
-    return score(v, trajectory, steps=steps)
+    return replay_of(v, trajectory, steps=steps)
 
 
-def score(v: Tensor, trajectory: Trajectory, *, steps: tuple[int, ...] | None = None) -> Replay:
+def replay_of(v: Tensor, trajectory: Trajectory, *, steps: tuple[int, ...] | None = None) -> Replay:
     """What replay gives, from the velocities v (N, S, ...) at trajectory.latents[:, w] and their times, w in `steps`: for a model that
     computes several steps in one call. Errors: ValueError when steps are not the window's, or v is not of these samples and steps."""
     steps, times = window_steps(trajectory, steps), trajectory.times[trajectory.window[0]:]
     if v.shape != trajectory.means[:, list(steps)].shape:
-        raise ValueError(f"score: v is {tuple(v.shape)}, expected {tuple(trajectory.means[:, list(steps)].shape)}, samples x steps x entries")
+        expected = tuple(trajectory.means[:, list(steps)].shape)
+        raise ValueError(f"replay_of: v is {tuple(v.shape)}, expected {expected}, samples x steps x entries")
     v, means, logps = _wide(v), [], []
     for w, v_w in zip(steps, v.unbind(1)):
         # Contiguous as in the rollout: for another memory layout a kernel may round otherwise.
@@ -232,6 +265,15 @@ def window_steps(trajectory: Trajectory, steps: tuple[int, ...] | None) -> tuple
 def select(trajectory: Trajectory, index: Tensor | slice) -> Trajectory:
     """The samples at `index`, a slice or an index tensor over N: a micro-batch of the trajectory."""
     return replace(trajectory, **{name: getattr(trajectory, name)[index] for name in ("latents", "means", "logp", "data")})
+
+
+LOG_RATIO_BOUND = 20.0                # nats; no published clip range or golden number comes near exp(20) = 4.9e8
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of a log-ratio (nats), elementwise, taken as exp(20) with gradient 0 above 20 nats: exp overflows at 88 in fp32, and inf makes
+    the loss of a tied sample and the gradient of a clipped one NaN."""
+    return log_ratio.clamp(max=LOG_RATIO_BOUND).exp()
 
 
 def log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
@@ -312,7 +354,7 @@ def flow_grpo_loss(
     x_next = trajectory.latents[:, 1:][:, steps]                                  # (N, S, ...)
     plain = log_ratio(replayed.logp, trajectory.logp[:, steps])                   # (N, S)
     scored = normalised_log_ratio(x_next, replayed.mean, means, std, reduce=trajectory.reduce) if ratio_norm else plain
-    ratio = scored.exp()                                                          # (N, S)
+    ratio = bounded_exp(scored)                                                   # (N, S)
     loss = clipped_surrogate(ratio, adv, low=low, high=high)                      # (N, S)
     loss = loss if weights is None else loss * weights.to(loss)[steps]
     stats = flow_loss_stats(ratio, plain, adv, low=low, high=high)
@@ -336,7 +378,7 @@ def flow_loss_stats(ratio: Tensor, log_ratio: Tensor, adv: Tensor, *, low: float
         "ratio/std": ratio.std(correction=0),
         "ratio/step_mean": ratio.mean(0),
         "ratio/step_std": ratio.std(0, correction=0),
-        "approx_kl": log_ratio.square().mean() / 2,
+        "approx_kl": log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).square().mean() / 2,
     }
 
 
@@ -396,9 +438,8 @@ def main() -> None:
     rewards = improve(net, frozen, updates=150)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for ax, policy, name in zip(axes, (frozen, net), ("before", "after")):
-        path = [noise]                                                            # 41 of (N, 2)
-        for i in range(40):
-            path.append(rollout(in_plane(policy), path[-1], times[i : i + 2], window=(0, 0), noise_level=0.0).data)
+        path, velocity = [], in_plane(policy)                                     # 41 of (N, 2)
+        path.append(rollout(lambda x, t: (path.append(x), velocity(x, t))[1], noise, times, window=(0, 0), noise_level=0.0).data)
         won = path[-1].sum(1) > 0                                                 # (N,)
         ax.fill_between([-3, 3], [3, -3], 3, color="#e6f2ea", lw=0)
         ax.plot(*torch.stack(path)[:, :200].unbind(-1), color="#8a8f98", alpha=0.3, lw=0.5)

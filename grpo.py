@@ -87,12 +87,22 @@ def token_logp(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tens
     return (wide / temperature).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)    # (N, L)
 
 
+LOG_RATIO_BOUND = 20.0                # nats; no published clip range or golden number comes near exp(20) = 4.9e8
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of a log-ratio (nats), elementwise, taken as exp(20) with gradient 0 above 20 nats: exp overflows at 88 in fp32, and inf makes
+    the loss of a tied sample and the gradient of a clipped one NaN."""
+    return log_ratio.clamp(max=LOG_RATIO_BOUND).exp()
+
+
 def kl_k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Elementwise k3 estimate (nats, >= 0) of KL(policy || reference): exp(d) - d - 1 with d = logp_ref - logp.
 
     Its expectation over tokens of the policy is the exact KL (DeepSeekMath, equation 4).
+    Differs: d is taken as 20 nats, with gradient 0, where it is above (see `bounded_exp`).
     """
-    d = logp_ref - logp
+    d = (logp_ref - logp).clamp(max=LOG_RATIO_BOUND)
     return d.expm1() - d                    # exp(d) - 1 would lose the digits of a small d
 
 
@@ -101,14 +111,15 @@ def importance_ratio(logp: Tensor, logp_old: Tensor, mask: Tensor, *, level: str
 
     logp, logp_old, mask (N, L). `level`: "token" gives one ratio per token (N, L), 1 where masked; "sequence" gives the
     exponential of the mean log-ratio over the sequence's active tokens (N, 1) (GSPO, equation 7), 1 for a fully masked one.
+    A ratio is at most exp(20), see `bounded_exp`.
     Errors: ValueError when the level is unknown.
     """
     active = mask.bool()
     log_ratio = torch.where(active, logp - logp_old, 0)                                      # (N, L)
     if level == "token":
-        return log_ratio.exp()
+        return bounded_exp(log_ratio)
     if level == "sequence":
-        return (log_ratio.sum(1, keepdim=True) / active.sum(1, keepdim=True).clamp(min=1)).exp()
+        return bounded_exp(log_ratio.sum(1, keepdim=True) / active.sum(1, keepdim=True).clamp(min=1))
     raise ValueError(f'importance_ratio: level is "{level}", expected "token" or "sequence"')
 
 
@@ -223,7 +234,7 @@ def loss_stats(ratio: Tensor, log_ratio: Tensor, adv: Tensor, mask: Tensor, *, l
         "ratio/mean": mean(ratio),
         "ratio/min": torch.where(unit, ratio, torch.inf).amin(),
         "ratio/max": torch.where(unit, ratio, -torch.inf).amax(),
-        "approx_kl": mean(log_ratio.square() / 2, mask.bool()),
+        "approx_kl": mean(log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).square() / 2, mask.bool()),
     }
 
 

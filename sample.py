@@ -279,7 +279,7 @@ def replay_rollout(policy: Policy, r: Rollout) -> list[Scored]:
                 raise ValueError("an image drawn with an empty window has no noisy step to score; draw it with a window")
             x, t = s.flow.latents[:, :-1], s.flow.times[slice(*s.flow.window)]                         # (N, W, M, F), (W,)
             v = reader.velocity(s.size)(x.flatten(0, 1), t.repeat(len(x)))      # all noisy steps in one call, behind one context
-            out.append(Scored(s, flow=flow_grpo.score(v.view_as(x), s.flow)))
+            out.append(Scored(s, flow=flow_grpo.replay_of(v.view_as(x), s.flow)))
             if s.pixels is not None:
                 reader.image(s.pixels, s.flow.data, s.size)
     return out

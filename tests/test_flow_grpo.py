@@ -15,7 +15,8 @@ from torch.distributions import Normal, kl_divergence
 
 import grpo
 from flow_grpo import (
-    Replay, clipped_surrogate, draw_window, flow_grpo_loss, gaussian_logp, log_ratio, normalised_log_ratio, replay, rollout, score,
+    LOG_RATIO_BOUND, Replay, Trajectory, bounded_exp, clipped_surrogate, draw_window, flow_grpo_loss, gaussian_logp, log_ratio,
+    normalised_log_ratio, replay, replay_of, rollout,
     select, shared_noise, step_sigma, step_weights, time_grid, transition, transition_kl, velocity_mse,
 )
 
@@ -106,14 +107,12 @@ def test_log_probs_without_normaliser_are_those_of_the_bagel_file():
 
 
 def policy_case(case):
-    """The case as one rollout step with v_old, replayed with v_new (a leaf) and with v_ref."""
+    """The case as a trajectory of one noisy step with v_old, replayed with v_new (a leaf) and with v_ref."""
     P = {k.split(".", 1)[1]: v for k, v in POLICY.items() if k.startswith(case["case"] + ".")}
-    times = STEPS[case["schedule"] + ".sigmas"][case["step"] : case["step"] + 2]
-    old = rollout(lambda x, t: P["v_old"], P["x"], times, window=(0, 1), noise_level=case["noise_level"], kind=case["kind"],
-                  step_noise=P["noise"][None], **OFFICIAL[case["kind"]])
-    # The golden next sample and mean replace ours, from which they differ by rounding: mean-reduced ratios near 1 would see it.
-    old = dataclasses.replace(old, latents=torch.stack([P["x"], P["next"]], 1), means=P["mean_old"][:, None],
-                              logp=P["logp_old"][:, None])
+    times, step = STEPS[case["schedule"] + ".sigmas"], case["step"]
+    _, std = transition(P["x"], P["v_old"], times[step], times[step + 1], noise_level=case["noise_level"], kind=case["kind"])
+    old = Trajectory(times, (step, step + 1), case["kind"], case["noise_level"], torch.stack([P["x"], P["next"]], 1), P["mean_old"][:, None],
+                     std[None], P["logp_old"][:, None], P["next"], **OFFICIAL[case["kind"]])
     v_new = P["v_new"].clone().requires_grad_()
     reference = replay(lambda x, t: P["v_ref"], old)
     adv = P["advantages"].clamp(-case["adv_clip_max"], case["adv_clip_max"])
@@ -463,13 +462,13 @@ def test_replaying_no_step_or_a_step_outside_the_window_is_an_error(steps):
 def test_velocities_of_some_steps_score_as_those_steps_of_a_whole_replay(kind, steps):
     old, _, other = sampled(kind)
     whole = replay(linear_velocity(other), old)
-    part = score(whole.v[:, list(steps)], old, steps=steps)
+    part = replay_of(whole.v[:, list(steps)], old, steps=steps)
     assert part.steps == steps
     for name in ("v", "mean", "logp"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[:, list(steps)]), name
-    assert score(whole.v.bfloat16(), old).v.dtype == torch.float32
-    with pytest.raises(ValueError, match="score: v is"):
-        score(whole.v[:, :, :1], old, steps=steps)
+    assert replay_of(whole.v.bfloat16(), old).v.dtype == torch.float32
+    with pytest.raises(ValueError, match="replay_of: v is"):
+        replay_of(whole.v[:, :, :1], old, steps=steps)
 
 
 @given(st.integers(1, 4), st.integers(1, 4))
@@ -730,3 +729,73 @@ def test_following_the_gradient_raises_the_reward(kind):
         optimizer.step()
     assert sum(rewards[:5]) / 5 < 0.45 and sum(rewards[-5:]) / 5 > 0.7
     assert shift[0] < -0.3  # data moves against v
+
+
+# What a grid, a latent and a ratio may be
+
+
+@pytest.mark.parametrize("times, words", [
+    (torch.tensor([1000.0, 500.0, 0.0]), "from 1000 to 0, expected from at most 1 to 0; take a scheduler's sigmas"),
+    (torch.linspace(0, 1, 5), "from 0 to 1, .*flip the grid"), (torch.tensor([1.0, 0.5, 0.009]), "from 1 to 0.009, .*append it"),
+    (torch.tensor([1.0, 0.5, 0.5, 0.0]), "do not fall at every step"), (torch.tensor([1.0, 0.2, 0.4, 0.0]), "do not fall at every step"),
+    (torch.tensor([1.0, float("nan"), 0.0]), "do not fall at every step"), (torch.tensor([float("nan"), 0.5, 0.0]), "do not fall"),
+    (torch.tensor([0.5]), r"times is \(1,\)"), (torch.ones(2, 2), r"times is \(2, 2\)"), (torch.tensor([1.0, -0.5]), "append it"),
+    (torch.tensor([999.0, 500.0, 1.0]), "take a scheduler's sigmas")])
+def test_times_that_are_no_falling_grid_from_at_most_one_to_zero_are_refused(times, words):
+    with pytest.raises(ValueError, match=words) as error:
+        rollout(lambda x, t: x, torch.zeros(2, 3), times, window=(0, 0), noise_level=0.0)
+    assert "\n" not in str(error.value)
+    rollout(lambda x, t: x, torch.zeros(2, 3), torch.tensor([0.8, 0.3, 0.0]), window=(0, 0), noise_level=0.0)     # an image may start late
+
+
+@pytest.mark.parametrize("where", ["noise", "velocity", "step_noise"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_an_error(where, value):
+    noise, step_noise = torch.randn(2, 3), torch.randn(1, 2, 3)
+    {"noise": noise, "step_noise": step_noise[0]}.get(where, torch.zeros(2, 3))[1, 2] = value
+    bad = value if where == "velocity" else 0.0
+    with pytest.raises(FloatingPointError, match="the latents are not finite"):
+        rollout(lambda x, t: x + bad, noise, time_grid(4), window=(1, 2), noise_level=0.5, step_noise=step_noise)
+
+
+@given(st.floats(-1e4, 1e4), st.floats(-5, 5), st.booleans())
+def test_loss_and_gradient_are_finite_at_any_log_ratio(gap, adv, ratio_norm):
+    old, weight, _ = sampled(N=2, W=1)
+    same = replay(linear_velocity(weight), old)
+    logp, mean = (old.logp + gap).requires_grad_(), (same.mean + gap).requires_grad_()
+    loss, stats = flow_grpo_loss(Replay(same.steps, logp, mean, same.v), old, torch.tensor([adv, 0.0]), total=2, low=1e-3, high=1e-3,
+                                 ratio_norm=ratio_norm)
+    loss.backward()
+    grad = mean.grad if ratio_norm else logp.grad
+    assert loss.isfinite() and grad.isfinite().all() and all(v.isfinite().all() for v in stats.values())
+
+
+def test_the_bound_of_a_ratio_is_that_of_the_text():
+    assert inspect.getsource(bounded_exp) == inspect.getsource(grpo.bounded_exp) and LOG_RATIO_BOUND == grpo.LOG_RATIO_BOUND
+
+
+def test_a_transformer_and_a_scheduler_of_diffusers_train_as_the_docstring_says():
+    from policy import declare_torchvision_ops
+    declare_torchvision_ops()
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+                                        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4,
+                                        pos_embed_max_size=8)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    scheduler, B, G = FlowMatchEulerDiscreteScheduler(shift=3.0), 2, 3
+    scheduler.set_timesteps(5)
+    assert scheduler.sigmas[-1] == 0 and len(scheduler.sigmas) == 6
+    prompts, pooled = torch.randn(B * G, 4, 16), torch.randn(B * G, 8)
+
+    def velocity(x, t):
+        return transformer(x.to(transformer.dtype), timestep=1000 * t.expand(len(x)), encoder_hidden_states=prompts,
+                           pooled_projections=pooled, return_dict=False)[0]
+
+    old = rollout(velocity, torch.randn(B * G, 4, 8, 8), scheduler.sigmas, window=(0, 2), noise_level=0.7,
+                  step_noise=torch.randn(2, B * G, 4, 8, 8))
+    reward = old.data.mean((1, 2, 3)).view(B, G)
+    adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
+    loss, stats = flow_grpo_loss(replay(velocity, old), old, adv.flatten(), total=2 * B * G, low=1e-4, high=1e-4)
+    loss.backward()
+    assert stats["ratio/mean"] == 1 and stats["ratio/std"] == 0
+    assert transformer.proj_out.weight.grad.isfinite().all() and transformer.proj_out.weight.grad.abs().sum() > 0

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
 
 import grpo
-from grpo import average, clipped_surrogate, group_advantage, grpo_loss, importance_ratio, kl_k3, loss_stats, token_logp
+from grpo import LOG_RATIO_BOUND, average, bounded_exp, clipped_surrogate, group_advantage, grpo_loss, importance_ratio, kl_k3, loss_stats, token_logp
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES = json.loads((GOLDEN / "grpo_losses" / "losses.json").read_text())
@@ -540,11 +540,36 @@ def test_only_the_policy_s_log_probs_carry_gradient_and_the_stats_none():
 
 def test_a_reference_without_beta_is_reported_and_does_not_enter_the_loss():
     logp, old, ref, adv, mask = batch(0)
-    ref[0, 0] = 1e4                                           # k3 is infinite here, and 0 * inf is NaN
+    ref[0, 0] = 1e4                                           # k3 is as large as it can be here
     loss, gradient, stats = loss_and_gradient(logp, old, adv, mask, total=1)
     with_ref, with_ref_gradient, with_ref_stats = loss_and_gradient(logp, old, adv, mask, total=1, logp_ref=ref)
     same((loss, gradient), (with_ref, with_ref_gradient))
     assert with_ref_stats.keys() - stats.keys() == {"kl"} and with_ref_stats["kl"] > 0
+
+
+huge = st.one_of(st.floats(-1e4, 1e4), st.sampled_from([float("-inf"), 88.8, -88.8, LOG_RATIO_BOUND]))
+
+
+@given(st.lists(huge, min_size=3, max_size=3), st.floats(-5, 5), st.sampled_from(["token", "sequence"]), st.booleans(), st.booleans())
+def test_loss_gradient_and_diagnostics_are_finite_at_any_log_ratio(log_ratios, adv, level, corrected, tied):
+    """A token whose probability fell to zero included; exp of an unbounded log-ratio is inf above 88 nats in fp32."""
+    logp = torch.tensor([log_ratios, [0.0, 0.1, -0.1]], dtype=torch.float32, requires_grad=True)
+    ref = torch.tensor([[0.0, 0.0, 0.0], log_ratios]).nan_to_num(neginf=-1e4)
+    loss, stats = grpo_loss(logp, torch.zeros(2, 3), torch.tensor([0.0 if tied else adv, adv]), torch.ones(2, 3), total=6, level=level, low=0.2,
+                            high=0.28, logp_ref=ref, beta=0.02, bias_correction_kl=corrected)
+    loss.backward()
+    assert loss.isfinite() and logp.grad.isfinite().all() and all(v.isfinite() for v in stats.values())
+
+
+@given(st.floats(-60, 60))
+def test_the_bound_of_the_log_ratio_changes_nothing_below_it(log_ratio):
+    x = torch.tensor(log_ratio, dtype=torch.float64, requires_grad=True)
+    ratio = bounded_exp(x)
+    ratio.backward()
+    below = log_ratio <= LOG_RATIO_BOUND
+    assert ratio.item() == (math.exp(log_ratio) if below else math.exp(LOG_RATIO_BOUND)) or ratio.item() == pytest.approx(math.exp(log_ratio))
+    assert x.grad.item() == (pytest.approx(math.exp(log_ratio)) if below else 0.0)
+    assert kl_k3(torch.zeros(()).double(), x.detach()) == pytest.approx(math.expm1(min(log_ratio, 20.0)) - min(log_ratio, 20.0))
 
 
 def test_no_function_writes_into_its_arguments():
