@@ -531,9 +531,16 @@ class Arguments(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         for word in sys.argv[1:] if argv is None else argv:
-            if any("\ud800" <= c <= "\udfff" for c in word):
+            try:
+                utf8(word)
+            except ValueError:
                 self.error(f"{ascii(word)} is not UTF-8 text")
         return super().parse_args(argv)
+
+
+def utf8(word: str) -> str:
+    """A word of the command line as UTF-8, also where the locale is not and Python kept its bytes apart; ValueError for other bytes."""
+    return word.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 def say(text: str) -> None:
@@ -624,13 +631,13 @@ def run(a: argparse.Namespace) -> str:
         raise ValueError(f"--out {a.out}: must be a .png file in a folder that exists")
     if a.question and a.edit:
         raise ValueError("--question answers and --edit draws; give one of them")
-    policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
+    policy, prompt = load_policy(a.policy, device=the_device(), adapter=a.adapter), utf8(a.prompt)
     scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
     system = [Read([THINK_TO_ANSWER if a.question else THINK_TO_DRAW])] if scale["system_prompt"] and a.think else []
     write = Write(scale["tokens"], a.temperature)
     if a.question:
         pixels, _ = read_picture(a.question, policy)
-        plan = [*system, See(pixels[None]), Read([a.prompt]), write]
+        plan = [*system, See(pixels[None]), Read([prompt]), write]
         return "\n".join(texts_of(policy, sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n if a.temperature else 1)))
     guidance, size, seen = scale["edit" if a.edit else "guidance"], (a.size or scale["size"],) * 2, []
     asked = dict(text_scale=a.guidance, image_scale=a.image_guidance, renorm=a.renorm)
@@ -639,7 +646,7 @@ def run(a: argparse.Namespace) -> str:
         pixels, source = read_picture(a.edit, policy)
         seen, size = [See(pixels[None], source[None])], tuple(source.shape[-2:])
     thought = [write] if a.think else []
-    plan = [*system, *seen, Read([a.prompt]), *thought, Draw(size, flow_grpo.time_grid(a.steps or scale["steps"], scale["shift"]))]
+    plan = [*system, *seen, Read([prompt]), *thought, Draw(size, flow_grpo.time_grid(a.steps or scale["steps"], scale["shift"]))]
     r = sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n, guidance=guidance if guidance.text_scale > 1 else None)
     save_grid(images_of(policy, r), a.out, columns=min(a.n, 8), zoom=scale["zoom"])
     return "\n".join([*dict.fromkeys(texts_of(policy, r) or []), f"{a.n} images in {a.out}"])
