@@ -51,8 +51,7 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in a file; `default` where the file is missing and there is one. Errors: ValueError, FileNotFoundError."""
     if not path.exists():
         if default is None:
-            raise FileNotFoundError(f"{path} is missing; a policy folder has llm_config.json, vit_config.json, ema.safetensors, "
-                                    "ae.safetensors, a folder of adapters adapter_config.json, adapter_model.safetensors")
+            raise FileNotFoundError(f"{path} is missing; every folder of a policy, or of adapters, has that file")
         return dict(default)
     with Refusing(f"{path} is not JSON", (ValueError, RecursionError)):
         content = json.loads(path.read_text(encoding="utf-8-sig"))          # some editors put a byte order mark first
@@ -85,6 +84,7 @@ def open_tensors(folder: Path, stem: str) -> dict:
     return opened
 
 
+UNREADABLE = (CheckpointException, SafetensorError, ValueError, KeyError)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -93,8 +93,7 @@ def finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     return not x.numel() or bool(torch.stack(x.aminmax()).to(dtype or x.dtype).isfinite().all())
 
 
-def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=(), tied: dict[str, str] | None = None
-           ) -> torch.dtype:
+def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=(), tied=None) -> torch.dtype:
     """Give `module` the tensors of a file one by one, in `dtype` (None: the file's), and return the file's: that of most of its numbers.
 
     names: key in the file -> name in the module; masters: names that become fp32; tied: key -> the key that is read where the file lacks
@@ -121,7 +120,9 @@ def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dt
         if value.shape[2:] == (1, 1) and want[name].ndim == 2:
             value = value[:, :, 0, 0]                           # the autoencoder's 1x1 convolutions
         if value.shape != want[name].shape:
-            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(want[name].shape)}")
+            absent = [n for n in ("bagel_config.json", "ae_config.json") if stem != "adapter_model" and not (folder / n).exists()]
+            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(want[name].shape)}"
+                             + (f" ({' and '.join(absent)} missing: the release's sizes are taken)" if absent else ""))
         kind = torch.float32 if name in masters else dtype or stored
         if not finite(value, kind):
             raise ValueError(f"{file}: {key} holds numbers that are not finite in {kind}")
@@ -137,7 +138,7 @@ def replaced(path: Path):
     scratch = path.with_name(f"{path.name}.tmp")
     file = scratch / path.name
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         file.touch()
         mode = file.stat().st_mode
@@ -207,9 +208,8 @@ def load_policy(folder: str | Path, device="cpu", dtype: torch.dtype | None = No
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"policy folder {folder} does not exist")
-    llm, vit, bagel, ae = (read_json(folder / f"{name}_config.json", default) for name, default in
-                           (("llm", None), ("vit", None), ("bagel", {}), ("ae", RELEASE_AE)))
-    config = PolicyConfig(llm, vit, RELEASE_BAGEL | bagel, ae)
+    read = lambda name, default=None: read_json(folder / f"{name}_config.json", default)
+    config = PolicyConfig(read("llm"), read("vit"), RELEASE_BAGEL | read("bagel", {}), read("ae", RELEASE_AE))
     tokenizer = load_tokenizer(folder)
     with Refusing(f"a config file of {folder} lacks a field or holds what cannot be", (KeyError, TypeError, RuntimeError)):
         for wrong, why in faults(config):
@@ -224,12 +224,8 @@ def load_policy(folder: str | Path, device="cpu", dtype: torch.dtype | None = No
     ae_names = {release_ae_name(k, len(config.ae["ch_mult"])): k for k in policy.autoencoder.state_dict()}
     masters = {k for k, p in policy.named_parameters() if p.requires_grad} if prepare else ()
     tied = {release_name("head.weight"): release_name("embed.weight")} if config.llm.get("tie_word_embeddings") else {}
-    try:
-        policy.stored = assign(policy, folder, "ema", names, dtype, device, masters, tied)
-        assign(policy.autoencoder, folder, "ae", ae_names, None, device)
-    except ValueError as error:
-        absent = [n for n in ("bagel_config.json", "ae_config.json") if not (folder / n).exists()]
-        raise ValueError(f"{error}" + (f" ({' and '.join(absent)} missing: the release's sizes are taken)" if absent else "")) from error
+    policy.stored = assign(policy, folder, "ema", names, dtype, device, masters, tied)
+    assign(policy.autoencoder, folder, "ae", ae_names, None, device)
     reset_adapters(policy, device)
     if adapter:
         load_adapters(policy, adapter)
@@ -310,13 +306,12 @@ def faults(c: PolicyConfig):
                "bagel_config.json: vae_resize and vit_resize must be longest, shortest, stride; the stride a multiple of a token's pixels")
 
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja", "tokenizer.model")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def load_tokenizer(folder: Path):
-    """transformers' tokenizer of a policy folder. ValueError, in one line, where files are missing or damaged, or token ids are others
-    than tokenizer_config.json says."""
+    """transformers' tokenizer of a policy folder. ValueError where files are missing, damaged, or count tokens in different ways."""
     declare_torchvision_ops()
     from transformers import AutoTokenizer
     told = read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder", {})
@@ -333,8 +328,8 @@ def load_tokenizer(folder: Path):
 
 
 def tokenizer_files(tokenizer) -> dict[str, bytes]:
-    """Name -> content: the files of the folder it was loaded from, byte for byte, since transformers 5 would write tokenizer.json alone,
-    which the official BAGEL code does not read; what transformers writes where there was no folder."""
+    """Name -> content: the files of the folder it came from, since the official BAGEL code cannot read the tokenizer.json alone that
+    transformers 5 would write; what transformers writes where there was no folder."""
     read = lambda folder: {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
     if tokenizer.name_or_path and (own := read(Path(tokenizer.name_or_path))):
         return own
@@ -384,8 +379,7 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
     save_tensors(tensors, Path(folder) / "adapter_model.safetensors")
 
 
-# adapter_config.json: fields that are read or that change nothing in what is computed; values of others that mean plain LoRA. Of fields
-# that are in neither, null, false and empty ones do.
+# adapter_config.json: fields that are read or change nothing that is computed; values of others that mean plain LoRA, as null and empty do.
 ADAPTER_FREE = {"r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "lora_dropout", "base_model_name_or_path", "revision",
                 "task_type", "inference_mode", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "eva_config"}
 ADAPTER_PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
@@ -400,10 +394,12 @@ def check_adapter(config: dict, modules: set[str]) -> None:
     r, alpha = config.get("r"), config.get("lora_alpha")
     if type(r) is not int or not 0 < r < 2**16 or type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         raise ValueError(f"it lacks the numbers r, a whole one above 0, and lora_alpha; they are {r!r} and {alpha!r}")
-    for name, wanted in (("target_modules", True), ("exclude_modules", False)):
-        if (said := config.get(name)) and said != "all-linear":
-            hit = {m for m in modules if (re.fullmatch(said, m) if isinstance(said, str) else any(f".{m}".endswith(f".{t}") for t in said))}
-            if wrong := sorted(modules - hit if wanted else hit):
+    for name, said in (("target_modules", config.get("target_modules")), ("exclude_modules", config.get("exclude_modules") or None)):
+        if said not in (None, "all-linear"):
+            with Refusing(f"{name} {said!r}", (TypeError, re.error)):
+                fits = lambda m: re.fullmatch(said, m) if isinstance(said, str) else any(f".{m}".endswith(f".{t}") for t in said)
+                hit = set(filter(fits, modules))
+            if wrong := sorted(modules - hit if name == "target_modules" else hit):
                 raise ValueError(f"{name} {said!r} leaves out {wrong[0]}, of which there are weights")
 
 
@@ -411,11 +407,11 @@ def load_adapters(policy: Policy, folder: str | Path) -> Policy:
     """Put the adapters of a folder of `save_adapters`, or of peft, on the policy, in place; config, keys and shapes are checked."""
     path = Path(folder) / "adapter_config.json"
     config, files = read_json(path), open_tensors(Path(folder), "adapter_model")
-    with Refusing(f"{path}", (ValueError, TypeError, re.error)):
+    with Refusing(f"{path}", (ValueError,)):
         check_adapter(config, {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in files})
-    scale = math.sqrt(config["r"]) if config.get("use_rslora") else 1.0     # peft then divides alpha by sqrt(r), LoRA always by r
     experts = tuple(e for e in (UNDERSTANDING, GENERATION) if any(("_moe_gen" in k) == e for k in files))
-    add_lora(policy, config["r"], config["lora_alpha"] * scale, experts)
+    times = math.sqrt(config["r"]) if config.get("use_rslora") else 1.0     # peft then divides alpha by sqrt(r), LoRA always by r
+    add_lora(policy, config["r"], config["lora_alpha"] * times, experts)
     names = {f"base_model.model.{release_name(f'{n}.weight').removesuffix('.weight')}.lora_{k}.weight": f"{n}.{k}"
              for n in adapters(policy) for k in "AB"}
     assign(policy, Path(folder), "adapter_model", names, torch.float32, policy.device)
@@ -561,15 +557,9 @@ def save_checkpoint(out: Path, tensors: dict[str, Tensor], step: int, sharded: b
     dist.barrier()
 
 
-def whole_checkpoint(path: Path) -> Refusing:
-    return Refusing(f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read",
-                    (CheckpointException, SafetensorError, ValueError, KeyError))
-
-
 def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, of a sharded one this rank's part, from a checkpoint of either kind. ValueError for numbers that are not finite: of a
-    file before a tensor changes, of a folder, which is read in place, after."""
-    with whole_checkpoint(path):
+    """Fill tensors, of a sharded one this rank's part, from a checkpoint of either kind. A folder's are filled before they are checked."""
+    with Refusing(f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read", UNREADABLE):
         if path.is_dir():
             alone = not any(isinstance(v, DTensor) for v in tensors.values())
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
@@ -585,7 +575,7 @@ def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def stored_kinds(path: Path) -> dict[str, tuple]:
     """Key -> (shape, dtype) of a checkpoint of either kind."""
-    with whole_checkpoint(path):
+    with Refusing(f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read", UNREADABLE):
         if path.is_dir():
             held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
             if holes := [k for k, v in held.items() if sum(math.prod(c.sizes) for c in v.chunks) != math.prod(v.size)]:
@@ -621,9 +611,9 @@ def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
     return steps[path]
 
 
-def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list | None) -> Path:
-    """Save the weights and the batches of a step whose loss or gradient is not finite, one file per rank; returns its path. work:
-    (batch, rollout, advantages) of each task."""
+def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list | None) -> str:
+    """Save the weights and the batches of a step whose loss or gradient is not finite, one file per rank; returns what to say of it.
+    work: (batch, rollout, advantages) of each task."""
     path = out / f"bad_step_{rank}.safetensors"
     tensors = {f"policy.{n}": p.to_local() if isinstance(p, DTensor) else p for n, p in trainable(policy).items()}
     tensors |= {"step": torch.tensor(step)}
@@ -633,4 +623,5 @@ def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list
             held = vars(s) | (vars(s.flow) if getattr(s, "flow", None) else {})
             tensors |= {f"{batch.task}.{i}.{k}": v.clone() for k, v in held.items() if isinstance(v, Tensor)}
     save_tensors(tensors, path)
-    return path
+    good = [p for p in (out / "checkpoint.safetensors", out / "checkpoint") if p.exists()]
+    return f"Last good checkpoint: {good[0] if good else 'none yet'}. The weights and the batch of this step are in {path}"

@@ -279,10 +279,10 @@ def signals():
             signal.signal(n, handler)
 
 
-# ---- looks at a run ----
+# ---- evaluation within a run ----
 
 
-def look(run, step: int) -> None:
+def evaluate_run(run, step: int) -> None:
     """The averaged weights of a train.Run on held-out rows, logged where their truth is known, and a few prompts drawn into out/samples."""
     cfg, policy = run.cfg, run.policy
     due = cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated

@@ -87,12 +87,12 @@ def token_logp(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tens
     return (wide / temperature).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)    # (N, L)
 
 
-LOG_RATIO_BOUND = 20.0                # nats; no published clip range or golden number comes near exp(20) = 4.9e8
+LOG_RATIO_BOUND = 20.0                # nats: exp(20) is 4.9e8, beyond every published clip range and golden number
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp of a log-ratio (nats), elementwise, taken as exp(20) with gradient 0 above 20 nats: exp overflows at 88 in fp32, and inf makes
-    the loss of a tied sample and the gradient of a clipped one NaN."""
+    """exp of a log-ratio (nats), elementwise; above 20 nats it is exp(20) with gradient 0. Without a bound exp is inf from 89 nats on
+    in fp32, and inf makes the loss of a tied sample and the gradient of a clipped one NaN. Below, exp falls to 0 by itself."""
     return log_ratio.clamp(max=LOG_RATIO_BOUND).exp()
 
 
@@ -100,7 +100,8 @@ def kl_k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Elementwise k3 estimate (nats, >= 0) of KL(policy || reference): exp(d) - d - 1 with d = logp_ref - logp.
 
     Its expectation over tokens of the policy is the exact KL (DeepSeekMath, equation 4).
-    Differs: d is taken as 20 nats, with gradient 0, where it is above (see `bounded_exp`).
+    Differs: d above 20 nats is taken as 20, with gradient 0, as in `bounded_exp`: at most exp(20) per token. Below -20 nats k3 is the
+    line -d - 1, which is finite and pulls with gradient 1, so nothing bounds d there; it is inf only for a reference probability of 0.
     """
     d = (logp_ref - logp).clamp(max=LOG_RATIO_BOUND)
     return d.expm1() - d                    # exp(d) - 1 would lose the digits of a small d
@@ -111,7 +112,7 @@ def importance_ratio(logp: Tensor, logp_old: Tensor, mask: Tensor, *, level: str
 
     logp, logp_old, mask (N, L). `level`: "token" gives one ratio per token (N, L), 1 where masked; "sequence" gives the
     exponential of the mean log-ratio over the sequence's active tokens (N, 1) (GSPO, equation 7), 1 for a fully masked one.
-    A ratio is at most exp(20), see `bounded_exp`.
+    A ratio is at most exp(20), see `bounded_exp`. logp may be -inf where active: ratio 0, gradient 0. logp_old may not.
     Errors: ValueError when the level is unknown.
     """
     active = mask.bool()
@@ -170,8 +171,10 @@ def grpo_loss(
     the expectation over the old policy's tokens is then the KL and its gradient the KL's (DeepSeek-V3.2, arXiv 2512.02556,
     section 3.1; TRL's use_bias_correction_kl).
     The stats are those of `loss_stats`, and "kl", the mean k3 (weighed, if so asked) over active tokens, when logp_ref is given.
+    Computed in fp32 at least. Loss, gradient and stats are finite for every logp from -inf and every finite logp_old and logp_ref, of
+    whatever distance, since `bounded_exp` bounds each exponential. NaN gives NaN.
     Errors: ValueError when shapes do not fit, a name is unknown, total is not positive, a clip range or beta is negative,
-    delta < 1, or beta > 0 without logp_ref.
+    delta < 1, or beta > 0 without logp_ref; FloatingPointError when an active token is -inf under the old policy or the reference.
 
     Differs: the papers have "sequence" as the unit of GRPO; the default here is DAPO's "token", as in TRL.
     """
@@ -190,8 +193,11 @@ def grpo_loss(
         raise ValueError(f"grpo_loss: beta is {beta} without logp_ref, expected the reference's log-probs or beta 0")
     active = mask.bool()                                                                     # (N, L)
     # Padding is emptied before any arithmetic: NaN times a zero gradient would be NaN again.
-    logp = torch.where(active, logp, 0)                                                      # (N, L)
+    logp = torch.where(active, logp, 0).to(torch.promote_types(logp.dtype, torch.float32))   # (N, L)
     logp_old = (logp if logp_old is None else logp_old).detach()                             # its padding: see `importance_ratio`
+    for name, x in (("old policy", logp_old), ("reference", logp_ref)):
+        if x is not None and (x.isneginf() & active).any():
+            raise FloatingPointError(f"grpo_loss: an active token has log-prob -inf under the {name}, expected one that it can sample")
     adv = adv.detach()[:, None]                                                              # (N, 1)
     ratio = importance_ratio(logp, logp_old, active, level=level)                            # (N, L) or (N, 1)
     loss = clipped_surrogate(ratio, adv, low=low, high=high, delta=delta)
@@ -211,7 +217,8 @@ def loss_stats(ratio: Tensor, log_ratio: Tensor, adv: Tensor, mask: Tensor, *, l
     ratio (N, L), or (N, 1) at sequence level, where the unit is the sequence instead of the token; log_ratio, mask (N, L);
     adv (N, 1). A ratio counts as clipped where the clip removes its gradient, that is on the side that adv favours.
     "clip_ratio/{low,high,region}_mean": clipped fraction below, above, either; "clip_ratio/low_min", "clip_ratio/high_max": the
-    least and greatest fraction of one sequence; "ratio/{mean,min,max}"; "approx_kl": mean log_ratio^2 / 2 in nats.
+    least and greatest fraction of one sequence; "ratio/{mean,min,max}"; "approx_kl": mean log_ratio^2 / 2 in nats, log_ratio
+    within 20.
     Without an active token the means are 0, minima +inf and maxima -inf, which a minimum or maximum over micro-batches ignores.
 
     Differs: `delta` plays no part; in TRL a `delta` below 1 + high hides clipped ratios from the counts.

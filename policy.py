@@ -10,9 +10,6 @@ three methods, with or without gradients, so the policy that samples and the pol
     context = policy.append_image(context, pixels=..., latents=...)        # clean image, t = 0
     v = policy.velocity(context, x, t, size)                               # noisy image; the context stays as it was
 
-Folders have the layout of the released BAGEL-7B-MoT (llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, tokenizer files);
-bagel_config.json and ae_config.json hold what the release hard-codes and are optional.
-
 Differs: the marker tokens of an image come before its patches. They share its position and its full attention, so the order inside an
 image block changes nothing, and every call is [understanding tokens | generation tokens], one split. Image contexts use the posterior
 mean; the official encoder samples. Left out: sequence packing (batches are ragged, masks carry that) and the flash-attention kernel.
@@ -118,17 +115,11 @@ class Context:
 
 # ---- pieces ----
 
-
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm; statistics in fp32, cast back before the weight as Qwen2 does (visible in bf16)."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,8 +131,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotary(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin tables of positions (N, L) -> two (N, 1, L, dim), computed in fp32."""
     rate = theta ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim)   # (dim/2,)
-    angle = position[:, None, :, None].float() * rate                                              # (N, 1, L, dim/2)
-    angle = torch.cat([angle, angle], dim=-1)                                                      # (N, 1, L, dim)
+    angle = position[:, None, :, None].float() * rate.repeat(2)                                    # (N, 1, L, dim)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -150,9 +140,7 @@ def sincos_table(side: int, width: int) -> Tensor:
     rate = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))                 # (width/4,)
     angle = torch.arange(side, dtype=torch.float64)[:, None] * rate                                # (side, width/4)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                                            # (side, width/2)
-    column = line[None, :].expand(side, side, -1)
-    row = line[:, None].expand(side, side, -1)
-    return torch.cat([column, row], dim=-1).reshape(side * side, width).float()
+    return torch.cat([line[None].expand(side, side, -1), line[:, None].expand(side, side, -1)], dim=-1).flatten(0, 1).float()
 
 
 class TimeEmbedder(nn.Module):
@@ -181,10 +169,11 @@ class Expert(nn.Module):
         self.gate, self.up, self.down = nn.Linear(D, I, bias=False), nn.Linear(D, I, bias=False), nn.Linear(I, D, bias=False)
         self.head_dim = d
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys in one tensor, since both are rotated next (N, L, H+kv, d); values (N, L, kv, d)."""
         x = self.norm_in(x)                                                                        # (N, L, D)
-        q, k, v = (rearrange(f(x), "n l (h d) -> n h l d", d=self.head_dim) for f in (self.q, self.k, self.v))
-        return self.q_norm(q), self.k_norm(k), v                                                   # (N, H or kv, L, d)
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))      # (N, L, H or kv, d)
+        return torch.cat([self.q_norm(q), self.k_norm(k)], dim=2), v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.o(attended)                                                                   # (N, L, D)
@@ -192,36 +181,41 @@ class Expert(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))                                    # (N, L, D)
 
 
-def behind(past: Tensor, own: Tensor) -> Tensor:
-    """Keys (or values) own (N*R, kv, L, d) behind past (N, kv, S, d), every row of it shared by R rows -> (N*R, kv, S+L, d)."""
+def behind(past: Tensor, own: Tensor, length: int) -> Tensor:
+    """Keys (or values) own (N*R, kv, L, d) behind past (N, kv, S, d), every row of it shared by R rows -> (N*R, kv, S+L = length, d).
+    Where past has room for them behind its S, they are written there, and the result is past itself."""
+    if past.shape[2] >= length:
+        past[:, :, length - own.shape[2]:length] = own
+        return past
     own = own.unflatten(0, (len(past), -1))                                                        # (N, R, kv, L, d)
     return torch.cat([past[:, None].expand(-1, own.shape[1], -1, -1, -1), own], dim=3).flatten(0, 1)
 
 
 class Block(nn.Module):
-    """Two experts, one attention [MoT Sec. 3]. `parts` holds the tokens of each expert, or None where a call has none."""
+    """Two experts, one attention [MoT Sec. 3]. `streams` holds the tokens of each expert, or None where a call has none."""
 
     def __init__(self, c: PolicyConfig):
         super().__init__()
         self.experts, self.checkpointing = nn.ModuleList([Expert(c), Expert(c)]), False
 
     def forward(self, *inputs):
-        """(parts, past_k, past_v, cos, sin, allowed) -> (parts, keys, values); checkpointing computes it again in the backward pass."""
+        """(streams, past_k, past_v, cos, sin, allowed) -> (streams, keys, values); checkpointing computes it again in the backward pass."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self._forward(*inputs)
 
-    def _forward(self, parts, past_k, past_v, cos, sin, allowed):
-        active = [(e, x) for e, x in zip(self.experts, parts) if x is not None]
-        q, k, v = (torch.cat(z, dim=2) for z in zip(*[e.project(x) for e, x in active]))           # (N, H or kv, L, d)
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        keys, values = behind(past_k, k), behind(past_v, v)                                        # (N, kv, S+L, d)
+    def _forward(self, streams, past_k, past_v, cos, sin, allowed):
+        active = [(e, x) for e, x in zip(self.experts, streams) if x is not None]
+        qk, v = (torch.cat(z, dim=1).transpose(1, 2) for z in zip(*[e.project(x) for e, x in active]))
+        q, k = rotate(qk, cos, sin).to(v.dtype).tensor_split([-v.shape[1]], dim=1)                 # (N, H, L, d), (N, kv, L, d)
+        length = allowed.shape[-1]                                                                 # S+L
+        keys, values = behind(past_k, k, length), behind(past_v, v, length)                        # (N, kv, S+L or more, d)
         # The heads that share keys are more queries to them: no key is copied for them, and every kernel that takes a mask can be used.
-        q = rearrange(q, "n (h r) l d -> n h (r l) d", h=keys.shape[1])                            # (N, kv, H/kv*L, d)
-        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed)                     # (N, kv, H/kv*L, d)
-        a = rearrange(a, "n h (r l) d -> n l (h r d)", l=k.shape[2]).split([x.shape[1] for _, x in active], dim=1)
+        q = rearrange(q, "n (h r) l d -> n h (r l) d", h=v.shape[1])                               # (N, kv, H/kv*L, d)
+        a = F.scaled_dot_product_attention(q, keys[:, :, :length], values[:, :, :length], attn_mask=allowed)
+        a = rearrange(a, "n h (r l) d -> n l (h r d)", l=v.shape[2]).split([x.shape[1] for _, x in active], dim=1)
         done = iter([e.finish(x, a_e) for (e, x), a_e in zip(active, a)])
-        return [None if x is None else next(done) for x in parts], keys, values
+        return [None if x is None else next(done) for x in streams], keys, values
 
 
 class VitBlock(nn.Module):
@@ -247,14 +241,13 @@ class Vit(nn.Module):
 
     def __init__(self, c: PolicyConfig):
         super().__init__()
-        v, Dv = c.vit, c.vit["hidden_size"]
+        v, Dv, eps = c.vit, c.vit["hidden_size"], c.vit.get("layer_norm_eps", 1e-6)
         self.embeddings = nn.ModuleDict({
             "patch_embedding": nn.Linear(v["patch_size"] ** 2 * v.get("num_channels", 3), Dv),
             "position_embedding": nn.Embedding((v["image_size"] // v["patch_size"]) ** 2, Dv)})
-        blocks = [VitBlock(Dv, v["intermediate_size"], v["num_attention_heads"], v.get("layer_norm_eps", 1e-6))
-                  for _ in range(v["num_hidden_layers"] - 1)]
+        blocks = [VitBlock(Dv, v["intermediate_size"], v["num_attention_heads"], eps) for _ in range(v["num_hidden_layers"] - 1)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
-        self.post_layernorm = nn.LayerNorm(Dv, v.get("layer_norm_eps", 1e-6))
+        self.post_layernorm = nn.LayerNorm(Dv, eps)
 
     def forward(self, patches: Tensor, ids: Tensor, mask: Tensor) -> Tensor:                       # (N, M, F) -> (N, M, Dv)
         x = self.embeddings["patch_embedding"](patches)
@@ -267,7 +260,6 @@ class Vit(nn.Module):
 
 # ---- masks and grids ----
 
-
 def own_attention(mask: Tensor, causal: bool) -> Tensor:
     """Who sees whom inside one appended segment. mask (N, L) bool -> (N, 1, L, L) bool; rows are queries.
 
@@ -276,11 +268,9 @@ def own_attention(mask: Tensor, causal: bool) -> Tensor:
         1 1 0               1 1 1                    1 1 0
         1 1 1               1 1 1                    . . 1   (a padded query sees itself, so that no row is empty)
     """
-    N, L = mask.shape
-    sees = mask[:, None, None, :].expand(N, 1, L, L)
-    if causal:
-        sees = sees & torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
-    return sees | torch.eye(L, dtype=torch.bool, device=mask.device)
+    L = mask.shape[1]
+    order = torch.ones(L, L, dtype=torch.bool, device=mask.device).tril(0 if causal else L)        # (L, L)
+    return mask[:, None, None, :] & order | torch.eye(L, dtype=torch.bool, device=mask.device)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -301,12 +291,10 @@ def grid_ids(sizes: list[tuple[int, int]], stride: int, side: int) -> tuple[Tens
             raise ValueError(f"image of {h} x {w} pixels: each side must be a multiple of {stride} up to {side * stride}")
         grids.append((torch.arange(h // stride)[:, None] * side + torch.arange(w // stride)).flatten())
     ids = nn.utils.rnn.pad_sequence(grids, batch_first=True)
-    lengths = torch.tensor([len(g) for g in grids])
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([len(g) for g in grids])[:, None]
 
 
 # ---- the policy ----
-
 
 class Policy(nn.Module):
     """BAGEL at the sizes of `config`; `tokenizer` must know the four marker tokens. The autoencoder is frozen."""
@@ -318,6 +306,8 @@ class Policy(nn.Module):
         if missing := [m for m in MARKERS if m not in known]:
             raise ValueError(f"tokenizer lacks the special tokens {missing}; BAGEL needs {list(MARKERS)}")
         self.start, self.end, self.image_start, self.image_end = (known[m] for m in MARKERS)
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.reserved = {known[m] for m in MARKERS} | added - {tokenizer.unk_token_id}             # of no text; unknown words are
         D, V, Dv = config.llm["hidden_size"], config.llm["vocab_size"], config.vit["hidden_size"]
         if max(known.values()) >= V:
             raise ValueError(f"tokenizer counts to {max(known.values())}, the policy's vocab_size is {V}; they are not of one checkpoint")
@@ -343,58 +333,64 @@ class Policy(nn.Module):
         c, kind = self.config, self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed.weight.dtype
         none = torch.zeros(N, c.llm["num_key_value_heads"], 0, c.head_dim, dtype=dtype, device=self.device)
-        layers = c.llm["num_hidden_layers"]
-        return Context((none,) * layers, (none,) * layers, torch.zeros(N, 0, dtype=torch.bool, device=self.device),
-                       torch.zeros(N, dtype=torch.long, device=self.device))
+        held = (none,) * c.llm["num_hidden_layers"]
+        return Context(held, held, none.new_zeros(N, 0, dtype=torch.bool), none.new_zeros(N, dtype=torch.long))
+
+    def check_text(self, texts: list[str], room: int = 0) -> None:
+        """The errors of `encode_text`, without its tensors."""
+        for _ in self._token_ids(texts, room):
+            pass
 
     def encode_text(self, texts: list[str], room: int = 0) -> tuple[Tensor, Tensor]:
-        """Each text between <|im_start|> and <|im_end|> -> tokens (N, L) and mask (N, L), padded right.
-
-        ValueError for a text that leaves less than `room` positions of the context (max_position_embeddings).
-        """
-        if not texts:
-            raise ValueError("encode_text got no text; give at least one")
-        ids = [torch.tensor([self.start, *self.tokenizer(t, add_special_tokens=False).input_ids, self.end]) for t in texts]
-        limit = self.config.llm.get("max_position_embeddings", 32768) - room
-        for text, row in zip(texts, ids):
-            if len(row) > limit:
-                raise ValueError(f"text of {len(row)} tokens is longer than the context, which has room for {limit}: {text[:60]!r}")
+        """Each text between <|im_start|> and <|im_end|> -> tokens (N, L) and mask (N, L), padded right. ValueError for one that leaves
+        less than `room` positions of the context (max_position_embeddings), or holds a marker, with which it would end itself."""
+        ids = [torch.tensor(row) for row in self._token_ids(texts, room)]
         tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.end)
         mask = torch.arange(tokens.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
         return tokens.to(self.device), mask.to(self.device)
+
+    def _token_ids(self, texts: list[str], room: int):
+        """The ids of one text after the other, markers included."""
+        if not texts:
+            raise ValueError("encode_text got no text; give at least one")
+        limit = self.config.llm.get("max_position_embeddings", 32768) - room
+        for i in range(0, len(texts), 256):                     # far faster than one by one
+            some = texts[i:i + 256]
+            for text, ids in zip(some, self.tokenizer(some, add_special_tokens=False).input_ids):
+                if not self.reserved.isdisjoint(ids):
+                    marker = self.tokenizer.convert_ids_to_tokens(next(i for i in ids if i in self.reserved))
+                    raise ValueError(f"text holds the marker {marker}, which is not for texts: {text[:60]!r}")
+                if len(ids) + 2 > limit:
+                    raise ValueError(f"text of {len(ids) + 2} tokens is longer than the context, which has room for {limit}: {text[:60]!r}")
+                yield [self.start, *ids, self.end]
 
     def decode_text(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """The words of tokens (N, L) under the mask (N, L), marker tokens dropped."""
         markers = {self.start, self.end}
         return [self.tokenizer.decode([i for i in row[m].tolist() if i not in markers]) for row, m in zip(tokens.cpu(), mask.cpu())]
 
-    def _read(self, context: Context, parts: list, position: Tensor, mask: Tensor, causal: bool, keep: bool = True) -> tuple[list, Context]:
+    def _read(self, context: Context, streams: list, position: Tensor, mask: Tensor, causal: bool, keep=True) -> tuple[list, Context]:
         """Run the blocks over [understanding tokens | generation tokens] behind a context; both outputs normed by expert. Returns them
         and the longer context, or, where its new keys are not kept, the context as it was, each row of which may serve several.
         position: (rows of the context, L)."""
         (N, L), rows = mask.shape, len(context.valid)
         if N != rows and (keep or N % rows):
-            raise ValueError(f"{N} rows behind {rows} contexts; " + ("give one each" if keep else "give each context as many as the others"))
+            raise ValueError(f"{N} rows behind {rows} contexts; give " + ("one each" if keep else "each context as many as the others"))
         valid, position = (z.repeat_interleave(N // rows, dim=0) for z in (context.valid, position))          # (N, S), (N, L)
         seen = valid[:, None, None, :].expand(N, 1, L, valid.shape[1])
-        allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1)                           # (N, 1, L, S+L)
-        allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)                             # (N, 1, H/kv*L, S+L)
-        first = parts[0] if parts[0] is not None else parts[1]
-        cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, first.dtype)
+        allowed = torch.cat([seen, own_attention(mask, causal)], dim=-1).repeat(1, 1, self.config.queries_per_key, 1)
+        cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, next(x.dtype for x in streams if x is not None))
         keys, values = [], []
         for block, k, v in zip(self.blocks, context.keys, context.values):
-            parts, k, v = block(parts, k, v, cos, sin, allowed)
+            streams, k, v = block(streams, k, v, cos, sin, allowed)
             if keep:
                 keys.append(k), values.append(v)
-        out = [None if x is None else norm(x) for norm, x in zip(self.norms, parts)]
+        out = [None if x is None else norm(x) for norm, x in zip(self.norms, streams)]
         return out, context if not keep else replace(context, keys=tuple(keys), values=tuple(values), valid=torch.cat([valid, mask], dim=1))
 
     def append_text(self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True):
-        """Read text causally with the understanding expert.
-
-        tokens (N, L) ids including <|im_start|> and <|im_end|>; mask (N, L) bool, False = padding (right). Returns (logits (N, L, V),
-        the longer context); logits=False returns None in their place and spares the vocabulary product.
-        """
+        """Read text causally with the understanding expert. tokens (N, L) ids including <|im_start|> and <|im_end|>; mask (N, L) bool,
+        False = padding (right). Returns (logits (N, L, V), the longer context); logits=False: None, without the vocabulary product."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         position = context.position[:, None] + (mask.cumsum(1) - 1).clamp(min=0)                   # (N, L)
         (x, _), longer = self._read(context, [self.embed(tokens), None], position, mask, causal=True)
@@ -405,10 +401,10 @@ class Policy(nn.Module):
         N, M, _ = patches.shape
         ids = torch.tensor([self.image_start, self.image_end], device=patches.device).expand(N, 2)
         markers = self.embed(ids).to(patches.dtype)                                                # (N, 2, D)
-        parts = [markers, patches] if expert == GENERATION else [torch.cat([markers, patches], dim=1), None]
+        streams = [markers, patches] if expert == GENERATION else [torch.cat([markers, patches], dim=1), None]
         mask = torch.cat([mask.new_ones(N, 2), mask], dim=1)                                       # (N, 2+M)
-        position = context.position[:, None].expand(-1, 2 + M)                                     # (rows of the context, 2+M)
-        return self._read(context, parts, position, mask, causal=False, keep=keep)
+        out, longer = self._read(context, streams, context.position[:, None].expand(-1, 2 + M), mask, causal=False, keep=keep)
+        return out, replace(longer, position=context.position + 1) if keep else context
 
     def _embed_latents(self, x: Tensor, t: Tensor, size) -> tuple[Tensor, Tensor]:
         ids, mask = self.latent_grid(size, len(x))
@@ -429,20 +425,16 @@ class Policy(nn.Module):
         if latents is not None:
             M = self.latent_grid(size, len(latents))[0].shape[1]    # padding beyond the largest of these sizes is dropped
             x, mask = self._embed_latents(latents[:, :M], torch.zeros(()), size)
-            _, longer = self._image_block(context, x, mask, GENERATION)
-            context = replace(longer, position=context.position + 1)
+            _, context = self._image_block(context, x, mask, GENERATION)
         if pixels is not None:
             x, mask = self.embed_pixels(pixels)
-            _, longer = self._image_block(context, x, mask, UNDERSTANDING)
-            context = replace(longer, position=context.position + 1)
+            _, context = self._image_block(context, x, mask, UNDERSTANDING)
         return context
 
     def velocity(self, context: Context, x: Tensor, t, size) -> Tensor:
-        """Velocity noise - data of noisy latents x (N, M, F) at flow time t (scalar or (N,)) -> (N, M, F) fp32.
-
-        size: (height, width) in pixels for all, or one pair per row of x. The context is not changed. Each of its rows serves as many
-        rows of x as fall to it, in order: all W noisy steps of N images are one call, x (N, W, M, F).flatten(0, 1), t (W,).repeat(N).
-        """
+        """Velocity noise - data of noisy latents x (N, M, F) at flow time t (scalar or (N,)) -> (N, M, F) fp32. The context stays.
+        size: (height, width) in pixels for all, or one pair per row of x. Each row of the context serves as many rows of x as fall to
+        it, in order: all W noisy steps of N images are one call, x (N, W, M, F).flatten(0, 1), t (W,).repeat(N)."""
         tokens, mask = self._embed_latents(x, t, size)
         (_, out), _ = self._image_block(context, tokens, mask, GENERATION, keep=False)
         return self.latent_out(out).float()
@@ -474,9 +466,11 @@ class Policy(nn.Module):
         if isinstance(pixels, list):
             return nn.utils.rnn.pad_sequence([self.encode(p[None])[0] for p in pixels], batch_first=True)
         if pixels.shape[-2] % self.config.stride or pixels.shape[-1] % self.config.stride:
-            raise ValueError(f"image of {pixels.shape[-2]} x {pixels.shape[-1]} pixels: each side must be a multiple of {self.config.stride}")
+            raise ValueError(f"image of {pixels.shape[2]} x {pixels.shape[3]} pixels: each side must be a multiple of {self.config.stride}")
         mean = self.autoencoder.encode(pixels.to(self.device, self.autoencoder.dtype)).latent_dist.mean
         z = self.config.ae["scale_factor"] * (mean.float() - self.config.ae["shift_factor"])       # (N, z, h, w)
+        if not z.isfinite().all():
+            raise FloatingPointError("the autoencoder made latents that are not finite; the image, its weights or precision are at fault")
         return patchify(z, self.config.bagel["latent_patch_size"])
 
     @torch.no_grad()
@@ -484,24 +478,26 @@ class Policy(nn.Module):
         """Latent tokens (N, M, F) of one size (height, width) -> pixels (N, 3, H, W), nominally in [-1, 1], not clamped."""
         z = unpatchify(latents, self.config.bagel["latent_patch_size"], size[0] // self.config.stride)
         z = z / self.config.ae["scale_factor"] + self.config.ae["shift_factor"]
-        return self.autoencoder.decode(z.to(self.autoencoder.dtype)).sample.float()
+        pixels = self.autoencoder.decode(z.to(self.autoencoder.dtype)).sample.float()
+        if not pixels.isfinite().all():
+            raise FloatingPointError("the autoencoder drew pixels that are not finite; the latents, its weights or precision are at fault")
+        return pixels
 
     @torch.no_grad()
     def sample_text(self, context: Context, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Write text after <|im_start|> with a key-value cache until <|im_end|> or for uniforms.shape[1] tokens.
-
+        """Write text after <|im_start|> until <|im_end|> or for L tokens -> tokens, mask (through the end token) and log-probs under the
+        distribution that was sampled (greedy: temperature 1), each (N, L' <= L). FloatingPointError for logits that are not finite.
         uniforms (N, L) in [0, 1): one number per token, so that a sample does not depend on its batch; a token is the inverse of the
-        cumulative distribution at it. temperature 0 is greedy. Returns tokens (N, L'), mask (N, L') (through the end token) and their
-        log-probs (N, L') under the distribution that was sampled (greedy: temperature 1).
-        """
-        if not uniforms.shape[1]:
+        cumulative distribution at it. temperature 0 is greedy."""
+        if not (L := uniforms.shape[1]):
             raise ValueError("sample_text got no column of uniforms; give one per token that may be written")
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}, must be 0 (greedy) or above")
-        token = torch.full((len(uniforms), 1), self.start, device=self.device)
-        alive = torch.ones_like(token, dtype=torch.bool)                                           # (N, 1)
-        tokens, mask, logps = [], [], []
-        for i in range(uniforms.shape[1]):
+        room = lambda past: F.pad(past, (0, 0, 0, L))           # a copy that nobody else holds: every token is written into it, none copied
+        context = replace(context, keys=tuple(map(room, context.keys)), values=tuple(map(room, context.values)))
+        token, alive = (torch.full((len(uniforms), 1), x, device=self.device) for x in (self.start, True))
+        written = []
+        for i in range(L):
             logits, context = self.append_text(context, token, alive)
             logp = torch.log_softmax(logits[:, -1].float() / (temperature or 1.0), dim=-1)         # (N, V)
             if temperature:
@@ -510,28 +506,28 @@ class Policy(nn.Module):
                 token = below.sum(-1, keepdim=True).clamp(max=logp.shape[1] - 1)                   # (N, 1)
             else:
                 token = logp.argmax(-1, keepdim=True)
-            tokens.append(torch.where(alive, token, self.end)), mask.append(alive), logps.append(logp.gather(1, token))
+            written.append((torch.where(alive, token, self.end), alive, torch.where(alive, logp.gather(1, token), 0.0)))
             alive = alive & (token != self.end)
             going = alive.any().int()
             if self.sharded:                                    # ranks that gather parameters from one another stop together
                 dist.all_reduce(going, dist.ReduceOp.MAX)
             if not going:
                 break
-        tokens, mask, logps = (torch.cat(z, dim=1) for z in (tokens, mask, logps))
-        return tokens, mask, torch.where(mask, logps, 0.0)
+        tokens, mask, logp = (torch.cat(z, dim=1) for z in zip(*written))                          # (N, L')
+        if len(bad := (~logp.isfinite()).any(0).nonzero()):     # NaN among the logits makes every log-prob NaN
+            raise FloatingPointError(f"text logits are not finite at token {bad[0, 0]}; the policy's weights or its precision are at fault")
+        return tokens, mask, logp
 
     def trainable_by_expert(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters by expert: 'understanding', 'generation' (latent and time layers included)."""
         groups = {"understanding": [], "generation": []}
         for name, p in self.named_parameters():
             if p.requires_grad:
-                own = re.search(r"experts\.1\.|norms\.1\.|^latent_|^time_embedder", name)
-                groups["generation" if own else "understanding"].append(p)
+                groups["generation" if re.search(r"experts\.1\.|norms\.1\.|^latent_|^time_embedder", name) else "understanding"].append(p)
         return groups
 
 
 # ---- guidance ----
-
 
 @dataclass(frozen=True)
 class Guidance:
@@ -547,15 +543,12 @@ class Guidance:
 def guided_velocity(policy: Policy, x: Tensor, t, size, full: Context, no_text: Context, no_image: Context, guidance: Guidance) -> Tensor:
     """The velocity of `full`, pushed away from what the contexts without text and without image say -> (N, M, F). t is one time for
     all or one per row; each row is guided if its own is in the interval.
-
-    Differs: the official 'global' renorm takes one norm over the whole tensor, right for one image per call; here it is per sample.
-    """
+    Differs: the official 'global' renorm takes one norm over the whole tensor, right for one image per call; here it is per sample."""
     if guidance.renorm not in ("global", "channel", "text_channel"):
         raise ValueError(f"renorm {guidance.renorm!r} is unknown; choose global, channel or text_channel")
     v = policy.velocity(full, x, t, size)
-    low, high = guidance.interval
     at = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))  # in fp32, where 0.4 of a time grid is not above 0.4
-    active = (low < at) & (at <= high)                                                             # (N,)
+    active = (guidance.interval[0] < at) & (at <= guidance.interval[1])                            # (N,)
     if guidance.text_scale <= 1 or not active.any():
         return v
     mask = policy.latent_grid(size, len(x))[1][..., None]                                          # (N, M, 1)
@@ -577,7 +570,6 @@ def guided_velocity(policy: Policy, x: Tensor, t, size, full: Context, no_text: 
 
 
 # ---- low-rank adapters ----
-
 
 class LoRA(nn.Module):
     """base(x) + alpha/rank * x A^T B^T [arXiv:2106.09685]; the base is frozen, A and B are fp32 masters, B starts at zero."""
@@ -639,10 +631,8 @@ def build_autoencoder(ae: dict):
 @functools.cache
 def declare_torchvision_ops():
     """Let transformers and diffusers import where torchvision was built for another torch (a CUDA build beside a CPU torch).
-
     Such a torchvision fails at import because its operators are not there; declaring their schemas is enough, since none is called.
-    The cache keeps the returned library alive. Does nothing where torchvision imports, or is not installed.
-    """
+    The cache keeps the returned library alive. Does nothing where torchvision imports, or is not installed."""
     try:
         import torchvision  # noqa: F401
     except ModuleNotFoundError:
@@ -654,5 +644,3 @@ def declare_torchvision_ops():
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         return library
-
-

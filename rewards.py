@@ -6,9 +6,8 @@ LVRPO's method section and encoders are known from reviews only; "Differs" says 
 
 A `Reward` is any callable Samples -> Tensor (N,): deterministic, finite, of a stated range. One that cannot be computed is an
 error, never a low score. `load_*` reads a frozen model from a local folder or hub name, to be shared by the rewards that ask it.
-Left out: CoRL's cycle and token-matching rewards, AlphaGRPO's decomposed questions, UniGRPO's preference model (not released);
-training a referee together with the policy (LVRPO's ablation: the encoder is exploited within 2,000 steps), advantages (they belong
-to the loss), and referees behind a network.
+Left out: CoRL's cycle and token-matching rewards, AlphaGRPO's decomposed questions, UniGRPO's preference model (not released),
+training a referee together with the policy, advantages (they belong to the loss), and referees behind a network.
 
 Notation: N samples flattened prompt-major, G samples per prompt, B = N/G groups, H x W pixels, P patches, D embedding width.
 
@@ -140,10 +139,10 @@ def variance_share(components: dict[str, Tensor], weights: dict[str, float], G: 
 
     All are 0 when the sum does not vary within any group.
     """
-    parts = {name: weights[name] * each.double() for name, each in _centred(components, G).items()}  # (B, G) each
-    total = sum(parts.values())
+    weighed = {name: weights[name] * each.double() for name, each in _centred(components, G).items()}  # (B, G) each
+    total = sum(weighed.values())
     variance = total.square().sum().item()
-    return {name: (part * total).sum().item() / variance if variance > 0 else 0.0 for name, part in parts.items()}
+    return {name: (part * total).sum().item() / variance if variance > 0 else 0.0 for name, part in weighed.items()}
 
 
 NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
@@ -322,31 +321,41 @@ def declare_torchvision_ops():
         return library
 
 
-@contextlib.contextmanager
-def _reading(path: str):
-    """A context in which weights that are damaged, or do not fit their config, are a ValueError in one line."""
-    from safetensors import SafetensorError
-    try:
-        yield
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+@dataclass
+class _Reading(contextlib.AbstractContextManager):
+    """A context in which what the libraries raise at missing, damaged or other files is one line: an OSError where it was one, else a
+    ValueError. tokenizers raises Exception itself, which an except clause could catch only together with all others."""
+    path: str
+
+    def __exit__(self, kind, error, trace):
+        from huggingface_hub.errors import StrictDataclassError as Strict
+        from safetensors import SafetensorError
+        known = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError, SafetensorError, Strict)
+        if kind is Exception or isinstance(error, known):
+            what = f"{self.path} cannot be loaded, must be a folder or hub name with config, safetensors, tokenizer, preprocessor files: "
+            raise (OSError if isinstance(error, OSError) else ValueError)(what + " ".join(str(error).split())[:300]) from error
+
+
+def _frozen(model: torch.nn.Module, device, **faulty) -> torch.nn.Module:
+    faulty["not_finite"] = [n for n, x in model.state_dict().items() if x.numel() and not torch.stack(x.aminmax()).isfinite().all()]
+    if wrong := {what: sorted(map(str, keys))[:4] for what, keys in faulty.items() if keys}:
+        raise ValueError(f"its weights are not those of its config: {wrong}")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _load(auto_class: str, model_type: str, path: str, device, dtype):
-    """(frozen model, tokenizer, image processor) of a local folder or hub name, without remote code.
-
-    Errors: OSError where there are no safetensors, ValueError for another kind of model or damaged weights.
-    """
+    """(frozen model, tokenizer, image processor) of a local folder or hub name, without remote code. Errors: OSError for missing files,
+    ValueError for another kind of model and for weights that are damaged or not exactly the config's: transformers would draw some."""
     declare_torchvision_ops()
     import transformers
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if config.model_type != model_type:
-        raise ValueError(f"{path} holds a {config.model_type} model, expected {model_type}")
-    with _reading(path):
-        model = getattr(transformers, auto_class).from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=dtype)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    image_processor = transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-    return model.to(device).eval().requires_grad_(False), tokenizer, image_processor
+    transformers.utils.logging.disable_progress_bar()           # of the loading of weights, a bar per referee
+    read = lambda auto: auto.from_pretrained(path, trust_remote_code=False)  # noqa: E731
+    with _Reading(path):
+        if (found := read(transformers.AutoConfig).model_type) != model_type:
+            raise ValueError(f"it holds a {found} model, expected {model_type}")
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        return _frozen(model, device, **info), read(transformers.AutoTokenizer), read(transformers.AutoImageProcessor)
 
 
 def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Tensor:
@@ -440,21 +449,18 @@ class OpenClip:
 
 
 def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenClip:
-    """A frozen open_clip model from a local folder (open_clip_config.json and safetensors) or "hf-hub:owner/name".
-
-    A hub model is fetched without its pickle files, which open_clip would fall back to, and then opened as a local folder.
-    Errors: ValueError without safetensors or with damaged ones. Differs: images are squashed to the model's square, where open_clip may crop.
-    """
+    """A frozen open_clip model from a local folder (open_clip_config.json and safetensors) or "hf-hub:owner/name", which is fetched without
+    its pickle files, to which open_clip would fall back. Errors: see _load. Differs: images are squashed to a square, not cropped."""
     declare_torchvision_ops()
     import open_clip
-    if path.startswith("hf-hub:"):
-        from huggingface_hub import snapshot_download
-        path = snapshot_download(path.removeprefix("hf-hub:"), allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"])
-    if not any(Path(path, f"{stem}.safetensors").exists() for stem in ("open_clip_model", "open_clip_pytorch_model")):
-        raise ValueError(f"{path} holds neither open_clip_model.safetensors nor open_clip_pytorch_model.safetensors")
-    with _reading(path):
-        model = open_clip.create_model(f"local-dir:{path}", device=device, require_pretrained=True)
-    return OpenClip(model.eval().requires_grad_(False), open_clip.get_tokenizer(f"local-dir:{path}"), batch_size)
+    with _Reading(path):
+        if path.startswith("hf-hub:"):
+            from huggingface_hub import snapshot_download
+            path = snapshot_download(path.removeprefix("hf-hub:"), allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"])
+        if not any(Path(path, f"{stem}.safetensors").exists() for stem in ("open_clip_model", "open_clip_pytorch_model")):
+            raise ValueError("it holds neither open_clip_model.safetensors nor open_clip_pytorch_model.safetensors")
+        model = _frozen(open_clip.create_model(f"local-dir:{path}", require_pretrained=True), device)
+        return OpenClip(model, open_clip.get_tokenizer(f"local-dir:{path}"), batch_size)
 
 
 @dataclass
@@ -591,10 +597,8 @@ class Knowledge:
 
 
 class Models:
-    """What rewards are built from: the settings of a run and the models that rewards share, each loaded when it is first asked for.
-
-    cfg has siglip, judge (folders or hub names), referee_batch and graded; detector: images -> detections, or None.
-    """
+    """What rewards are built from: the settings of a run and the models that rewards share, each loaded when it is first asked for. cfg
+    has siglip, judge (folders or hub names), referee_batch and graded; detector: images -> detections, or None."""
 
     def __init__(self, cfg, device, detector=None):
         self.cfg, self.device, self.found_by = cfg, device, detector

@@ -309,7 +309,7 @@ def subset(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
     return replace(r, segments=segments, B=len(of_prompts), G=len(samples))
 
 
-def join(parts: list[Rollout]) -> Rollout:
+def join(rollouts: list[Rollout]) -> Rollout:
     """Rollouts of the same plan for other prompts, behind one another; texts are padded to the longest."""
     def cat(rows):
         if rows[0] is None or isinstance(rows[0], tuple):       # one size of all
@@ -328,27 +328,12 @@ def join(parts: list[Rollout]) -> Rollout:
         flow = same[0].flow and across([s.flow for s in same], ("latents", "means", "logp", "data"))
         return replace(across(same, ("size", "pixels", "latents")), flow=flow)
 
-    return replace(parts[0], segments=tuple(joined(same) for same in zip(*(r.segments for r in parts))), B=sum(r.B for r in parts))
+    segments = tuple(joined(same) for same in zip(*(r.segments for r in rollouts)))
+    return replace(rollouts[0], segments=segments, B=sum(r.B for r in rollouts))
 
 
 def chosen_texts(r: Rollout) -> list[Text]:
     return [s for s in r.segments if isinstance(s, Text) and s.chosen is not None]
-
-
-def counts(r: Rollout, per: str, most: int) -> Tensor:
-    """(2,) of a rollout, what its losses are averaged over: sampled text tokens (per="token"), texts ("sequence") or texts times `most`
-    tokens ("constant"); and noisy image steps."""
-    of_text = {"token": lambda chosen: int(chosen.sum()), "sequence": len, "constant": lambda chosen: len(chosen) * most}[per]
-    image = sum(s.flow.logp.numel() for s in r.segments if isinstance(s, Picture) and s.flow is not None)
-    return torch.tensor([sum(of_text(s.chosen) for s in chosen_texts(r)), image], dtype=torch.float64)
-
-
-def micro_batches(r: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
-    """Cuts of a rollout and their rows: whole groups while `size` samples hold one, else pieces of a group; 0 is one cut."""
-    prompts, samples = (r.B, r.G) if not size else (size // r.G, r.G) if size >= r.G else (1, size)
-    cuts = [(range(i, min(i + prompts, r.B)), range(g, min(g + samples, r.G)))
-            for i in range(0, r.B, prompts) for g in range(0, r.G, samples)]
-    return [(subset(r, p, s), [i * r.G + g for i in p for g in s]) for p, s in cuts]
 
 
 @torch.no_grad()
@@ -392,16 +377,10 @@ def fit_size(width: int, height: int, longest: int, shortest: int, stride: int, 
 
 def of_eight_bits(image):
     """A decoded PIL image -> (the same in mode L, RGB or CMYK, its alpha channel or None). ValueError where white could be any number."""
-    from PIL import Image
-    tags, clear, alpha, grey = getattr(image, "tag_v2", {}), image.info.get("transparency"), None, image.mode in ("1", "L", "LA")
+    alpha, grey = None, image.mode in ("1", "L", "LA")
     if image.mode[0] in "IF":                                   # I;16, I, F, of which PIL would cut off what is above 255
-        ranged = image.mode.startswith("I;") or image.mode == "I" and image.format in ("PNG", "PPM")
-        if not ranged or tags.get(258, (16,)) != (16,) or tags.get(262, 1) != 1:     # BitsPerSample, PhotometricInterpretation
-            raise ValueError(f"which of its grey numbers (mode {image.mode}) is white is not known; save it with 8 bits")
-        numbers, grey = np.asarray(image), True
-        image = Image.fromarray((numbers / 257).round().astype(np.uint8))
-        alpha = None if clear is None else Image.fromarray(np.where(numbers == clear, 0, 255).astype(np.uint8))
-    elif clear is not None or image.mode in ("RGBA", "LA", "PA", "RGBa"):
+        raise ValueError(f"its greys (mode {image.mode}) have more than 8 bits, and viewers differ in which of them is white; save it with 8 bits")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa"):
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     image = image if image.mode == "CMYK" else image.convert("RGB")
@@ -551,6 +530,7 @@ def say(text: str) -> None:
 @contextmanager
 def one_line(program: str):
     """Inside, what a person can mend ends as one line, `program: what is wrong`, and exit status 1; Ctrl-C as 130."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # its warnings tell a user of ours nothing to do
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Terminal, streams)
     try:

@@ -30,7 +30,8 @@ import flow_grpo
 from checkpoint import whole
 from policy import THINK_TO_DRAW, Policy
 from rewards import REWARDS, Samples, answer_accuracy, final_answer, geneval_check, normalise_answer
-from sample import Draw, Read, Rollout, See, Write, images_of, open_picture, read_picture, texts_of, to_bytes
+from sample import (Draw, Picture, Read, Rollout, See, Write, chosen_texts, images_of, open_picture, read_picture, subset, texts_of,
+                    to_bytes)
 from toy import shapes
 
 SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards; judges squash to such a square anyway
@@ -399,6 +400,25 @@ def measured(name: str, samples: Samples, detector, G: int, whole_groups: bool) 
 def detect(images: Tensor) -> list[list[dict]]:
     """The toy's exact detector on (N, 3, 32, 32) in [0, 1]."""
     return shapes.detect(to_bytes(images))
+
+
+# ---- what an update is made of ----
+
+
+def counts(r: Rollout, per: str, most: int) -> Tensor:
+    """(2,) of a rollout, what its losses are averaged over: sampled text tokens (per="token"), texts ("sequence") or texts times `most`
+    tokens ("constant"); and noisy image steps."""
+    of_text = {"token": lambda chosen: int(chosen.sum()), "sequence": len, "constant": lambda chosen: len(chosen) * most}[per]
+    image = sum(s.flow.logp.numel() for s in r.segments if isinstance(s, Picture) and s.flow is not None)
+    return torch.tensor([sum(of_text(s.chosen) for s in chosen_texts(r)), image], dtype=torch.float64)
+
+
+def micro_batches(r: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
+    """Cuts of a rollout and their rows: whole groups while `size` samples hold one, else pieces of a group; 0 is one cut."""
+    prompts, samples = (r.B, r.G) if not size else (size // r.G, r.G) if size >= r.G else (1, size)
+    cuts = [(range(i, min(i + prompts, r.B)), range(g, min(g + samples, r.G)))
+            for i in range(0, r.B, prompts) for g in range(0, r.G, samples)]
+    return [(subset(r, p, s), [i * r.G + g for i in p for g in s]) for p, s in cuts]
 
 
 # ---- files ----

@@ -36,10 +36,9 @@ from checkpoint import (Average, freeze, gathered, load_checkpoint, load_policy,
                         save_bad_step, save_checkpoint, save_policy, shard, trainable)
 from grpo import group_advantage, grpo_loss
 from policy import Policy, adapters_off
-from sample import (Arguments, Rollout, Text, chosen_texts, counts, join, micro_batches, one_line, replay_gaps, replay_rollout,
-                    sample_plan, say, scale_of)
-from tasks import (TASKS, Batch, Ranks, Source, check_memory, clip_gradients, in_use, measured, precision, rewards_of, room_to_gather,
-                   samples_of, setup)
+from sample import Arguments, Rollout, Text, chosen_texts, join, one_line, replay_gaps, replay_rollout, sample_plan, say, scale_of
+from tasks import (TASKS, Batch, Ranks, Source, check_memory, clip_gradients, counts, in_use, measured, micro_batches, precision,
+                   rewards_of, room_to_gather, samples_of, setup)
 
 TOY = Path(__file__).parent / "toy"
 
@@ -324,7 +323,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
     """The run: the six phases until cfg.steps, or until a signal, which saves first."""
     run = begin(cfg, ranks)
     with evaluation.signals() as caught, run.log:
-        evaluation.look(run, run.start)
+        evaluation.evaluate_run(run, run.start)
         bar = tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, disable=ranks.rank > 0, desc=cfg.recipe)
         for step in bar:
             done = step                                         # steps that the weights have seen
@@ -348,7 +347,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 say(f"stopped after step {step}, checkpoint saved; go on with --resume")
                 return
             if cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.steps):
-                evaluation.look(run, done)
+                evaluation.evaluate_run(run, done)
         export(run)
 
 

@@ -1,10 +1,13 @@
 """What the flow policy gradient is, as properties, and its agreement with published numbers (tests/golden/flow_steps)."""
 
+import copy
 import dataclasses
 import inspect
 import json
 import math
+import textwrap
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
+import flow_grpo
 import grpo
 from flow_grpo import (
     LOG_RATIO_BOUND, Replay, Trajectory, bounded_exp, clipped_surrogate, draw_window, flow_grpo_loss, gaussian_logp, log_ratio,
-    normalised_log_ratio, replay, replay_of, rollout,
-    select, shared_noise, step_sigma, step_weights, time_grid, transition, transition_kl, velocity_mse,
+    normalised_log_ratio, replay, replay_of, rollout, select, shared_noise, step_sigma, step_weights, time_grid, transition,
+    transition_kl, velocity_mse,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "flow_steps"
@@ -111,8 +115,9 @@ def policy_case(case):
     P = {k.split(".", 1)[1]: v for k, v in POLICY.items() if k.startswith(case["case"] + ".")}
     times, step = STEPS[case["schedule"] + ".sigmas"], case["step"]
     _, std = transition(P["x"], P["v_old"], times[step], times[step + 1], noise_level=case["noise_level"], kind=case["kind"])
-    old = Trajectory(times, (step, step + 1), case["kind"], case["noise_level"], torch.stack([P["x"], P["next"]], 1), P["mean_old"][:, None],
-                     std[None], P["logp_old"][:, None], P["next"], **OFFICIAL[case["kind"]])
+    latents, means = torch.stack([P["x"], P["next"]], 1), P["mean_old"][:, None]
+    old = Trajectory(times, (step, step + 1), case["kind"], case["noise_level"], latents, means, std[None], P["logp_old"][:, None],
+                     P["next"], **OFFICIAL[case["kind"]])
     v_new = P["v_new"].clone().requires_grad_()
     reference = replay(lambda x, t: P["v_ref"], old)
     adv = P["advantages"].clamp(-case["adv_clip_max"], case["adv_clip_max"])
@@ -735,67 +740,170 @@ def test_following_the_gradient_raises_the_reward(kind):
 
 
 @pytest.mark.parametrize("times, words", [
-    (torch.tensor([1000.0, 500.0, 0.0]), "from 1000 to 0, expected from at most 1 to 0; take a scheduler's sigmas"),
-    (torch.linspace(0, 1, 5), "from 0 to 1, .*flip the grid"), (torch.tensor([1.0, 0.5, 0.009]), "from 1 to 0.009, .*append it"),
-    (torch.tensor([1.0, 0.5, 0.5, 0.0]), "do not fall at every step"), (torch.tensor([1.0, 0.2, 0.4, 0.0]), "do not fall at every step"),
-    (torch.tensor([1.0, float("nan"), 0.0]), "do not fall at every step"), (torch.tensor([float("nan"), 0.5, 0.0]), "do not fall"),
-    (torch.tensor([0.5]), r"times is \(1,\)"), (torch.ones(2, 2), r"times is \(2, 2\)"), (torch.tensor([1.0, -0.5]), "append it"),
-    (torch.tensor([999.0, 500.0, 1.0]), "take a scheduler's sigmas")])
+    ([1000.0, 500.0, 0.0], "from 1000 to 0, expected from at most 1 to 0; take scheduler.sigmas, or its timesteps / 1000"),
+    ([999.0, 500.0, 1.0], "from 999 to 1, .*take scheduler.sigmas"), ([1.0001, 0.5, 0.0], "from 1.0001 to 0, expected from at most 1"),
+    ([0.0, 0.25, 0.5, 1.0], "from 0 to 1, .*flip the grid"), ([1.0, 0.5, 0.009], "from 1 to 0.009, expected an end at exactly 0"),
+    ([1.0, 0.5, -0.1], "expected an end at exactly 0"), ([1.0, 0.5, 0.5, 0.0], "from 0.5 to 0.5 at step 1, expected a fall"),
+    ([1.0, 0.2, 0.4, 0.0], "from 0.2 to 0.4 at step 1"), ([0.0, 0.0], "from 0 to 0 at step 0"),
+    ([1.0, -0.5, 0.0], "from -0.5 to 0 at step 1"),
+    ([1.0, math.nan, 0.0], r"times \[1\] are \[nan\], expected finite"), ([math.nan, 0.5, 0.0], r"times \[0\] are \[nan\]"),
+    ([1.0, 0.5, math.nan], r"times \[2\] are \[nan\]"), ([math.inf, 0.5, 0.0], r"times \[0\] are \[inf\]"),
+    ([0.5], r"times is \(1,\)"), ([], r"times is \(0,\)"), ([[1.0, 0.0], [1.0, 0.0]], r"times is \(2, 2\)")])
 def test_times_that_are_no_falling_grid_from_at_most_one_to_zero_are_refused(times, words):
-    with pytest.raises(ValueError, match=words) as error:
-        rollout(lambda x, t: x, torch.zeros(2, 3), times, window=(0, 0), noise_level=0.0)
+    with pytest.raises(ValueError, match="rollout: .*" + words) as error:
+        rollout(lambda x, t: x, torch.zeros(2, 3), torch.tensor(times), window=(0, 0), noise_level=0.0)
     assert "\n" not in str(error.value)
-    rollout(lambda x, t: x, torch.zeros(2, 3), torch.tensor([0.8, 0.3, 0.0]), window=(0, 0), noise_level=0.0)     # an image may start late
 
 
-@pytest.mark.parametrize("where", ["noise", "velocity", "step_noise"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_latents_that_are_not_finite_are_an_error(where, value):
-    noise, step_noise = torch.randn(2, 3), torch.randn(1, 2, 3)
+@given(st.lists(st.floats(2**-10, 1, width=32), min_size=1, max_size=6, unique=True))
+def test_every_falling_grid_to_zero_is_taken_wherever_it_starts(times):
+    times = torch.tensor(sorted(times, reverse=True) + [0.0])
+    assert torch.equal(rollout(lambda x, t: x, torch.zeros(2, 3), times, window=(0, 0), noise_level=0.0).times[1:], times[1:])
+
+
+@pytest.mark.parametrize("first", [1.0000015497207642, 0.999997615814209])            # a scheduler's, at shift 0.15 and 0.1
+def test_a_first_time_beside_one_by_rounding_is_one(first):
+    times, noise, step_noise = torch.tensor([first, 0.6, 0.0]), torch.randn(2, 3), torch.randn(1, 2, 3)
+    old, exact = (rollout(lambda x, t: x * t, noise, grid, window=(0, 1), noise_level=0.7, step_noise=step_noise)
+                  for grid in (times, torch.tensor([1.0, 0.6, 0.0])))
+    assert torch.equal(old.data, exact.data) and torch.equal(old.times, exact.times) and times[0] != 1
+    assert old.std.item() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("where, words", [
+    ("noise", "the initial noise is not finite"), ("step_noise", "latents are not finite after step 2 of 0..3"),
+    ("velocity", "latents are not finite after step 1 of 0..3")])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_latents_that_are_not_finite_are_an_error_that_names_the_first_step(where, words, value):
+    noise, step_noise, times = torch.randn(2, 3), torch.randn(1, 2, 3), time_grid(4)
     {"noise": noise, "step_noise": step_noise[0]}.get(where, torch.zeros(2, 3))[1, 2] = value
-    bad = value if where == "velocity" else 0.0
-    with pytest.raises(FloatingPointError, match="the latents are not finite"):
-        rollout(lambda x, t: x + bad, noise, time_grid(4), window=(1, 2), noise_level=0.5, step_noise=step_noise)
+
+    def velocity(x, t):
+        return x + (value if where == "velocity" and t == times[1] else 0.0)
+
+    with pytest.raises(FloatingPointError, match=words) as error:
+        rollout(velocity, noise, times, window=(2, 3), noise_level=0.5, step_noise=step_noise)
+    assert "\n" not in str(error.value)
 
 
-@given(st.floats(-1e4, 1e4), st.floats(-5, 5), st.booleans())
-def test_loss_and_gradient_are_finite_at_any_log_ratio(gap, adv, ratio_norm):
-    old, weight, _ = sampled(N=2, W=1)
-    same = replay(linear_velocity(weight), old)
-    logp, mean = (old.logp + gap).requires_grad_(), (same.mean + gap).requires_grad_()
-    loss, stats = flow_grpo_loss(Replay(same.steps, logp, mean, same.v), old, torch.tensor([adv, 0.0]), total=2, low=1e-3, high=1e-3,
-                                 ratio_norm=ratio_norm)
-    loss.backward()
-    grad = mean.grad if ratio_norm else logp.grad
-    assert loss.isfinite() and grad.isfinite().all() and all(v.isfinite().all() for v in stats.values())
+def shifted_loss(gaps, adv, **options):
+    """Loss, gradient and stats where the plain log-ratio, or RatioNorm's with `ratio_norm`, is `gaps` (3, 2)."""
+    torch.manual_seed(0)
+    old, weight, _ = sampled(N=3, W=2, dtype=torch.float64)
+    same, gaps = replay(linear_velocity(weight), old), torch.tensor(gaps, dtype=torch.float64).view(3, 2)
+    logp, mean = (old.logp + gaps).requires_grad_(), same.mean
+    if options["ratio_norm"]:                                                     # which is linear in the mean
+        scale = normalised_log_ratio(old.latents[:, 1:], old.means + 1, old.means, old.std)
+        mean = (old.means + (gaps / scale)[..., None, None]).requires_grad_()
+    loss, stats = flow_grpo_loss(Replay(same.steps, logp, mean, same.v), old, torch.tensor(adv, dtype=torch.float64), total=5,
+                                 reference=same, **options)
+    leaf = mean if options["ratio_norm"] else logp
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0], stats
+
+
+far = st.lists(st.one_of(st.floats(-1e4, 1e4), st.sampled_from([88.8, -88.8, LOG_RATIO_BOUND])), min_size=6, max_size=6)
+near = st.lists(st.floats(-19.9, 19.9), min_size=6, max_size=6)
+advantages = st.lists(st.one_of(st.floats(-5, 5), st.just(0.0)), min_size=3, max_size=3)
+options = st.fixed_dictionaries(dict(
+    ratio_norm=st.booleans(), low=st.floats(0, 1), high=st.floats(0, 10), kl_beta=st.sampled_from([0.0, 0.1]),
+    weights=st.sampled_from([None, torch.tensor([0.5, 8.0])])))
+
+
+@given(far, advantages, options)
+def test_loss_gradient_and_stats_are_finite_at_any_log_ratio(gaps, adv, options):
+    loss, gradient, stats = shifted_loss(gaps, adv, **options)
+    assert loss.isfinite() and gradient.isfinite().all() and all(v.isfinite().all() for v in stats.values())
+
+
+@pytest.mark.parametrize("adv", [1.0, 0.0, -1.0])
+def test_a_sample_whose_log_density_fell_to_minus_infinity_has_ratio_and_gradient_zero(adv):
+    loss, gradient, stats = shifted_loss([-math.inf] * 6, [adv] * 3, ratio_norm=False, low=0.2, high=0.2)
+    assert loss.item() == pytest.approx(0.8 * 6 / 5 if adv < 0 else 0.0) and (gradient == 0).all()
+    assert stats["ratio/mean"] == 0 and all(v.isfinite().all() for v in stats.values())
+
+
+@given(near, advantages, options)
+def test_within_the_bound_loss_gradient_and_stats_are_those_without_it(gaps, adv, options):
+    bounded = shifted_loss(gaps, adv, **options)
+    with mock.patch.object(flow_grpo, "LOG_RATIO_BOUND", math.inf):
+        free = shifted_loss(gaps, adv, **options)
+    assert torch.equal(bounded[0], free[0]) and torch.equal(bounded[1], free[1])
+    assert all(torch.equal(bounded[2][k], v) for k, v in free[2].items())
+    if not options["ratio_norm"]:
+        clip = lambda r: min(max(r, 1 - options["low"]), 1 + options["high"])
+        weight = [1.0, 1.0] if options["weights"] is None else options["weights"].tolist()
+        terms = [-weight[i % 2] * min(math.exp(g) * adv[i // 2], clip(math.exp(g)) * adv[i // 2]) for i, g in enumerate(gaps)]
+        assert bounded[0].item() == pytest.approx(sum(terms) / 5, rel=1e-6, abs=1e-9)
 
 
 def test_the_bound_of_a_ratio_is_that_of_the_text():
     assert inspect.getsource(bounded_exp) == inspect.getsource(grpo.bounded_exp) and LOG_RATIO_BOUND == grpo.LOG_RATIO_BOUND
 
 
-def test_a_transformer_and_a_scheduler_of_diffusers_train_as_the_docstring_says():
+# The lines of the docstring, with a transformer and a scheduler of diffusers
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    """A small SD3 transformer with random weights, and a scheduler of its kind."""
     from policy import declare_torchvision_ops
     declare_torchvision_ops()
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-                                        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4,
-                                        pos_embed_max_size=8)
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
-    scheduler, B, G = FlowMatchEulerDiscreteScheduler(shift=3.0), 2, 3
-    scheduler.set_timesteps(5)
-    assert scheduler.sigmas[-1] == 0 and len(scheduler.sigmas) == 6
-    prompts, pooled = torch.randn(B * G, 4, 16), torch.randn(B * G, 8)
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=64, patch_size=8, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)                   # diffusers starts it at 0
+    return transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)
 
-    def velocity(x, t):
-        return transformer(x.to(transformer.dtype), timestep=1000 * t.expand(len(x)), encoder_hidden_states=prompts,
-                           pooled_projections=pooled, return_dict=False)[0]
 
-    old = rollout(velocity, torch.randn(B * G, 4, 8, 8), scheduler.sigmas, window=(0, 2), noise_level=0.7,
-                  step_noise=torch.randn(2, B * G, 4, 8, 8))
-    reward = old.data.mean((1, 2, 3)).view(B, G)
-    adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
-    loss, stats = flow_grpo_loss(replay(velocity, old), old, adv.flatten(), total=2 * B * G, low=1e-4, high=1e-4)
-    loss.backward()
-    assert stats["ratio/mean"] == 1 and stats["ratio/std"] == 0
-    assert transformer.proj_out.weight.grad.isfinite().all() and transformer.proj_out.weight.grad.abs().sum() > 0
+def docstring_lines():
+    """The example of the module's docstring as source."""
+    lines = flow_grpo.__doc__.split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith("    scheduler.set_timesteps"))
+    last = next(i for i, line in enumerate(lines) if line == "    loss.backward()")
+    return textwrap.dedent("\n".join(lines[first:last + 1]))
+
+
+def test_the_lines_of_the_docstring_train_a_transformer_of_diffusers(sd3):
+    transformer, scheduler = sd3
+    B, G = 2, 2
+    frozen = copy.deepcopy(transformer)
+    prompts, pooled = torch.randn(B, 4, 16).repeat_interleave(G, 0), torch.randn(B, 8).repeat_interleave(G, 0)
+    names = {name: getattr(flow_grpo, name) for name in ("draw_window", "flow_grpo_loss", "replay", "rollout")} | dict(
+        torch=torch, transformer=transformer, scheduler=scheduler, prompts=prompts, pooled=pooled, B=B, G=G, update=0,
+        score_of=lambda data: data.mean((1, 2, 3)), velocity_of_the_frozen_one=lambda x, t: frozen(
+            x, timestep=1000 * t.expand(len(x)), encoder_hidden_states=prompts, pooled_projections=pooled, return_dict=False)[0])
+    exec(docstring_lines(), names)
+    old, stats, adv = names["old"], names["stats"], names["adv"]
+    assert scheduler.sigmas.shape == (16,) and scheduler.sigmas[0] == 1 and scheduler.sigmas[-1] == 0
+    assert torch.equal(old.times, scheduler.sigmas) and adv.shape == (B, G) and old.logp.shape == (B * G, 3)
+    torch.testing.assert_close(adv.flatten(), grpo.group_advantage(old.data.mean((1, 2, 3)), G, std="unbiased"))
+    assert stats["ratio/mean"] == 1 and stats["ratio/std"] == 0 and stats["velocity_mse"] == stats["kl"] == 0
+    grads = {name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}
+    assert all(g.isfinite().all() for g in grads.values()) and grads["proj_out.weight"].abs().max() > 0
+
+    # At ratio 1, and with the frozen policy the policy itself, the loss has the gradient of -adv * logp, averaged over samples and steps.
+    transformer.zero_grad()
+    (-adv.view(B * G, 1) * replay(names["velocity"], old).logp).mean().backward()
+    for name, p in transformer.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-4 * p.grad.abs().max().item())
+
+
+def test_without_noise_a_rollout_is_the_loop_of_the_scheduler(sd3):
+    """So its sigmas are flow times, its timesteps are 1000 of them, and a prediction is noise - data."""
+    transformer, scheduler = sd3
+    prompts, pooled, x = torch.randn(2, 4, 16), torch.randn(2, 8), torch.randn(2, 16, 64, 64)
+
+    @torch.no_grad()
+    def predict(x, timestep):
+        return transformer(x, timestep=timestep, encoder_hidden_states=prompts, pooled_projections=pooled, return_dict=False)[0]
+
+    scheduler.set_timesteps(6)
+    data = rollout(lambda x, t: predict(x, 1000 * t.expand(len(x))), x, scheduler.sigmas, window=(0, 0), noise_level=0.0).data
+    start = x
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(predict(x, timestep.expand(len(x))), timestep, x, return_dict=False)[0]
+    torch.testing.assert_close(data, x, rtol=1e-5, atol=1e-5)
+    assert (data - start).abs().max() > 0.1

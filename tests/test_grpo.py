@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
 
 import grpo
-from grpo import LOG_RATIO_BOUND, average, bounded_exp, clipped_surrogate, group_advantage, grpo_loss, importance_ratio, kl_k3, loss_stats, token_logp
+from grpo import (
+    LOG_RATIO_BOUND, average, bounded_exp, clipped_surrogate, group_advantage, grpo_loss, importance_ratio, kl_k3, loss_stats,
+    token_logp,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES = json.loads((GOLDEN / "grpo_losses" / "losses.json").read_text())
@@ -547,29 +551,69 @@ def test_a_reference_without_beta_is_reported_and_does_not_enter_the_loss():
     assert with_ref_stats.keys() - stats.keys() == {"kl"} and with_ref_stats["kl"] > 0
 
 
-huge = st.one_of(st.floats(-1e4, 1e4), st.sampled_from([float("-inf"), 88.8, -88.8, LOG_RATIO_BOUND]))
+far = st.one_of(st.floats(-1e4, 1e4), st.sampled_from([88.8, -88.8, LOG_RATIO_BOUND]))
+rows = lambda x: st.lists(x, min_size=6, max_size=6)
+settings = st.fixed_dictionaries(dict(
+    per=st.sampled_from(UNITS), level=st.sampled_from(LEVELS), low=st.floats(0, 1), high=st.floats(0, 10),
+    delta=st.sampled_from([None, 12.0]), beta=st.sampled_from([0.0, 0.02]), bias_correction_kl=st.booleans()))
+advantages = st.lists(st.one_of(st.floats(-5, 5), st.just(0.0)), min_size=2, max_size=2)
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
 
 
-@given(st.lists(huge, min_size=3, max_size=3), st.floats(-5, 5), st.sampled_from(["token", "sequence"]), st.booleans(), st.booleans())
-def test_loss_gradient_and_diagnostics_are_finite_at_any_log_ratio(log_ratios, adv, level, corrected, tied):
-    """A token whose probability fell to zero included; exp of an unbounded log-ratio is inf above 88 nats in fp32."""
-    logp = torch.tensor([log_ratios, [0.0, 0.1, -0.1]], dtype=torch.float32, requires_grad=True)
-    ref = torch.tensor([[0.0, 0.0, 0.0], log_ratios]).nan_to_num(neginf=-1e4)
-    loss, stats = grpo_loss(logp, torch.zeros(2, 3), torch.tensor([0.0 if tied else adv, adv]), torch.ones(2, 3), total=6, level=level, low=0.2,
-                            high=0.28, logp_ref=ref, beta=0.02, bias_correction_kl=corrected)
-    loss.backward()
-    assert loss.isfinite() and logp.grad.isfinite().all() and all(v.isfinite() for v in stats.values())
+def distant(log_ratios, ref_ratios, adv, dtype=torch.float32, **settings):
+    """Loss, gradient and stats where logp - logp_old is log_ratios (6,) and logp_ref - logp_old is ref_ratios (6,)."""
+    logp, ref = (torch.tensor(x, dtype=dtype).view(2, 3) for x in (log_ratios, ref_ratios))
+    return loss_and_gradient(logp, torch.zeros_like(logp), torch.tensor(adv, dtype=dtype), MASK, total=5, logp_ref=ref, **settings)
+
+
+@given(rows(st.one_of(far, st.just(-math.inf))), rows(far), advantages, settings, st.sampled_from([torch.bfloat16, torch.float32]))
+def test_loss_gradient_and_diagnostics_are_finite_at_any_log_ratio(log_ratios, ref_ratios, adv, settings, dtype):
+    """Tokens whose probability fell to zero included; exp of an unbounded log-ratio is inf from 89 nats on."""
+    loss, gradient, stats = distant(log_ratios, ref_ratios, adv, dtype, **settings)
+    assert loss.isfinite() and loss.dtype == torch.float32 and gradient.isfinite().all() and all(v.isfinite() for v in stats.values())
+
+
+@given(rows(st.floats(-9.9, 9.9)), rows(st.floats(-9.9, 9.9)), advantages, settings)
+def test_within_the_bound_loss_gradient_and_diagnostics_are_those_without_it(log_ratios, ref_ratios, adv, settings):
+    """No difference of two of these leaves 20 nats."""
+    bounded = distant(log_ratios, ref_ratios, adv, torch.float64, **settings)
+    with mock.patch.object(grpo, "LOG_RATIO_BOUND", math.inf):
+        free = distant(log_ratios, ref_ratios, adv, torch.float64, **settings)
+    for a, b in zip(bounded[:2] + tuple(bounded[2].values()), free[:2] + tuple(free[2].values())):
+        same(a, b)
+    if not settings["bias_correction_kl"]:
+        logp, ref = (torch.tensor(x, dtype=torch.float64).view(2, 3) for x in (log_ratios, ref_ratios))
+        slow = {k: v for k, v in settings.items() if k != "bias_correction_kl"} | dict(delta=settings["delta"] or math.inf, total=5)
+        assert bounded[0].item() == pytest.approx(slow_loss(logp, 0 * logp, ref, torch.tensor(adv), MASK, **slow)[0], rel=1e-5)
 
 
 @given(st.floats(-60, 60))
-def test_the_bound_of_the_log_ratio_changes_nothing_below_it(log_ratio):
+def test_the_bound_of_the_log_ratio_changes_nothing_below_it_and_has_gradient_zero_above(log_ratio):
     x = torch.tensor(log_ratio, dtype=torch.float64, requires_grad=True)
     ratio = bounded_exp(x)
     ratio.backward()
-    below = log_ratio <= LOG_RATIO_BOUND
-    assert ratio.item() == (math.exp(log_ratio) if below else math.exp(LOG_RATIO_BOUND)) or ratio.item() == pytest.approx(math.exp(log_ratio))
+    below = log_ratio <= 20
+    assert ratio.item() == pytest.approx(math.exp(min(log_ratio, 20)))
     assert x.grad.item() == (pytest.approx(math.exp(log_ratio)) if below else 0.0)
-    assert kl_k3(torch.zeros(()).double(), x.detach()) == pytest.approx(math.expm1(min(log_ratio, 20.0)) - min(log_ratio, 20.0))
+    assert kl_k3(torch.zeros(()).double(), x.detach()).item() == pytest.approx(math.expm1(min(log_ratio, 20)) - min(log_ratio, 20))
+
+
+def test_far_below_the_reference_s_bound_k3_stays_a_line_of_gradient_one():
+    logp = torch.tensor([0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    k3 = kl_k3(logp, torch.tensor([-1e4, -25.0], dtype=torch.float64))
+    k3.sum().backward()
+    assert k3.tolist() == pytest.approx([9999.0, 24.0]) and logp.grad.tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("logp, old, ref, who", [
+    (0.0, -math.inf, None, "old policy"), (-math.inf, None, None, "old policy"), (-math.inf, -math.inf, None, "old policy"),
+    (0.0, 0.0, -math.inf, "reference"), (-math.inf, 0.0, -math.inf, "reference")])
+def test_a_token_that_the_old_policy_or_the_reference_cannot_sample_is_refused_unless_it_is_masked(logp, old, ref, who):
+    logp, old, ref = (x if x is None else torch.tensor([[x, -1.0]]) for x in (logp, old, ref))
+    with pytest.raises(FloatingPointError, match=f"-inf under the {who}") as error:
+        grpo_loss(logp, old, torch.ones(1), torch.ones(1, 2), total=1, logp_ref=ref, beta=0.1 if ref is not None else 0.0)
+    assert "\n" not in str(error.value)
+    assert grpo_loss(logp, old, torch.ones(1), torch.tensor([[0, 1]]), total=1, logp_ref=ref)[0].isfinite()
 
 
 def test_no_function_writes_into_its_arguments():

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from toy import shapes
-from shapes import (CELLS, COLORS, HELD_OUT, SHAPES, TAGS, VOCABULARY, Object, components, degrade, detect, discrete, diversity,
+from toy.shapes import (CELLS, COLORS, HELD_OUT, SHAPES, TAGS, VOCABULARY, Object, components, degrade, detect, discrete, diversity,
                     implicit_prompts, layout, make_edit, make_question, make_reflection, prompts, question_kinds, random_scene,
                     read, render, sample_scene, satisfies, scene_split, wrong_answer, wrong_metadata, wrong_thought)
 

@@ -183,8 +183,8 @@ def train_base(policy: Policy, corpus: Corpus, steps: int, lr: float, seed: int,
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % 200 == 0 or step == steps - 1:
-            parts = "  ".join(f"{k} {v.item():.3f}" for k, v in losses.items())
-            print(f"base {step:5d}  {parts}  {time.time() - begun:5.0f} s", flush=True)
+            told = "  ".join(f"{k} {v.item():.3f}" for k, v in losses.items())
+            print(f"base {step:5d}  {told}  {time.time() - begun:5.0f} s", flush=True)
 
 
 def xavier(model) -> None:
