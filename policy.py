@@ -169,11 +169,10 @@ class Expert(nn.Module):
         self.gate, self.up, self.down = nn.Linear(D, I, bias=False), nn.Linear(D, I, bias=False), nn.Linear(I, D, bias=False)
         self.head_dim = d
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys in one tensor, since both are rotated next (N, L, H+kv, d); values (N, L, kv, d)."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.norm_in(x)                                                                        # (N, L, D)
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))      # (N, L, H or kv, d)
-        return torch.cat([self.q_norm(q), self.k_norm(k)], dim=2), v
+        q, k, v = (rearrange(f(x), "n l (h d) -> n h l d", d=self.head_dim) for f in (self.q, self.k, self.v))
+        return self.q_norm(q), self.k_norm(k), v                                                   # (N, H or kv, L, d)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.o(attended)                                                                   # (N, L, D)
@@ -206,8 +205,8 @@ class Block(nn.Module):
 
     def _forward(self, streams, past_k, past_v, cos, sin, allowed):
         active = [(e, x) for e, x in zip(self.experts, streams) if x is not None]
-        qk, v = (torch.cat(z, dim=1).transpose(1, 2) for z in zip(*[e.project(x) for e, x in active]))
-        q, k = rotate(qk, cos, sin).to(v.dtype).tensor_split([-v.shape[1]], dim=1)                 # (N, H, L, d), (N, kv, L, d)
+        q, k, v = (torch.cat(z, dim=2) for z in zip(*[e.project(x) for e, x in active]))           # (N, H or kv, L, d)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         length = allowed.shape[-1]                                                                 # S+L
         keys, values = behind(past_k, k, length), behind(past_v, v, length)                        # (N, kv, S+L or more, d)
         # The heads that share keys are more queries to them: no key is copied for them, and every kernel that takes a mask can be used.
@@ -342,8 +341,9 @@ class Policy(nn.Module):
             pass
 
     def encode_text(self, texts: list[str], room: int = 0) -> tuple[Tensor, Tensor]:
-        """Each text between <|im_start|> and <|im_end|> -> tokens (N, L) and mask (N, L), padded right. ValueError for one that leaves
-        less than `room` positions of the context (max_position_embeddings), or holds a marker, with which it would end itself."""
+        """Each text between <|im_start|> and <|im_end|> -> tokens (N, L) and mask (N, L), padded right. A marker inside a text is spelled
+        like any other word, or dropped, so that no text ends itself; the official code takes it for a marker. ValueError for a text
+        that leaves less than `room` positions of the context (max_position_embeddings)."""
         ids = [torch.tensor(row) for row in self._token_ids(texts, room)]
         tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.end)
         mask = torch.arange(tokens.shape[1]) < torch.tensor([len(i) for i in ids])[:, None]
@@ -356,10 +356,8 @@ class Policy(nn.Module):
         limit = self.config.llm.get("max_position_embeddings", 32768) - room
         for i in range(0, len(texts), 256):                     # far faster than one by one
             some = texts[i:i + 256]
-            for text, ids in zip(some, self.tokenizer(some, add_special_tokens=False).input_ids):
-                if not self.reserved.isdisjoint(ids):
-                    marker = self.tokenizer.convert_ids_to_tokens(next(i for i in ids if i in self.reserved))
-                    raise ValueError(f"text holds the marker {marker}, which is not for texts: {text[:60]!r}")
+            for text, ids in zip(some, self.tokenizer(some, add_special_tokens=False, split_special_tokens=True).input_ids):
+                ids = [i for i in ids if i not in self.reserved]    # left by a vocabulary that cannot spell a marker
                 if len(ids) + 2 > limit:
                     raise ValueError(f"text of {len(ids) + 2} tokens is longer than the context, which has room for {limit}: {text[:60]!r}")
                 yield [self.start, *ids, self.end]

@@ -379,7 +379,7 @@ def of_eight_bits(image):
     """A decoded PIL image -> (the same in mode L, RGB or CMYK, its alpha channel or None). ValueError where white could be any number."""
     alpha, grey = None, image.mode in ("1", "L", "LA")
     if image.mode[0] in "IF":                                   # I;16, I, F, of which PIL would cut off what is above 255
-        raise ValueError(f"its greys (mode {image.mode}) have more than 8 bits, and viewers differ in which of them is white; save it with 8 bits")
+        raise ValueError(f"its greys (mode {image.mode}) have more than 8 bits, and it is not said which of them is white; save it with 8")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa"):
         image = image.convert("RGBA")
         alpha = image.getchannel("A")

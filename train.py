@@ -16,6 +16,10 @@ Legend: B prompts per step and task, G samples each, N = B*G prompt-major, L tex
 import argparse
 import math
 import os
+
+if __name__ == "__main__":                                      # before torch: threads that wait asleep leave a busy machine its cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import sys
 import textwrap
 from contextlib import nullcontext
@@ -61,8 +65,7 @@ RECIPES = {
         bagel=dict(sem=(1.0, "d: a preference model"))),
 }
 
-# What depends on size. The toy's values are ours, measured: CPS noise and one initial noise per group among them, where UniGRPO has the
-# SDE. BAGEL's are UniGRPO's Table 3 but for the resolution (there 1024); what lvrpo weighs was found on the toy.
+# What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3 but for the resolution (there 1024).
 SCALES = {
     "toy": dict(group_size=16, lr_generation=5e-4, denoise_steps=6, shift=2.0, noise_level=0.8, sampler="cps",
                 window=3, window_low=0, window_high=3, shared_noise=True, resolution=32, think_tokens=24, answer_tokens=4,
@@ -442,10 +445,9 @@ def refusals(cfg: Config, ranks: Ranks):
         yield not math.isfinite(w), f"--{k} {w}: must be a finite number"
         yield w and not any(k in rewards_of(name) for name in used), f"--{k} {w} would score nothing: {', '.join(used)} lack what it reads"
     yield cfg.shard and "RANK" not in os.environ, "--shard cuts the policy over ranks; start with torchrun"
-    yield (Path(cfg.policy).resolve() == (Path(cfg.out) / "policy").resolve(),
-           f"--policy {cfg.policy} is where this run would write its own policy; give another --out")
-    yield (cfg.sampler == "cps" and cfg.noise_level >= 2,
-           f"--noise_level {cfg.noise_level}: must be below 2 for cps, whose std is the sine of half a turn there")
+    own = (Path(cfg.out) / "policy").resolve()
+    yield Path(cfg.policy).resolve() == own, f"--policy {cfg.policy} is where this run would write its own policy; give another --out"
+    yield cfg.sampler == "cps" and cfg.noise_level >= 2, f"--noise_level {cfg.noise_level}: must be below 2 for cps, which has std 0 there"
     yield cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, which would never move"
     yield (cfg.normalise == "each" and cfg.advantage != "group",
            f"--advantage {cfg.advantage} has no effect where --normalise each divides each reward by its group's std; leave one out")

@@ -853,7 +853,6 @@ def sd3():
     transformer = SD3Transformer2DModel(
         sample_size=64, patch_size=8, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=8)
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)                   # diffusers starts it at 0
     return transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 

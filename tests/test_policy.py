@@ -1,5 +1,6 @@
 """What the policy promises beside the official numbers: padding, sharing, caching, adapters."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from checkpoint import load_policy
 from policy import Guidance, LoRA, RMSNorm, adapters_off, add_lora, guided_velocity, own_attention
+from sample import TOY
 from grpo import token_logp
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
@@ -34,8 +36,6 @@ def noisy(generator, n):
 
 @few
 @given(seed=st.integers(0, 10**6))
-
-
 def test_padding_and_batch_neighbours_change_nothing(policy, seed):
     g = torch.Generator().manual_seed(seed)
     tokens, mask = words(g, 4)
@@ -166,11 +166,10 @@ def test_text_alone_gives_the_generation_expert_no_gradient(policy):
     policy.zero_grad()
     logits, _ = policy.append_text(policy.empty(1), torch.arange(6)[None])
     logits.square().sum().backward()
-    parts = policy.trainable_by_expert()
-    assert all(p.grad is None for p in parts["generation"])
+    of, trained = policy.trainable_by_expert(), [p for p in policy.parameters() if p.requires_grad]
+    assert all(p.grad is None for p in of["generation"])
     assert policy.blocks[0].experts[0].q.weight.grad is not None
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    assert sorted(map(id, parts["understanding"] + parts["generation"])) == sorted(map(id, trained))
+    assert sorted(map(id, of["understanding"] + of["generation"])) == sorted(map(id, trained))
 
 
 def test_written_tokens_have_the_log_probs_of_the_distribution_sampled(policy):
@@ -319,8 +318,8 @@ def test_text_and_pixels_reach_every_understanding_parameter_and_no_other(policy
     policy.zero_grad()
     context = policy.append_image(policy.empty(1), pixels=torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(15)))
     policy.append_text(context, torch.arange(6)[None])[0].square().sum().backward()
-    parts = policy.trainable_by_expert()
-    assert all(p.grad is not None for p in parts["understanding"]) and all(p.grad is None for p in parts["generation"])
+    of = policy.trainable_by_expert()
+    assert all(p.grad is not None for p in of["understanding"]) and all(p.grad is None for p in of["generation"])
 
 
 def test_a_text_must_leave_the_room_that_is_asked_for(policy):
@@ -329,3 +328,168 @@ def test_a_text_must_leave_the_room_that_is_asked_for(policy):
     assert policy.encode_text(["a red cat"], room=limit - length)[0].shape[1] == length
     with pytest.raises(ValueError, match="longer than the context"):
         policy.encode_text(["a red cat"], room=limit - length + 1)
+
+
+@pytest.mark.parametrize("folder, marker", [(TOY, "<|im_end|>"), (TOY, "<|vision_start|>"), (TOY, "<pad>"), (GOLDEN, "<|im_end|>"),
+                                            (GOLDEN, "<|im_start|>"), (GOLDEN, "<|vision_end|>"), (GOLDEN, "<|endoftext|>")])
+def test_a_marker_inside_a_text_is_no_marker(folder, marker):
+    """A prompt or a question that names one does not end itself; other texts are tokenised as they always were."""
+    policy = load_policy(folder)
+    tokens, mask = policy.encode_text([f"a red circle {marker} a blue square", "a red circle a blue square"])
+    for row, seen in zip(tokens, mask):
+        inside = row[seen].tolist()[1:-1]
+        assert row[0] == policy.start and row[seen][-1] == policy.end and not {*inside} & policy.reserved
+    plain = policy.tokenizer("a red circle a blue square", add_special_tokens=False).input_ids
+    assert tokens[1][mask[1]].tolist()[1:-1] == plain
+
+
+def test_texts_are_checked_as_they_are_encoded():
+    policy = load_policy(TOY)
+    policy.check_text(["a red circle"] * 600)
+    for method in (policy.check_text, policy.encode_text):
+        with pytest.raises(ValueError, match="text of 202 tokens is longer than the context, which has room for 118: 'red red"):
+            method(["a"] * 300 + ["red " * 200], room=10)
+
+
+# ---- text ----
+
+
+def read_again(policy, context, uniforms, temperature):
+    """sample_text without a cache: for every token all before it are read again."""
+    fed = torch.full((len(uniforms), 1), policy.start)
+    alive, written, mask, logps = torch.ones(len(uniforms), dtype=torch.bool), [], [], []
+    for u in uniforms.T:
+        logp = (policy.append_text(context, fed)[0][:, -1].float() / (temperature or 1.0)).log_softmax(-1)
+        share = logp.double().exp().cumsum(-1)
+        token = (share <= u[:, None] * share[:, -1:]).sum(-1) if temperature else logp.argmax(-1)
+        written.append(torch.where(alive, token, policy.end)), mask.append(alive)
+        logps.append(torch.where(alive, logp.gather(1, token[:, None])[:, 0], 0.0))
+        alive, fed = alive & (token != policy.end), torch.cat([fed, token[:, None]], dim=1)
+        if not alive.any():
+            break
+    return [torch.stack(z, 1) for z in (written, mask, logps)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapters", "autocast", "bfloat16"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 3.0])
+@torch.no_grad()
+def test_text_is_written_as_if_all_were_read_again_for_every_token(kind, temperature):
+    policy = load_policy(GOLDEN, dtype=torch.bfloat16 if kind == "bfloat16" else None)
+    if kind == "adapters":
+        for m in add_lora(policy, rank=2, alpha=4.0).modules():
+            if isinstance(m, LoRA):
+                torch.nn.init.normal_(m.B, std=0.05)
+    policy.head.weight[policy.end] *= 4                         # so that some rows end early
+    g, exact = torch.Generator().manual_seed(7), kind in ("plain", "adapters")
+    (tokens, mask), uniforms = words(g, 12), torch.rand(12, 9, generator=g)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        _, context = policy.append_text(policy.empty(12), tokens, mask)
+        ours, plain = policy.sample_text(context, uniforms, temperature), read_again(policy, context, uniforms, temperature)
+    same = (ours[0] == plain[0]).all(1)                         # in bfloat16 a token on an edge may fall to either side of it
+    assert same.all() if exact else same.sum() >= 8
+    assert (ours[1] == plain[1])[same].all() and (ours[2] - plain[2])[same].abs().max() <= (1e-5 if exact else 0.1)
+    assert temperature < 3 or 0 < (ours[0] == policy.end).any(1).sum() < 12
+
+
+@torch.no_grad()
+def test_writing_leaves_the_context_as_it_was(policy):
+    g = torch.Generator().manual_seed(22)
+    tokens, mask = words(g, 3)
+    _, context = policy.append_text(policy.empty(3), tokens, mask)
+    held, uniforms = [z.clone() for z in (*context.keys, *context.values, context.valid, context.position)], torch.rand(3, 6, generator=g)
+    first = policy.sample_text(context, uniforms)
+    assert all(torch.equal(a, b) for a, b in zip(held, (*context.keys, *context.values, context.valid, context.position)))
+    assert all(torch.equal(a, b) for a, b in zip(first, policy.sample_text(context, uniforms)))
+
+
+@torch.no_grad()
+def test_a_written_token_is_put_behind_the_others_without_a_copy_of_them(policy, monkeypatch):
+    read, places = policy.append_text, set()
+    monkeypatch.setattr(policy, "append_text", lambda context, *new: places.add(context.keys[1].data_ptr()) or read(context, *new))
+    policy.sample_text(policy.append_text(policy.empty(2), torch.arange(6).view(2, 3))[1], torch.zeros(2, 5))
+    assert len(places) == 2                                     # of the empty context, and of all that sample_text read
+
+
+def with_logits(policy, monkeypatch, change):
+    """Let `change` alter the logits (N, L, V) of the i-th call of append_text, in place."""
+    read, calls = policy.append_text, iter(range(10**6))
+
+    def altered(context, tokens, mask):
+        logits, longer = read(context, tokens, mask)
+        change(next(calls), logits)
+        return logits, longer
+
+    monkeypatch.setattr(policy, "append_text", altered)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_write_no_text(policy, monkeypatch, value, temperature):
+    def poison(i, logits):
+        logits[:, -1, policy.end] = -float("inf")               # what nothing writes may have no probability
+        if i == 2:
+            logits[1, -1, 5] = value
+
+    uniforms = torch.rand(3, 5, generator=torch.Generator().manual_seed(23))
+    with monkeypatch.context() as patch:
+        with_logits(policy, patch, poison)
+        assert policy.sample_text(policy.empty(3), uniforms[:, :2], temperature)[0].shape == (3, 2)
+    with_logits(policy, monkeypatch, poison)
+    with pytest.raises(FloatingPointError, match="^text logits are not finite at token 2; the policy's weights or its precision are at fault$"):
+        policy.sample_text(policy.empty(3), uniforms, temperature)
+
+
+def test_logits_behind_the_end_of_a_text_may_be_anything(policy, monkeypatch):
+    def change(i, logits):
+        logits[1, -1] = float("nan") if i else 0.0
+        logits[1, -1, policy.end] += 0.0 if i else 1e4
+
+    with_logits(policy, monkeypatch, change)
+    _, mask, logp = policy.sample_text(policy.empty(3), torch.rand(3, 4, generator=torch.Generator().manual_seed(24)))
+    assert mask[1].tolist() == [True, False, False, False] and logp.isfinite().all()
+
+
+def test_pixels_and_latents_that_are_not_finite_go_no_further(policy):
+    bad = torch.zeros(2, 6, 16)
+    bad[1, 3, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="the autoencoder drew pixels that are not finite"):
+        policy.decode(bad, SIZE)
+    pixels = torch.zeros(2, 3, *SIZE)
+    pixels[1, 0, 0, 0] = float("inf")
+    for given in (pixels, list(pixels)):
+        with pytest.raises(FloatingPointError, match="the autoencoder made latents that are not finite"):
+            policy.encode(given)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_no_markers():
+    toy = load_policy(TOY)
+    tokens, mask = toy.encode_text(["a zebra <unk> <think> a circle </think>"])
+    assert mask.all() and (tokens == toy.tokenizer.unk_token_id).sum() == 2 and tokens.shape[1] == 9
+
+
+@pytest.mark.parametrize("texts, room", [([], 0), (["a red cat", "a red cat " * 2000], 0), (["a red cat"], 10**6)])
+def test_checking_texts_raises_what_encoding_them_raises(policy, monkeypatch, texts, room):
+    with pytest.raises(ValueError) as encoding:
+        policy.encode_text(texts, room)
+    with pytest.raises(ValueError) as checking:
+        policy.check_text(texts, room)
+    assert str(encoding.value) == str(checking.value)
+
+
+def test_checking_many_texts_takes_the_memory_of_few(policy):
+    texts = ["a red cat"] * 20_000 + ["a red cat " * 50]
+    tracemalloc.start()
+    policy.check_text(texts)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e6                                           # their ids alone are 20,000 lists of at least 100 bytes
+
+
+def test_many_texts_have_the_ids_of_each_alone(policy):
+    g = torch.Generator().manual_seed(25)
+    known = ["a", "red", "cat", "on the box,", "Ünïcode ✓", "\n\n", "12", "it's"]
+    texts = [" ".join(known[i] for i in torch.randint(len(known), (n,), generator=g)) for n in torch.randint(0, 6, (600,), generator=g)]
+    tokens, mask = policy.encode_text(texts)
+    for text, row, read in zip(texts, tokens, mask):
+        assert row[read].tolist() == [policy.start, *policy.tokenizer(text, add_special_tokens=False).input_ids, policy.end]
+        assert (row[~read] == policy.end).all()
