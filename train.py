@@ -447,7 +447,7 @@ def refusals(cfg: Config, ranks: Ranks):
     yield cfg.shard and "RANK" not in os.environ, "--shard cuts the policy over ranks; start with torchrun"
     own = (Path(cfg.out) / "policy").resolve()
     yield Path(cfg.policy).resolve() == own, f"--policy {cfg.policy} is where this run would write its own policy; give another --out"
-    yield cfg.sampler == "cps" and cfg.noise_level >= 2, f"--noise_level {cfg.noise_level}: must be below 2 for cps, which has std 0 there"
+    yield cfg.sampler == "cps" and cfg.noise_level >= 2, f"--noise_level {cfg.noise_level}: must be below 2 for cps, else std is 0"
     yield cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, which would never move"
     yield (cfg.normalise == "each" and cfg.advantage != "group",
            f"--advantage {cfg.advantage} has no effect where --normalise each divides each reward by its group's std; leave one out")
