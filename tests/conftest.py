@@ -1,7 +1,10 @@
 """Every test runs with the repository root importable, a fixed seed, and hypothesis without a clock."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")              # before torch: a busy machine must not slow the tests many times over
 
 import pytest
 import torch
