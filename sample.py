@@ -206,7 +206,8 @@ def sample_plan(policy: Policy, plan: list, *, seed: int, step: int, prompts: li
         elif isinstance(item, Write):
             segment = write(policy, reader, draw_uniforms(item.length, source), item.temperature)
             draw_uniforms(item.length, lead)
-            reader.text(segment.tokens, segment.mask, chosen=True)
+            if place + 1 < len(plan):
+                reader.text(segment.tokens, segment.mask, chosen=True)
         else:
             W = item.window[1] - item.window[0]
             size = item.size if isinstance(item.size, tuple) else [s for s in item.size for _ in range(G)]

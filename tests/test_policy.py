@@ -73,7 +73,8 @@ def test_images_of_several_sizes_in_one_batch(policy):
     with torch.no_grad():
         context = policy.append_image(policy.empty(3), pixels=pixels, latents=x, size=sizes)
         v = policy.velocity(context, x, 0.4, sizes)
-        guided = guided_velocity(policy, x, 0.4, sizes, context, policy.empty(3), policy.empty(3), Guidance(3.0, 2.0, "global", 0.1, (0, 1)))
+        guided = guided_velocity(policy, x, 0.4, sizes, context, policy.empty(3), policy.empty(3),
+                                 Guidance(3.0, 2.0, "global", 0.1, (0, 1)))
         for i in range(3):
             alone = policy.append_image(policy.empty(1), pixels=pixels[i][None], latents=tokens[i][None], size=sizes[i])
             assert torch.allclose(policy.velocity(alone, tokens[i][None], 0.4, sizes[i])[0], v[i, :len(tokens[i])], atol=2e-5)
@@ -435,7 +436,8 @@ def test_logits_that_are_not_finite_write_no_text(policy, monkeypatch, value, te
         with_logits(policy, patch, poison)
         assert policy.sample_text(policy.empty(3), uniforms[:, :2], temperature)[0].shape == (3, 2)
     with_logits(policy, monkeypatch, poison)
-    with pytest.raises(FloatingPointError, match="^text logits are not finite at token 2; the policy's weights or its precision are at fault$"):
+    told = "^text logits are not finite at token 2; the policy's weights or its precision are at fault$"
+    with pytest.raises(FloatingPointError, match=told):
         policy.sample_text(policy.empty(3), uniforms, temperature)
 
 
