@@ -1,7 +1,7 @@
 """What a policy is worth: tables on held-out rows, plots and pictures of runs, and the log that they read.
 
     python eval.py --policy out/policy                       # a table by task and tag, with standard errors
-    python eval.py plot out/log.jsonl control/log.jsonl      # curves of one or several runs
+    python eval.py plot out/log.jsonl out/control/log.jsonl  # curves of one or several runs
 
 Truth is the exact detector of toy/shapes.py through GenEval's checker; the recipes' reward "ins" is built on the same two, the others are
 not. Standard errors are over rows (the samples of a prompt are not independent); the mean over tags weighs tags equally, as GenEval does;
@@ -141,9 +141,9 @@ class Log:
 
     def resume(self, step: int) -> None:
         """Go on behind the rows of the steps before `step`; what cannot be read is dropped."""
-        if not self.active or not self.path.exists():
+        if not self.active:
             return
-        head, rows = read_rows(self.path)
+        head, rows = read_rows(self.path) if self.path.exists() else (None, [])
         kept = [r for r in rows if r.get("step", step) < step or "eval" in r and r["step"] == step]
         self.begun -= max([r["seconds"] for r in kept if isinstance(r.get("seconds"), (int, float))], default=0.0)
         self.evaluated = {r["step"] for r in kept if "eval" in r}

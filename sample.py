@@ -14,7 +14,7 @@ Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M lat
 
     python sample.py "a red circle and a blue square" --n 8                     # draws a grid into samples.png
     python sample.py "as many circles as a triangle has sides" --think          # writes a thought first
-    python sample.py "what color is the circle ?" --question samples.png        # answers about an image
+    python sample.py "a blue circle" --n 1 --out one.png && python sample.py "what color is the circle ?" --question one.png
     python sample.py "make the sky red" --edit photo.png --policy BAGEL-7B-MoT  # draws an image changed
 """
 

@@ -59,7 +59,7 @@ def prompt_row(metadata: dict) -> Row:
 
 
 def by_tag(prompts: list[dict]) -> Pool:
-    """Tags in turn, however many prompts each has, then one prompt of the tag."""
+    """Tags drawn alike, however many prompts each has, then one prompt of the tag."""
     tagged: dict[str, list] = {}
     for m in prompts:
         tagged.setdefault(m.get("tag", ""), []).append(m)
@@ -355,7 +355,7 @@ class Source:
         self.evaluated = toy                                    # whether there are held-out rows with a known truth
         if any(TASKS[name].draws for name in in_use(cfg)):
             check_resolution(cfg.resolution, toy, policy)
-        self.pools, read = {}, functools.cache(lambda kind: READERS[kind](files[kind], policy))
+        self.pools, read = {}, functools.cache(lambda kind: READERS[kind](files[kind]))
         for name in in_use(cfg):
             task = TASKS[name]
             if not toy and not files[task.file]:
@@ -483,7 +483,7 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
     return rows
 
 
-def read_prompts(path: str, policy: Policy | None = None) -> list[dict]:
+def read_prompts(path: str) -> list[dict]:
     """Prompts as metadata: JSON lines of GenEval's format in a .jsonl (or .json) file, else plain text in a .txt file or one without an
     ending. The name decides; a file whose content says otherwise is refused."""
     ending = Path(path).suffix.lower()
@@ -513,7 +513,7 @@ def is_json(line: str) -> bool:
 TAGS_OF_ANSWERS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def read_questions(path: str, policy: Policy) -> list[dict]:
+def read_questions(path: str) -> list[dict]:
     """Rows image, question, answer; image paths are relative to the file. Every image is decoded once and every answer can be earned."""
     rows = [{**row, "image": str(Path(path).parent / row["image"])} for row in read_json_lines(path, ("image", "question", "answer"))]
     if gone := [row["image"] for row in rows if not Path(row["image"]).is_file()]:
@@ -543,8 +543,8 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
     replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
     activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered
-    blocks of a sharded policy. Not counted: referees, the autoencoder's activations, what the allocator loses, and the whole weights
-    that a sharded rollout keeps only where they fit.
+    blocks of a sharded policy. Not counted: given images, whose tokens are up to 4,900 each at BAGEL's size, referees, the autoencoder's
+    activations, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
     """
     c, byte, used = policy.config.llm, 2 if cfg.bf16 else 4, [TASKS[name] for name in in_use(cfg)]
     D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]

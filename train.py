@@ -1,14 +1,14 @@
 """GRPO for one policy that reads and writes text and images: act, reward, compare, improve, log, keep.
 
     torchrun train.py                                           # lvrpo on the toy world, minutes on a laptop
-    torchrun train.py --recipe unigrpo --group_size 16 --out out/unigrpo
+    torchrun train.py --recipe unigrpo --group_size 24 --out out/unigrpo
     torchrun --nproc_per_node=8 train.py --recipe unigrpo --policy BAGEL-7B-MoT --prompts prompts.jsonl
     python train.py recipes                                     # how the methods differ, as a table
     torchrun train.py --recipe pretrain                         # makes the toy's weights again
 
-Plain `python train.py` is one process. Every random number derives from (seed, step, prompt, sample): a checkpoint keeps no generator, and
-a resumed run is the uninterrupted one, bit for bit. Ranks share prompts, and groups where there are more ranks than prompts; losses are
-divided by global counts, so neither the ranks nor the micro-batches change a gradient.
+Plain `python train.py` is one process. Random numbers derive from the seed and their place (step, task, prompt, sample): a checkpoint
+keeps no generator, and a resumed run is the uninterrupted one, bit for bit. Ranks share prompts, and groups where there are more ranks
+than prompts; losses are divided by global counts, so that ranks and micro-batches change a gradient by rounding alone.
 
 Legend: B prompts per step and task, G samples each, N = B*G prompt-major, L text positions, W noisy steps.
 """
@@ -54,7 +54,7 @@ RECIPES = {
         draw=(24, "o"), think=(8, "o"), ask=(16, "o"),
         sem=(1.0, "o"), accuracy=(1.0, "o"), kn=(1.0, "o"),
         text_beta=(0.02, "o"), image_beta=(0.003, "o"), image_weight=(300.0, "o"), step_weights=(True, "o"), epochs=(2, "o"),
-        toy=dict(ins=(1.0, "o"), image_clip=(1e-3, "o"), lr_understanding=(2e-4, "o"), steps=(150, "o"))),
+        toy=dict(ins=(1.0, "o"))),
     "unigrpo": dict(
         think=(32, "p"), accuracy=(1.0, "o"),
         text_average=("sequence", "p"), mse_weight=(5e-5, "d: 1.5e-5, mean or sum"), ratio_norm=(True, "p"),
@@ -65,11 +65,11 @@ RECIPES = {
         bagel=dict(sem=(1.0, "d: a preference model"))),
 }
 
-# What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3 but for the resolution (there 1024).
+# What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3 where it has them, but for the resolution.
 SCALES = {
-    "toy": dict(group_size=16, lr_generation=5e-4, denoise_steps=6, shift=2.0, noise_level=0.8, sampler="cps",
-                window=3, window_low=0, window_high=3, shared_noise=True, resolution=32, think_tokens=24, answer_tokens=4,
-                referee_batch=512),
+    "toy": dict(group_size=16, steps=150, lr_understanding=2e-4, lr_generation=5e-4, image_clip=1e-3, denoise_steps=6, shift=2.0,
+                noise_level=0.8, sampler="cps", window=3, window_low=0, window_high=3, shared_noise=True, resolution=32,
+                think_tokens=24, answer_tokens=4, referee_batch=512),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, resolution=512, think_tokens=256, answer_tokens=256, image_clip=1e-6, lora=64,
                   system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=4, rollout_batch=24, referee_batch=16,
@@ -92,8 +92,8 @@ class Config:
     rows: dict[str, int] = field(default_factory=dict)          # task -> rows a step, a flag each
     weights: dict[str, float] = field(default_factory=dict)     # reward -> weight, a flag each
     policy: str = option(str(TOY / "policy"), "the policy folder to start from")
-    prompts: str = option("", "prompts: .jsonl with \"prompt\" (and GenEval's fields), or .txt with one a line; none: the toy world")
-    questions: str = option("", "questions: .jsonl with \"image\" (a path), \"question\", \"answer\"; none: the toy world")
+    prompts: str = option("", "prompts: .jsonl with \"prompt\" (and GenEval's fields), or .txt; without any file: the toy world")
+    questions: str = option("", "questions: .jsonl with \"image\" (a path), \"question\", \"answer\"")
     siglip: str = option(str(TOY / "siglip"), "SigLIP of r_sem, r_dense: a folder or hub name for transformers, or open_clip (hf-hub:...)")
     judge: str = option(str(TOY / "judge"), "yes/no judge of r_kn: a folder or hub name")
     out: str = option("out", "folder of log, checkpoint, pictures and trained policy")
@@ -112,7 +112,7 @@ class Config:
     std: Literal["population", "unbiased"] = option("population", "divisor n (Flow-GRPO, AlphaGRPO) or n - 1 (TRL, CoRL)")
     adv_clamp: float = option(0.0, "bound of the advantage's size (AlphaGRPO: 5); 0: none")
     text_average: Literal["token", "sequence", "constant"] = option(
-        "token", "what the text loss weighs alike: the step's tokens (DAPO), its texts (GRPO), or tokens over N * most tokens (Dr. GRPO)")
+        "token", "what counts alike in the text loss: the step's tokens (DAPO), its texts (GRPO), tokens over N * longest (Dr. GRPO)")
     text_ratio: Literal["token", "sequence"] = option("token", "one importance ratio per token, or per text (GSPO)")
     text_clip: float = option(0.2, "clip range of the text ratio, below 1")
     text_clip_high: float = option(0.0, "clip range above 1 (DAPO: 0.28); 0: as --text_clip")
@@ -306,7 +306,7 @@ def one_step(run: "Run", step: int) -> dict:
     """Phases 1 to 4; returns what phase 5 logs."""
     if run.imitation:
         return run.imitation.step(step, run.optimizer)
-    cfg, stats, work = run.cfg, {}, []
+    cfg, stats, run.work = run.cfg, {}, []
     for batch in run.source.batches(step, run.ranks):
         r = act(run.policy, batch, cfg)                                                                        # 1. act
         components, seen = reward_phase(run.policy, batch, r, run)                                             # 2. reward
@@ -315,11 +315,10 @@ def one_step(run: "Run", step: int) -> dict:
         seen = run.ranks.combined({k: [v] for k, v in seen.items()})
         stats |= {f"{batch.task}/{k}": v for k, v in (seen | group).items()}
         run.tell_silence(batch.task, group["frac_reward_zero_std"])
-        work.append((batch, r, adv))
-    run.work = work
+        run.work.append((batch, r, adv))
     if step == 0:
-        stats |= {f"self_check/{k}": v for k, v in self_check(run.policy, work, cfg).items()}
-    return stats | update_phase(run.policy, run.frozen, run.optimizer, work, cfg, run.ranks)                   # 4. improve
+        stats |= {f"self_check/{k}": v for k, v in self_check(run.policy, run.work, cfg).items()}
+    return stats | update_phase(run.policy, run.frozen, run.optimizer, run.work, cfg, run.ranks)                  # 4. improve
 
 
 def train(cfg: Config, ranks: Ranks) -> None:
@@ -431,7 +430,7 @@ def refusals(cfg: Config, ranks: Ranks):
         yield above is not None and value <= above, f"--{f.name} {value}: must be above {above}"
     used = in_use(cfg)
     yield cfg.group_size < 2, f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare"
-    yield not used, f"nothing to learn from: {', '.join('--' + name for name in TASKS)} are all 0"
+    yield not used, f"nothing to learn from: {', '.join('--' + name for name in TASKS)} are all 0; give one rows and its file"
     for name, n in cfg.rows.items():
         cuts, less = ranks.cuts(n), n // ranks.world * ranks.world
         yield n < 0, f"--{name} {n}: must be at least 0"

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")              # before torch: a busy machine must not slow the tests many times over
+os.environ.setdefault("OMP_NUM_THREADS", "1")                    # before torch: small tensors gain nothing by two, and a busy machine loses
 
 import pytest
 import torch

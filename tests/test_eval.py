@@ -85,11 +85,16 @@ def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(mo
     assert table["draw"][1] == 0.0 and {*TASKS} <= table.keys()
 
 
-def test_evaluation_is_repeatable_and_the_base_is_useful_but_imperfect():
-    policy = load_policy(TOY)
-    table = evaluate(policy)
-    assert json.dumps(table) == json.dumps(evaluate(policy))
+def test_the_base_is_useful_but_imperfect():
+    table = evaluate(load_policy(TOY))
     assert 0.25 <= table["draw"][0] <= 0.6 and 0.6 <= table["ask"][0] <= 0.85
+
+
+def test_an_evaluation_is_repeatable(monkeypatch):
+    for name, value in dict(PROMPTS_PER_TAG=4, THOUGHTS=6, QUESTIONS=50).items():
+        monkeypatch.setattr(tasks, name, value)
+    policy = load_policy(TOY)
+    assert json.dumps(evaluate(policy)) == json.dumps(evaluate(policy))
 
 
 def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):

@@ -197,6 +197,21 @@ def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch):
     assert int(load_file(tmp_path / "checkpoint.safetensors")["step"]) == 3
 
 
+def test_a_rollout_that_is_not_finite_keeps_no_batch_of_the_step_before(tmp_path, monkeypatch):
+    whole, calls = train.act, []
+
+    def breaks(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise FloatingPointError("text logits are not finite")
+        return whole(*args)
+
+    monkeypatch.setattr(train, "act", breaks)
+    with pytest.raises(FloatingPointError, match="step 1: text logits are not finite; stopped. Last good checkpoint: none yet"):
+        run(tmp_path, "--steps", 2)
+    assert not [k for k in load_file(tmp_path / "bad_step_0.safetensors") if k.startswith("draw.")]
+
+
 # ---- resuming ----
 
 
@@ -226,11 +241,11 @@ def test_versions_commits_and_ranks_are_settings_too():
     (lambda lines: [lines[0], "", *lines[1:], ""], [0, 1, 2, 3]), (lambda lines: [], []),   # blank lines; a power cut
     (lambda lines: lines[1:], [0, 1, 2, 3]), (lambda lines: ["\x00" * 9, *lines], [0, 1, 2, 3]), (lambda lines: None, [])])
 def test_a_damaged_or_missing_log_stops_no_resume_and_loses_no_other_row(tmp_path, damage, kept):
-    run(tmp_path, "--steps", 4)
+    run(tmp_path, "--steps", 4, "--save_every", 0)
     lines = damage((tmp_path / "log.jsonl").read_text().splitlines())
     (tmp_path / "log.jsonl").unlink() if lines is None else (tmp_path / "log.jsonl").write_text("\n".join(lines))
     run(tmp_path, "--steps", 5, "--resume")
-    assert steps(tmp_path) == [*kept, 4] and "config" in rows(tmp_path)[0]
+    assert steps(tmp_path) == [*kept, 4] and "config" in rows(tmp_path)[0] and not (tmp_path / "previous").exists()
 
 
 def test_a_log_that_is_deleted_while_a_run_goes_begins_anew_with_its_head(tmp_path):

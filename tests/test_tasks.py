@@ -229,14 +229,14 @@ def questions(tmp_path, *answers, image="i.png"):
 
 
 def test_an_answer_in_its_tags_is_taken_out_of_them(tmp_path):
-    rows = read_questions(questions(tmp_path, "<think> two </think><answer> 3 </answer>", "red"), None)
+    rows = read_questions(questions(tmp_path, "<think> two </think><answer> 3 </answer>", "red"))
     assert [row["answer"] for row in rows] == [" 3 ", "red"]
 
 
 @pytest.mark.parametrize("answer", ["?!", "<answer></answer>", "a </answer> b", "<think>", "<answer> <answer> 3 </answer>"])
 def test_an_answer_that_no_text_can_earn_is_refused_when_it_is_read(tmp_path, answer):
     with pytest.raises(ValueError, match="so that no text can earn it"):
-        read_questions(questions(tmp_path, "red", answer), None)
+        read_questions(questions(tmp_path, "red", answer))
 
 
 def test_an_answer_longer_than_what_may_be_written_is_refused(tmp_path):
@@ -254,7 +254,7 @@ def test_every_image_of_a_questions_file_is_decoded_before_the_run(tmp_path, nam
         noise.save(tmp_path / name)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-300])
     with pytest.raises(ValueError, match=f"{name} cannot be read"):
-        read_questions(questions(tmp_path, "red", image=name), None)
+        read_questions(questions(tmp_path, "red", image=name))
 
 
 def test_a_file_of_long_prompts_is_checked_without_a_table_of_them(tmp_path):

@@ -309,7 +309,7 @@ def test_samples_of_a_prompt_from_a_file_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(train.evaluation, "save_grid", lambda images, path, columns: grids.append(images))
     (tmp_path / "p.txt").write_text("a red circle")
     train.train(small(tmp_path, "--prompts", tmp_path / "p.txt", "--steps", 0, "--ins", 0, "--think", 0, "--ask", 0, "--eval_every", 1), ALONE)
-    assert len(grids[0]) == 4 and len(grids[0].flatten(1).unique(dim=0)) == 4
+    assert len(grids[0]) == 16 and len(grids[0].flatten(1).unique(dim=0)) == 16
 
 
 def test_questions_are_checked_before_the_run(tmp_path):
