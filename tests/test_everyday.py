@@ -96,7 +96,7 @@ def test_what_nobody_expected_keeps_its_traceback():
         1 / 0
 
 
-@pytest.mark.parametrize("program, words", [("sample.py", [b"a red \xff circle"]), ("train.py", [b"--out", b"o\xff"]), ("eval.py", [b"--policy", b"\xfe"])])
+@pytest.mark.parametrize("program, words", [("sample.py", [b"a red \xff circle"]), ("train.py", [b"--out", b"o\xff"])])
 def test_odd_bytes_on_the_command_line_are_one_line(program, words):
     done = subprocess.run([sys.executable.encode(), program.encode(), *words], cwd=ROOT, env=ENV, capture_output=True)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"is not UTF-8 text" in done.stderr
@@ -131,14 +131,13 @@ def test_nohup_is_respected():
         signal.signal(signal.SIGHUP, old)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
-def test_a_hangup_saves(tmp_path, number):
+def test_a_hangup_saves(tmp_path):
     process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--steps", "400", "--out", str(tmp_path)], cwd=ROOT, env=ENV,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "log.jsonl").exists() or len(rows(tmp_path)) < 3:
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGHUP)
     assert process.wait() == 0
     assert int(load_file(tmp_path / "checkpoint.safetensors")["step"]) == len(steps(tmp_path))
 
