@@ -237,8 +237,8 @@ def test_versions_commits_and_ranks_are_settings_too():
 
 @pytest.mark.parametrize("damage, kept", [
     (lambda lines: [*lines[:2], lines[2][:30], *lines[3:]], [0, 2, 3]),                     # torn in the middle
-    (lambda lines: [lines[0], "", *lines[1:], ""], [0, 1, 2, 3]), (lambda lines: [], []),   # blank lines; a power cut
-    (lambda lines: lines[1:], [0, 1, 2, 3]), (lambda lines: ["\x00" * 9, *lines], [0, 1, 2, 3]), (lambda lines: None, [])])
+    (lambda lines: ["\x00" * 9, "", *lines[1:], ""], [0, 1, 2, 3]),                         # blank lines, a lost head
+    (lambda lines: [], []), (lambda lines: None, [])])                                      # a power cut; deleted
 def test_a_damaged_or_missing_log_stops_no_resume_and_loses_no_other_row(tmp_path, damage, kept):
     run(tmp_path, "--steps", 4, "--save_every", 0)
     lines = damage((tmp_path / "log.jsonl").read_text().splitlines())
