@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import flow_grpo
+import referees
 import rewards
 from checkpoint import (Average, freeze, gathered, load_checkpoint, load_policy, read_json, reset_adapters, run_state, save_adapters,
                         save_bad_step, save_checkpoint, save_policy, shard, trainable)
@@ -492,7 +493,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
     for p in trainable(policy).values():
         optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    models, imitation = rewards.Models(cfg, ranks.device, source.detector), None
+    models, imitation = referees.Models(cfg, ranks.device, source.detector), None
     if cfg.recipe == "control":
         from toy.pretrain import Imitation
         imitation = Imitation(policy, cfg.seed, cfg.grad_clip)

@@ -16,14 +16,14 @@ import pytest
 import bench
 import eval as evaluation
 import policy
-import rewards
+import referees
 import sample
 import train
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")}
-ALONE = ("grpo", "flow_grpo", "rewards", "policy", "toy/shapes")
+ALONE = ("grpo", "flow_grpo", "rewards", "referees", "policy", "toy/shapes")
 HOUSE = sorted([*ROOT.glob("*.py"), *(ROOT / "toy").glob("*.py")])
 OURS = {p.stem for p in HOUSE}
 
@@ -157,7 +157,7 @@ def test_functions_that_stand_in_two_files_are_the_same():
     import grpo
     assert inspect.getsource(grpo.clipped_surrogate) == inspect.getsource(flow_grpo.clipped_surrogate)
     body = lambda f: inspect.getsource(f.__wrapped__).split('"""')[2]
-    assert body(policy.declare_torchvision_ops) == body(rewards.declare_torchvision_ops)
+    assert body(policy.declare_torchvision_ops) == body(referees.declare_torchvision_ops)
 
 
 def test_the_toy_stays_small_and_holds_no_pickle():

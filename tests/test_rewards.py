@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy.referees import build_judge, build_siglip
+from toy.tiny import build_judge, build_siglip
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import referees as M
 import rewards as R
 
 CHECKS = json.loads((Path(__file__).parent / "golden" / "geneval_checks" / "checks.json").read_text())
@@ -45,18 +46,18 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def siglip(folders):
-    return R.load_siglip(folders["siglip"], batch_size=3)
+    return M.load_siglip(folders["siglip"], batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def judge(folders):
-    return R.load_judge(folders["judge"], batch_size=3)
+    return M.load_judge(folders["judge"], batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def open_clip_folder(tmp_path_factory):
     """A random two-tower model with CLIP's byte-pair tokenizer, which open_clip carries, saved as the hub stores one."""
-    R.declare_torchvision_ops()
+    M.declare_torchvision_ops()
     import open_clip
     folder = tmp_path_factory.mktemp("open_clip")
     tower = {"layers": 2, "width": 32}
@@ -249,7 +250,7 @@ def test_the_semantic_reward_is_the_cosine_of_the_plain_model_and_processor(sigl
 def test_siglip_texts_reach_the_tokenizer_in_lower_case_and_leave_it_at_full_length(siglip):
     seen = []
     listen = lambda texts, **how: seen.extend(texts) or siglip.tokenizer(texts, **how)  # noqa: E731
-    spy = R.Siglip(siglip.model, listen, siglip.image_processor)
+    spy = M.Siglip(siglip.model, listen, siglip.image_processor)
     assert spy.tokens(["A Red Circle", "red " * 99]).shape == (2, 24)
     assert seen[0] == "a red circle"
 
@@ -330,11 +331,11 @@ def test_a_judge_whose_tokenizer_does_not_know_yes_and_no_is_refused(judge):
     spelled = functools.partial(lambda inner, text, **kw: inner(text if text != "no" else "no yes", **kw), tokenizer)
     spelled.unk_token_id = tokenizer.unk_token_id
     with pytest.raises(ValueError, match="yes and no"):
-        R.Judge(judge.model, spelled, judge.image_processor)
+        M.Judge(judge.model, spelled, judge.image_processor)
 
 
 def test_a_judge_can_be_trained_by_cross_entropy_on_its_yes_and_no_logits(folders):
-    model = copy.deepcopy(R.load_judge(folders["judge"]))
+    model = copy.deepcopy(M.load_judge(folders["judge"]))
     model.model.requires_grad_(True)
     images = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)])
     optimiser = torch.optim.Adam(model.model.parameters(), 3e-3)
@@ -348,7 +349,7 @@ def test_a_judge_can_be_trained_by_cross_entropy_on_its_yes_and_no_logits(folder
 
 def model_rewards(siglip, judge, open_clip_folder):
     return {"sem": R.Semantic(siglip), "dense": R.Dense(siglip), "kn": R.Knowledge(judge),
-            "clip": R.Semantic(R.load_open_clip(open_clip_folder, batch_size=3))}
+            "clip": R.Semantic(M.load_open_clip(open_clip_folder, batch_size=3))}
 
 
 def test_a_score_does_not_depend_on_the_neighbours_in_the_batch(siglip, judge, open_clip_folder):
@@ -379,8 +380,8 @@ def test_scoring_never_changes_a_referee_nor_lets_a_gradient_into_it(siglip, jud
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-REFEREES = {"siglip": (R.load_siglip, "model.safetensors"), "judge": (R.load_judge, "model.safetensors"),
-            "open_clip": (R.load_open_clip, "open_clip_model.safetensors")}
+REFEREES = {"siglip": (M.load_siglip, "model.safetensors"), "judge": (M.load_judge, "model.safetensors"),
+            "open_clip": (M.load_open_clip, "open_clip_model.safetensors")}
 
 
 @pytest.fixture
@@ -420,9 +421,9 @@ def test_a_referee_whose_weights_are_not_exactly_those_of_its_config_is_refused(
 def test_a_referee_that_overflows_its_dtype_is_refused(folders, tmp_path):
     shutil.copytree(folders["siglip"], tmp_path / "s")
     with_weights("siglip", lambda t, k: t[k].fill_(1e5))(tmp_path / "s")
-    R.load_siglip(str(tmp_path / "s"))
+    M.load_siglip(str(tmp_path / "s"))
     with pytest.raises(ValueError, match="not_finite"):
-        R.load_siglip(str(tmp_path / "s"), dtype=torch.float16)
+        M.load_siglip(str(tmp_path / "s"), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in ("siglip", "judge") for name in (
@@ -478,11 +479,11 @@ def test_an_open_clip_reward_is_the_cosine_of_the_plain_model_transform_and_toke
     pixels = torch.stack([transform(Image.fromarray(image.numpy())) for image in images])
     with torch.no_grad():
         plain = torch.cosine_similarity(model.eval().encode_image(pixels), model.encode_text(tokenizer(PROMPTS)))
-    ours = R.Semantic(R.load_open_clip(open_clip_folder))(drawn(images=images.permute(0, 3, 1, 2) / 255.0))
+    ours = R.Semantic(M.load_open_clip(open_clip_folder))(drawn(images=images.permute(0, 3, 1, 2) / 255.0))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind, load", [("siglip", R.load_siglip), ("judge", R.load_judge)])
+@pytest.mark.parametrize("kind, load", [("siglip", M.load_siglip), ("judge", M.load_judge)])
 def test_a_pickle_checkpoint_is_refused(folders, tmp_path, kind, load):
     for file in Path(folders[kind]).iterdir():
         if file.suffix != ".safetensors":
@@ -495,14 +496,14 @@ def test_a_pickle_checkpoint_is_refused(folders, tmp_path, kind, load):
 def test_an_open_clip_pickle_checkpoint_is_refused(open_clip_folder, tmp_path):
     config = Path(open_clip_folder, "open_clip_config.json")
     (tmp_path / config.name).write_bytes(config.read_bytes())
-    torch.save(R.load_open_clip(open_clip_folder).model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    torch.save(M.load_open_clip(open_clip_folder).model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
-        R.load_open_clip(str(tmp_path))
+        M.load_open_clip(str(tmp_path))
 
 
 def test_a_folder_with_another_kind_of_model_is_refused(folders):
     with pytest.raises(ValueError, match="paligemma"):
-        R.load_siglip(folders["judge"])
+        M.load_siglip(folders["judge"])
 
 
 def broken(samples):

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-import rewards
+import referees as models
 from checkpoint import save_policy
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from toy import shapes
-from toy.referees import build_judge, build_siglip
+from toy.tiny import build_judge, build_siglip
 from tasks import rendered
 
 WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
@@ -282,7 +282,7 @@ class Imitation:
 
 def referees(folder, n: int = 600, seed: int = 11) -> str:
     """How right the referees in `folder` are on `n` new ground-truth pictures each of the evaluation's prompts: one line with shares."""
-    rng, siglip, judge = np.random.default_rng(seed), rewards.load_siglip(str(folder / "siglip")), rewards.load_judge(str(folder / "judge"))
+    rng, siglip, judge = np.random.default_rng(seed), models.load_siglip(str(folder / "siglip")), models.load_judge(str(folder / "judge"))
     pool = shapes.prompts("eval") + shapes.implicit_prompts("eval")
     asked = [shapes.pick(rng, pool) for _ in range(n)]
     texts = siglip.embed_texts([m["prompt"] for m in asked])                                         # (n, D)
@@ -324,13 +324,13 @@ def main(folder) -> None:
     say("base")
     torch.manual_seed(5)
     build_siglip(folder / "siglip", shapes.VOCABULARY)
-    encoder = rewards.load_siglip(str(folder / "siglip"))
+    encoder = models.load_siglip(str(folder / "siglip"))
     train_siglip(encoder)
     encoder.model.save_pretrained(folder / "siglip")
     say("siglip")
     torch.manual_seed(6)
     build_judge(folder / "judge", (*shapes.VOCABULARY, "this", "answer"))
-    judge = rewards.load_judge(str(folder / "judge"))
+    judge = models.load_judge(str(folder / "judge"))
     train_judge(judge)
     judge.model.save_pretrained(folder / "judge")
     say(f"all of {folder}")

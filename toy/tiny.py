@@ -1,6 +1,6 @@
 """Tiny random referees of the published classes: a SigLIP and a PaliGemma judge, saved as real checkpoints are saved."""
 
-from rewards import declare_torchvision_ops
+from referees import declare_torchvision_ops
 
 declare_torchvision_ops()  # before anything that imports torchvision
 

@@ -1,0 +1,263 @@
+"""Frozen models that rewards ask: SigLIP, open_clip, a yes/no judge.
+
+`load_*` reads a model from a local folder or hub name through transformers or open_clip, from safetensors and without remote code, and
+refuses weights that are damaged or not exactly the config's. `Models` holds what a run's rewards share, each loaded when it is first
+asked for. No file of ours is imported here: this one can be copied beside rewards.py, or alone.
+
+Notation: N images (N, 3, H, W) in [0, 1], P patches, D embedding width.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@functools.cache
+def declare_torchvision_ops():
+    """Let transformers and open_clip import where torchvision was built for another torch (a CUDA build beside a CPU torch).
+
+    Its operators are missing then, and none is called here, so declaring their schemas is enough. The cache keeps the returned
+    library alive. Does nothing where torchvision imports, or is not installed.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return None
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+@dataclass
+class _Reading(contextlib.AbstractContextManager):
+    """A context in which what the libraries raise at missing, damaged or other files is one line: an OSError where it was one, else a
+    ValueError. tokenizers raises Exception itself, which an except clause could catch only together with all others."""
+    path: str
+
+    def __exit__(self, kind, error, trace):
+        from huggingface_hub.errors import StrictDataclassError as Strict
+        from safetensors import SafetensorError
+        known = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError, SafetensorError, Strict)
+        if kind is Exception or isinstance(error, known):
+            what = f"{self.path} cannot be loaded, must be a folder or hub name with config, safetensors, tokenizer, preprocessor files: "
+            raise (OSError if isinstance(error, OSError) else ValueError)(what + " ".join(str(error).split())[:300]) from error
+
+
+def _frozen(model: torch.nn.Module, device, **faulty) -> torch.nn.Module:
+    faulty["not_finite"] = [n for n, x in model.state_dict().items() if x.numel() and not torch.stack(x.aminmax()).isfinite().all()]
+    if wrong := {what: sorted(map(str, keys))[:4] for what, keys in faulty.items() if keys}:
+        raise ValueError(f"its weights are not those of its config: {wrong}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load(auto_class: str, model_type: str, path: str, device, dtype):
+    """(frozen model, tokenizer, image processor) of a local folder or hub name, without remote code. Errors: OSError for missing files,
+    ValueError for another kind of model and for weights that are damaged or not exactly the config's: transformers would draw some."""
+    declare_torchvision_ops()
+    import transformers
+    transformers.utils.logging.disable_progress_bar()           # of the loading of weights, a bar per referee
+    read = lambda auto: auto.from_pretrained(path, trust_remote_code=False)  # noqa: E731
+    with _Reading(path):
+        if (found := read(transformers.AutoConfig).model_type) != model_type:
+            raise ValueError(f"it holds a {found} model, expected {model_type}")
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        return _frozen(model, device, **info), read(transformers.AutoTokenizer), read(transformers.AutoImageProcessor)
+
+
+def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Tensor:
+    """(N, 3, H, W) in [0, 1] -> (N, 3, *size) as a vision tower reads it: antialiased resize, no crop, then (x - mean) / std."""
+    x = images.float()
+    if x.shape[-2:] != tuple(size):
+        x = F.interpolate(x, size=tuple(size), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (mean, std))
+    return (x - mean) / std
+
+
+def processor_pixels(images: Tensor, model, processor) -> Tensor:
+    """What transformers' image processor would hand to the model, without its detour through 8 bits."""
+    size, mode = (processor.size["height"], processor.size["width"]), {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
+    return to_pixels(images.to(model.device), size, mode, processor.image_mean, processor.image_std).to(model.dtype)
+
+
+def _batched(function, batch_size: int, *columns) -> Tensor:
+    """`function` on slices of at most `batch_size` rows of all columns, joined again."""
+    starts = range(0, len(columns[0]), batch_size)
+    return torch.cat([function(*(column[i:i + batch_size] for column in columns)) for i in starts])
+
+
+@dataclass
+class Siglip:
+    """A SigLIP or fixed-resolution SigLIP 2 (transformers' SiglipModel): unit-length embeddings of images and texts (N, D) and of
+    patches (N, P, D); images are (N, 3, H, W) in [0, 1]."""
+
+    model: torch.nn.Module
+    tokenizer: Callable
+    image_processor: Callable
+    batch_size: int = 128
+
+    def pixels(self, images: Tensor) -> Tensor:
+        return processor_pixels(images, self.model, self.image_processor)                     # (N, 3, size, size)
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """(N, length): lower-cased and padded to the full length without a mask, as both generations were trained."""
+        length = self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer([text.lower() for text in texts], padding="max_length", truncation=True, max_length=length)
+        return torch.tensor(ids.input_ids, device=self.model.device)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        vision = self.model.vision_model
+        pooled = _batched(lambda x: vision(pixel_values=self.pixels(x)).pooler_output, self.batch_size, images)
+        return F.normalize(pooled.float(), dim=-1)                                            # (N, D)
+
+    @torch.no_grad()
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Each patch through the pooling head by itself: attention over a single token returns that token's value."""
+        vision = self.model.vision_model
+
+        def patches(x):
+            states = vision(pixel_values=self.pixels(x)).last_hidden_state                    # (N, P, D)
+            return vision.head(states.flatten(0, 1)[:, None]).view_as(states)                 # (N, P, D)
+
+        return F.normalize(_batched(patches, self.batch_size, images).float(), dim=-1)        # (N, P, D)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        text = self.model.text_model
+        pooled = _batched(lambda x: text(input_ids=self.tokens(x)).pooler_output, self.batch_size, texts)
+        return F.normalize(pooled.float(), dim=-1)                                            # (N, D)
+
+
+def load_siglip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Siglip:
+    """A frozen SigLIP, such as google/siglip2-so400m-patch14-384. NaFlex (variable resolution) is refused; errors: see _load."""
+    return Siglip(*_load("AutoModel", "siglip", path, device, dtype), batch_size)
+
+
+@dataclass
+class OpenClip:
+    """An open_clip model and its tokenizer: unit-length embeddings of images (N, 3, H, W) in [0, 1] and of texts, (N, D)."""
+
+    model: torch.nn.Module
+    tokenizer: Callable
+    batch_size: int = 128
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        cfg, device = self.model.visual.preprocess_cfg, next(self.model.parameters()).device
+        size = (cfg["size"],) * 2 if isinstance(cfg["size"], int) else cfg["size"]
+        pixels = lambda x: to_pixels(x.to(device), size, cfg["interpolation"], cfg["mean"], cfg["std"])  # noqa: E731
+        return _batched(lambda x: self.model.encode_image(pixels(x), normalize=True), self.batch_size, images)  # (N, D)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        device = next(self.model.parameters()).device
+        return _batched(lambda x: self.model.encode_text(self.tokenizer(x).to(device), normalize=True), self.batch_size, texts)
+
+
+def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenClip:
+    """A frozen open_clip model from a local folder (open_clip_config.json and safetensors) or "hf-hub:owner/name", which is fetched without
+    its pickle files, to which open_clip would fall back. Errors: see _load. Differs: images are squashed to a square, not cropped."""
+    declare_torchvision_ops()
+    import open_clip
+    with _Reading(path):
+        if path.startswith("hf-hub:"):
+            from huggingface_hub import snapshot_download
+            path = snapshot_download(path.removeprefix("hf-hub:"), allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"])
+        if not any(Path(path, f"{stem}.safetensors").exists() for stem in ("open_clip_model", "open_clip_pytorch_model")):
+            raise ValueError("it holds neither open_clip_model.safetensors nor open_clip_pytorch_model.safetensors")
+        model = _frozen(open_clip.create_model(f"local-dir:{path}", require_pretrained=True), device)
+        return OpenClip(model, open_clip.get_tokenizer(f"local-dir:{path}"), batch_size)
+
+
+@dataclass
+class Judge:
+    """A yes/no judge: PaliGemma or PaliGemma 2, the open relatives of LVRPO's PaLI-3.
+
+    A row is <image> * P, <bos>, question, newline, all of it prefix that sees itself fully; the next token answers. Rows are
+    padded on the left, with positions counted from the first real token, so padding changes nothing.
+    Errors: ValueError unless the tokenizer has "yes" and "no" as one known token each.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Callable
+    image_processor: Callable
+    batch_size: int = 128
+    max_question: int = 96
+
+    def __post_init__(self):
+        ids = [self.tokenizer(word, add_special_tokens=False).input_ids for word in ("yes", "no")]
+        if any(len(each) != 1 or each[0] == self.tokenizer.unk_token_id for each in ids):
+            raise ValueError(f"the judge's tokenizer reads yes and no as {ids}, expected one known token each")
+        self.answers = [each[0] for each in ids]
+
+    def rows(self, questions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (N, L) each. A question is cut at `max_question` tokens and cannot smuggle in image tokens."""
+        config, device = self.model.config, self.model.device
+        vision, image, pad = config.vision_config, config.image_token_id, self.tokenizer.pad_token_id
+        head = [image] * (vision.image_size // vision.patch_size) ** 2 + [self.tokenizer.bos_token_id]
+        texts = ["\n"] + [" ".join(question.split()) for question in questions]
+        newline, *asked = self.tokenizer(texts, add_special_tokens=False).input_ids
+        rows = [head + [i for i in ids if i != image][:self.max_question] + newline for ids in asked]
+        gaps = [max(map(len, rows)) - len(row) for row in rows]
+        ids = torch.tensor([[pad] * gap + row for gap, row in zip(gaps, rows)], device=device)
+        mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
+        return ids, mask
+
+    def logits(self, images: Tensor, questions: list[str]) -> Tensor:
+        """(N, 2): the logits of "yes" and "no" as the first generated token. Gradients flow, so a judge can learn from them."""
+        ids, mask = self.rows(questions)
+        pixels = processor_pixels(images, self.model, self.image_processor)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1).clamp(min=1), pixel_values=pixels,
+                         token_type_ids=torch.zeros_like(ids), use_cache=False, logits_to_keep=1)  # type 0 = prefix
+        return out.logits[:, -1, self.answers].float()                                        # (N, 2)
+
+    @torch.no_grad()
+    def yes_probability(self, images: Tensor, questions: list[str]) -> Tensor:
+        """P(yes) / (P(yes) + P(no)) per image and question, (N,) in [0, 1]."""
+        return _batched(self.logits, self.batch_size, images, questions).softmax(-1)[:, 0]    # (N,)
+
+
+def load_judge(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Judge:
+    """A frozen Judge, such as google/paligemma2-3b-mix-448. Errors: see _load."""
+    return Judge(*_load("AutoModelForImageTextToText", "paligemma", path, device, dtype), batch_size)
+
+
+class Models:
+    """What rewards are built from: the settings of a run and the models that rewards share, each loaded when it is first asked for. cfg
+    has siglip, judge (folders or hub names), referee_batch and graded; detector: images -> detections, or None."""
+
+    def __init__(self, cfg, device, detector=None):
+        self.cfg, self.device, self.found_by = cfg, device, detector
+
+    @functools.cached_property
+    def encoder(self) -> Siglip | OpenClip:
+        path = self.cfg.siglip
+        open_clip = path.startswith("hf-hub:") or any(Path(path).glob("open_clip_*.safetensors"))
+        return (load_open_clip if open_clip else load_siglip)(path, device=self.device, batch_size=self.cfg.referee_batch)
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        return load_judge(self.cfg.judge, device=self.device, batch_size=self.cfg.referee_batch)
+
+    @property
+    def detector(self) -> Callable:
+        if self.found_by is None:
+            raise ValueError("--ins reads detections, and nothing detects objects in images of files; set --ins 0 and use --sem or --kn")
+        return self.found_by
+
+    @property
+    def patches(self) -> Siglip:
+        if isinstance(self.encoder, OpenClip):
+            raise ValueError(f"--dense reads patches, which open_clip's {self.cfg.siglip} does not give; use transformers' or --dense 0")
+        return self.encoder
