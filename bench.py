@@ -27,7 +27,8 @@ from eval import SHIFT, SIZE
 from grpo import token_logp
 from policy import Guidance, Policy, PolicyConfig
 from sample import TOY, Arguments, Draw, Read, Text, Write, images_of, one_line, replay_rollout, sample_plan, scale_of, the_device
-from tasks import Batch, Choices, Ranks, memory, peak, prompt_row
+from run import Ranks, memory, peak
+from tasks import Batch, Choices, prompt_row
 from toy import shapes
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -472,7 +471,7 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-# ---- what a run keeps ----
+# ---- what is trained ----
 
 EXPERTS = {"understanding": UNDERSTANDING, "generation": GENERATION}
 
@@ -493,135 +492,3 @@ def trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
     """name -> parameter of what the run trains."""
     return {n: p for n, p in policy.named_parameters() if p.requires_grad}
 
-
-class Average:
-    """Exponential moving average of the trainable weights, fp32; `swapped` puts it into the policy for a while."""
-
-    def __init__(self, policy: nn.Module, decay: float):
-        self.decay, self.weights = decay, {n: p.detach().float().clone() for n, p in trainable(policy).items()}
-
-    @torch.no_grad()
-    def update(self, policy: nn.Module) -> None:
-        for n, p in trainable(policy).items():
-            self.weights[n].lerp_(p.float(), 1 - self.decay)
-
-    @contextmanager
-    def swapped(self, policy: nn.Module):
-        own = {n: p.detach().clone() for n, p in trainable(policy).items()}
-        policy.load_state_dict(self.weights, strict=False)
-        try:
-            yield policy
-        finally:
-            policy.load_state_dict(own, strict=False)
-
-
-def run_state(policy: nn.Module, average: Average, optimizer) -> dict[str, Tensor]:
-    """The live tensors of a checkpoint but for the step: trainable weights, their average, AdamW's moments."""
-    out = {}
-    for n, p in trainable(policy).items():
-        out |= {f"policy.{n}": p.detach(), f"average.{n}": average.weights[n]}
-        out |= {f"adamw.{k}.{n}": v for k, v in optimizer.state[p].items()}
-    return out
-
-
-def save_checkpoint(out: Path, tensors: dict[str, Tensor], step: int, sharded: bool = False, rank: int = 0, writer: int = 0) -> None:
-    """Replace out/checkpoint.safetensors atomically, from the rank `writer`, where ranks hold equal weights; of a sharded run the folder
-    out/checkpoint, which all ranks write together (torch.distributed.checkpoint, in safetensors) and which any number of ranks reads."""
-    tensors = tensors | {"step": torch.tensor(step)}
-    single, folder, fresh, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.tmp", out / "checkpoint.old"
-    if not sharded:
-        if rank == writer:
-            part = out / f"checkpoint.{writer}.safetensors"     # a file of its own, since several ranks may fail together
-            save_tensors(tensors, part)
-            os.replace(part, single)
-            if folder.exists():
-                folder.rename(fresh)                            # in one step, so that no half of a folder looks like a checkpoint
-            shutil.rmtree(fresh, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-        return
-    if rank == 0:
-        shutil.rmtree(fresh, ignore_errors=True)
-    dist.barrier()
-    try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(fresh), save_distributed=True))
-    except CheckpointException as error:                        # no Exception: it would pass every handler
-        raise OSError(f"{fresh} could not be written: {next(iter(error.failures.values()))[0]}") from error
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)                                    # a kill before this line leaves the old one, which is looked for too
-        shutil.rmtree(old, ignore_errors=True)
-        single.unlink(missing_ok=True)
-    dist.barrier()
-
-
-def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, of a sharded one this rank's part, from a checkpoint of either kind. A folder's are filled before they are checked."""
-    with Refusing(f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read", UNREADABLE):
-        if path.is_dir():
-            alone = not any(isinstance(v, DTensor) for v in tensors.values())
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
-            bad = [k for k, v in tensors.items() if not finite(v.to_local() if isinstance(v, DTensor) else v)]
-        else:
-            with safe_open(path, framework="pt") as file:
-                bad = [k for k in tensors if not finite(file.get_tensor(k))]
-                for key, value in tensors.items() if not bad else ():
-                    value.copy_(placed(file.get_tensor(key).to(value.device), value))
-    if bad:
-        raise ValueError(f"{path}: {bad[0]} holds numbers that are not finite; no run can go on from them")
-
-
-def stored_kinds(path: Path) -> dict[str, tuple]:
-    """Key -> (shape, dtype) of a checkpoint of either kind."""
-    with Refusing(f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read", UNREADABLE):
-        if path.is_dir():
-            held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-            if holes := [k for k, v in held.items() if sum(math.prod(c.sizes) for c in v.chunks) != math.prod(v.size)]:
-                raise ValueError(f"parts of {holes[0]} are missing")
-            return {k: (tuple(v.size), v.properties.dtype) for k, v in held.items()}
-        with safe_open(path, framework="pt") as file:
-            held = {k: file.get_slice(k) for k in file.keys()}
-            return {k: (tuple(v.get_shape()), (FLOATS | {"I64": torch.int64}).get(v.get_dtype())) for k, v in held.items()}
-
-
-def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
-    """Put the checkpoint in `out` into a run's tensors and return its step. Keys, shapes and dtypes are checked before anything changes."""
-    into = tensors | {"step": torch.tensor(0)}
-    single, folder, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.old"
-    there = [p for p in (single, folder if folder.exists() else old) if p.exists()]         # a kill may leave one of each kind
-    if not there:
-        raise FileNotFoundError(f"no checkpoint {single} to resume from")
-    want, steps = {k: (tuple(v.shape), v.dtype) for k, v in into.items()}, {}
-    for path in there:
-        has = stored_kinds(path)
-        missing, extra = sorted(want.keys() - has.keys()), sorted(has.keys() - want.keys())
-        if missing or extra:
-            raise ValueError(f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} keys extra {extra[:6]}; "
-                             "was it written with another --policy, --lora or --experts?")
-        if wrong := [k for k in want if has[k] != want[k]]:
-            raise ValueError(f"{path}: {wrong[0]} has shape {has[wrong[0]]}, the policy {want[wrong[0]]}")
-        read_checkpoint(path, {"step": into["step"]})
-        steps[path] = int(into["step"])
-    path = max(steps, key=steps.get)
-    if steps[path] < 0:
-        raise ValueError(f"{path}: step is {steps[path]}, must be 0 or above")
-    read_checkpoint(path, into)
-    return steps[path]
-
-
-def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list | None) -> str:
-    """Save the weights and the batches of a step whose loss or gradient is not finite, one file per rank; returns what to say of it.
-    work: (batch, rollout, advantages) of each task."""
-    path = out / f"bad_step_{rank}.safetensors"
-    tensors = {f"policy.{n}": p.to_local() if isinstance(p, DTensor) else p for n, p in trainable(policy).items()}
-    tensors |= {"step": torch.tensor(step)}
-    for batch, r, adv in work or []:
-        tensors[f"{batch.task}.adv"] = adv
-        for i, s in enumerate(r.segments):
-            held = vars(s) | (vars(s.flow) if getattr(s, "flow", None) else {})
-            tensors |= {f"{batch.task}.{i}.{k}": v.clone() for k, v in held.items() if isinstance(v, Tensor)}
-    save_tensors(tensors, path)
-    good = [p for p in (out / "checkpoint.safetensors", out / "checkpoint") if p.exists()]
-    return f"Last good checkpoint: {good[0] if good else 'none yet'}. The weights and the batch of this step are in {path}"

@@ -11,14 +11,7 @@ the error of a change treats the two evaluations as independent. Every number co
 import io
 import json
 import math
-import os
-import platform
 import re
-import signal
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +23,9 @@ import flow_grpo
 from checkpoint import gathered, load_policy, write_atomic
 from policy import Policy
 from rewards import Samples
-from sample import TOY, Arguments, Draw, Write, images_of, one_line, sample_plan, save_grid, say, scale_of, the_device, to_bytes
-from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, precision, room_to_gather, samples_of, spaced
+from sample import TOY, Arguments, Draw, Write, images_of, one_line, sample_plan, save_grid, scale_of, the_device, to_bytes
+from run import precision, read_log, room_to_gather
+from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, samples_of, spaced
 
 ODE_STEPS, SHIFT, SIZE = 10, 2.0, (32, 32)
 ROWS_AT_ONCE = 500
@@ -111,172 +105,6 @@ def markdown_row(name: str, table: dict[str, tuple[float, float]]) -> str:
     plain = [k for k in table if not math.isfinite(table[k][1])]
     keys = [k for k in table if k in TASKS] + [k for k in table if k.endswith("/held_out")] + plain
     return f"| {name} | " + " | ".join(map(cell, keys)) + " |"
-
-
-# ---- the log of a run ----
-
-
-class Log:
-    """out/log.jsonl, one JSON object a line; the first tells what ran. Only one rank writes, and only one run at a time owns the folder.
-
-    A resumed run goes on in the same file and adds a row of what differs from the run that it resumes. A run that starts anew first moves
-    an older run's log and checkpoint into out/previous (out/previous2, ...), not before its own first step is done.
-    """
-
-    def __init__(self, out: Path, config: dict, active: bool, world: int):
-        self.path, self.active, self.evaluated, self.waiting, self.opened = out / "log.jsonl", active, set(), [], False
-        self.head = dict(config=config, command=" ".join(sys.argv), commit=commit(), world=world,
-                         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-        self.begun, self.owned = time.monotonic(), None
-        if active:
-            out.mkdir(parents=True, exist_ok=True)
-            self.owned = Owner(out)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.owned:
-            self.owned.close()
-
-    def resume(self, step: int) -> None:
-        """Go on behind the rows of the steps before `step`; what cannot be read is dropped."""
-        if not self.active:
-            return
-        head, rows = read_rows(self.path) if self.path.exists() else (None, [])
-        kept = [r for r in rows if r.get("step", step) < step or "eval" in r and r["step"] == step]
-        self.begun -= max([r["seconds"] for r in kept if isinstance(r.get("seconds"), (int, float))], default=0.0)
-        self.evaluated = {r["step"] for r in kept if "eval" in r}
-        changed = differences(head, self.head) if head else {}
-        self.write([head or self.head, *kept])
-        self.opened = True
-        if changed:
-            say("resumes with other settings: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
-            self(step=step, resumed=changed)
-
-    def __call__(self, **record) -> None:
-        """Add a row. Rows before the first step's wait for it."""
-        if not self.active:
-            return
-        if "eval" in record:
-            self.evaluated.add(record["step"])
-        row = dict(seconds=round(time.monotonic() - self.begun, 2), **record)
-        if not self.opened and "eval" in record:
-            self.waiting.append(row)
-            return
-        self.open()
-        if not self.path.exists():                              # deleted while the run goes
-            self.write([self.head])
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def open(self) -> None:
-        """Put an older run aside and begin the file, with the rows that waited."""
-        if self.active and not self.opened:
-            set_aside(self.path.parent)
-            self.write([self.head, *self.waiting])
-            self.opened = True
-
-    def write(self, rows: list[dict]) -> None:
-        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in rows).encode())
-
-
-class Owner:
-    """Holds the lock by which a run owns its folder; it ends with the process, however that ends. ValueError where another run holds it."""
-
-    def __init__(self, out: Path):
-        self.held = None
-        if sys.platform == "win32":                             # has no such locks
-            return
-        import fcntl
-        self.held = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise ValueError(f"--out {out} is in use by another run; give another folder, or wait for its end") from error
-        except OSError:                                         # a network's file system without locks
-            say(f"warning: {out} cannot be locked; see to it that no other run writes there")
-
-    def close(self) -> None:
-        if self.held is not None:
-            os.close(self.held)
-            self.held = None
-
-    __del__ = close
-
-
-def set_aside(out: Path) -> None:
-    """Move the log and the checkpoints of an older run into a folder of their own, so that nothing of it is lost or resumed by mistake."""
-    names = [n for n in ("log.jsonl", "checkpoint.safetensors", "checkpoint", "checkpoint.old") if (out / n).exists()]
-    if names:
-        number = next(i for i in range(1, 10**6) if not (out / f"previous{i if i > 1 else ''}").exists())
-        folder = out / f"previous{number if number > 1 else ''}"
-        folder.mkdir()
-        for name in names:
-            (out / name).rename(folder / name)
-
-
-# What may differ between a run and its resumption without changing what is computed.
-FREE = ("resume", "out", "steps", "eval_every", "save_every", "micro", "rollout_batch", "referee_batch")
-
-
-def differences(old: dict, new: dict) -> dict[str, list]:
-    """name -> [old, new] of the settings, commit, versions and number of ranks in which two heads of a log differ."""
-    def flat(head: dict) -> dict:
-        config = head.get("config") or {}
-        nested = {k: v for part in config.values() if isinstance(part, dict) for k, v in part.items()}
-        plain = {k: v for k, v in config.items() if not isinstance(v, dict) and k not in FREE}
-        return plain | nested | (head.get("versions") or {}) | {k: head.get(k) for k in ("commit", "world")}
-    a, b = flat(old), flat(new)
-    return {k: [a.get(k), b.get(k)] for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
-
-
-def commit() -> str | None:
-    """The commit of these files, with "+" where they differ from it; None outside git or without it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def read_rows(path: Path) -> tuple[dict | None, list[dict]]:
-    """A log's head, or None where it is lost, and its other rows; torn and blank lines, as a crash leaves them, are passed over."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and ("step" in row or "config" in row):
-            rows.append(row)
-    heads = [row for row in rows if "config" in row]
-    return (heads[0] if heads else None), [row for row in rows if "config" not in row]
-
-
-def read_log(path: Path) -> tuple[dict, list[dict]]:
-    """A log's head and its other rows; ValueError for a file that is no log."""
-    head, rows = read_rows(path)
-    if head is None:
-        raise ValueError(f"{path} is not a log of train.py: no line of it holds the config")
-    return head, rows
-
-
-@contextmanager
-def signals():
-    """A list that SIGINT, SIGTERM, SIGQUIT and SIGHUP append their names to while inside; the old handlers come back afterwards.
-    A SIGHUP that is ignored, as nohup does, stays so."""
-    caught, names = [], ["SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        names.remove("SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]        # Windows lacks two of them
-    old = [signal.signal(n, lambda n, _: caught.append(signal.Signals(n).name)) for n in numbers]
-    try:
-        yield caught
-    finally:
-        for n, handler in zip(numbers, old):
-            signal.signal(n, handler)
 
 
 # ---- evaluation within a run ----

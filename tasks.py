@@ -11,23 +11,17 @@ rewards read in [0, 1].
 
 import functools
 import json
-import math
-import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from tqdm import tqdm
 
 import flow_grpo
-from checkpoint import whole
 from policy import THINK_TO_DRAW, Policy
 from rewards import REWARDS, Samples, answer_accuracy, final_answer, geneval_check, normalise_answer
 from sample import (Draw, Picture, Read, Rollout, See, Write, chosen_texts, images_of, open_picture, read_picture, subset, texts_of,
@@ -239,89 +233,6 @@ def in_use(cfg) -> list[str]:
     return [name for name in TASKS if cfg.rows[name]]
 
 
-# ---- ranks ----
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among its peers: one rank of one process, or torchrun's."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    def total(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place; x itself where there is one."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Concatenate equal-sized x of all ranks in rank order."""
-        if self.world == 1:
-            return x
-        everyone = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(everyone, x.contiguous())
-        return torch.cat(everyone)
-
-    def cuts(self, count: int) -> int:
-        """Into how many pieces each group of `count` prompts is cut: 1 where the prompts divide over the ranks."""
-        return self.world // math.gcd(count, self.world)
-
-    def share(self, count: int, G: int) -> tuple[range, range]:
-        """Which of `count` prompts, and which samples of each group of G, are this rank's."""
-        cuts = self.cuts(count)
-        deals, deal, cut = self.world // cuts, self.rank // cuts, self.rank % cuts
-        return range(deal * count // deals, (deal + 1) * count // deals), range(cut * G // cuts, (cut + 1) * G // cuts)
-
-    def groups(self, x: Tensor, count: int, G: int) -> Tensor:
-        """x (n,) of the samples of each rank -> (count, G) of all."""
-        cuts = self.cuts(count)
-        deals = self.world // cuts
-        return self.gather(x).view(deals, cuts, count // deals, G // cuts).transpose(1, 2).reshape(count, G)
-
-    def own(self, x: Tensor) -> Tensor:
-        """The inverse: x (count, G) of all samples -> (n,) of this rank's."""
-        mine, samples = self.share(*x.shape)
-        return x[mine.start:mine.stop, samples.start:samples.stop].flatten()
-
-    def combined(self, log: dict[str, list[float]]) -> dict[str, float]:
-        """One number per name: the mean over micro-batches and ranks, or the least and largest where the name says min or max."""
-        def one(name: str, values):
-            return values.min() if name.endswith("min") else values.max() if name.endswith("max") else values.mean()
-        mine = torch.tensor([[one(k, np.array(v)) for k, v in log.items()]], dtype=torch.float64, device=self.device)
-        everyone = self.gather(mine)                                                                           # (ranks, names)
-        return {k: one(k, everyone[:, i]).item() for i, k in enumerate(log)}
-
-    def add_gradients(self, optimizer, averaged: int) -> None:
-        """Add the gradients of all ranks up where FSDP2 has not."""
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # so that every rank has the same list
-            if not isinstance(p, DTensor):
-                self.total(p.grad).div_(averaged)
-
-
-def clip_gradients(optimizer, most: float) -> Tensor:
-    """Clip the common norm of all gradients to `most` and return what it was."""
-    groups = [g["params"] for g in optimizer.param_groups]
-    norm = torch.linalg.vector_norm(torch.stack([whole(nn.utils.get_total_norm([p.grad for p in params])) for params in groups]))
-    for params in groups:
-        nn.utils.clip_grads_with_norm_(params, most, norm)
-    return norm
-
-
-def setup() -> Ranks:
-    """Read torchrun's environment; nccl where there are GPUs, else gloo."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return Ranks(rank, world, device)
-
-
 # ---- one step's rows ----
 
 
@@ -531,74 +442,3 @@ def read_questions(path: str) -> list[dict]:
 
 READERS = {"prompts": read_prompts, "questions": read_questions}
 POOLS = {"prompts": lambda rows, policy: by_tag(rows), "questions": file_questions}
-
-
-# ---- memory ----
-
-
-def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
-    """What a run needs on each GPU, in GB (1e9 bytes), computed from counts of numbers; `policy` may be on the meta device.
-
-    Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
-    reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
-    replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
-    activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered
-    blocks of a sharded policy. Not counted: given images, whose tokens are up to 4,900 each at BAGEL's size, referees, the autoencoder's
-    activations, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
-    """
-    c, byte, used = policy.config.llm, 2 if cfg.bf16 else 4, [TASKS[name] for name in in_use(cfg)]
-    D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
-    cut = world if cfg.shard and not policy.sharded else 1      # of a policy that is not cut yet, nearly everything will be
-    held_here = lambda p: p.to_local().numel() if isinstance(p, DTensor) else p.numel() / cut
-    held = sum(held_here(p) for p in policy.parameters())
-    trained = sum(held_here(p) for p in policy.parameters() if p.requires_grad)
-    two = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters()) if cfg.shard else 0
-    drawn = [cfg.rows[name] * cfg.group_size // world for name in in_use(cfg)]
-    most = max(min(n, max(cfg.rollout_batch, cfg.group_size) if cfg.rollout_batch else n) for n in drawn)
-    micro = max(min(n, cfg.micro or n) for n in drawn)
-    M = (cfg.resolution // policy.config.stride) ** 2 + 2 if any(task.draws for task in used) else 0
-    written = max(getattr(cfg, task.writes) if task.writes else 0 for task in used)
-    system = 160 if cfg.system_prompt and any(task.draws and task.writes for task in used) else 0
-    L = 64 + system + written
-    cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
-    block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
-    mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees
-    noisy = cfg.window * M                                      # tokens of a sample's noisy steps, which a replay reads in one call
-    inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
-    out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
-           "reference": held * byte if cfg.needs_reference and not cfg.lora else 0,
-           "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
-           "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + written * V * (byte + 12)) + two}
-    return {k: v / 1e9 for k, v in out.items()}
-
-
-def peak(need: dict[str, float]) -> float:
-    """GB at the worst moment: rollout and replay do not meet."""
-    return sum(v for k, v in need.items() if k not in ("rollout", "replay")) + max(need["rollout"], need["replay"])
-
-
-def check_memory(policy: Policy, cfg, ranks: Ranks) -> None:
-    """ValueError before anything is read where the GPU cannot hold the run, with settings that it would hold."""
-    has, need = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9, memory(policy, cfg, ranks.world)
-    if peak(need) <= has:
-        return
-    changes = [dict(micro=1), dict(rollout_batch=cfg.group_size), dict(micro=1, rollout_batch=cfg.group_size),
-               dict(think_tokens=64, micro=1)]
-    fits = [c for c in changes if peak(memory(policy, replace(cfg, **c), ranks.world)) <= has]
-    otherwise = "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
-    hint = " ".join(f"--{k} {v}" for k, v in fits[0].items()) if fits else otherwise
-    told = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if v >= 0.05)
-    raise ValueError(f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {told}; try {hint}")
-
-
-def room_to_gather(device: torch.device) -> float | None:
-    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU, or held by PyTorch without
-    use; None, any number, on a CPU."""
-    if device.type != "cuda":
-        return None
-    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2
-
-
-def precision(cfg, device: torch.device):
-    """bf16 autocast where it is asked for: of the policy's own calls, not of losses and rewards."""
-    return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else nullcontext()

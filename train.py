@@ -14,7 +14,6 @@ Legend: B prompts per step and task, G samples each, N = B*G prompt-major, L tex
 """
 
 import argparse
-import math
 import os
 
 if __name__ == "__main__":                                      # before torch: threads that wait asleep leave a busy machine its cores
@@ -37,13 +36,13 @@ import eval as evaluation
 import flow_grpo
 import referees
 import rewards
-from checkpoint import (Average, freeze, gathered, load_checkpoint, load_policy, read_json, reset_adapters, run_state, save_adapters,
-                        save_bad_step, save_checkpoint, save_policy, shard, trainable)
+from checkpoint import freeze, gathered, load_policy, read_json, reset_adapters, save_adapters, save_policy, shard, trainable
 from grpo import group_advantage, grpo_loss
 from policy import Policy, adapters_off
+from run import (Average, Log, Ranks, check, check_memory, clip_gradients, load_checkpoint, precision, room_to_gather, run_state,
+                 save_bad_step, save_checkpoint, setup, signals)
 from sample import Arguments, Rollout, Text, chosen_texts, join, one_line, replay_gaps, replay_rollout, sample_plan, say, scale_of
-from tasks import (TASKS, Batch, Ranks, Source, check_memory, clip_gradients, counts, in_use, measured, micro_batches, precision,
-                   rewards_of, room_to_gather, samples_of, setup)
+from tasks import TASKS, Batch, Source, counts, measured, micro_batches, rewards_of, samples_of
 
 TOY = Path(__file__).parent / "toy"
 
@@ -325,7 +324,7 @@ def one_step(run: "Run", step: int) -> dict:
 def train(cfg: Config, ranks: Ranks) -> None:
     """The run: the six phases until cfg.steps, or until a signal, which saves first."""
     run = begin(cfg, ranks)
-    with evaluation.signals() as caught, run.log:
+    with signals() as caught, run.log:
         evaluation.evaluate_run(run, run.start)
         bar = tqdm(range(run.start, cfg.steps), initial=run.start, total=cfg.steps, disable=ranks.rank > 0, desc=cfg.recipe)
         for step in bar:
@@ -408,7 +407,7 @@ class Run:
     source: Source
     rewards: dict[str, rewards.Reward]
     imitation: object           # of the control; else None
-    log: evaluation.Log
+    log: Log
     start: int = 0              # first step
     work: list | None = None    # the last step's batches, rollouts and advantages
     silent: dict = field(default_factory=dict)                  # task -> steps in a row without a signal
@@ -420,47 +419,6 @@ class Run:
         if self.silent[task] == 3 and task not in self.told and self.ranks.rank == 0:
             say(f"warning: --{task} learned nothing for three steps: all samples of each prompt get the same reward")
             self.told.add(task)
-
-
-def refusals(cfg: Config, ranks: Ranks):
-    """(whether it is so, what is said of it), one by one: a refusal may presume that those above it are not so."""
-    for f in fields(cfg):
-        value, least, above = getattr(cfg, f.name), f.metadata.get("least"), f.metadata.get("above")
-        yield f.type is float and not math.isfinite(value), f"--{f.name} {value}: must be a finite number"
-        yield f.type in (int, float) and least is not None and value < least, f"--{f.name} {value}: must be at least {least}"
-        yield above is not None and value <= above, f"--{f.name} {value}: must be above {above}"
-    used = in_use(cfg)
-    yield cfg.group_size < 2, f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare"
-    yield not used, f"nothing to learn from: {', '.join('--' + name for name in TASKS)} are all 0; give one rows and its file"
-    for name, n in cfg.rows.items():
-        cuts, less = ranks.cuts(n), n // ranks.world * ranks.world
-        yield n < 0, f"--{name} {n}: must be at least 0"
-        yield (n and not any(cfg.weights[k] for k in rewards_of(name)) and cfg.recipe != "control",
-               f"--{name} has no reward: give one of {', '.join('--' + k for k in rewards_of(name))} a weight")
-        yield (n and cfg.group_size % cuts, f"--{name} {n} prompts do not divide over {ranks.world} ranks; {f'{less} or ' if less else ''}"
-               f"{less + ranks.world} would, or a --group_size that is a multiple of {cuts}")
-        yield (n and cfg.experts == "generation" and not TASKS[name].draws,
-               f"--{name} {n} rows teach the understanding expert, which --experts generation freezes; set --{name} 0")
-    for k, w in cfg.weights.items():
-        yield not math.isfinite(w), f"--{k} {w}: must be a finite number"
-        yield w and not any(k in rewards_of(name) for name in used), f"--{k} {w} would score nothing: {', '.join(used)} lack what it reads"
-    yield cfg.shard and "RANK" not in os.environ, "--shard cuts the policy over ranks; start with torchrun"
-    own = (Path(cfg.out) / "policy").resolve()
-    yield Path(cfg.policy).resolve() == own, f"--policy {cfg.policy} is where this run would write its own policy; give another --out"
-    yield cfg.sampler == "cps" and cfg.noise_level >= 2, f"--noise_level {cfg.noise_level}: must be below 2 for cps, else std is 0"
-    yield cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, which would never move"
-    yield (cfg.normalise == "each" and cfg.advantage != "group",
-           f"--advantage {cfg.advantage} has no effect where --normalise each divides each reward by its group's std; leave one out")
-    last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
-    yield (not cfg.window_low + cfg.window <= cfg.window_high <= last,
-           f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in {last} noisy steps")
-
-
-def check(cfg: Config, ranks: Ranks) -> None:
-    """ValueError, in one line, for what cannot work, before anything is loaded."""
-    for wrong, why in refusals(cfg, ranks):
-        if wrong:
-            raise ValueError(why)
 
 
 def prepared_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
@@ -482,7 +440,7 @@ def prepared_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
 def begin(cfg: Config, ranks: Ranks) -> Run:
     """Load everything a run needs; with --resume, its last checkpoint too."""
     check(cfg, ranks)
-    log = evaluation.Log(Path(cfg.out), asdict(cfg), ranks.rank == 0, ranks.world)
+    log = Log(Path(cfg.out), asdict(cfg), ranks.rank == 0, ranks.world)
     policy = prepared_policy(cfg, ranks)
     source = Source(cfg, policy)
     frozen = prepared_policy(cfg, ranks, trained=False) if cfg.needs_reference and not cfg.lora else None

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
 from bench import release_on_meta
-from checkpoint import (load_adapters, load_checkpoint, load_policy, read_json, release_ae_name, release_name, save_adapters,
-                        save_checkpoint, save_policy, save_tensors, write_atomic)
+from checkpoint import load_adapters, load_policy, read_json, release_ae_name, release_name, save_adapters, save_policy, save_tensors, write_atomic
+from run import load_checkpoint, save_checkpoint
 from policy import LoRA, PolicyConfig, adapters, add_lora
 
 ROOT = Path(__file__).parent.parent

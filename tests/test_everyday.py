@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import eval as evaluation
 import sample
 import train
-from eval import Log, Owner, differences, read_rows
+from run import Log, Owner, differences, read_rows, signals
 from sample import Terminal, one_line
-from tasks import Ranks
+from run import Ranks
 from train import parse
 
 ROOT = Path(train.__file__).parent
@@ -119,7 +119,7 @@ def test_ctrl_c_while_a_program_loads_is_one_line(monkeypatch, capsys):
 def test_every_signal_that_ends_a_session_is_noted_and_the_old_handlers_come_back():
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP
     old = [signal.getsignal(n) for n in numbers]
-    with evaluation.signals() as caught:
+    with signals() as caught:
         for n in numbers:
             signal.raise_signal(n)
     assert caught == ["SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"] and [signal.getsignal(n) for n in numbers] == old
@@ -128,7 +128,7 @@ def test_every_signal_that_ends_a_session_is_noted_and_the_old_handlers_come_bac
 def test_nohup_is_respected():
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with evaluation.signals() as caught:
+        with signals() as caught:
             signal.raise_signal(signal.SIGHUP)
         assert caught == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -165,7 +165,7 @@ def test_a_folder_has_one_owner_at_a_time(tmp_path):
 
 
 def test_a_killed_owner_leaves_the_folder_free(tmp_path):
-    code = "import sys, time, pathlib, eval\nheld = eval.Owner(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
+    code = "import sys, time, pathlib, run\nheld = run.Owner(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=ENV, stdout=subprocess.PIPE)
     process.stdout.readline()
     with pytest.raises(ValueError, match="in use"):

@@ -12,10 +12,11 @@ import flow_grpo
 import sample
 import tasks
 import train
-from checkpoint import load_checkpoint, load_policy, run_state
+from checkpoint import load_policy
+from run import load_checkpoint, run_state
 from policy import Guidance
 from sample import TOY, Draw, Read, See, Write, images_of, replay_rollout, sample_plan, subset, texts_of
-from tasks import Ranks
+from run import Ranks
 
 GOLDEN = evaluation.Path(__file__).parent / "golden" / "bagel_tiny"
 THERE = Ranks(0, 1, DEVICE)

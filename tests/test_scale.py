@@ -20,7 +20,7 @@ from bench import release_on_meta
 from checkpoint import freeze, load_adapters, load_policy, merged_state, release_name, save_policy, save_tensors
 from policy import Policy, PolicyConfig, adapters, add_lora
 from sample import Draw, Read, images_of, sample_plan, scale_of
-from tasks import Ranks, check_memory, memory, peak
+from run import Ranks, check_memory, memory, peak
 from train import parse
 
 ROOT = Path(train.__file__).parent
@@ -67,7 +67,7 @@ def arguments(folder, out, recipe, *more):
 def launched(world, runs):
     """Several runs by `world` ranks of one torchrun, which starts once, beside what the with-block does."""
     script = Path(runs[0][runs[0].index("--out") + 1]).parent / f"several_{world}.py"
-    script.write_text("import json, sys, train\nfor argv in json.loads(sys.argv[1]):\n    train.train(train.parse(argv), train.setup())\n"
+    script.write_text("import json, run, sys, train\nfor argv in json.loads(sys.argv[1]):\n    train.train(train.parse(argv), run.setup())\n"
                       "train.dist.destroy_process_group()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script), json.dumps(runs)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

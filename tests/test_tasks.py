@@ -15,7 +15,8 @@ import tasks
 import train
 from checkpoint import load_policy
 from sample import TOY
-from tasks import Ranks, by_tag, read_prompts, read_questions
+from tasks import by_tag, read_prompts, read_questions
+from run import Ranks, check
 from train import parse
 
 ROOT = Path(train.__file__).parent
@@ -48,7 +49,7 @@ def test_a_reward_is_added_in_two_places(tmp_path, monkeypatch):
     row = records(tmp_path)[0]
     assert 0 <= row[f"draw/rewards/{name}/mean"] <= 1 and f"draw/advantage_share/{name}" in row
     with pytest.raises(ValueError, match=f"--{name} 2.0 would score nothing: ask lack"):
-        train.check(parse(["--draw", "0", "--think", "0", f"--{name}", "2"]), ALONE)
+        check(parse(["--draw", "0", "--think", "0", f"--{name}", "2"]), ALONE)
 
 
 def test_a_task_is_added_in_two_places(tmp_path, monkeypatch):
@@ -142,7 +143,7 @@ def plain(tmp_path_factory):
 def test_a_weight_that_no_task_can_use_is_refused_where_it_was_asked_for_and_dropped_where_a_recipe_has_it():
     assert parse(["--ask", "0"]).weights["accuracy"] == 0.0
     with pytest.raises(ValueError, match="--accuracy 1.0 would score nothing: draw, think lack what it reads"):
-        train.check(parse(["--ask", "0", "--accuracy", "1"]), ALONE)
+        check(parse(["--ask", "0", "--accuracy", "1"]), ALONE)
 
 
 def test_a_reward_that_cannot_be_built_stops_the_run(tmp_path):

@@ -23,7 +23,7 @@ import train
 from grpo import group_advantage, grpo_loss
 from checkpoint import load_policy
 from sample import Text, replay_rollout, sample_plan
-from tasks import Ranks
+from run import Average, Ranks, check, signals
 from train import Config, parse
 
 ROOT = Path(train.__file__).parent
@@ -273,12 +273,12 @@ def test_the_image_text_referee_is_read_by_transformers_or_by_open_clip(tmp_path
 
 def test_a_run_does_not_write_over_the_policy_that_it_starts_from(tmp_path):
     with pytest.raises(ValueError, match="give another --out"):
-        train.check(small(tmp_path, "--policy", tmp_path / "sub" / ".." / "policy"), ALONE)
+        check(small(tmp_path, "--policy", tmp_path / "sub" / ".." / "policy"), ALONE)
 
 
 def test_a_batch_that_ranks_cannot_share_says_what_would_be(tmp_path):
     with pytest.raises(ValueError, match="--draw 3 prompts do not divide over 2 ranks; 2 or 4 would, or a --group_size that is a multiple of 2"):
-        train.check(small(tmp_path, "--draw", 3, "--group_size", 5), Ranks(0, 2, torch.device("cpu")))
+        check(small(tmp_path, "--draw", 3, "--group_size", 5), Ranks(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("text, words", [
@@ -349,7 +349,7 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
     (["--draw", 0, "--think", 0, "--ask", 0], "nothing to learn from")])
 def test_settings_that_cannot_work_are_refused_before_loading(tmp_path, more, words):
     with pytest.raises(ValueError, match=words):
-        train.check(small(tmp_path, *more), ALONE)
+        check(small(tmp_path, *more), ALONE)
 
 
 def test_a_torn_log_resumes_and_keeps_its_evaluations(tmp_path, monkeypatch):
@@ -589,7 +589,7 @@ def test_the_seed_of_a_run_decides_its_adapters(tmp_path):
 def test_the_average_moves_by_one_minus_its_decay_and_steps_in_for_a_while():
     policy = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(policy.weight, 1.0)
-    average = train.Average(policy, 0.75)
+    average = Average(policy, 0.75)
     torch.nn.init.constant_(policy.weight, 5.0)
     average.update(policy)
     with average.swapped(policy):
@@ -660,7 +660,7 @@ def test_a_failure_in_the_first_step_leaves_no_checkpoint(tmp_path, monkeypatch)
 def test_both_signals_are_noted_and_the_old_handlers_come_back():
     numbers = signal.SIGINT, signal.SIGTERM
     old = [signal.getsignal(n) for n in numbers]
-    with train.evaluation.signals() as seen:
+    with signals() as seen:
         for n in numbers:
             signal.raise_signal(n)
     assert seen == ["SIGINT", "SIGTERM"] and [signal.getsignal(n) for n in numbers] == old
