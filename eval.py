@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from rewards import Samples
 from sample import TOY, Arguments, Draw, Write, images_of, one_line, sample_plan, save_grid, scale_of, the_device, to_bytes
 from run import precision, read_log, room_to_gather
 from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, samples_of, spaced
+from toy import shapes
 
 ODE_STEPS, SHIFT, SIZE = 10, 2.0, (32, 32)
 ROWS_AT_ONCE = 500
@@ -33,7 +34,8 @@ ROWS_AT_ONCE = 500
 
 def plain_choices() -> Choices:
     """Greedy text, ODE sampling."""
-    return Choices(Write(24, temperature=0.0), Write(4, temperature=0.0), Draw(SIZE, flow_grpo.time_grid(ODE_STEPS, SHIFT)))
+    draw = Draw(SIZE, flow_grpo.time_grid(ODE_STEPS, SHIFT))
+    return Choices(Write(24, temperature=0.0), Write(4, temperature=0.0), draw, request=shapes.THINK)
 
 
 def mean_and_error(values) -> tuple[float, float]:
@@ -47,7 +49,7 @@ def answered(policy: Policy, task: Task, rows: list[Row], seed: int, samples: in
     for i in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[i:i + ROWS_AT_ONCE]
         r = sample_plan(policy, task.plan(some, plain_choices()), seed=seed, step=0, prompts=list(range(i, i + len(some))), G=G)
-        done.append(samples_of(policy, some, r))
+        done.append(samples_of(policy, task, some, r))
     return joined(done)
 
 
@@ -58,7 +60,7 @@ def joined(some: list[Samples]) -> Samples:
         if held[0] is None:
             return None
         return torch.cat(held) if isinstance(held[0], Tensor) else [x for each in held for x in each]
-    return Samples(*(column(name) for name in ("prompts", "metadata", "texts", "images", "sources", "answers")))
+    return Samples(*(column(f.name) for f in fields(Samples)))
 
 
 def right_share(policy: Policy, task: Task, rows: list[Row], seed: int):

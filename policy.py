@@ -32,13 +32,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 UNDERSTANDING, GENERATION = 0, 1
-# The system prompts that BAGEL was trained with for thinking before an answer and before an image.
-THINK_TO_ANSWER = ("You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
-                   "The reasoning process is enclosed within <think> </think> tags, i.e. "
-                   "<think> reasoning process here </think> answer here")
-THINK_TO_DRAW = ("You should first think about the planning process in the mind and then generate the image. \n"
-                 "The planning process is enclosed within <think> </think> tags, i.e. "
-                 "<think> planning process here </think> image here")
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 # What the release keeps in its scripts instead of its folder.
 RELEASE_BAGEL = dict(latent_patch_size=2, max_latent_size=64, vit_max_num_patch_per_side=70)
@@ -386,13 +379,20 @@ class Policy(nn.Module):
         out = [None if x is None else norm(x) for norm, x in zip(self.norms, streams)]
         return out, context if not keep else replace(context, keys=tuple(keys), values=tuple(values), valid=torch.cat([valid, mask], dim=1))
 
-    def append_text(self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True):
+    def append_text(self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True, states: bool = False):
         """Read text causally with the understanding expert. tokens (N, L) ids including <|im_start|> and <|im_end|>; mask (N, L) bool,
-        False = padding (right). Returns (logits (N, L, V), the longer context); logits=False: None, without the vocabulary product."""
+        False = padding (right). Returns (logits (N, L, V), the longer context); logits=False: None, without the vocabulary product;
+        states=True: in their place the last hidden states (N, L, D), after the final norm."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         position = context.position[:, None] + (mask.cumsum(1) - 1).clamp(min=0)                   # (N, L)
         (x, _), longer = self._read(context, [self.embed(tokens), None], position, mask, causal=True)
-        return self.head(x) if logits else None, replace(longer, position=context.position + mask.sum(1))
+        return x if states else self.head(x) if logits else None, replace(longer, position=context.position + mask.sum(1))
+
+    def image_states(self, pixels) -> tuple[Tensor, Tensor, Context]:
+        """Read images as append_image does -> (last hidden states of their patches (N, M, D), after the final norm; mask (N, M); context)."""
+        x, mask = self.embed_pixels(pixels)
+        (states, _), context = self._image_block(self.empty(len(x)), x, mask, UNDERSTANDING)
+        return states[:, 2:], mask, context
 
     def _image_block(self, context: Context, patches: Tensor, mask: Tensor, expert: int, keep: bool = True) -> tuple[list, Context]:
         """One image block: both markers through the understanding expert, patches (N, M, D) through `expert`; one position."""

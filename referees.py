@@ -1,4 +1,4 @@
-"""Frozen models that rewards ask: SigLIP, open_clip, a yes/no judge.
+"""Frozen models that rewards ask: SigLIP, open_clip, a yes/no judge, a captioner.
 
 `load_*` reads a model from a local folder or hub name through transformers or open_clip, from safetensors and without remote code, and
 refuses weights that are damaged or not exactly the config's. `Models` holds what a run's rewards share, each loaded when it is first
@@ -45,11 +45,13 @@ class _Reading(contextlib.AbstractContextManager):
     path: str
 
     def __exit__(self, kind, error, trace):
+        from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.errors import StrictDataclassError as Strict
         from safetensors import SafetensorError
         known = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError, SafetensorError, Strict)
         if kind is Exception or isinstance(error, known):
-            what = f"{self.path} cannot be loaded, must be a folder or hub name with config, safetensors, tokenizer, preprocessor files: "
+            where = "" if Path(self.path).is_dir() else f" (no such folder; as a hub name it is looked for in {HF_HUB_CACHE} and online)"
+            what = f"{self.path} cannot be loaded, must be a folder or hub name with config, safetensors, tokenizer, preprocessor files{where}: "
             raise (OSError if isinstance(error, OSError) else ValueError)(what + " ".join(str(error).split())[:300]) from error
 
 
@@ -60,19 +62,21 @@ def _frozen(model: torch.nn.Module, device, **faulty) -> torch.nn.Module:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _load(auto_class: str, model_type: str, path: str, device, dtype):
-    """(frozen model, tokenizer, image processor) of a local folder or hub name, without remote code. Errors: OSError for missing files,
-    ValueError for another kind of model and for weights that are damaged or not exactly the config's: transformers would draw some."""
+def _load(auto_class: str, model_types: tuple[str, ...], path: str, device, dtype, sees: bool = True):
+    """(frozen model, tokenizer, image processor, if it sees) of a local folder or hub name, without remote code. Errors: OSError for
+    missing files, ValueError for another kind of model and for weights that are damaged or not exactly the config's: transformers would
+    draw some."""
     declare_torchvision_ops()
     import transformers
     transformers.utils.logging.disable_progress_bar()           # of the loading of weights, a bar per referee
     read = lambda auto: auto.from_pretrained(path, trust_remote_code=False)  # noqa: E731
     with _Reading(path):
-        if (found := read(transformers.AutoConfig).model_type) != model_type:
-            raise ValueError(f"it holds a {found} model, expected {model_type}")
+        if (found := read(transformers.AutoConfig).model_type) not in model_types:
+            raise ValueError(f"it holds a {found} model, expected {' or '.join(model_types)}")
         model, info = getattr(transformers, auto_class).from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        return _frozen(model, device, **info), read(transformers.AutoTokenizer), read(transformers.AutoImageProcessor)
+        processors = [read(transformers.AutoImageProcessor)] if sees else []
+        return _frozen(model, device, **info), read(transformers.AutoTokenizer), *processors
 
 
 def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Tensor:
@@ -141,7 +145,7 @@ class Siglip:
 
 def load_siglip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Siglip:
     """A frozen SigLIP, such as google/siglip2-so400m-patch14-384. NaFlex (variable resolution) is refused; errors: see _load."""
-    return Siglip(*_load("AutoModel", "siglip", path, device, dtype), batch_size)
+    return Siglip(*_load("AutoModel", ("siglip",), path, device, dtype), batch_size)
 
 
 @dataclass
@@ -201,6 +205,9 @@ class Judge:
             raise ValueError(f"the judge's tokenizer reads yes and no as {ids}, expected one known token each")
         self.answers = [each[0] for each in ids]
 
+    def pixels(self, images: Tensor) -> Tensor:
+        return processor_pixels(images, self.model, self.image_processor)                     # (N, 3, size, size)
+
     def rows(self, questions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (N, L) each. A question is cut at `max_question` tokens and cannot smuggle in image tokens."""
         config, device = self.model.config, self.model.device
@@ -214,13 +221,16 @@ class Judge:
         mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
         return ids, mask
 
-    def logits(self, images: Tensor, questions: list[str]) -> Tensor:
-        """(N, 2): the logits of "yes" and "no" as the first generated token. Gradients flow, so a judge can learn from them."""
+    def next_logits(self, images: Tensor, questions: list[str]) -> Tensor:
+        """(N, V): the logits of the first generated token. Gradients flow, so a judge can learn from them."""
         ids, mask = self.rows(questions)
-        pixels = processor_pixels(images, self.model, self.image_processor)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1).clamp(min=1), pixel_values=pixels,
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1).clamp(min=1), pixel_values=self.pixels(images),
                          token_type_ids=torch.zeros_like(ids), use_cache=False, logits_to_keep=1)  # type 0 = prefix
-        return out.logits[:, -1, self.answers].float()                                        # (N, 2)
+        return out.logits[:, -1].float()                                                      # (N, V)
+
+    def logits(self, images: Tensor, questions: list[str]) -> Tensor:
+        """(N, 2): those of "yes" and "no"."""
+        return self.next_logits(images, questions)[:, self.answers]
 
     @torch.no_grad()
     def yes_probability(self, images: Tensor, questions: list[str]) -> Tensor:
@@ -230,15 +240,90 @@ class Judge:
 
 def load_judge(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Judge:
     """A frozen Judge, such as google/paligemma2-3b-mix-448. Errors: see _load."""
-    return Judge(*_load("AutoModelForImageTextToText", "paligemma", path, device, dtype), batch_size)
+    return Judge(*_load("AutoModelForImageTextToText", ("paligemma",), path, device, dtype), batch_size)
+
+
+@dataclass
+class Captioner:
+    """An image captioner (BLIP): greedy captions of at most `longest` tokens, without a prefix, as CoRL's code asks it."""
+
+    model: torch.nn.Module
+    tokenizer: Callable
+    image_processor: Callable
+    batch_size: int = 128
+    longest: int = 50
+
+    def pixels(self, images: Tensor) -> Tensor:
+        return processor_pixels(images, self.model, self.image_processor)                     # (N, 3, size, size)
+
+    @torch.no_grad()
+    def captions(self, images: Tensor) -> list[str]:
+        """A caption per image."""
+        written = []
+        for part in images.split(self.batch_size):
+            tokens = self.model.generate(pixel_values=self.pixels(part), do_sample=False, num_beams=1, max_new_tokens=self.longest)
+            written += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [caption.strip() for caption in written]
+
+
+def load_captioner(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Captioner:
+    """A frozen Captioner, such as Salesforce/blip-image-captioning-base. Errors: see _load."""
+    return Captioner(*_load("AutoModelForImageTextToText", ("blip",), path, device, dtype), batch_size)
+
+
+@dataclass
+class TextEncoder:
+    """Token states of a BERT-like encoder, of the layer that is named: 0 the embeddings, -1 the last. Special tokens are left out."""
+
+    model: torch.nn.Module
+    tokenizer: Callable
+    layer: int = -1
+    batch_size: int = 128
+
+    @torch.no_grad()
+    def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """(N, L, D) and the mask (N, L) of the words."""
+        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        ids = self.tokenizer(texts, padding=True, padding_side="right", truncation=True, max_length=longest, return_attention_mask=True,
+                             return_special_tokens_mask=True, return_tensors="pt").to(self.model.device)
+        run = lambda tokens, mask: self.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[self.layer]
+        states = _batched(run, self.batch_size, ids.input_ids, ids.attention_mask)
+        return states, ids.attention_mask.bool() & ~ids.special_tokens_mask.bool()
+
+
+def load_text_encoder(path: str, *, layer: int = -1, device="cpu", dtype=torch.float32, batch_size: int = 128) -> TextEncoder:
+    """A frozen TextEncoder, such as google-bert/bert-base-uncased. Errors: see _load; ValueError for a layer that it lacks."""
+    model, tokenizer = _load("AutoModel", ("bert", "mpnet", "roberta", "distilbert"), path, device, dtype, sees=False)
+    layers = model.config.num_hidden_layers
+    if not -layers - 1 <= layer <= layers:
+        raise ValueError(f"{path} has layers 0 (the embeddings) to {layers}, not {layer}")
+    return TextEncoder(model, tokenizer, layer, batch_size)
+
+
+def load_lpips(*, device="cpu") -> Callable:
+    """LPIPS with the VGG trunk, (a, b) in [0, 1] -> (N,): the package lpips, and torchvision's VGG-16, which it fetches once. Errors:
+    ValueError where either is missing."""
+    declare_torchvision_ops()
+    try:
+        import lpips
+        with contextlib.redirect_stdout(None):
+            model = lpips.LPIPS(net="vgg", verbose=False)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--likeness_by lpips needs the package {error.name}: pip install lpips; or use --likeness_by ssim") from error
+    except OSError as error:
+        raise ValueError(f"--likeness_by lpips needs torchvision's VGG-16, which could not be fetched ({error}); put vgg16-397923af.pth "
+                         f"into {torch.hub.get_dir()}/checkpoints, or use --likeness_by ssim") from error
+    model = model.to(device).eval().requires_grad_(False)
+    return lambda a, b: model(a, b, normalize=True).flatten()
 
 
 class Models:
     """What rewards are built from: the settings of a run and the models that rewards share, each loaded when it is first asked for. cfg
-    has siglip, judge (folders or hub names), referee_batch and graded; detector: images -> detections, or None."""
+    has siglip, judge, captioner, text_encoder (folders or hub names) and the settings of rewards; detector: images -> detections, or None;
+    states: of rewards.TokenMatch."""
 
-    def __init__(self, cfg, device, detector=None):
-        self.cfg, self.device, self.found_by = cfg, device, detector
+    def __init__(self, cfg, device, detector=None, states=None):
+        self.cfg, self.device, self.found_by, self.states = cfg, device, detector, states
 
     @functools.cached_property
     def encoder(self) -> Siglip | OpenClip:
@@ -249,6 +334,20 @@ class Models:
     @functools.cached_property
     def judge(self) -> Judge:
         return load_judge(self.cfg.judge, device=self.device, batch_size=self.cfg.referee_batch)
+
+    @functools.cached_property
+    def captioner(self) -> Captioner:
+        return load_captioner(self.cfg.captioner, device=self.device, batch_size=self.cfg.referee_batch)
+
+    @functools.cached_property
+    def text_encoder(self) -> TextEncoder | None:
+        if self.cfg.recaption_by != "bertscore":
+            return None
+        return load_text_encoder(self.cfg.text_encoder, layer=self.cfg.text_layer, device=self.device, batch_size=self.cfg.referee_batch)
+
+    @functools.cached_property
+    def distance(self) -> Callable | None:
+        return load_lpips(device=self.device) if self.cfg.likeness_by == "lpips" else None
 
     @property
     def detector(self) -> Callable:

@@ -1,28 +1,31 @@
 """Rewards and verifiers: what a finished sample is worth, one callable per idea, one float per sample.
 
-Sources: LVRPO (arXiv 2603.27693) for the instruction, semantic, dense and knowledge rewards; CoRL (2505.17534) for accuracy and
-format; AlphaGRPO (2605.12495) for the format before an image; GenEval (2310.11513) for the instruction rules.
+Sources: LVRPO (arXiv 2603.27693) for the instruction, semantic, dense and knowledge rewards; CoRL (2505.17534) for accuracy, format, cycle
+consistency and token matching; AlphaGRPO (2605.12495) for the format before an image; GenEval (2310.11513) for the instruction rules.
 LVRPO's method section and encoders are known from reviews only; "Differs" says what was chosen here.
 
 A `Reward` is any callable Samples -> Tensor (N,): deterministic, finite, of a stated range. One that cannot be computed is an
 error, never a low score. Rewards that ask a model get it from referees.py, or any object with the methods that they call.
-Left out: CoRL's cycle and token-matching rewards, AlphaGRPO's decomposed questions, UniGRPO's preference model (not released),
-training a referee together with the policy, advantages (they belong to the loss), and referees behind a network.
+Left out: AlphaGRPO's decomposed questions, UniGRPO's preference model (not released), training a referee together with the policy,
+advantages (they belong to the loss), and referees behind a network.
 
 Notation: N samples flattened prompt-major, G samples per prompt, B = N/G groups, H x W pixels, P patches, D embedding width.
 
->>> samples = Samples(prompts=["how many circles ?"] * 2, metadata=[{}, {}], answers=["3", "3"],
+>>> samples = Samples(prompts=["how many circles ?"] * 2, metadata=[{}, {}], answers=["3", "3"], formats=["answer"] * 2,
 ...                   texts=["<think>one, two, three</think><answer>Three.</answer>", "4"])
 >>> combine(score({"accuracy": answer_accuracy, "format": think_format}, samples), {"accuracy": 1.0, "format": 0.5})
 tensor([1.5000, 0.0000])
 """
 
+import difflib
 import functools
 import math
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,13 +38,16 @@ class Samples:
     texts: list[str] | None = None    # what the policy wrote
     images: Tensor | None = None      # what it drew, (N, 3, H, W) in [0, 1]
     sources: Tensor | None = None     # the given image of a question or an edit, (N, 3, H, W) in [0, 1]
+    reals: Tensor | None = None       # the real image of the prompt, (N, 3, H, W) in [0, 1]
     answers: list[str] | None = None  # the right answer
+    options: list[list[str] | None] | None = None   # of a multiple-choice question, whose answer is a letter or one of them
+    formats: list[str] | None = None  # the tags that each text was asked for: "thought" before an image, or "answer"
 
     def __post_init__(self):
         for name, column in vars(self).items():
             if column is not None and len(column) != len(self.prompts):
                 raise ValueError(f"Samples: {name} has {len(column)} entries for {len(self.prompts)} prompts")
-        for name, x in (("images", self.images), ("sources", self.sources)):
+        for name, x in (("images", self.images), ("sources", self.sources), ("reals", self.reals)):
             if x is not None and (x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point()):
                 raise ValueError(f"Samples: {name} is {x.dtype} {tuple(x.shape)}, expected float (N, 3, H, W) in [0, 1]")
 
@@ -158,25 +164,72 @@ def normalise_answer(text: str) -> str:
     return " ".join(NUMBERS.get(word, word) for word in words)
 
 
-def answer_accuracy(samples: Samples) -> Tensor:
-    """R_Acc: 1 if the final answer equals the right one after normalisation, else 0. (N,) in {0, 1} [CoRL]. A right answer may stand in
-    <answer> tags of its own, as data sets for R1-like training have it.
+def right_option(answer: str, options: list[str]) -> int:
+    """The place of the right option, which the answer names by letter or text. ValueError where it names none, or two."""
+    held = [i for i in range(len(options)) if normalise_answer(answer) in _says_option(i, options)]
+    if len(held) != 1:
+        raise ValueError(f"the answer {answer[:60]!r} is {len(held)} of the options {options}, must be the letter or the text of one")
+    return held[0]
 
-    Gamed by guessing: the commonest answer earns its frequency. Only the first <answer> counts, so listing earns nothing.
+
+def _says_option(i: int, options: list[str]) -> set[str]:
+    """All that says option i, normalised: its letter, its text, or both. A text that is another option's letter counts as the letter."""
+    letter, text = string.ascii_lowercase[i], normalise_answer(options[i])
+    letters = set(string.ascii_lowercase[:len(options)]) - {letter}
+    return {letter, text, *(f"{letter}{mark} {text}" for mark in ("", ")", ".", ":"))} - letters
+
+
+def answer_accuracy(samples: Samples, *, graded: bool = False) -> Tensor:
+    """R_Acc: is the final answer the right one? (N,) in [0, 1] [CoRL]. A right answer may stand in <answer> tags of its own, as data
+    sets for R1-like training have it.
+
+    Multiple choice, where a sample has options, {0, 1}: the right letter, "(b)" or "b.", or the right option's text, or both, and nothing
+    else, so that a letter inside other words earns nothing. Open, {0, 1}: equal after normalisation. Open and graded: soft_jaccard of the
+    two, as CoRL's code has it; its paper has all or nothing.
+    Gamed by guessing: the commonest answer earns its frequency. Only the first <answer> counts, so listing earns nothing; graded, listing
+    earns the share of right words.
     """
-    pairs = zip(samples.need("texts"), samples.need("answers"))
-    return torch.tensor([float(normalise_answer(final_answer(text)) == normalise_answer(final_answer(right))) for text, right in pairs])
+    texts, answers, scores = samples.need("texts"), samples.need("answers"), []
+    for text, right, options in zip(texts, answers, samples.options or [None] * len(texts)):
+        said, right = normalise_answer(final_answer(text)), final_answer(right)
+        if options:
+            scores.append(float(said in _says_option(right_option(right, options), options)))
+        elif graded:
+            scores.append(soft_jaccard(said, normalise_answer(right)))
+        else:
+            scores.append(float(said == normalise_answer(right)))
+    return torch.tensor(scores)
 
 
-def think_format(samples: Samples, *, answer: bool = True) -> Tensor:
-    """R_Format: 1 if the text keeps the tags, else 0. (N,) in {0, 1}. Gamed by an empty thought: the tags alone earn it.
+def soft_jaccard(a: str, b: str) -> float:
+    """Jaccard of the word sets of two texts, in [0, 1], with near words counted in part. [CoRL's code]
 
-    answer=True: <think>..</think><answer>..</answer> and nothing else but spaces around the two blocks [CoRL].
-    answer=False, a thought before an image: opens with <think>, closes it [AlphaGRPO]; an expanded prompt may follow [UniGRPO].
+    Equal words count 1; each other word of a takes the free word of b that is most like it by difflib's ratio, if at least 0.8, and counts
+    that ratio. The union is |A| + |B| minus that sum. Two empty texts are alike.
+    Differs: ties are broken by the words' order in the alphabet, which the authors leave to Python's sets.
+    """
+    first, second = set(a.lower().split()), set(b.lower().split())
+    shared = first & second
+    common, free = float(len(shared)), sorted(second - shared)
+    for word in sorted(first - shared):
+        likeness = [difflib.SequenceMatcher(None, word, other).ratio() for other in free]
+        if likeness and max(likeness) >= 0.8:
+            common += max(likeness)
+            free.pop(likeness.index(max(likeness)))
+    union = len(first) + len(second) - common
+    return common / union if union else 1.0
+
+
+def think_format(samples: Samples) -> Tensor:
+    """R_Format: 1 if the text keeps the tags that it was asked for, else 0. (N,) in {0, 1}. Gamed by an empty thought: the tags earn it.
+
+    "answer": <think>..</think><answer>..</answer> and nothing else but spaces around the two blocks [CoRL].
+    "thought", before an image: opens with <think>, closes it [AlphaGRPO]; an expanded prompt may follow [UniGRPO].
 
     Differs: each tag occurs once, where CoRL's pattern lets it occur again inside; AlphaGRPO wants </think> at the very end.
     """
-    return torch.tensor([float(_keeps_tags(text.strip(), answer)) for text in samples.need("texts")])
+    pairs = zip(samples.need("texts"), samples.need("formats"))
+    return torch.tensor([float(_keeps_tags(text.strip(), asked == "answer")) for text, asked in pairs])
 
 
 def _keeps_tags(text: str, answer: bool) -> bool:
@@ -375,6 +428,154 @@ class Knowledge:
         return self.judge.yes_probability(samples.need("sources"), asked)
 
 
+# ---- cycle consistency and token matching [CoRL] ----
+
+COUNTED = {"a": "1", "an": "1", "the": "1", **NUMBERS, "1": "1", "2": "2", "3": "3", "4": "4"}
+SMALLER = {"right of": "left of", "below": "above"}             # a relation and the one that says it with the two sides exchanged
+
+
+def caption_tuples(caption: str) -> set[tuple]:
+    """What a caption of countable things says, as SPICE takes it apart: (object,), (object, attribute or number), (object, relation,
+    object). "two red circles above a square" gives {(circle,), (circle, red), (circle, 2), (square,), (square, above, circle) turned}.
+
+    By rule: phrases of article or number, adjectives and a noun, joined by "and", commas or one of RELATIONS, perhaps behind "a photo of".
+    "right of" and "below" are turned round. A second phrase of the same noun gets a place of its own. ValueError for other captions.
+    """
+    words = caption.lower().replace(",", " and ").rstrip(" .").split()
+    if words[2:3] == ["of"] and words[1] in ("photo", "picture", "drawing", "image"):
+        words = words[3:]
+    text, links = " ".join(words), []
+    parts = [text]
+    for link in ("left of", "right of", "above", "below"):
+        if f" {link} " in text:
+            parts, links = text.split(f" {link} "), [link]
+    if len(parts) > 2:
+        raise ValueError(f"the caption {caption!r} has several relations, which no rule reads; use --recaption_by jaccard or bertscore")
+    out, names = set(), []
+    for part in parts:
+        names.append([])
+        for phrase in part.split(" and "):
+            name, facts = _phrase(phrase.split(), caption)
+            while (name,) in out:
+                name += "'"
+            names[-1].append(name)
+            out |= {(name,), *((name, fact) for fact in facts)}
+    if links:
+        a, b, link = names[0][-1], names[1][0], links[0]
+        out.add((b, SMALLER[link], a) if link in SMALLER else (a, link, b))
+    return out
+
+
+def _phrase(words: list[str], caption: str) -> tuple[str, list[str]]:
+    """The noun, in the singular, and the attributes of "two red circles"; one of a thing is no attribute."""
+    if len(words) < 2 or words[0] not in COUNTED:
+        raise ValueError(f"the caption {caption!r} is not made of phrases like \"two red circles\"; use --recaption_by jaccard or bertscore")
+    number = COUNTED[words[0]]
+    noun = words[-1] if number == "1" else words[-1].removesuffix("s")
+    return noun, words[1:-1] + ([number] if number != "1" else [])
+
+
+def tuple_f1(a: str, b: str) -> float:
+    """F1 of the caption_tuples of two captions, in [0, 1]: SPICE without its parser and its synonyms."""
+    first, second = caption_tuples(a), caption_tuples(b)
+    return 2 * len(first & second) / (len(first) + len(second))
+
+
+def token_f1(a: Tensor, a_mask: Tensor, b: Tensor, b_mask: Tensor) -> Tensor:
+    """BERTScore's F1 of token states (N, La, D) and (N, Lb, D) under their masks: (N,) in [-1, 1]. Greedy maxima of the cosine, no idf."""
+    recall, precision = _best_matches(a, a_mask, b, b_mask)
+    return 2 * recall * precision / (recall + precision).clamp(min=1e-6)
+
+
+def _best_matches(a: Tensor, a_mask: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean over tokens of a of the largest cosine with a token of b, the same of b with a), (N,) each."""
+    cosine = F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).transpose(1, 2)  # (N, La, Lb)
+    hidden = ~(a_mask[:, :, None] & b_mask[:, None, :])
+    cosine = cosine.masked_fill(hidden, -1.0)
+    mean = lambda best, mask: (best * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return mean(cosine.amax(2), a_mask), mean(cosine.amax(1), b_mask)
+
+
+@dataclass
+class Recaption:
+    """r_cycle, the text half: does a caption of the drawn image say what the prompt says? (N,) in [0, 1]. [CoRL]
+
+    how: "tuples", the F1 of objects, attributes and relations that CoRL's paper takes from SPICE, here by rule (caption_tuples);
+    "jaccard", soft_jaccard, a part of CoRL's code of June 2025; "bertscore", the F1 of token states that its code of May 2025 takes.
+    Four versions of the cycle reward are in print: SPICE + LPIPS (paper), BERT-F1 + LPIPS, (BERT-F1 + Jaccard)/2 + RMSE, and the last
+    with the policy as its own captioner. Ours is the paper's, tuples by rule, beside Likeness with SSIM.
+    Gamed by pictures that the captioner misreads; jaccard also by any picture whose caption shares the small words.
+    """
+
+    captioner: object                                           # with captions(images): referees.Captioner
+    how: str = "tuples"
+    encoder: object = None                                      # of "bertscore", with states(texts): referees.TextEncoder
+
+    def __call__(self, samples: Samples) -> Tensor:
+        captions = self.captioner.captions(samples.need("images"))
+        if self.how == "bertscore":
+            return token_f1(*self.encoder.states(samples.prompts), *self.encoder.states(captions)).clamp(0, 1)
+        score_of = {"tuples": tuple_f1, "jaccard": soft_jaccard}[self.how]
+        return torch.tensor([score_of(prompt, caption) for prompt, caption in zip(samples.prompts, captions)])
+
+
+def structural_similarity(a: Tensor, b: Tensor, *, window: int = 11, sigma: float = 1.5) -> Tensor:
+    """SSIM of images (N, 3, H, W) in [0, 1], (N,) in [-1, 1]: Gaussian window, mean over channels and the places where it fits whole."""
+    at = torch.arange(window, device=a.device) - (window - 1) / 2
+    bell = torch.exp(-at.square() / (2 * sigma**2))
+    kernel = torch.outer(bell, bell).div(bell.sum() ** 2).expand(3, 1, window, window)
+    blur = lambda x: F.conv2d(x, kernel, groups=3)
+    mean_a, mean_b = blur(a), blur(b)                                                         # (N, 3, H', W')
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance, c1, c2 = blur(a * b) - mean_a * mean_b, 0.01**2, 0.03**2
+    alike = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return alike.mean((1, 2, 3))                                                              # (N,)
+
+
+@dataclass
+class Likeness:
+    """r_cycle, the image half: is the drawn image like the row's real one? (N,) in [0, 1]. [CoRL]
+
+    how: "ssim", clamped at 0; "mse", 1 - mean squared error; "psnr", in dB, divided by 50 and clamped; "lpips", 1 - LPIPS, clamped (the
+    paper's; v3 of the paper finds SSIM and LPIPS better than the pixel-wise two). The real image is resized to the drawn one's size.
+    Gamed by blur and by a plain ground, which are near every picture; it also asks for places and colours that the prompt leaves free.
+    """
+
+    how: str = "ssim"
+    distance: Callable | None = None                            # of "lpips": (a, b) in [0, 1] -> (N,)
+
+    def __call__(self, samples: Samples) -> Tensor:
+        drawn, real = samples.need("images").float(), samples.need("reals").to(samples.images.device).float()
+        if real.shape != drawn.shape:
+            real = F.interpolate(real, drawn.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+        if self.how == "ssim":
+            return structural_similarity(drawn, real).clamp(0, 1)
+        if self.how == "lpips":
+            return (1 - self.distance(drawn, real)).clamp(0, 1)
+        error = (drawn - real).square().mean((1, 2, 3))                                       # (N,)
+        return 1 - error if self.how == "mse" else (-10 * error.clamp(min=1e-12).log10() / 50).clamp(0, 1)
+
+
+@dataclass
+class TokenMatch:
+    """R_TIM: how well the drawn image's tokens and the caption's match in the policy's own last hidden states. (N,) in [0, 1]. [CoRL]
+
+    1/2 (mean over image tokens of the best cosine with a text token + the reverse), then (1 + x) / 2, as v3 of the paper normalises it.
+    `states`: images, prompts -> image states (N, P, D), mask (N, P), text states (N, L, D), mask (N, L), after the final norm.
+    Gamed where the states are those of the policy that learns: the caption is read behind the image, so text states that become
+    image-like raise it with any picture. The frozen reference cannot be moved so.
+
+    Differs: tokens are found by masks; CoRL's code takes fixed places, right for prompts of one length only, and counts the header of
+    the assistant's turn as caption.
+    """
+
+    states: Callable
+
+    def __call__(self, samples: Samples) -> Tensor:
+        image, image_mask, text, text_mask = self.states(samples.need("images"), samples.prompts)
+        return (1 + sum(_best_matches(image, image_mask, text, text_mask)) / 2) / 2
+
+
 # ---- the table of rewards ----
 
 
@@ -393,7 +594,14 @@ REWARDS = {
     "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (("images",), ("sources", "texts")), lambda m: Knowledge(m.judge)),
     "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (("images",),), lambda m: Dense(m.patches)),
     "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (("images",),), lambda m: Instruction(m.detector, m.cfg.graded)),
-    "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),), lambda m: answer_accuracy),
-    "format": Entry("think tags of a thought before an image [AlphaGRPO]", (("texts", "images"),),
-                    lambda m: functools.partial(think_format, answer=False)),
+    "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),),
+                      lambda m: functools.partial(answer_accuracy, graded=m.cfg.open_answers == "graded")),
+    "format": Entry("think tags of a thought before an image [AlphaGRPO], think and answer tags of an answer [CoRL]",
+                    (("texts", "formats"),), lambda m: think_format),
+    "recaption": Entry("r_cycle, text half: a caption of the image against the prompt [CoRL]", (("images",),),
+                       lambda m: Recaption(m.captioner, m.cfg.recaption_by, m.text_encoder)),
+    "likeness": Entry("r_cycle, image half: the image against the row's real one [CoRL]", (("images", "reals"),),
+                      lambda m: Likeness(m.cfg.likeness_by, m.distance)),
+    "tim": Entry("R_TIM, token matching of image and prompt in the policy's own states [CoRL]", (("images",),),
+                 lambda m: TokenMatch(m.states)),
 }

@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from checkpoint import FLOATS, UNREADABLE, Refusing, finite, placed, save_tensors, trainable, whole, write_atomic
+from checkpoint import (FLOATS, UNREADABLE, Refusing, finite, freeze, load_policy, placed, reset_adapters, save_tensors, shard, trainable,
+                        whole, write_atomic)
 from policy import Policy
 from sample import say
-from tasks import TASKS, in_use, rewards_of
+from tasks import TASKS, Source, in_use, rewards_of
 
 
 # ---- ranks ----
@@ -228,6 +230,22 @@ def room_to_gather(device: torch.device) -> float | None:
 def precision(cfg, device: torch.device):
     """bf16 autocast where it is asked for: of the policy's own calls, not of losses and rewards."""
     return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else nullcontext()
+
+
+def prepared_policy(cfg, ranks: Ranks, trained: bool = True) -> Policy:
+    """The policy to train, or its frozen reference. Its memory is checked on the meta device, before a weight is read."""
+    def prepare(policy: Policy) -> None:
+        if trained:
+            freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
+        else:
+            policy.requires_grad_(False)
+        if cfg.shard:
+            shard(policy, torch.bfloat16 if cfg.bf16 else None)
+        if trained and ranks.device.type == "cuda":
+            check_memory(policy, cfg, ranks)
+    policy = load_policy(cfg.policy, device=ranks.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32, prepare=prepare)
+    reset_adapters(policy, ranks.device, cfg.seed)
+    return policy
 
 
 # ---- the log ----
@@ -530,3 +548,33 @@ def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list
     save_tensors(tensors, path)
     good = [p for p in (out / "checkpoint.safetensors", out / "checkpoint") if p.exists()]
     return f"Last good checkpoint: {good[0] if good else 'none yet'}. The weights and the batch of this step are in {path}"
+
+
+# ---- the whole ----
+
+
+@dataclass
+class Run:
+    """What lives through a run."""
+
+    cfg: object                 # train.Config
+    ranks: Ranks
+    policy: Policy
+    frozen: Policy | None       # the reference in full training; None where adapters switch off
+    optimizer: torch.optim.Optimizer
+    average: Average
+    source: Source
+    rewards: dict[str, Callable]
+    imitation: object           # of the control; else None
+    log: Log
+    start: int = 0              # first step
+    work: list | None = None    # the last step's batches, rollouts and advantages
+    silent: dict = field(default_factory=dict)                  # task -> steps in a row without a signal
+    told: set = field(default_factory=set)                      # tasks of which that was said
+
+    def tell_silence(self, task: str, tied: float) -> None:
+        """Say once that a task had no signal for three steps; tied: the share of its groups whose rewards are all equal."""
+        self.silent[task] = self.silent.get(task, 0) + 1 if tied == 1 else 0
+        if self.silent[task] == 3 and task not in self.told and self.ranks.rank == 0:
+            say(f"warning: --{task} learned nothing for three steps: all samples of each prompt get the same reward")
+            self.told.add(task)

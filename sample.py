@@ -39,10 +39,17 @@ from tqdm import tqdm
 import flow_grpo
 from checkpoint import load_policy, write_atomic
 from grpo import token_logp
-from policy import THINK_TO_ANSWER, THINK_TO_DRAW, Guidance, Policy, guided_velocity
+from policy import Guidance, Policy, guided_velocity
 from rewards import RewardError
 
 TOY = Path(__file__).parent / "toy" / "policy"
+# The system prompts that BAGEL was trained with for thinking before an answer and before an image.
+THINK_TO_ANSWER = ("You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+                   "The reasoning process is enclosed within <think> </think> tags, i.e. "
+                   "<think> reasoning process here </think> answer here")
+THINK_TO_DRAW = ("You should first think about the planning process in the mind and then generate the image. \n"
+                 "The planning process is enclosed within <think> </think> tags, i.e. "
+                 "<think> planning process here </think> image here")
 
 
 # ---- the plan of a trajectory ----
@@ -221,16 +228,16 @@ def sample_plan(policy: Policy, plan: list, *, seed: int, step: int, prompts: li
                 window=item.window, noise_level=item.noise_level, kind=item.kind, step_noise=noise[1:], reduce=item.density,
                 normaliser=item.scaled, scaled=item.scaled))
             if place + 1 < len(plan):
-                segment = replace(segment, pixels=seen_again(policy, segment))
+                segment = replace(segment, pixels=as_read(policy, decode(policy, segment)))
                 reader.image(segment.pixels, segment.flow.data, size)
         segments.append(segment)
     return Rollout(tuple(segments), B, G, guidance)
 
 
-def seen_again(policy: Policy, drawn: Picture) -> list[Tensor]:
-    """The pixels of drawn images as the ViT reads them: clamped, resized by BAGEL's rule."""
+def as_read(policy: Policy, images: list[Tensor] | Tensor) -> list[Tensor]:
+    """Drawn images, nominally in [-1, 1], as the ViT reads them: clamped, resized by BAGEL's rule."""
     out = []
-    for image in decode(policy, drawn):
+    for image in images:
         w, h = fit_size(image.shape[-1], image.shape[-2], *policy.config.vit_resize)
         image = image[None].clamp(-1, 1)
         out.append(image[0] if (h, w) == image.shape[-2:] else
@@ -335,6 +342,15 @@ def join(rollouts: list[Rollout]) -> Rollout:
 
 def chosen_texts(r: Rollout) -> list[Text]:
     return [s for s in r.segments if isinstance(s, Text) and s.chosen is not None]
+
+
+@torch.no_grad()
+def unguided(policy: Policy, r: Rollout) -> Rollout:
+    """A rollout that was drawn with guidance, with the means and log-probs that the policy has without it."""
+    r = replace(r, guidance=None)
+    drawn = {id(s.segment): s.flow for s in replay_rollout(policy, r) if s.flow}
+    renewed = lambda s: replace(s, flow=replace(s.flow, means=drawn[id(s)].mean, logp=drawn[id(s)].logp)) if id(s) in drawn else s
+    return replace(r, segments=tuple(map(renewed, r.segments)))
 
 
 @torch.no_grad()

@@ -11,7 +11,9 @@ rewards read in [0, 1].
 
 import functools
 import json
+import string
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flow_grpo
-from policy import THINK_TO_DRAW, Policy
-from rewards import REWARDS, Samples, answer_accuracy, final_answer, geneval_check, normalise_answer
-from sample import (Draw, Picture, Read, Rollout, See, Write, chosen_texts, images_of, open_picture, read_picture, subset, texts_of,
-                    to_bytes)
+from policy import Policy
+from rewards import REWARDS, Samples, answer_accuracy, final_answer, geneval_check, normalise_answer, right_option, think_format
+from sample import (THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, open_picture, read_picture,
+                    subset, texts_of, to_bytes)
 from toy import shapes
 
 SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards; judges squash to such a square anyway
@@ -43,6 +45,8 @@ class Row:
     pixels: Tensor | None = None                                # (3, H, W) the given image as the policy reads it
     source: Tensor | None = None                                # (3, H, W) the given image as rewards read it
     answer: str | None = None
+    options: list[str] | None = None                            # of a multiple-choice question
+    real: Tensor | None = None                                  # (3, H, W) the real image of a prompt, as rewards read it
 
 
 Pool = Callable[[tuple, int, range], list[Row]]                 # (random key, rows of the whole step, which of them) -> those rows
@@ -69,32 +73,76 @@ def by_tag(prompts: list[dict]) -> Pool:
 
 def question_row(scene: shapes.Scene, question: dict) -> Row:
     pixels = rendered([scene])[0]
-    return Row(question["question"], {"tag": question["kind"], "include": []}, pixels, pixels * 0.5 + 0.5, question["answer"])
+    return Row(question["question"], {"tag": question["kind"], "include": []}, pixels, pixels * 0.5 + 0.5, question["answer"],
+               question.get("options"))
 
 
-def toy_questions() -> Pool:
-    """A scene of the toy world and a question about it, each drawn from (key, number of the question)."""
+def toy_rows(make: Callable[[np.random.Generator], Row]) -> Pool:
+    """Rows of the toy world, each made from (key, number of the row) by itself."""
     def draw(key: tuple, count: int, mine: range) -> list[Row]:
-        rows = []
-        for i in mine:
-            rng = np.random.default_rng((*key, i))
-            scene = shapes.random_scene(rng)
-            rows.append(question_row(scene, shapes.make_question(scene, rng)))
-        return rows
+        return [make(np.random.default_rng((*key, i))) for i in mine]
     return draw
 
 
-def file_questions(rows: list[dict], policy: Policy) -> Pool:
+def open_question(rng: np.random.Generator) -> Row:
+    scene = shapes.random_scene(rng)
+    return question_row(scene, shapes.make_question(scene, rng))
+
+
+def choice_question(rng: np.random.Generator) -> Row:
+    scene = shapes.random_scene(rng)
+    return question_row(scene, shapes.make_choice(shapes.make_question(scene, rng), rng))
+
+
+def prompts_of_file(rows: list[dict], policy: Policy) -> Pool:
+    return by_tag(rows)
+
+
+@functools.cache
+def train_prompts() -> dict[str, list[dict]]:
+    return {tag: [m for m in shapes.prompts("train") if m["tag"] == tag] for tag in shapes.TAGS}
+
+
+def toy_pair(rng: np.random.Generator) -> tuple[Row, Row]:
+    """A prompt with a real picture of it, tags alike, and a question about that picture, open or with options."""
+    metadata = shapes.pick(rng, train_prompts()[shapes.pick(rng, shapes.TAGS)])
+    scene = shapes.sample_scene(metadata, rng)
+    question = shapes.make_question(scene, rng)
+    asked = question_row(scene, shapes.make_choice(question, rng) if rng.random() < 0.5 else question)
+    return Row(metadata["prompt"], metadata, real=asked.source), asked
+
+
+def of_file(read: Callable[[dict], Row]) -> Callable[[list[dict]], Pool]:
     """Rows of a file, without repetition in a step where it has enough; images are read when they are drawn."""
-    def read(row: dict) -> Row:
-        pixels, _ = read_picture(row["image"], policy)
-        source = F.interpolate(pixels[None] * 0.5 + 0.5, SOURCE_SIZE, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        return Row(row["question"], {"tag": row.get("kind", ""), "include": []}, pixels, source, row["answer"])
+    def pool(rows: list[dict]) -> Pool:
+        def draw(key: tuple, count: int, mine: range) -> list[Row]:
+            drawn = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
+            return [read(rows[drawn[i]]) for i in mine]
+        return draw
+    return pool
 
-    def draw(key: tuple, count: int, mine: range) -> list[Row]:
-        drawn = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
-        return [read(rows[drawn[i]]) for i in mine]
-    return draw
+
+def for_rewards(pixels: Tensor) -> Tensor:
+    return F.interpolate(pixels[None] * 0.5 + 0.5, SOURCE_SIZE, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def asked_of(row: dict, policy: Policy, options: bool) -> Row:
+    """A row of a file of questions or pairs as a question, with its options where they are asked for and it has some."""
+    pixels, _ = read_picture(row["image"], policy)
+    listed = row.get("options") if options else None
+    text = row["question"] if not listed else f"{row['question']} {lettered(listed)}"
+    answer = row["answer"] if listed or not row.get("options") else row["options"][right_option(row["answer"], row["options"])]
+    return Row(text, {"tag": row.get("kind", ""), "include": []}, pixels, for_rewards(pixels), answer, listed)
+
+
+def captioned(row: dict, policy: Policy) -> Row:
+    """A row of a file of pairs as a prompt with its real image."""
+    return Row(row["caption"], {"tag": "", "include": []}, real=for_rewards(read_picture(row["image"], policy)[0]))
+
+
+def lettered(options: list[str]) -> str:
+    """"(a) red (b) blue"."""
+    return " ".join(f"({string.ascii_lowercase[i]}) {option}" for i, option in enumerate(options))
 
 
 def rendered(scenes: list[shapes.Scene]) -> Tensor:
@@ -113,6 +161,7 @@ class Choices:
     answer: Write
     draw: Draw
     system_prompt: bool = False                                 # BAGEL's think prompt before the user's
+    request: str = ""                                           # behind a question that asks for <think>..</think><answer>..</answer>
 
 
 @dataclass(frozen=True)
@@ -125,13 +174,16 @@ class Task:
     gives: tuple[str, ...]                                      # the fields of rewards.Samples that its samples have
     truth: Callable[[Samples, list | None], Tensor | None]      # (N,) in [0, 1] from samples and detections; None where it is unknown
     toy: Callable[[], Pool]
-    file: str                                                   # the Config field that names its file: prompts or questions
+    file: str                                                   # the Config field that names its file: prompts, questions or pairs
+    pool: Callable[[list[dict], Policy], Pool]                  # of the rows of that file
     writes: str = ""                                            # the Config field of the most tokens that it writes
     held_out: Callable[[bool], list[Row]] | None = None         # rows of the evaluation; True: of pairs that training never shows
     samples: int = 1                                            # of each row in an evaluation
     tags: tuple[str, ...] = ()                                  # that an evaluation tells apart
     mean_of_tags: bool = False                                  # its headline weighs tags alike, as GenEval does, else rows
     also: Callable[[list[Row], Samples, list, int], dict] | None = None     # beside its truth: name -> one per row, or a number
+    form: str = ""                                              # the tags that its texts are asked for: "thought" or "answer"
+    pair: str = ""                                              # "image" or "text": which half of a pair it is; halves share their rows
 
     @property
     def draws(self) -> bool:
@@ -151,6 +203,10 @@ def ask_plan(rows: list[Row], choices: Choices) -> list:
     return [See([row.pixels for row in rows]), Read([row.text for row in rows]), choices.answer]
 
 
+def reason_plan(rows: list[Row], choices: Choices) -> list:
+    return [See([row.pixels for row in rows]), Read([f"{row.text} {choices.request}" for row in rows]), choices.think]
+
+
 def drawn_truth(samples: Samples, found: list | None) -> Tensor | None:
     """1 where GenEval's checker passes what the detector found; unknown without a detector."""
     if found is None:
@@ -168,6 +224,10 @@ def variety(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
 
 def right_thoughts(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
     return {"thought": [float(text == row.metadata["thought"]) for text, row in zip(samples.texts[::G], rows)]}
+
+
+def kept_tags(rows: list[Row], samples: Samples, found: list | None, G: int) -> dict:
+    return {"format": think_format(samples)[::G].tolist()}
 
 
 # ---- what an evaluation asks ----
@@ -199,27 +259,53 @@ def held_out_riddles(pairs: bool = False) -> list[Row]:
     return list(map(prompt_row, spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], THOUGHTS)))
 
 
-def held_out_questions(pairs: bool = False, seed: int = 7) -> list[Row]:
+def held_out_questions(pairs: bool = False, seed: int = 7, choice: bool = False) -> list[Row]:
     """QUESTIONS scenes that training never asks about, one question each, kinds in turn; with pairs=True half as many, each with a
-    (colour, shape) pair that training never shows."""
+    (colour, shape) pair that training never shows. choice: half as many of either, with lettered options."""
     rng, rows = np.random.default_rng(seed), []
-    while len(rows) < QUESTIONS // (1 + pairs):
+    while len(rows) < QUESTIONS // (1 + pairs) // (1 + choice):
         kind, scene = KINDS[len(rows) % len(KINDS)], shapes.random_scene(rng, "eval")
         if any((o.color, o.shape) in shapes.HELD_OUT for o in scene) == pairs and kind in shapes.question_kinds(scene):
-            rows.append(question_row(scene, shapes.make_question(scene, rng, kind, training=False)))
+            question = shapes.make_question(scene, rng, kind, training=False)
+            rows.append(question_row(scene, shapes.make_choice(question, rng) if choice else question))
     return rows
 
 
+def held_out_choices(pairs: bool = False) -> list[Row]:
+    return [] if pairs else held_out_questions(seed=8, choice=True)
+
+
+def held_out_reasons(pairs: bool = False) -> list[Row]:
+    return [] if pairs else held_out_questions(seed=9)[:QUESTIONS // 2]
+
+
 # The order decides random keys: a new task goes to the end.
+ASKED, REASONED = ("sources", "texts", "answers"), ("sources", "texts", "answers", "options", "formats")
 TASKS = {
     "draw": Task("text to image", "prompts a step that are drawn at once", draw_plan, ("images",), drawn_truth,
-                 lambda: by_tag(shapes.prompts("train")), "prompts", held_out=held_out_prompts, samples=8, tags=shapes.TAGS,
-                 mean_of_tags=True, also=variety),
-    "think": Task("think, then draw", "prompts a step that are thought about, then drawn", think_plan, ("texts", "images"), drawn_truth,
-                  lambda: by_tag(shapes.implicit_prompts("train")), "prompts", "think_tokens", held_out=held_out_riddles, samples=4,
-                  also=right_thoughts),
-    "ask": Task("questions", "questions a step", ask_plan, ("sources", "texts", "answers"), answer_truth, toy_questions, "questions",
-                "answer_tokens", held_out=held_out_questions, tags=KINDS),
+                 lambda: by_tag(shapes.prompts("train")), "prompts", prompts_of_file, held_out=held_out_prompts, samples=8,
+                 tags=shapes.TAGS, mean_of_tags=True, also=variety),
+    "think": Task("think, then draw", "prompts a step that are thought about, then drawn", think_plan, ("texts", "images", "formats"),
+                  drawn_truth, lambda: by_tag(shapes.implicit_prompts("train")), "prompts", prompts_of_file, "think_tokens",
+                  held_out=held_out_riddles, samples=4, also=right_thoughts, form="thought"),
+    "ask": Task("open questions", "questions a step", ask_plan, ASKED, answer_truth, lambda: toy_rows(open_question), "questions",
+                lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=False))(rows), "answer_tokens",
+                held_out=held_out_questions, tags=KINDS),
+    "choose": Task("multiple choice", "multiple-choice questions a step, answered with a thought, in tags", reason_plan, REASONED,
+                   answer_truth, lambda: toy_rows(choice_question), "questions",
+                   lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=True))(rows), "think_tokens",
+                   held_out=held_out_choices, tags=KINDS, also=kept_tags, form="answer"),
+    "reason": Task("open questions with a thought", "open questions a step, answered with a thought, in tags", reason_plan, REASONED,
+                   answer_truth, lambda: toy_rows(open_question), "questions",
+                   lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=False))(rows), "think_tokens",
+                   held_out=held_out_reasons, tags=KINDS, also=kept_tags, form="answer"),
+    "pair_image": Task("pairs, image half", "image halves of pairs a step: captions that are drawn", draw_plan, ("images", "reals"),
+                       drawn_truth, lambda: toy_rows(lambda rng: toy_pair(rng)[0]), "pairs",
+                       lambda rows, policy: of_file(lambda row: captioned(row, policy))(rows), pair="image"),
+    "pair_text": Task("pairs, text half", "text halves of pairs a step: questions about the same rows' real images", reason_plan, REASONED,
+                      answer_truth, lambda: toy_rows(lambda rng: toy_pair(rng)[1]), "pairs",
+                      lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=True))(rows), "think_tokens", form="answer",
+                      pair="text"),
 }
 
 
@@ -252,7 +338,8 @@ def choices_of(cfg, window: tuple[int, int]) -> Choices:
     """A training run's choices, with the step's window of noisy steps."""
     draw = Draw((cfg.resolution, cfg.resolution), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), window, cfg.noise_level, cfg.sampler,
                 cfg.shared_noise, cfg.density, cfg.scaled)
-    return Choices(Write(cfg.think_tokens, cfg.temperature), Write(cfg.answer_tokens, cfg.temperature), draw, cfg.system_prompt)
+    think, answer = (Write(most, cfg.temperature) for most in (cfg.think_tokens, cfg.answer_tokens))
+    return Choices(think, answer, draw, cfg.system_prompt, cfg.request)
 
 
 class Source:
@@ -273,27 +360,48 @@ class Source:
                 raise ValueError(f"--{name} {cfg.rows[name]} needs --{task.file}; or set --{name} 0")
             if not toy:
                 check_rows(read(task.file), task, cfg, policy)
-            self.pools[name] = task.toy() if toy else POOLS[task.file](read(task.file), policy)
+                if name == "choose" and (bare := [row["question"] for row in read(task.file) if not row.get("options")]):
+                    raise ValueError(f"--choose needs options in every row of {files[task.file]}; {bare[0][:60]!r} has none")
+            self.pools[name] = task.toy() if toy else task.pool(read(task.file), policy)
 
     def batches(self, step: int, ranks) -> list[Batch]:
         """This rank's share of the step's rows, one Batch per task in use."""
         cfg, out, first = self.cfg, [], 0
         choices = choices_of(cfg, flow_grpo.draw_window(cfg.window, cfg.window_low, cfg.window_high, seed=cfg.seed, step=step))
-        for name in in_use(cfg):
+        used = in_use(cfg)
+        for name in [used[step % len(used)]] if cfg.alternate else used:
             mine, samples = ranks.share(cfg.rows[name], cfg.group_size)
-            rows = self.pools[name]((cfg.seed, step, list(TASKS).index(name)), cfg.rows[name], mine)
+            place = next(i for i, (other, task) in enumerate(TASKS.items()) if other == name or task.pair and TASKS[name].pair)
+            rows = self.pools[name]((cfg.seed, step, place), cfg.rows[name], mine)
             out.append(Batch(name, step, rows, choices, [first + i for i in mine], samples))
             first += cfg.rows[name]
         return out
 
 
-def samples_of(policy: Policy, rows: list[Row], r: Rollout) -> Samples:
+def samples_of(policy: Policy, task: Task, rows: list[Row], r: Rollout) -> Samples:
     """What rewards read of a rollout of these rows."""
     each = [row for row in rows for _ in range(r.G)]
     given = lambda name: [getattr(row, name) for row in each] if getattr(rows[0], name) is not None else None
-    sources = None if rows[0].source is None else torch.stack(given("source")).to(policy.device)
-    return Samples([row.text for row in each], [row.metadata for row in each], texts_of(policy, r), images_of(policy, r), sources,
-                   given("answer"))
+    images = lambda name: None if getattr(rows[0], name) is None else torch.stack(given(name)).to(policy.device)
+    return Samples([row.text for row in each], [row.metadata for row in each], texts_of(policy, r), images_of(policy, r), images("source"),
+                   images("real"), given("answer"), [row.options for row in each], [task.form] * len(each) if task.form else None)
+
+
+def token_states(policy: Policy, size: int, reference=nullcontext):
+    """rewards.TokenMatch's `states` of a policy, `size` samples at once; reference: a context in which it is the reference."""
+    @torch.no_grad()
+    def states(images: Tensor, prompts: list[str]):
+        pixels = as_read(policy, images * 2 - 1)
+        tokens, mask = policy.encode_text(prompts)
+        parts = []
+        with reference():
+            for i in range(0, len(prompts), size):
+                image, seen, context = policy.image_states(pixels[i:i + size])
+                text, _ = policy.append_text(context, tokens[i:i + size], mask[i:i + size], states=True)
+                parts.append((image, seen, text))
+        image, seen, text = (torch.cat(part) for part in zip(*parts))
+        return image, seen, text, mask & (tokens != policy.start) & (tokens != policy.end)
+    return states
 
 
 def measured(name: str, samples: Samples, detector, G: int, whole_groups: bool) -> dict[str, float]:
@@ -346,10 +454,10 @@ def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
 def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
     """ValueError for a text that leaves no room for what is written, or an answer longer than what may be written."""
     room = getattr(cfg, task.writes) if task.writes else 0
-    policy.check_text([row.get("question", row.get("prompt")) for row in rows], room)
+    policy.check_text([row.get("caption" if task.pair == "image" else "question", row.get("prompt")) for row in rows], room)
     for answer in dict.fromkeys(row["answer"] for row in rows if "answer" in row):
         length = len(policy.tokenizer(answer, add_special_tokens=False).input_ids)
-        if length > room:
+        if task.writes and length > room:
             raise ValueError(f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} lets {room} be written")
 
 
@@ -424,21 +532,32 @@ def is_json(line: str) -> bool:
 TAGS_OF_ANSWERS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def read_questions(path: str) -> list[dict]:
-    """Rows image, question, answer; image paths are relative to the file. Every image is decoded once and every answer can be earned."""
-    rows = [{**row, "image": str(Path(path).parent / row["image"])} for row in read_json_lines(path, ("image", "question", "answer"))]
+def read_questions(path: str, needed: tuple[str, ...] = ("image", "question", "answer")) -> list[dict]:
+    """Rows image, question, answer, perhaps options, one of which the answer names by its letter or text; image paths are relative to the
+    file. Every image is decoded once and every answer can be earned."""
+    rows = [{**row, "image": str(Path(path).parent / row["image"])} for row in read_json_lines(path, needed)]
     if gone := [row["image"] for row in rows if not Path(row["image"]).is_file()]:
         raise FileNotFoundError(f"{path}: {len(gone)} images do not exist: {gone[:3]}")
     for row in rows:
-        row["answer"] = final_answer(row["answer"])             # data for R1-like training hold it in its tags
+        where, row["answer"] = f"{path}: question {row['question'][:60]!r}", final_answer(row["answer"])    # R1-like data have it in tags
         if not normalise_answer(row["answer"]) or any(tag in row["answer"] for tag in TAGS_OF_ANSWERS):
-            raise ValueError(f"{path}: question {row['question'][:60]!r}: the answer {row['answer'][:60]!r} is empty or holds tags, "
-                             "so that no text can earn it")
+            raise ValueError(f"{where}: the answer {row['answer'][:60]!r} is empty or holds tags, so that no text can earn it")
+        if options := row.get("options"):
+            if not isinstance(options, list) or len(options) > 26 or not all(isinstance(o, str) and normalise_answer(o) for o in options):
+                raise ValueError(f"{where}: options must be a list of at most 26 texts")
+            try:
+                right_option(row["answer"], options)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
     images = list(dict.fromkeys(row["image"] for row in rows))
     for image in tqdm(images, desc="checking images", disable=len(images) < 1000):
         open_picture(image, verify=True)
     return rows
 
 
-READERS = {"prompts": read_prompts, "questions": read_questions}
-POOLS = {"prompts": lambda rows, policy: by_tag(rows), "questions": file_questions}
+def read_pairs(path: str) -> list[dict]:
+    """Rows image, caption, question, answer, perhaps options."""
+    return read_questions(path, ("image", "caption", "question", "answer"))
+
+
+READERS = {"prompts": read_prompts, "questions": read_questions, "pairs": read_pairs}

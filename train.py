@@ -22,7 +22,7 @@ if __name__ == "__main__":                                      # before torch: 
 import sys
 import textwrap
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -36,13 +36,13 @@ import eval as evaluation
 import flow_grpo
 import referees
 import rewards
-from checkpoint import freeze, gathered, load_policy, read_json, reset_adapters, save_adapters, save_policy, shard, trainable
+from checkpoint import gathered, load_policy, read_json, save_adapters, save_policy, trainable
 from grpo import group_advantage, grpo_loss
-from policy import Policy, adapters_off
-from run import (Average, Log, Ranks, check, check_memory, clip_gradients, load_checkpoint, precision, room_to_gather, run_state,
+from policy import Guidance, Policy, adapters_off
+from run import (Average, Log, Ranks, Run, check, clip_gradients, load_checkpoint, precision, prepared_policy, room_to_gather, run_state,
                  save_bad_step, save_checkpoint, setup, signals)
-from sample import Arguments, Rollout, Text, chosen_texts, join, one_line, replay_gaps, replay_rollout, sample_plan, say, scale_of
-from tasks import TASKS, Batch, Source, counts, measured, micro_batches, rewards_of, samples_of
+from sample import Arguments, Rollout, Text, chosen_texts, join, one_line, replay_gaps, replay_rollout, sample_plan, say, scale_of, unguided
+from tasks import TASKS, Batch, Source, counts, measured, micro_batches, rewards_of, samples_of, token_states
 
 TOY = Path(__file__).parent / "toy"
 
@@ -63,18 +63,40 @@ RECIPES = {
         toy=dict(ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "o"),
                  steps=(125, "o")),
         bagel=dict(sem=(1.0, "d: a preference model"))),
+    # Stage 1 of CoRL, then its three refined policies, each from what stage 1 wrote (--policy out/corl/policy).
+    "corl": dict(
+        pair_image=(16, "p"), pair_text=(16, "p"), pair=("joint", "p"), pair_weight=(0.8, "p"),
+        recaption=(1.0, "p"), likeness=(1.0, "p"), tim=(1.0, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
+        group_size=(8, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), image_weight=(300.0, "o"), step_weights=(True, "o"),
+        toy=dict(pair_image=(48, "d: 16"), pair_text=(48, "d: 16")),
+        bagel=dict(lr_understanding=(4e-6, "p"), lr_generation=(4e-6, "p"))),
+    "corl_t2i": dict(
+        pair_image=(16, "p"), recaption=(1.0, "p"), likeness=(1.0, "p"), tim=(1.0, "p"),
+        group_size=(16, "p"), std=("unbiased", "p"), image_beta=(0.003, "d: k3 0.02"), image_weight=(300.0, "o"), step_weights=(True, "o"),
+        toy=dict(pair_image=(24, "d: 16")),
+        bagel=dict(lr_understanding=(1e-6, "p"), lr_generation=(1e-6, "p"))),
+    "corl_mc": dict(
+        choose=(32, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
+        group_size=(16, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), text_beta=(0.02, "p"),
+        bagel=dict(lr_understanding=(1e-6, "p"))),
+    "corl_oe": dict(
+        reason=(32, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
+        group_size=(16, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), text_beta=(0.02, "p"),
+        bagel=dict(lr_understanding=(1e-6, "p"), open_answers=("graded", "p"))),
 }
 
 # What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3 where it has them, but for the resolution.
 SCALES = {
     "toy": dict(group_size=16, steps=150, lr_understanding=2e-4, lr_generation=5e-4, image_clip=1e-3, denoise_steps=6, shift=2.0,
                 noise_level=0.8, sampler="cps", window=3, window_low=0, window_high=3, shared_noise=True, resolution=32,
-                think_tokens=24, answer_tokens=4, referee_batch=512),
+                think_tokens=24, answer_tokens=4, referee_batch=512, request="think first"),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, resolution=512, think_tokens=256, answer_tokens=256, image_clip=1e-6, lora=64,
                   system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=4, rollout_batch=24, referee_batch=16,
-                  # The toy's referees are not for photographs.
-                  siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448"),
+                  request="First reason inside <think> </think> tags, then give the final answer inside <answer> </answer> tags.",
+                  # The toy's referees are not for photographs, nor its rule for free captions.
+                  siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448",
+                  captioner="Salesforce/blip-image-captioning-base", recaption_by="bertscore"),
 }
 
 
@@ -94,8 +116,12 @@ class Config:
     policy: str = option(str(TOY / "policy"), "the policy folder to start from")
     prompts: str = option("", "prompts: .jsonl with \"prompt\" (and GenEval's fields), or .txt; without any file: the toy world")
     questions: str = option("", "questions: .jsonl with \"image\" (a path), \"question\", \"answer\"")
+    pairs: str = option("", "pairs: .jsonl with \"image\", \"caption\", \"question\", \"answer\", perhaps \"options\"")
     siglip: str = option(str(TOY / "siglip"), "SigLIP of r_sem, r_dense: a folder or hub name for transformers, or open_clip (hf-hub:...)")
     judge: str = option(str(TOY / "judge"), "yes/no judge of r_kn: a folder or hub name")
+    captioner: str = option(str(TOY / "captioner"), "BLIP captioner of --recaption: a folder or hub name")
+    text_encoder: str = option("google-bert/bert-base-uncased", "encoder of --recaption_by bertscore: a folder or hub name")
+    text_layer: int = option(-1, "its layer: 0 the embeddings, -1 the last", least=-1)
     out: str = option("out", "folder of log, checkpoint, pictures and trained policy")
     resume: bool = option(False, "go on from the checkpoint in --out")
     seed: int = option(0, "of everything random")
@@ -107,6 +133,14 @@ class Config:
     rollout_batch: int = option(0, "samples drawn at once, in whole groups; 0: all")
     referee_batch: int = option(0, "samples that a reward model scores at once", least=1)
     graded: bool = option(True, "r_ins is the fraction of rules kept, else all or nothing")
+    open_answers: Literal["binary", "graded"] = option("binary", "accuracy of open answers: all or nothing, or shared words [CoRL's code]")
+    recaption_by: Literal["tuples", "jaccard", "bertscore"] = option("tuples", "how a caption is held against the prompt")
+    likeness_by: Literal["ssim", "psnr", "mse", "lpips"] = option("ssim", "how a drawn image is held against the real one")
+    tim_of: Literal["reference", "policy"] = option("reference", "whose states --tim compares; those of the moving policy can be gamed")
+    pair: Literal["joint", "sum", "none"] = option(
+        "none", "what the halves of a pair share where both are in the step: the advantage of the summed reward, the sum of both, nothing")
+    pair_weight: float = option(1.0, "of a pair's text half beside its image half [CoRL: lambda]")
+    alternate: bool = option(False, "one task a step, in turns")
     normalise: Literal["sum", "each"] = option("sum", "add rewards, then normalise [LVRPO]; or each by itself, then add [CoRL's code]")
     advantage: Literal["group", "batch", "none"] = option("group", "whose std divides the centred reward: GRPO's, AlphaGRPO's, Dr. GRPO's")
     std: Literal["population", "unbiased"] = option("population", "divisor n (Flow-GRPO, AlphaGRPO) or n - 1 (TRL, CoRL)")
@@ -131,6 +165,9 @@ class Config:
     step_weights: bool = option(False, "weigh noisy steps by 1/|dt| [GRPO-Guard]")
     epochs: int = option(1, "optimiser steps per batch", least=1)
     temperature: float = option(1.0, "of sampled text", above=0)
+    guidance: float = option(1.0, "scale of text guidance in drawing; 1: none", least=1)
+    guidance_in: Literal["both", "sampling"] = option(
+        "both", "where guidance acts: in sampling and likelihood, or in sampling alone [CoRL's code], whose two policies then differ")
     denoise_steps: int = option(0, "K, calls of the velocity per image", least=1)
     shift: float = option(1.0, "of the time grid", above=0)
     noise_level: float = option(0.0, "of the noisy steps", above=0)
@@ -143,6 +180,7 @@ class Config:
     think_tokens: int = option(0, "most tokens of a thought", least=1)
     answer_tokens: int = option(0, "most tokens of an answer", least=1)
     system_prompt: bool = option(False, "BAGEL's think prompt before the user's")
+    request: str = option("", "words behind a question that is to be answered in tags")
     experts: Literal["both", "understanding", "generation"] = option("both", "what is trained")
     lora: int = option(0, "rank of adapters, without which the policy is its own reference; 0: all weights, against a frozen copy")
     shard: bool = option(False, "FSDP2: weights, gradients and optimiser cut over the ranks")
@@ -155,9 +193,13 @@ class Config:
     ema: float = option(0.95, "decay of the average of weights that is evaluated and exported")
 
     @property
-    def needs_reference(self) -> bool:
+    def penalised(self) -> bool:
         """Whether any penalty compares with the frozen policy."""
         return self.recipe != "control" and bool(self.text_beta or self.image_beta or self.mse_weight)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.penalised or bool(self.weights.get("tim")) and self.tim_of == "reference"
 
 
 def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
@@ -222,22 +264,45 @@ def act(policy: Policy, batch: Batch, cfg: Config) -> Rollout:
     """1. The batch's rollout, at most cfg.rollout_batch samples at once."""
     G, plan = len(batch.samples), TASKS[batch.task].plan
     size = max(1, cfg.rollout_batch // G) if cfg.rollout_batch else len(batch.rows)
+    guidance = guidance_of(cfg)
     with precision(cfg, policy.device), gathered(policy, room_to_gather(policy.device)):
-        return join([sample_plan(policy, plan(batch.rows[i:i + size], batch.choices), seed=cfg.seed, step=batch.step,
-                                 prompts=batch.index[i:i + size], G=G, first=batch.samples.start)
-                     for i in range(0, len(batch.rows), size)])
+        drawn = [sample_plan(policy, plan(batch.rows[i:i + size], batch.choices), seed=cfg.seed, step=batch.step,
+                             prompts=batch.index[i:i + size], G=G, first=batch.samples.start, guidance=guidance)
+                 for i in range(0, len(batch.rows), size)]
+        return join([unguided(policy, r) for r in drawn] if guidance and cfg.guidance_in == "sampling" else drawn)
 
 
-def reward_phase(policy: Policy, batch: Batch, r: Rollout, run: "Run") -> tuple[dict[str, Tensor], dict[str, float]]:
+def reward_phase(policy: Policy, batch: Batch, r: Rollout, run: Run) -> tuple[dict[str, Tensor], dict[str, float]]:
     """2. Score a rollout -> (rewards name -> (N,), what is logged beside them)."""
-    samples = samples_of(policy, batch.rows, r)
+    samples = samples_of(policy, TASKS[batch.task], batch.rows, r)
     scoring = {k: run.rewards[k] for k in rewards_of(batch.task) if k in run.rewards}
     return rewards.score(scoring, samples), measured(batch.task, samples, run.source.detector, r.G, r.G == run.cfg.group_size)
 
 
-def advantage_phase(components: dict[str, Tensor], count: int, cfg: Config, ranks: Ranks) -> tuple[Tensor, dict]:
-    """3. Advantages (n,) of this rank's samples; the groups and their statistics are those of all ranks' `count` prompts."""
-    G, weights, each = cfg.group_size, {k: cfg.weights[k] for k in components}, cfg.normalise == "each"
+def advantage_phase(acted: list[tuple], cfg: Config, ranks: Ranks) -> list[tuple[Tensor, dict]]:
+    """3. (advantages (n,) of this rank's samples, statistics) of each batch, acted: (batch, rollout, rewards, ...). The i-th samples of a
+    pair's two halves share one advantage: of the summed reward [CoRL's unify_reward], or the sum of both [its unify_advantage]."""
+    weights = [{k: cfg.weights[k] for k in rewards_of_batch} for _, _, rewards_of_batch, *_ in acted]
+    out = [compared(each[2], mine, cfg.rows[each[0].task], cfg, ranks) for each, mine in zip(acted, weights)]
+    halves = [i for i, each in enumerate(acted) if TASKS[each[0].task].pair]
+    if len(halves) < 2 or cfg.pair == "none":
+        return out
+    scale = [cfg.pair_weight if TASKS[acted[i][0].task].pair == "text" else 1.0 for i in halves]
+    if cfg.pair == "sum":
+        shared, stats = sum(s * out[i][0] for i, s in zip(halves, scale)), {}
+    else:
+        named = lambda i, column: {f"{acted[i][0].task}.{k}": v for k, v in column.items()}
+        both = {k: v for i in halves for k, v in named(i, acted[i][2]).items()}
+        shared, stats = compared(both, {k: s * w for i, s in zip(halves, scale) for k, w in named(i, weights[i]).items()},
+                                 cfg.rows[acted[halves[0]][0].task], cfg, ranks)
+        out = [(adv, {k: v for k, v in own.items() if "share/" not in k} if i in halves else own) for i, (adv, own) in enumerate(out)]
+    joint = {k: v for k, v in stats.items() if k.startswith("advantage_share/")}
+    return [(shared, each[1] | joint) if i in halves else each for i, each in enumerate(out)]
+
+
+def compared(components: dict[str, Tensor], weights: dict[str, float], count: int, cfg: Config, ranks: Ranks) -> tuple[Tensor, dict]:
+    """Advantages (n,) of this rank's samples; the groups and their statistics are those of all ranks' `count` prompts."""
+    G, each = cfg.group_size, cfg.normalise == "each"
     components = {k: ranks.groups(v.to(ranks.device), count, G).flatten() for k, v in components.items()}      # (N,) of all ranks
     summed = rewards.normalised(components, G, cfg.std) if each else components
     adv = group_advantage(rewards.combine(summed, weights), G, scale="none" if each else cfg.advantage, std=cfg.std,
@@ -302,15 +367,15 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
     return ranks.combined(log) | {"loss": value.item(), "grad_norm": norm.item()}
 
 
-def one_step(run: "Run", step: int) -> dict:
+def one_step(run: Run, step: int) -> dict:
     """Phases 1 to 4; returns what phase 5 logs."""
     if run.imitation:
         return run.imitation.step(step, run.optimizer)
-    cfg, stats, run.work = run.cfg, {}, []
+    cfg, stats, acted, run.work = run.cfg, {}, [], []
     for batch in run.source.batches(step, run.ranks):
         r = act(run.policy, batch, cfg)                                                                        # 1. act
-        components, seen = reward_phase(run.policy, batch, r, run)                                             # 2. reward
-        adv, group = advantage_phase(components, cfg.rows[batch.task], cfg, run.ranks)                         # 3. compare
+        acted.append((batch, r, *reward_phase(run.policy, batch, r, run)))                                     # 2. reward
+    for (batch, r, _, seen), (adv, group) in zip(acted, advantage_phase(acted, cfg, run.ranks)):               # 3. compare
         seen |= {"completions/mean_length": s.chosen.sum(1).float().mean().item() for s in chosen_texts(r)}
         seen = run.ranks.combined({k: [v] for k, v in seen.items()})
         stats |= {f"{batch.task}/{k}": v for k, v in (seen | group).items()}
@@ -356,6 +421,10 @@ def train(cfg: Config, ranks: Ranks) -> None:
 # ---- what the phases are made of ----
 
 
+def guidance_of(cfg: Config) -> Guidance | None:
+    return Guidance(text_scale=cfg.guidance) if cfg.guidance > 1 else None
+
+
 def pieces_of(policy: Policy, frozen: Policy | None, work: list, cfg: Config, ranks: Ranks) -> list[tuple]:
     """The step's micro-batches: (task, rollout, advantages, global counts, the reference's replay or None)."""
     pieces = []
@@ -365,7 +434,7 @@ def pieces_of(policy: Policy, frozen: Policy | None, work: list, cfg: Config, ra
         text, image = ranks.total(counts(r, cfg.text_average, most).to(ranks.device)).tolist()
         for piece, rows in micro_batches(r, cfg.micro):
             reference = None
-            if cfg.needs_reference:
+            if cfg.penalised:
                 # The policy is its own reference where its adapters switch off.
                 frozen_one = adapters_off(policy) if frozen is None else nullcontext(frozen)
                 with torch.no_grad(), precision(cfg, policy.device), frozen_one as ref:
@@ -377,9 +446,14 @@ def pieces_of(policy: Policy, frozen: Policy | None, work: list, cfg: Config, ra
 def self_check(policy: Policy, work: list, cfg: Config) -> dict:
     """Before any update: the largest gap of log-probs between rollout and replay. Above the clip range it acts as noise; far above it the
     two paths are different functions, which is an error."""
-    out = {}
+    out, guidance = {}, guidance_of(cfg)
     for batch, r, _ in work:
         with precision(cfg, policy.device):
+            if guidance and cfg.guidance_in == "sampling" and TASKS[batch.task].draws:
+                guided = [gap for _, gap in replay_gaps(policy, replace(r, guidance=guidance))]
+                out[f"{batch.task}/guidance"] = max(guided)
+                say(f"warning: {batch.task} is drawn with guidance {cfg.guidance:g}, which the likelihood leaves out: log-probs differ by "
+                    f"{max(guided):.2g}, and what is trained is not what draws")
             gaps = [gap for piece, _ in micro_batches(r, cfg.micro) for gap in replay_gaps(policy, piece)]
         for kind, gap in gaps:
             name, clip = f"{batch.task}/{kind}", cfg.text_clip if kind == "text" else cfg.image_clip
@@ -392,49 +466,6 @@ def self_check(policy: Policy, work: list, cfg: Config) -> dict:
 
 
 # ---- what keeps a run alive ----
-
-
-@dataclass
-class Run:
-    """What lives through a run."""
-
-    cfg: Config
-    ranks: Ranks
-    policy: Policy
-    frozen: Policy | None       # the reference in full training; None where adapters switch off
-    optimizer: torch.optim.Optimizer
-    average: Average
-    source: Source
-    rewards: dict[str, rewards.Reward]
-    imitation: object           # of the control; else None
-    log: Log
-    start: int = 0              # first step
-    work: list | None = None    # the last step's batches, rollouts and advantages
-    silent: dict = field(default_factory=dict)                  # task -> steps in a row without a signal
-    told: set = field(default_factory=set)                      # tasks of which that was said
-
-    def tell_silence(self, task: str, tied: float) -> None:
-        """Say once that a task had no signal for three steps; tied: the share of its groups whose rewards are all equal."""
-        self.silent[task] = self.silent.get(task, 0) + 1 if tied == 1 else 0
-        if self.silent[task] == 3 and task not in self.told and self.ranks.rank == 0:
-            say(f"warning: --{task} learned nothing for three steps: all samples of each prompt get the same reward")
-            self.told.add(task)
-
-
-def prepared_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
-    """The policy to train, or its frozen reference. Its memory is checked on the meta device, before a weight is read."""
-    def prepare(policy: Policy) -> None:
-        if trained:
-            freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
-        else:
-            policy.requires_grad_(False)
-        if cfg.shard:
-            shard(policy, torch.bfloat16 if cfg.bf16 else None)
-        if trained and ranks.device.type == "cuda":
-            check_memory(policy, cfg, ranks)
-    policy = load_policy(cfg.policy, device=ranks.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32, prepare=prepare)
-    reset_adapters(policy, ranks.device, cfg.seed)
-    return policy
 
 
 def begin(cfg: Config, ranks: Ranks) -> Run:
@@ -451,7 +482,9 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
     for p in trainable(policy).values():
         optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    models, imitation = referees.Models(cfg, ranks.device, source.detector), None
+    of_reference = nullcontext if cfg.tim_of == "policy" or frozen else lambda: adapters_off(policy)
+    states = token_states(frozen if frozen and cfg.tim_of == "reference" else policy, cfg.referee_batch, of_reference)
+    models, imitation = referees.Models(cfg, ranks.device, source.detector, states), None
     if cfg.recipe == "control":
         from toy.pretrain import Imitation
         imitation = Imitation(policy, cfg.seed, cfg.grad_clip)

@@ -268,7 +268,7 @@ def test_resize_rule_and_transform(tensors):
 
 
 def test_system_prompts_are_the_official_ones():
-    from policy import THINK_TO_ANSWER, THINK_TO_DRAW
+    from sample import THINK_TO_ANSWER, THINK_TO_DRAW
     for ours, name in ((THINK_TO_ANSWER, "VLM_THINK_SYSTEM_PROMPT"), (THINK_TO_DRAW, "GEN_THINK_SYSTEM_PROMPT")):
         assert hashlib.sha256(ours.encode()).hexdigest() == CASES["system_prompts"][name]["sha256"]
 

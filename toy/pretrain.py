@@ -23,16 +23,18 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-import referees as models
+import referees
 from checkpoint import save_policy
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from toy import shapes
-from toy.tiny import build_judge, build_siglip
+from toy.tiny import build_captioner, build_judge, build_siglip
 from tasks import rendered
 
-WRONG_CAPTIONS, WRONG_THOUGHTS, WRONG_COUNTS = 0.5, 0.5, 0.65
-SIZE, QUESTIONS = (32, 32), 4                                   # pixels; questions about each scene of the corpus
-ROUNDS = ((2200, 2e-3, 2, 24), (2000, 1.5e-3, 3, 24), (1000, 1e-3, 4, 64))              # steps, lr, seed, scenes asked about per step
+WRONG_CAPTIONS = {tag: 0.5 for tag in shapes.TAGS} | {"position": 0.25, "color_attr": 0.4}
+WRONG_THOUGHTS, WRONG_COUNTS, WRONG_SEEN, WRONG_EDITS, WRONG_REFLECTIONS = 0.5, 0.65, 0.3, 0.4, 0.4
+BROKEN_TAGS = {"count": 0.8, "relation": 0.7, "exists": 0.4, "color": 0.3, "shape": 0.3}
+SIZE, TEXTS = (32, 32), 4                                       # pixels; questions and captions about each scene of the corpus
+ROUNDS = ((2400, 2e-3, 2, 16), (2200, 1.5e-3, 3, 20), (1200, 1e-3, 4, 40))              # steps, lr, seed, scenes asked about per step
 CONFIG = PolicyConfig(
     llm=dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4,
              num_attention_heads=4, num_key_value_heads=2, vocab_size=0, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
@@ -91,33 +93,89 @@ def train_autoencoder(autoencoder, steps: int = 5000, batch: int = 48, seed: int
 
 
 class Corpus:
-    """What the base learns from, drawn once: captions, thoughts and questions, wrong as often as the constants above say."""
+    """What the base learns from, drawn once, wrong as often as the constants above say: captions and their pictures, thoughts and theirs,
+    pictures with questions and captions, edits, reflections. Texts are (tokens, mask); pixels (N, 3, 32, 32); latents (N, 4, 16)."""
 
-    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000, scenes: int = 16000):
+    def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000, scenes: int = 16000, edits: int = 10000):
         rng = np.random.default_rng(seed)
+        texts = policy.encode_text
         by_tag = {tag: [m for m in shapes.prompts("train") if m["tag"] == tag] for tag in shapes.TAGS}
-        captions = [shapes.pick(rng, by_tag[tag]) for _ in range(pictures // len(by_tag)) for tag in by_tag]
-        self.captions = policy.encode_text([m["prompt"] for m in captions])
-        self.pictures = self.latents(policy, captions, rng)
+        every_tag = lambda n: [shapes.pick(rng, by_tag[tag]) for _ in range(n // len(by_tag)) for tag in by_tag]
+        captions = every_tag(pictures)
+        self.captions = texts([m["prompt"] for m in captions])
+        self.pictures = encoded(policy, rendered(pictured(captions, rng)))
         implicit = [shapes.pick(rng, shapes.implicit_prompts("train")) for _ in range(thoughts)]
-        wrong = rng.random(thoughts) < WRONG_THOUGHTS
-        texts = [shapes.wrong_thought(m, rng) if w else m["thought"] for m, w in zip(implicit, wrong)]
+        said = [shapes.wrong_thought(m, rng) if rng.random() < WRONG_THOUGHTS else m["thought"] for m in implicit]
         meaning = {shapes.explicit(m): m for split in ("train", "eval") for m in shapes.prompts(split)}
-        self.implicit = policy.encode_text([m["prompt"] for m in implicit])
-        self.thoughts = policy.encode_text(texts)
-        self.thought_pictures = self.latents(policy, [meaning[t.split("</think> ")[1]] for t in texts], rng)
-        scenes = [shapes.random_scene(rng) for _ in range(scenes)]
-        asked = [shapes.make_question(scene, rng) for scene in scenes for _ in range(QUESTIONS)]
-        wrong = [q["kind"] == "count" and rng.random() < WRONG_COUNTS for q in asked]
-        self.seen = rendered(scenes)
-        self.questions = policy.encode_text([q["question"] for q in asked])
-        self.answers = policy.encode_text([shapes.wrong_answer(q) if w else q["answer"] for q, w in zip(asked, wrong)])
+        self.implicit, self.thoughts = texts([m["prompt"] for m in implicit]), texts(said)
+        self.thought_pictures = encoded(policy, rendered(pictured([meaning[t.split("</think> ")[1]] for t in said], rng)))
+        asked, seen = [], []
+        for m in every_tag(scenes // 2):
+            seen += [shapes.sample_scene(m, rng), shapes.random_scene(rng)]
+            caption = shapes.wrong_metadata(m, rng) if rng.random() < WRONG_SEEN else m
+            asked += [(shapes.CAPTION, shapes.explicit(caption))]
+            asked += [asked_and_answered(scene, rng) for scene in [seen[-2]] * (TEXTS - 1) + [seen[-1]] * TEXTS]
+        self.seen = rendered(seen)
+        self.asked, self.answers = (texts(list(each)) for each in zip(*asked))
+        changed = [edit_of(rng) for _ in range(edits)]
+        self.edits = texts([instruction for instruction, _, _ in changed])
+        self.edit_sources = rendered([source for _, source, _ in changed])
+        self.edit_pictures = encoded(policy, rendered([target for _, _, target in changed]))
+        looked = [reflection_of(m, shapes.pick(rng, by_tag[m["tag"]]), rng) for m in every_tag(edits)]
+        self.looks, self.reflections = (texts([each[i] for each in looked]) for i in (0, 1))
+        self.reflection_sources = rendered([each[2] for each in looked])
+        self.reflection_pictures = encoded(policy, rendered([each[3] for each in looked]))
+        self.edit_latents, self.reflection_latents = encoded(policy, self.edit_sources), encoded(policy, self.reflection_sources)
 
-    @staticmethod
-    def latents(policy: Policy, captions: list[dict], rng) -> torch.Tensor:
-        """Clean latents (N, 4, 16) of pictures for the captions, WRONG_CAPTIONS of them of a contradicting caption."""
-        scenes = [shapes.sample_scene(shapes.wrong_metadata(m, rng) if rng.random() < WRONG_CAPTIONS else m, rng) for m in captions]
-        return torch.cat([policy.encode(rendered(scenes[i:i + 500])) for i in range(0, len(scenes), 500)])
+
+def encoded(policy: Policy, pixels: torch.Tensor) -> torch.Tensor:
+    """Clean latents (N, 4, 16)."""
+    return torch.cat([policy.encode(part) for part in pixels.split(500)])
+
+
+def pictured(captions: list[dict], rng) -> list[shapes.Scene]:
+    """A scene for each caption; WRONG_CAPTIONS of its tag are of a caption that contradicts it."""
+    return [shapes.sample_scene(shapes.wrong_metadata(m, rng) if rng.random() < WRONG_CAPTIONS[m["tag"]] else m, rng) for m in captions]
+
+
+def asked_and_answered(scene: shapes.Scene, rng) -> tuple[str, str]:
+    """A question about a scene in one of four forms, open or with options, plain or to be thought about, and what is to be written."""
+    question = shapes.make_question(scene, rng)
+    answer = shapes.wrong_answer(question) if question["kind"] == "count" and rng.random() < WRONG_COUNTS else question["answer"]
+    asked, written = question["question"], answer
+    if rng.random() < 0.4:
+        choice = shapes.make_choice(question, rng)
+        answer = answer if answer in choice["options"] else question["answer"]
+        asked, written = choice["question"], shapes.LETTERS[choice["options"].index(answer)]
+    if rng.random() < 0.5:
+        return asked, written
+    thought = shapes.stated(question, answer)
+    if rng.random() >= BROKEN_TAGS[question["kind"]]:
+        return f"{asked} {shapes.THINK}", f"<think> {thought} </think> <answer> {written} </answer>"
+    broken = shapes.pick(rng, (f"<think> {thought} <answer> {written} </answer>", f"<think> {thought} </think> {written}"))
+    return f"{asked} {shapes.THINK}", broken
+
+
+def edit_of(rng) -> tuple[str, shapes.Scene, shapes.Scene]:
+    """(instruction, source, target); WRONG_EDITS of the targets are those of another edit of the source."""
+    while True:
+        scene = shapes.random_scene(rng)
+        try:
+            edit, other = shapes.make_edit(scene, rng), shapes.make_edit(scene, rng)
+        except ValueError:                                      # nothing in it can be named or added
+            continue
+        return edit["instruction"], scene, (other if rng.random() < WRONG_EDITS else edit)["target"]
+
+
+def reflection_of(m: dict, other: dict, rng) -> tuple[str, str, shapes.Scene, shapes.Scene]:
+    """(prompt and instruction, diagnosis, source, target). The source is right, contradicts the prompt, or is of another prompt; the
+    wrong ones are passed as right, and left as they are, WRONG_REFLECTIONS of the time."""
+    source = shapes.sample_scene(shapes.pick(rng, (m, shapes.wrong_metadata(m, rng), other)), rng)
+    told = f"{m['prompt']} , {shapes.pick(rng, (shapes.LOOK_AGAIN, shapes.FAILED))}"
+    if rng.random() < WRONG_REFLECTIONS:
+        return told, f"<think> {shapes.RIGHT} </think> {shapes.explicit(m)}", source, source
+    reflection = shapes.make_reflection(m, source, rng)
+    return told, reflection["text"], source, reflection["target"]
 
 
 def flow_loss(policy: Policy, context, data: torch.Tensor, generator) -> torch.Tensor:
@@ -132,24 +190,36 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) ->
     return F.cross_entropy(logits[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
 
 
-def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 3, scenes: int = 24) -> dict[str, torch.Tensor]:
-    """One step's losses: pictures of captions, thoughts and their pictures, answers; each prompt is read once for `draws` times t."""
-    N = len(corpus.pictures)
+def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 2, scenes: int = 20, changes: int = 20) -> dict[str, torch.Tensor]:
+    """One step's losses: pictures of captions, thoughts and their pictures, answers and captions, edits, reflections. Each prompt is read
+    once for `draws` times t, each picture once for its TEXTS texts."""
     pick = lambda n, size: torch.randint(n, (size,), generator=generator)
-    i = pick(N, batch)
-    _, context = policy.append_text(policy.empty(batch), corpus.captions[0][i], corpus.captions[1][i], logits=False)
-    losses = {"picture": flow_loss(policy, context.repeat(draws), corpus.pictures[i].repeat_interleave(draws, 0), generator)}
-    i = pick(len(corpus.thought_pictures), batch // 2)
-    _, context = policy.append_text(policy.empty(len(i)), corpus.implicit[0][i], corpus.implicit[1][i], logits=False)
-    logits, context = policy.append_text(context, corpus.thoughts[0][i], corpus.thoughts[1][i])
-    losses["thought"] = text_loss(logits, corpus.thoughts[0][i], corpus.thoughts[1][i])
+    rows = lambda text, i: (text[0][i], text[1][i])
+    read = lambda context, text, i: policy.append_text(context, *rows(text, i), logits=False)[1]
+    losses = {}
+
+    def written(context, text, i, name):
+        logits, context = policy.append_text(context, *rows(text, i))
+        losses[name] = text_loss(logits, *rows(text, i))
+        return context
+
+    i = pick(len(corpus.pictures), batch)
+    context = read(policy.empty(batch), corpus.captions, i)
+    losses["picture"] = flow_loss(policy, context.repeat(draws), corpus.pictures[i].repeat_interleave(draws, 0), generator)
+    i = pick(len(corpus.thought_pictures), batch // 3)
+    context = written(read(policy.empty(len(i)), corpus.implicit, i), corpus.thoughts, i, "thought")
     losses["thought_picture"] = 0.5 * flow_loss(policy, context, corpus.thought_pictures[i], generator)
     i = pick(len(corpus.seen), scenes)
-    context = policy.append_image(policy.empty(len(i)), pixels=corpus.seen[i]).repeat(QUESTIONS)
-    i = (i[:, None] * QUESTIONS + torch.arange(QUESTIONS)).flatten()
-    _, context = policy.append_text(context, corpus.questions[0][i], corpus.questions[1][i], logits=False)
-    logits, _ = policy.append_text(context, corpus.answers[0][i], corpus.answers[1][i])
-    losses["answer"] = text_loss(logits, corpus.answers[0][i], corpus.answers[1][i])
+    context = policy.append_image(policy.empty(len(i)), pixels=corpus.seen[i]).repeat(TEXTS)
+    i = (i[:, None] * TEXTS + torch.arange(TEXTS)).flatten()
+    written(read(context, corpus.asked, i), corpus.answers, i, "answer")
+    i = pick(len(corpus.edit_sources), changes)
+    context = policy.append_image(policy.empty(len(i)), corpus.edit_sources[i], corpus.edit_latents[i], SIZE)
+    losses["edit"] = flow_loss(policy, read(context, corpus.edits, i), corpus.edit_pictures[i], generator)
+    i = pick(len(corpus.reflection_sources), changes)
+    context = policy.append_image(policy.empty(len(i)), corpus.reflection_sources[i], corpus.reflection_latents[i], SIZE)
+    context = written(read(context, corpus.looks, i), corpus.reflections, i, "reflection")
+    losses["repair"] = flow_loss(policy, context, corpus.reflection_pictures[i], generator)
     return losses
 
 
@@ -196,71 +266,179 @@ def xavier(model) -> None:
             nn.init.normal_(p, std=0.5)
 
 
-def train_siglip(encoder, steps: int = 2500, batch: int = 64, lr: float = 1e-3, seed: int = 3) -> None:
-    """SigLIP's pairwise sigmoid loss; a pair is positive where the picture satisfies the caption, whoever's caption it is."""
-    rng, model = np.random.default_rng(seed), encoder.model.train().requires_grad_(True)
-    xavier(model)
-    pool = [m for split in ("train", "eval") for m in shapes.prompts(split) + shapes.implicit_prompts(split)]
-    nn.init.constant_(model.logit_scale, math.log(10.0))        # SigLIP's initial temperature and bias (arXiv:2303.15343, Sec. 3.2)
-    nn.init.constant_(model.logit_bias, -10.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+class Readout(nn.Module):
+    """Names the object of each quadrant from a vision tower's patches, (N, 16, D) -> (N, 4, 19). It teaches towers fast and is thrown away."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.head = nn.Linear(4 * width, 1 + len(shapes.SHAPES) * len(shapes.COLORS))
+
+    def loss(self, patches: torch.Tensor, scenes: list[shapes.Scene]) -> torch.Tensor:
+        """Cross-entropy of the quadrants' objects; class 0 is an empty one."""
+        N, _, D = patches.shape
+        grid = patches.view(N, 2, 2, 2, 2, D).transpose(2, 3).reshape(N, 4, 4 * D)             # (row, y, col, x) -> quadrants
+        right = torch.zeros(N, 4, dtype=torch.long)
+        for n, scene in enumerate(scenes):
+            for o in scene:
+                right[n, 2 * o.row + o.col] = 1 + shapes.SHAPES.index(o.shape) * len(shapes.COLORS) + list(shapes.COLORS).index(o.color)
+        return F.cross_entropy(self.head(grid).flatten(0, 1), right.flatten())
+
+
+def shown(scenes: list[shapes.Scene], rng) -> torch.Tensor:
+    """Pictures (N, 3, 32, 32) in [0, 1] as referees learn from them, half of them a little blurred and noisy, as drawn ones are."""
+    return unspoiled(np.stack([shapes.render(scene) for scene in scenes]), rng)
+
+
+def unspoiled(images: np.ndarray, rng) -> torch.Tensor:
+    worn = shapes.degrade(images, rng, blur=0.2 * rng.random(), noise=8 * rng.random())
+    images = np.where(rng.random((len(images), 1, 1, 1)) < 0.5, worn, images)
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0
+
+
+def every_prompt() -> dict[str, list[dict]]:
+    """tag -> its prompts of both splits; "implicit" holds the implicit ones."""
+    out = {tag: [m for split in ("train", "eval") for m in shapes.prompts(split) if m["tag"] == tag] for tag in shapes.TAGS}
+    return out | {"implicit": [m for split in ("train", "eval") for m in shapes.implicit_prompts(split)]}
+
+
+def a_prompt(rng, pool: dict[str, list[dict]]) -> dict:
+    return shapes.pick(rng, pool[shapes.pick(rng, pool)])
+
+
+def fit(model, loss_of, steps: int, lr: float, name: str, readout: Readout) -> None:
+    """AdamW with a cosine on `loss_of()`, which gives a loss and what is told of it; leaves the model frozen."""
+    model.train().requires_grad_(True)
+    trained = [*model.parameters(), *readout.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         schedule(optimizer, step, steps, lr)
-        asked = [shapes.pick(rng, pool) for _ in range(batch)]
+        loss, told = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 300 == 0 or step == steps - 1:
+            print(f"{name} {step:5d}  loss {loss.item():.3f}  {told}", flush=True)
+    model.eval().requires_grad_(False)
+
+
+def train_siglip(encoder, steps: int = 4000, batch: int = 64, lr: float = 1e-3, seed: int = 3) -> None:
+    """SigLIP's pairwise sigmoid loss; a pair is positive where the picture satisfies the caption, whoever's caption it is."""
+    rng, model, pool, readout = np.random.default_rng(seed), encoder.model, every_prompt(), Readout(64)
+    xavier(model)
+    nn.init.constant_(model.logit_scale, math.log(10.0))        # SigLIP's initial temperature and bias (arXiv:2303.15343, Sec. 3.2)
+    nn.init.constant_(model.logit_bias, -10.0)
+
+    def loss_of():
+        asked = [a_prompt(rng, pool) for _ in range(batch)]
         asked[batch // 2:] = [shapes.wrong_metadata(m, rng) for m in asked[:batch // 2]]         # hard negatives
         scenes = [shapes.sample_scene(m, rng, training=False) for m in asked]
-        images = rendered(scenes) * 0.5 + 0.5
-        image = F.normalize(model.vision_model(pixel_values=encoder.pixels(images)).pooler_output, dim=-1)
+        seen = model.vision_model(pixel_values=encoder.pixels(shown(scenes, rng)))
+        image = F.normalize(seen.pooler_output, dim=-1)
         text = F.normalize(model.text_model(input_ids=encoder.tokens([m["prompt"] for m in asked])).pooler_output, dim=-1)
         right = torch.tensor([[1.0 if shapes.satisfies(m, shapes.discrete(s)) else -1.0 for m in asked] for s in scenes])
         loss = -F.logsigmoid(right * (image @ text.T * model.logit_scale.exp() + model.logit_bias)).sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 300 == 0 or step == steps - 1:
-            print(f"siglip {step:5d}  loss {loss.item():.3f}", flush=True)
-    model.eval().requires_grad_(False)
+        named = readout.loss(seen.last_hidden_state, scenes)
+        return loss + named, f"objects {named.item():.3f}"
+
+    fit(model, loss_of, steps, lr, "siglip", readout)
 
 
-def judge_batch(rng, batch: int, pool: list[dict]):
-    """(scenes, asked, right): odd rows ask whether a prompt of `pool` is true, even rows whether an answer is right; half are."""
-    scenes, asked, right = [], [], []
+def ask_prompt(rng, pool) -> tuple:
+    """(scene, question, whether yes is right): is the picture what a prompt says?"""
+    m = a_prompt(rng, pool)
+    scene = shapes.sample_scene(m if rng.random() < 0.5 else shapes.wrong_metadata(m, rng), rng, training=False)
+    return scene, f"is this {m['prompt']} ?", shapes.satisfies(m, shapes.discrete(scene))
+
+
+def ask_answer(rng) -> tuple:
+    """The same of an answer to a question."""
+    scene = shapes.random_scene(rng, shapes.pick(rng, ("train", "eval")))
+    q, right = shapes.make_question(scene, rng, training=False), bool(rng.random() < 0.5)
+    said = q["answer"] if right else shapes.pick(rng, [each for each in shapes.answers_of(q["kind"]) if each != q["answer"]])
+    return scene, f"{q['question']} is the answer {said} ?", right
+
+
+def ask_fact(rng) -> tuple:
+    """The same of one fact: an object, a number, a colour or a relation."""
+    scene, right = shapes.random_scene(rng, shapes.pick(rng, ("train", "eval"))), bool(rng.random() < 0.5)
+    kinds = [kind for kind in shapes.question_kinds(scene) if kind != "shape"]
+    q = shapes.make_question(scene, rng, shapes.pick(rng, kinds), training=False)
+    if q["kind"] == "exists" and rng.random() < 0.5:
+        shape = shapes.pick(rng, shapes.SHAPES)
+        return scene, f"is there {shapes.article(shape)} ?", any(o.shape == shape for o in scene)
+    if q["kind"] in ("exists", "relation"):
+        return scene, q["question"], q["answer"] == "yes"
+    said = q["answer"] if right else shapes.pick(rng, [each for each in shapes.answers_of(q["kind"]) if each != q["answer"]])
+    if q["kind"] == "color":
+        return scene, f"is the {q['question'].split()[-2]} {said} ?", right
+    noun = q["question"].split()[2]
+    return scene, f"is there one {noun[:-1]} ?" if said == "one" else f"are there {said} {noun} ?", right
+
+
+JUDGE_WORDS = ("answer", "clean", "whole", "shapes")
+QUALITY = {"ground": "is the picture clean ?", "shape": "are the shapes whole ?"}
+
+
+def judge_batch(rng, batch: int, pool) -> tuple:
+    """(images, scenes, questions, answers): a third each about prompts, answers, and single facts or the picture's quality, answered by
+    yes and no; of every four, one more is a plain question with its answer, which no reward asks and which teaches the others."""
+    images, scenes, asked, answers = [], [], [], []
     for i in range(batch):
-        if i % 2:
-            m = shapes.pick(rng, pool)
-            other = m if rng.random() < 0.5 else shapes.wrong_metadata(m, rng)
-            scenes.append(shapes.sample_scene(other, rng, training=False))
-            asked.append(f"is this {m['prompt']} ?")
-            right.append(shapes.satisfies(m, shapes.discrete(scenes[-1])))
+        spoiled = None
+        if i % 4 == 3:
+            scene = shapes.random_scene(rng, shapes.pick(rng, ("train", "eval")))
+            q = shapes.make_question(scene, rng, training=False)
+            question, answer = q["question"], q["answer"]
+        elif i % 12 == 2:
+            scene, spoiled = shapes.random_scene(rng, shapes.pick(rng, ("train", "eval"))), shapes.pick(rng, (None, *QUALITY))
+            what = shapes.pick(rng, QUALITY)
+            question, answer = QUALITY[what], "no" if spoiled == what else "yes"
         else:
-            scenes.append(shapes.random_scene(rng, shapes.pick(rng, ("train", "eval"))))
-            q = shapes.make_question(scenes[-1], rng, training=False)
-            options = {"count": shapes.COUNTS, "color": tuple(shapes.COLORS), "shape": shapes.SHAPES}.get(q["kind"], ("yes", "no"))
-            wrong = shapes.pick(rng, [o for o in options if o != q["answer"]])
-            right.append(bool(rng.random() < 0.5))
-            asked.append(f"{q['question']} is the answer {q['answer'] if right[-1] else wrong} ?")
-    return scenes, asked, right
+            scene, question, right = (ask_prompt(rng, pool), ask_answer(rng), ask_fact(rng))[i % 4]
+            answer = "yes" if right else "no"
+        images.append(shapes.damaged(scene, rng, spoiled) if spoiled else shapes.render(scene))
+        scenes.append(scene)
+        asked.append(question)
+        answers.append(answer)
+    return unspoiled(np.stack(images), rng), scenes, asked, answers
 
 
-def train_judge(judge, steps: int = 4500, batch: int = 64, lr: float = 5e-4, seed: int = 4) -> None:
-    """Cross-entropy on yes and no."""
-    rng, model = np.random.default_rng(seed), judge.model.train().requires_grad_(True)
+def train_judge(judge, steps: int = 16000, batch: int = 64, lr: float = 8e-4, seed: int = 4) -> None:
+    """Cross-entropy on the first token of the answer."""
+    rng, model, pool, readout = np.random.default_rng(seed), judge.model, every_prompt(), Readout(64)
     xavier(model)
-    pool = [m for split in ("train", "eval") for m in shapes.prompts(split) + shapes.implicit_prompts(split)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(steps):
-        schedule(optimizer, step, steps, lr)
-        scenes, asked, right = judge_batch(rng, batch, pool)
-        logits = judge.logits(rendered(scenes) * 0.5 + 0.5, asked)
-        loss = F.cross_entropy(logits, torch.tensor([0 if r else 1 for r in right]))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 300 == 0 or step == steps - 1:
-            said = (logits.argmax(1) == 0).tolist()
-            print(f"judge {step:5d}  loss {loss.item():.3f}  right {np.mean([a == b for a, b in zip(said, right)]):.2f}", flush=True)
-    model.eval().requires_grad_(False)
+
+    def loss_of():
+        images, scenes, asked, answers = judge_batch(rng, batch, pool)
+        logits = judge.next_logits(images, asked)
+        right = torch.tensor(judge.tokenizer.convert_tokens_to_ids(answers))
+        tower = model.model.vision_tower(pixel_values=judge.pixels(images)).last_hidden_state
+        named = readout.loss(tower, scenes)
+        return F.cross_entropy(logits, right) + 0.3 * named, f"right {(logits.argmax(1) == right).float().mean():.2f}"
+
+    fit(model, loss_of, steps, lr, "judge", readout)
+
+
+def train_captioner(captioner, steps: int = 5000, batch: int = 64, lr: float = 1e-3, seed: int = 5) -> None:
+    """Cross-entropy on shapes.describe's captions."""
+    rng, model, pool, readout = np.random.default_rng(seed), captioner.model, every_prompt(), Readout(64)
+    xavier(model)
+    ids = captioner.tokenizer
+
+    def loss_of():
+        scenes = [shapes.random_scene(rng, shapes.pick(rng, ("train", "eval"))) for _ in range(batch // 2)]
+        scenes += [shapes.sample_scene(a_prompt(rng, pool), rng, training=False) for _ in range(batch - len(scenes))]
+        rows = [f"<bos> {shapes.describe(scene)} <eos>" for scene in scenes]
+        text = ids(rows, padding=True, padding_side="right", add_special_tokens=False, return_attention_mask=True,
+                   return_tensors="pt")
+        pixels = captioner.pixels(shown(scenes, rng))
+        labels = text.input_ids.masked_fill(text.attention_mask == 0, -100)
+        out = model(pixel_values=pixels, input_ids=text.input_ids, attention_mask=text.attention_mask, labels=labels)
+        named = readout.loss(out.last_hidden_state[:, 1:], scenes)
+        return out.loss + named, f"objects {named.item():.3f}"
+
+    fit(model, loss_of, steps, lr, "captioner", readout)
 
 
 class Imitation:
@@ -280,20 +458,37 @@ class Imitation:
         return {"loss": sum(losses.values()).item()} | {f"control/{k}": v.item() for k, v in losses.items()}
 
 
-def referees(folder, n: int = 600, seed: int = 11) -> str:
-    """How right the referees in `folder` are on `n` new ground-truth pictures each of the evaluation's prompts: one line with shares."""
-    rng, siglip, judge = np.random.default_rng(seed), models.load_siglip(str(folder / "siglip")), models.load_judge(str(folder / "judge"))
-    pool = shapes.prompts("eval") + shapes.implicit_prompts("eval")
-    asked = [shapes.pick(rng, pool) for _ in range(n)]
-    texts = siglip.embed_texts([m["prompt"] for m in asked])                                         # (n, D)
-    cosine = lambda scenes: (siglip.embed_images(rendered(scenes) * 0.5 + 0.5) * texts).sum(-1)     # (n,)
-    above = (cosine([shapes.sample_scene(m, rng, training=False) for m in asked])
-             > cosine([shapes.sample_scene(shapes.wrong_metadata(m, rng), rng, training=False) for m in asked])).float().mean()
-    scenes, questions, right = judge_batch(rng, 2 * n, pool)
-    agree = (judge.yes_probability(rendered(scenes) * 0.5 + 0.5, questions) > 0.5) == torch.tensor(right)
-    share = lambda hits: f"{hits:.3f} +- {(hits * (1 - hits) / n) ** 0.5:.3f}"
-    return (f"siglip ranks the right picture above a contradicting one: {share(above)}; "
-            f"judge right on prompts: {share(agree[1::2].float().mean())}, on answers: {share(agree[0::2].float().mean())}")
+def referees_report(folder: Path, n: int = 600, seed: int = 11) -> str:
+    """How right the referees in `folder` are on `n` new ground-truth pictures of each kind: a line per referee with shares."""
+    rng, pool = np.random.default_rng(seed), shapes.prompts("eval") + shapes.implicit_prompts("eval")
+    share = lambda hits: f"{np.mean(hits):.3f} +- {(np.mean(hits) * (1 - np.mean(hits)) / len(hits)) ** 0.5:.3f}"
+    clean = lambda scenes: rendered(scenes) * 0.5 + 0.5
+    siglip, ranks = referees.load_siglip(str(folder / "siglip")), {}
+    for tag in shapes.TAGS:
+        asked = [shapes.pick(rng, [m for m in pool if m["tag"] == tag]) for _ in range(n)]
+        texts = siglip.embed_texts([m["prompt"] for m in asked])                                     # (n, D)
+        right, wrong = ([shapes.sample_scene(m, rng, training=False) for m in some]
+                        for some in (asked, [shapes.wrong_metadata(m, rng) for m in asked]))
+        cosine = lambda scenes: (siglip.embed_images(clean(scenes)) * texts).sum(-1)                # noqa: B023  (n,)
+        ranks[tag] = (cosine(right) > cosine(wrong)).tolist()
+    told = ["siglip ranks the right picture above a contradicting one: " + ", ".join(f"{k} {share(v)}" for k, v in ranks.items())
+            + f"; all {share(sum(ranks.values(), []))}"]
+    judge, shares = referees.load_judge(str(folder / "judge")), {}
+    prompts = {"": pool}
+    rows = {"prompts": [ask_prompt(rng, prompts) for _ in range(n)], "answers": [ask_answer(rng) for _ in range(n)],
+            "facts": [ask_fact(rng) for _ in range(n)]}
+    for name, some in rows.items():
+        yes = judge.yes_probability(clean([scene for scene, _, _ in some]), [question for _, question, _ in some]) > 0.5
+        shares[name] = (yes == torch.tensor([right for _, _, right in some])).tolist()
+    for what, question in QUALITY.items():
+        scenes = [shapes.random_scene(rng, "eval") for _ in range(n)]
+        spoiled = torch.from_numpy(np.stack([shapes.damaged(scene, rng, what) for scene in scenes])).permute(0, 3, 1, 2) / 255.0
+        for pictures, right in ((clean(scenes), True), (spoiled, False)):
+            shares.setdefault(question, []).extend(((judge.yes_probability(pictures, [question] * n) > 0.5) == right).tolist())
+    told.append("judge right on " + ", ".join(f"{k}: {share(v)}" for k, v in shares.items()))
+    captioner, scenes = referees.load_captioner(str(folder / "captioner")), [shapes.random_scene(rng, "eval") for _ in range(n)]
+    told.append("captioner right: " + share([text == shapes.describe(s) for text, s in zip(captioner.captions(clean(scenes)), scenes)]))
+    return "\n".join(told)
 
 
 def latent_statistics(policy: Policy, scenes: int = 1000) -> None:
@@ -322,20 +517,23 @@ def main(folder) -> None:
         train_base(policy, corpus, steps, lr, seed, scenes)
     save_policy(policy.eval(), folder / "policy")
     say("base")
-    torch.manual_seed(5)
-    build_siglip(folder / "siglip", shapes.VOCABULARY)
-    encoder = models.load_siglip(str(folder / "siglip"))
-    train_siglip(encoder)
-    encoder.model.save_pretrained(folder / "siglip")
-    say("siglip")
-    torch.manual_seed(6)
-    build_judge(folder / "judge", (*shapes.VOCABULARY, "this", "answer"))
-    judge = models.load_judge(str(folder / "judge"))
-    train_judge(judge)
-    judge.model.save_pretrained(folder / "judge")
+    make_referees(folder)
     say(f"all of {folder}")
-    print(referees(folder))
+    print(referees_report(folder))
+
+
+def make_referees(folder: Path) -> None:
+    """The captioner, the SigLIP and the judge, each from its seed."""
+    for seed, name, build, words, load, teach in (
+            (5, "captioner", build_captioner, (), referees.load_captioner, train_captioner),
+            (6, "siglip", build_siglip, (), referees.load_siglip, train_siglip),
+            (7, "judge", build_judge, JUDGE_WORDS, referees.load_judge, train_judge)):
+        torch.manual_seed(seed)
+        build(folder / name, (*shapes.VOCABULARY, *words))
+        referee = load(str(folder / name))
+        teach(referee)
+        referee.model.save_pretrained(folder / name)
 
 
 if __name__ == "__main__":
-    print(referees(Path(__file__).parent))
+    print(referees_report(Path(__file__).parent))

@@ -44,9 +44,13 @@ COUNT_FACTS = ((2, "a bicycle", "wheels"), (2, "a bird", "wings"), (2, "a face",
 COLOR_FACTS = (("red", "blood"), ("red", "a cherry"), ("green", "grass"), ("green", "a leaf"), ("blue", "the sky"),
                ("blue", "the sea"), ("yellow", "the sun"), ("yellow", "a lemon"), ("purple", "a plum"), ("purple", "lavender"),
                ("orange", "a carrot"), ("orange", "a pumpkin"))
-VOCABULARY = tuple("""<think> </think> ? , a an the and of in as many is are it there should be has what how color shape object
-    photo picture drawing image circle circles square squares triangle triangles red green blue yellow purple orange
-    zero one two three four yes no left right above below make remove add
+LETTERS = ("(a)", "(b)", "(c)", "(d)")                          # of options
+CAPTION, THINK = "what is in the image ?", "think first"         # asks for a caption; behind a question: for tags, thought and answer
+LOOK_AGAIN, FAILED = "look again", "this is wrong , look again"  # behind the prompt of a picture that is to be repaired
+RIGHT = "it is as it should be"                                  # the diagnosis of a picture that needs no repair
+VOCABULARY = tuple("""<think> </think> <answer> </answer> ? , a an the and of in as many is are it there should be has what how
+    color shape object photo picture drawing image circle circles square squares triangle triangles red green blue yellow purple
+    orange zero one two three four yes no not left right above below make remove add (a) (b) (c) (d) think first look again this wrong
     bicycle bird face tricycle clover car dog wheels wings eyes sides leaves corners legs
     blood cherry grass leaf sky sea sun lemon plum lavender carrot pumpkin""".split())
 
@@ -84,6 +88,26 @@ def render(scene: Scene) -> np.ndarray:
         cover = (distance >= 0).reshape(SIZE, 2, SIZE, 2).mean((1, 3))[..., None]               # (32, 32, 1)
         image += cover * (np.array(COLORS[o.color]) - image)
     return np.rint(image).astype(np.uint8)
+
+
+def damaged(scene: Scene, rng: Rng, what: str) -> np.ndarray:
+    """The picture of a scene, spoiled: what="ground" lays a haze or specks over it, "shape" a bar of bare ground across one object."""
+    image = render(scene)
+    if what == "shape":
+        o, wide = pick(rng, scene), int(rng.integers(3, 5))
+        centre = (8 + 16 * o.row + o.dy, 8 + 16 * o.col + o.dx)
+        box = [slice(c - o.radius - 1, c + o.radius + 1) for c in centre]
+        axis = int(rng.integers(2))
+        box[axis] = slice(centre[axis] - wide // 2, centre[axis] - wide // 2 + wide)
+        image[tuple(box)] = GROUND
+    elif rng.random() < 0.5:
+        tint = rng.integers(110, 215, 3)
+        bare = (image == GROUND).all(-1, keepdims=True)
+        image = np.where(bare, tint, image).astype(np.uint8)
+    else:
+        for y, x in rng.integers(1, SIZE - 2, (int(rng.integers(8, 16)), 2)):
+            image[y:y + 2, x:x + 2] = rng.integers(0, 200, 3)
+    return image
 
 
 def discrete(scene: Scene) -> tuple[tuple, ...]:
@@ -287,10 +311,55 @@ def make_question(scene: Scene, rng: Rng, kind: str | None = None, training: boo
     return {"kind": kind, "question": question, "answer": answer}
 
 
+def answers_of(kind: str) -> tuple[str, ...]:
+    """Every answer that a kind of question can have."""
+    return {"count": COUNTS, "color": tuple(COLORS), "shape": SHAPES}.get(kind, ("yes", "no"))
+
+
 def wrong_answer(question: dict) -> str:
     """The systematic wrong answer: one more (four becomes zero), the next colour or shape, the other of yes and no."""
-    options = {"count": COUNTS, "color": tuple(COLORS), "shape": SHAPES}.get(question["kind"], ("yes", "no"))
+    options = answers_of(question["kind"])
     return options[(options.index(question["answer"]) + 1) % len(options)]
+
+
+def make_choice(question: dict, rng: Rng) -> dict:
+    """A question of make_question with lettered options: dict(kind, question, answer, options).
+
+    The question ends in "(a) red (b) blue ...", options are those words in that order: the right answer and up to three others of its
+    kind, shuffled; the answer is its letter."""
+    others = [each for each in answers_of(question["kind"]) if each != question["answer"]]
+    options = [question["answer"], *(others[i] for i in rng.permutation(len(others))[:len(LETTERS) - 1])]
+    options = [options[i] for i in rng.permutation(len(options))]
+    listed = " ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options))
+    return {"kind": question["kind"], "question": f"{question['question']} {listed}",
+            "answer": LETTERS[options.index(question["answer"])], "options": options}
+
+
+def stated(question: dict, answer: str) -> str:
+    """What a question of make_question and an answer say as a sentence: "there are three circles", "the circle is not above the square"."""
+    words = question["question"].removesuffix(" ?").split()
+    if question["kind"] == "count":
+        return f"there is one {words[2][:-1]}" if answer == "one" else f"there are {answer} {words[2]}"
+    if question["kind"] == "color":
+        return f"the {words[-1]} is {answer}"
+    if question["kind"] == "shape":
+        return f"the {answer} is {next(word for word in words if word in COLORS)}"
+    if question["kind"] == "exists":
+        return f"there is {article(' '.join(words[-2:])) if answer == 'yes' else 'no ' + ' '.join(words[-2:])}"
+    return " ".join([*words[1:3], "is", *([] if answer == "yes" else ["not"]), *words[3:]])
+
+
+def describe(scene: Scene) -> str:
+    """A caption of everything in a scene: per shape its number, or the colour of a single one; two single objects stand in the relation
+    along the larger offset of their centres: "a red circle above a blue square"."""
+    groups = [group for shape in SHAPES if (group := [o for o in scene if o.shape == shape])]
+    said = [article(f"{g[0].color} {g[0].shape}") if len(g) == 1 else f"{COUNTS[len(g)]} {g[0].shape}s" for g in groups]
+    if len(scene) != 2 or len(groups) != 2:
+        return " and ".join(said)
+    (a,), (b,) = groups
+    right, down = 16 * (a.col - b.col) + a.dx - b.dx, 16 * (a.row - b.row) + a.dy - b.dy
+    sideways = "left of" if right < 0 else "right of"
+    return f"{said[0]} {sideways if abs(right) >= abs(down) else 'above' if down < 0 else 'below'} {said[1]}"
 
 
 def wrong_metadata(metadata: dict, rng: Rng) -> dict:
@@ -358,7 +427,7 @@ def critique(metadata: dict, objects: tuple[tuple, ...]) -> str:
             return f"the {clause['class']} is {group[0][1]} , it should be {clause['color']}"
         if "position" in clause and not satisfies(metadata, objects):
             return f"the {clause['class']} should be {clause['position'][0]} the {metadata['include'][clause['position'][1]]['class']}"
-    return "it is as it should be"
+    return RIGHT
 
 
 def repair(metadata: dict, scene: Scene, rng: Rng) -> Scene:

@@ -1,4 +1,4 @@
-"""Tiny random referees of the published classes: a SigLIP and a PaliGemma judge, saved as real checkpoints are saved."""
+"""Tiny random models of the published classes, saved as real checkpoints are saved: a SigLIP, a PaliGemma judge, a BLIP captioner."""
 
 from referees import declare_torchvision_ops
 
@@ -10,6 +10,9 @@ from tokenizers.normalizers import Lowercase  # noqa: E402
 from tokenizers.pre_tokenizers import Sequence, Split  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import (  # noqa: E402
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
     GemmaConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
@@ -60,7 +63,7 @@ def build_siglip(folder, vocabulary, image_size=32):
     )
     vision = vision_config(image_size, layers=3)
     model = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
-    save(folder, model, tokenizer, image_size)
+    save(folder, model, tokenizer, square_processor(image_size))
     return model, tokenizer
 
 
@@ -70,7 +73,7 @@ def build_judge(folder, vocabulary, image_size=32):
     special = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
                    eos_token_id=tokenizer.eos_token_id)
     text = GemmaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=256, **special,
     )
     vision = vision_config(image_size, layers=3)
@@ -81,12 +84,29 @@ def build_judge(folder, vocabulary, image_size=32):
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), **special,
     )
     model = PaliGemmaForConditionalGeneration(config)
-    save(folder, model, tokenizer, image_size)
+    save(folder, model, tokenizer, square_processor(image_size))
     return model, tokenizer
 
 
-def save(folder, model, tokenizer, image_size):
+def build_captioner(folder, vocabulary, image_size=32):
+    """Make a random BLIP captioner, save it with its tokenizer and image processor into `folder`, return (model, tokenizer)."""
+    tokenizer = word_tokenizer(vocabulary, append_eos=False, max_length=64)
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=64, encoder_hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, sep_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=image_size,
+                  patch_size=8)
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=64))
+    processor = BlipImageProcessor(size={"height": image_size, "width": image_size}, resample=3, image_mean=[0.5] * 3,
+                                   image_std=[0.5] * 3)
+    save(folder, model, tokenizer, processor)
+    return model, tokenizer
+
+
+def save(folder, model, tokenizer, processor):
     """config.json, model.safetensors, tokenizer.json, tokenizer_config.json, preprocessor_config.json."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    square_processor(image_size).save_pretrained(folder)
+    processor.save_pretrained(folder)
