@@ -557,6 +557,8 @@ def merge(first: Path, second: Path, base: Path, out: Path, how: str = "gaussian
     is in memory at a time, so that two 7B policies merge on any machine; what is not trained is the base's."""
     files = open_tensors(base, "ema")
     one, two = (changes_of(folder, files) for folder in (first, second))
+    if not bound >= 0:
+        raise ValueError(f"--bound {bound}: must be at least 0")
     if out.resolve() in (first.resolve(), second.resolve(), base.resolve()):
         raise ValueError(f"{out} is one of the folders that are merged; give another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -444,12 +444,10 @@ def caption_tuples(caption: str) -> set[tuple]:
     words = caption.lower().replace(",", " and ").rstrip(" .").split()
     if words[2:3] == ["of"] and words[1] in ("photo", "picture", "drawing", "image"):
         words = words[3:]
-    text, links = " ".join(words), []
-    parts = [text]
-    for link in ("left of", "right of", "above", "below"):
-        if f" {link} " in text:
-            parts, links = text.split(f" {link} "), [link]
-    if len(parts) > 2:
+    text = " ".join(words)
+    links = [link for link in RELATIONS for _ in range(text.count(f" {link} "))]
+    parts = text.split(f" {links[0]} ") if links else [text]
+    if len(links) > 1:
         raise ValueError(f"the caption {caption!r} has several relations, which no rule reads; use --recaption_by jaccard or bertscore")
     out, names = set(), []
     for part in parts:

@@ -142,6 +142,11 @@ def refusals(cfg, ranks: Ranks):
     for k, w in cfg.weights.items():
         yield not math.isfinite(w), f"--{k} {w}: must be a finite number"
         yield w and not any(k in rewards_of(name) for name in used), f"--{k} {w} would score nothing: {', '.join(used)} lack what it reads"
+    halves = [name for name in used if TASKS[name].pair]
+    yield (len({cfg.rows[name] for name in halves}) > 1,
+           " and ".join(f"--{name} {cfg.rows[name]}" for name in halves) + " are halves of the same rows; give both one number, or one 0")
+    yield (cfg.guidance_in == "sampling" and cfg.ratio_norm,
+           "--ratio_norm compares means with those of the policy that drew; it does not go with --guidance_in sampling")
     yield cfg.shard and "RANK" not in os.environ, "--shard cuts the policy over ranks; start with torchrun"
     own = (Path(cfg.out) / "policy").resolve()
     yield Path(cfg.policy).resolve() == own, f"--policy {cfg.policy} is where this run would write its own policy; give another --out"

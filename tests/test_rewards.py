@@ -1,6 +1,7 @@
 """Rewards: GenEval's verdicts, text verifiers, frozen referees loaded as published ones are, and how scores are combined."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -26,8 +27,9 @@ def detections(rows):
     return [{"class": row[0], "box": row[1:5], "score": row[5], "color": row[6] if len(row) > 6 else None} for row in rows]
 
 
-def texts_of(*texts, answers=None):
-    return R.Samples(prompts=["p"] * len(texts), metadata=[{}] * len(texts), texts=list(texts), answers=answers)
+def texts_of(*texts, answers=None, form="answer", options=None):
+    return R.Samples(prompts=["p"] * len(texts), metadata=[{}] * len(texts), texts=list(texts), answers=answers,
+                     formats=[form] * len(texts), options=options)
 
 
 def drawn(prompts=PROMPTS, size=32, **fields):
@@ -178,8 +180,11 @@ def test_a_relation_that_could_never_be_judged_is_refused(position):
         R.geneval_check(metadata, detections([["circle", 0, 0, 1, 1, 0.9], ["square", 9, 0, 10, 1, 0.9]]))
 
 
-TEXT_REWARDS = {"accuracy": R.answer_accuracy, "format": R.think_format,
-                "thought": functools.partial(R.think_format, answer=False)}
+def as_thoughts(samples):
+    return R.think_format(dataclasses.replace(samples, formats=["thought"] * len(samples.prompts)))
+
+
+TEXT_REWARDS = {"accuracy": R.answer_accuracy, "format": R.think_format, "thought": as_thoughts}
 PIECES = st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "3", "x"]), max_size=9).map("".join)
 PLAIN = st.text(st.characters(exclude_characters="<>"), max_size=20)
 
@@ -223,7 +228,7 @@ def test_answers_are_compared_by_meaning_and_only_the_first_behind_the_thought_c
 ])
 def test_the_format_reward_asks_each_tag_once_and_in_order(text, with_answer, before_image):
     assert R.think_format(texts_of(text)).item() == with_answer
-    assert R.think_format(texts_of(text), answer=False).item() == before_image
+    assert R.think_format(texts_of(text, form="thought")).item() == before_image
 
 
 def test_pixels_agree_with_the_published_image_processor_whether_resized_or_not(siglip):

@@ -9,9 +9,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from toy import shapes
-from toy.shapes import (CELLS, COLORS, HELD_OUT, SHAPES, TAGS, VOCABULARY, Object, components, degrade, detect, discrete, diversity,
-                    implicit_prompts, layout, make_edit, make_question, make_reflection, prompts, question_kinds, random_scene,
-                    read, render, sample_scene, satisfies, scene_split, wrong_answer, wrong_metadata, wrong_thought)
+from toy.shapes import (CAPTION, CELLS, COLORS, FAILED, HELD_OUT, LETTERS, LOOK_AGAIN, SHAPES, TAGS, THINK, VOCABULARY, Object, answers_of,
+                    components, damaged, degrade, describe, detect, discrete, diversity, implicit_prompts, layout, make_choice, make_edit,
+                    make_question, make_reflection, prompts, question_kinds, random_scene, read, render, sample_scene, satisfies,
+                    scene_split, stated, wrong_answer, wrong_metadata, wrong_thought)
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 SPLITS = ("train", "eval")
@@ -527,6 +528,56 @@ def test_a_reflection_says_what_is_wrong_and_changes_no_more_than_that(metadata,
 # Vocabulary
 
 
+@given(seeds)
+def test_options_hold_the_right_answer_once_and_no_other_kind(rng):
+    question = make_question(random_scene(rng), rng)
+    choice = make_choice(question, rng)
+    place = LETTERS.index(choice["answer"])
+    assert choice["options"][place] == question["answer"] and len(set(choice["options"])) == len(choice["options"]) <= 4
+    assert set(choice["options"]) <= set(answers_of(question["kind"]))
+    assert choice["question"].startswith(question["question"]) and choice["question"].count("(") == len(choice["options"])
+
+
+def test_the_right_option_stands_in_every_place():
+    rng = np.random.default_rng(0)
+    scene = (Object("circle", "red", 0, 0),)
+    places = Counter(make_choice(make_question(scene, rng, "color"), rng)["answer"] for _ in range(400))
+    assert set(places) == set(LETTERS) and min(places.values()) > 60
+
+
+@pytest.mark.parametrize("kind, question, answer, sentence", [
+    ("count", "how many circles ?", "three", "there are three circles"), ("count", "how many circles ?", "one", "there is one circle"),
+    ("color", "what color is the square ?", "red", "the square is red"), ("shape", "what shape is red ?", "square", "the square is red"),
+    ("shape", "what is the shape of the red object ?", "square", "the square is red"),
+    ("exists", "is there an orange circle ?", "yes", "there is an orange circle"),
+    ("exists", "is there an orange circle ?", "no", "there is no orange circle"),
+    ("relation", "is the circle left of the square ?", "yes", "the circle is left of the square"),
+    ("relation", "is the circle above the square ?", "no", "the circle is not above the square")])
+def test_a_question_and_its_answer_make_a_sentence(kind, question, answer, sentence):
+    assert stated({"kind": kind, "question": question}, answer) == sentence
+
+
+@pytest.mark.parametrize("scene, caption", [
+    ((Object("square", "red", 0, 0),), "a red square"), ((Object("square", "red", 0, 0), Object("square", "blue", 0, 1)), "two squares"),
+    ((Object("square", "red", 0, 0), Object("circle", "orange", 0, 1)), "an orange circle right of a red square"),
+    ((Object("square", "red", 0, 0), Object("circle", "blue", 1, 0)), "a blue circle below a red square"),
+    ((Object("square", "red", 1, 1, dy=1), Object("circle", "blue", 0, 0)), "a blue circle above a red square"),
+    ((Object("triangle", "red", 1, 1), Object("circle", "blue", 0, 0), Object("circle", "blue", 0, 1)), "two circles and a red triangle")])
+def test_a_caption_names_everything_once(scene, caption):
+    assert describe(scene) == caption
+
+
+@given(seeds, st.sampled_from(["ground", "shape"]))
+def test_damage_shows(rng, what):
+    """Specks and haze lie on the ground; a bar leaves the detector fewer whole objects, or a wrong one."""
+    scene = random_scene(rng)
+    clean, spoiled = render(scene), damaged(scene, rng, what)
+    changed = (clean != spoiled).any(-1)
+    assert spoiled.dtype == np.uint8 and changed.sum() >= 6
+    bare = (clean == 245).all(-1)
+    assert (changed & bare).any() if what == "ground" else not (changed & bare).any()
+
+
 def test_the_vocabulary_is_closed_and_every_word_of_it_is_used():
     rng, texts = np.random.default_rng(0), []
     for split in SPLITS:
@@ -539,9 +590,10 @@ def test_the_vocabulary_is_closed_and_every_word_of_it_is_used():
             asked = make_question(scene, rng, training=False)
             texts += [asked["question"], asked["answer"], wrong_answer(asked), make_reflection(m, scene, rng)["text"]]
             texts += [make_edit(scene, rng, training=False)["instruction"]] if len(scene) < 4 else []
+            texts += [make_choice(asked, rng)["question"], stated(asked, asked["answer"]), describe(scene), CAPTION, THINK, LOOK_AGAIN, FAILED]
     used = {word for text in texts for word in text.split(" ")}
-    assert used == set(VOCABULARY)
-    assert len(VOCABULARY) == len(set(VOCABULARY)) < 110
+    assert used | {"<answer>", "</answer>"} == set(VOCABULARY)
+    assert len(VOCABULARY) == len(set(VOCABULARY)) < 130
     assert all(text == text.lower() for text in texts)
 
 

@@ -565,7 +565,7 @@ def test_each_expert_has_its_own_learning_rate(tmp_path, moves, rates):
 def test_the_control_imitates_with_the_optimiser_and_the_clip_of_the_run(tmp_path, monkeypatch):
     from toy import pretrain
     corpus = pretrain.Corpus
-    monkeypatch.setattr(pretrain, "Corpus", lambda policy, seed: corpus(policy, seed, pictures=96, thoughts=64, scenes=64))
+    monkeypatch.setattr(pretrain, "Corpus", lambda policy, seed: corpus(policy, seed, pictures=96, thoughts=64, scenes=64, edits=96))
     run = train.begin(small(tmp_path, "--recipe", "control", "--grad_clip", 1e-3), ALONE)
     stats = train.one_step(run, 0)
     grads = torch.stack([p.grad.norm() for p in train.trainable(run.policy).values() if p.grad is not None])

@@ -23,11 +23,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
+import flow_grpo
 import referees
-from checkpoint import save_policy
+import rewards
+from checkpoint import load_policy, save_policy
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from toy import shapes
 from toy.tiny import build_captioner, build_judge, build_siglip
+from sample import Draw, Read, See, Write, images_of, sample_plan, texts_of, to_bytes
 from tasks import rendered
 
 WRONG_CAPTIONS = {tag: 0.5 for tag in shapes.TAGS} | {"position": 0.25, "color_attr": 0.4}
@@ -190,8 +193,8 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) ->
     return F.cross_entropy(logits[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]])
 
 
-def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 2, scenes: int = 20, changes: int = 20) -> dict[str, torch.Tensor]:
-    """One step's losses: pictures of captions, thoughts and their pictures, answers and captions, edits, reflections. Each prompt is read
+def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 2, scenes: int = 20, changes: int = 20) -> dict:
+    """One step's losses by name: pictures of captions, thoughts and their pictures, answers and captions, edits, reflections. Each prompt is read
     once for `draws` times t, each picture once for its TEXTS texts."""
     pick = lambda n, size: torch.randint(n, (size,), generator=generator)
     rows = lambda text, i: (text[0][i], text[1][i])
@@ -267,7 +270,7 @@ def xavier(model) -> None:
 
 
 class Readout(nn.Module):
-    """Names the object of each quadrant from a vision tower's patches, (N, 16, D) -> (N, 4, 19). It teaches towers fast and is thrown away."""
+    """Names the object of each quadrant from a vision tower's patches. It teaches towers fast and is thrown away."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -461,7 +464,6 @@ class Imitation:
 def referees_report(folder: Path, n: int = 600, seed: int = 11) -> str:
     """How right the referees in `folder` are on `n` new ground-truth pictures of each kind: a line per referee with shares."""
     rng, pool = np.random.default_rng(seed), shapes.prompts("eval") + shapes.implicit_prompts("eval")
-    share = lambda hits: f"{np.mean(hits):.3f} +- {(np.mean(hits) * (1 - np.mean(hits)) / len(hits)) ** 0.5:.3f}"
     clean = lambda scenes: rendered(scenes) * 0.5 + 0.5
     siglip, ranks = referees.load_siglip(str(folder / "siglip")), {}
     for tag in shapes.TAGS:
@@ -489,6 +491,45 @@ def referees_report(folder: Path, n: int = 600, seed: int = 11) -> str:
     captioner, scenes = referees.load_captioner(str(folder / "captioner")), [shapes.random_scene(rng, "eval") for _ in range(n)]
     told.append("captioner right: " + share([text == shapes.describe(s) for text, s in zip(captioner.captions(clean(scenes)), scenes)]))
     return "\n".join(told)
+
+
+def base_report(policy: Policy, n: int = 400, seed: int = 12) -> str:
+    """What `python eval.py` does not ask of the base, each on `n` held-out pictures, greedy and with 10 ODE steps: a line of shares."""
+    rng, hits = np.random.default_rng(seed), {}
+    write, draw = Write(24, temperature=0.0), Draw(SIZE, flow_grpo.time_grid(10, 2.0))
+    pool = [m for m in shapes.prompts("eval") if "held_out" not in m]
+    by_tag = {tag: [m for m in pool if m["tag"] == tag] for tag in shapes.TAGS}
+    asked = [shapes.pick(rng, by_tag[shapes.TAGS[i % 6]]) for i in range(n)]
+    walk = lambda *plan: sample_plan(policy, list(plan), seed=seed, step=0, prompts=list(range(n)), G=1)
+    drawn = lambda r: shapes.detect(to_bytes(images_of(policy, r)))
+    for tag, some in by_tag.items():
+        prompts = [shapes.pick(rng, some) for _ in range(n)]
+        found = drawn(walk(Read([m["prompt"] for m in prompts]), draw))
+        hits[f"draw/{tag}"] = [rewards.geneval_check(m, each)[0] for m, each in zip(prompts, found)]
+    scenes = [shapes.sample_scene(m, rng) for m in asked]
+    meaning = {shapes.explicit(m): m for split in ("train", "eval") for m in shapes.prompts(split)}
+    captions = texts_of(policy, walk(See(rendered(scenes)), Read([shapes.CAPTION] * n), write))
+    hits["captions"] = [text in meaning and shapes.satisfies(meaning[text], shapes.discrete(s)) for text, s in zip(captions, scenes)]
+    edits = []
+    while len(edits) < n:
+        scene = shapes.random_scene(rng, "eval")
+        held = any((o.color, o.shape) in shapes.HELD_OUT for o in scene)
+        edits += [] if held or len(scene) == 4 else [shapes.make_edit(scene, rng)]
+    pixels = rendered([edit["source"] for edit in edits])
+    found = drawn(walk(See(pixels, pixels), Read([edit["instruction"] for edit in edits]), draw))
+    hits["edits"] = [shapes.read(each) == shapes.discrete(edit["target"]) for each, edit in zip(found, edits)]
+    wrong = [shapes.sample_scene(shapes.wrong_metadata(m, rng), rng) for m in asked]
+    for name, sources in (("repairs of wrong pictures", wrong), ("repairs of right pictures", scenes)):
+        pixels = rendered(sources)
+        r = walk(See(pixels, pixels), Read([f"{m['prompt']} , {shapes.LOOK_AGAIN}" for m in asked]), write, draw)
+        hits[name] = [rewards.geneval_check(m, each)[0] for m, each in zip(asked, drawn(r))]
+        said = [shapes.make_reflection(m, s, rng)["text"] for m, s in zip(asked, sources)]
+        hits["diagnoses of" + name.removeprefix("repairs of")] = [a == b for a, b in zip(texts_of(policy, r), said)]
+    return "\n".join(f"{name:<28} {share(held)}" for name, held in hits.items())
+
+
+def share(hits: list) -> str:
+    return f"{np.mean(hits):.3f} +- {(np.mean(hits) * (1 - np.mean(hits)) / len(hits)) ** 0.5:.3f}"
 
 
 def latent_statistics(policy: Policy, scenes: int = 1000) -> None:
@@ -536,4 +577,5 @@ def make_referees(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    print(base_report(load_policy(Path(__file__).parent / "policy")))
     print(referees_report(Path(__file__).parent))
