@@ -26,9 +26,10 @@ from checkpoint import freeze, load_policy, read_json
 from eval import SHIFT, SIZE
 from grpo import token_logp
 from policy import Guidance, Policy, PolicyConfig
-from sample import TOY, Arguments, Draw, Read, Text, Write, images_of, one_line, replay_rollout, sample_plan, scale_of, the_device
+from sample import TOY, Draw, Read, Text, Write, images_of, replay_rollout, sample_plan, scale_of
 from run import Ranks, memory, peak
 from tasks import Batch, Choices, prompt_row
+from terminal import Arguments, one_line, the_device
 from toy import shapes
 
 

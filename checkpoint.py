@@ -8,13 +8,11 @@ writes loads in other BAGEL tools, adapters in peft. Only safetensors are read a
     save_policy(policy, "merged")
 """
 
-import argparse
 import json
 import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from policy import (GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy, PolicyConfig, adapters, add_lora, declare_torchvision_ops)
+from terminal import Arguments, one_line
 
 
 # ---- files ----
@@ -432,7 +431,7 @@ def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
         fully_shard(module, mp_policy=precision)
     # FSDP2's root would hold back gradients of parameters that several calls before one backward use, so the root holds none.
     fully_shard(policy, ignored_params={p for p in policy.parameters() if not isinstance(p, DTensor)})
-    for method in ("append_text", "append_image", "velocity"):
+    for method in ("append_text", "append_image", "image_states", "velocity"):
         register_fsdp_forward_method(policy, method)
     policy.sharded, size = True, dtype.itemsize if dtype else 4
     policy.gathered_bytes = sum(p.numel() * size for p in policy.parameters() if isinstance(p, DTensor))
@@ -593,7 +592,7 @@ def save_stream(slices: dict, value, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(description="merge two policies that were trained from one base", allow_abbrev=False)
+    ap = Arguments(description="merge two policies that were trained from one base", allow_abbrev=False)
     ap.add_argument("command", choices=["merge"])
     ap.add_argument("policies", nargs=2, type=Path, help="two policy folders, or folders of adapters")
     ap.add_argument("--base", type=Path, required=True, help="the policy folder that both were trained from")
@@ -601,11 +600,9 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--how", choices=list(MERGES), default="gaussian")
     ap.add_argument("--bound", type=float, default=2.0, help="stds inside which gaussian averages")
     a = ap.parse_args(argv)
-    try:
+    with one_line("checkpoint.py"):
         merge(*a.policies, a.base, a.out, a.how, a.bound)
-    except (ValueError, OSError) as error:
-        sys.exit(f"checkpoint.py: {error}")
-    print(f"wrote {a.out}")
+        print(f"wrote {a.out}")
 
 
 if __name__ == "__main__":

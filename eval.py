@@ -23,9 +23,10 @@ import flow_grpo
 from checkpoint import gathered, load_policy, write_atomic
 from policy import Policy
 from rewards import Samples
-from sample import TOY, Arguments, Draw, Write, images_of, one_line, sample_plan, save_grid, scale_of, the_device, to_bytes
+from sample import TOY, Draw, Write, images_of, sample_plan, save_grid, scale_of, to_bytes
 from run import precision, read_log, room_to_gather
 from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, samples_of, spaced
+from terminal import Arguments, one_line, the_device
 from toy import shapes
 
 ODE_STEPS, SHIFT, SIZE = 10, 2.0, (32, 32)
@@ -163,7 +164,12 @@ def plot(paths: list[Path], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     panels = panels_of([row for path in paths for row in looks[path]])
-    figure, (axes,) = plt.subplots(1, len(panels) + 1, figsize=(3.4 * (len(panels) + 1), 3.4), layout="constrained", squeeze=False)
+    columns = -(-(len(panels) + 1) // (2 if len(panels) > 4 else 1))                        # two rows of many
+    lines = -(-(len(panels) + 1) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 3.4 * lines), layout="constrained", squeeze=False)
+    axes = axes.flatten()[:len(panels) + 1]
+    for axis in figure.axes[len(axes):]:
+        axis.set_axis_off()
     for n, (path, head, rows) in enumerate(runs):
         recipe = head["config"]["recipe"]
         style = dict(color=f"C{n}", label=f"{recipe}, seed {head['config']['seed']}", linestyle="--" if recipe == "control" else "-")

@@ -389,7 +389,7 @@ class Policy(nn.Module):
         return x if states else self.head(x) if logits else None, replace(longer, position=context.position + mask.sum(1))
 
     def image_states(self, pixels) -> tuple[Tensor, Tensor, Context]:
-        """Read images as append_image does -> (last hidden states of their patches (N, M, D), after the final norm; mask (N, M); context)."""
+        """Read images as append_image does -> (last hidden states of patches (N, M, D), after the final norm; mask (N, M); context)."""
         x, mask = self.embed_pixels(pixels)
         (states, _), context = self._image_block(self.empty(len(x)), x, mask, UNDERSTANDING)
         return states[:, 2:], mask, context

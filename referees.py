@@ -51,7 +51,8 @@ class _Reading(contextlib.AbstractContextManager):
         known = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError, SafetensorError, Strict)
         if kind is Exception or isinstance(error, known):
             where = "" if Path(self.path).is_dir() else f" (no such folder; as a hub name it is looked for in {HF_HUB_CACHE} and online)"
-            what = f"{self.path} cannot be loaded, must be a folder or hub name with config, safetensors, tokenizer, preprocessor files{where}: "
+            files = "config, safetensors, tokenizer, preprocessor files"
+            what = f"{self.path} cannot be loaded, must be a folder or hub name with {files}{where}: "
             raise (OSError if isinstance(error, OSError) else ValueError)(what + " ".join(str(error).split())[:300]) from error
 
 

@@ -467,7 +467,8 @@ def caption_tuples(caption: str) -> set[tuple]:
 def _phrase(words: list[str], caption: str) -> tuple[str, list[str]]:
     """The noun, in the singular, and the attributes of "two red circles"; one of a thing is no attribute."""
     if len(words) < 2 or words[0] not in COUNTED:
-        raise ValueError(f"the caption {caption!r} is not made of phrases like \"two red circles\"; use --recaption_by jaccard or bertscore")
+        raise ValueError(f"the caption {caption!r} has phrases unlike 'two red circles', which no rule reads; use --recaption_by jaccard "
+                         "or bertscore")
     number = COUNTED[words[0]]
     noun = words[-1] if number == "1" else words[-1].removesuffix("s")
     return noun, words[1:-1] + ([number] if number != "1" else [])

@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from checkpoint import (FLOATS, UNREADABLE, Refusing, finite, freeze, load_policy, placed, reset_adapters, save_tensors, shard, trainable,
                         whole, write_atomic)
 from policy import Policy
-from sample import say
 from tasks import TASKS, Source, in_use, rewards_of
+from terminal import say
 
 
 # ---- ranks ----

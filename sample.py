@@ -21,26 +21,22 @@ Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M lat
 import argparse
 import io
 import math
-import os
 import struct
-import sys
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 import flow_grpo
 from checkpoint import load_policy, write_atomic
 from grpo import token_logp
 from policy import Guidance, Policy, guided_velocity
-from rewards import RewardError
+from terminal import Arguments, one_line, the_device, utf8
 
 TOY = Path(__file__).parent / "toy" / "policy"
 # The system prompts that BAGEL was trained with for thinking before an answer and before an image.
@@ -487,98 +483,7 @@ def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
     write_atomic(Path(path), png.getvalue())
 
 
-# ---- the command lines of all programs ----
-
-
-def the_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Terminal:
-    """A stream whose failed writes cost nothing: where the reader of a pipe, the terminal or the disk behind it is gone, all further
-    output goes to the null device. A run must not die of its progress bar."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        return self.tried(lambda: self.stream.write(text)) or len(text)
-
-    def flush(self) -> None:
-        self.tried(self.stream.flush)
-
-    def tried(self, work):
-        try:
-            return work()
-        except UnicodeEncodeError as error:                     # a terminal that is not UTF-8
-            return self.stream.write(error.object.encode("ascii", "backslashreplace").decode())
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-class Arguments(argparse.ArgumentParser):
-    """A command line whose errors are one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-    def parse_args(self, argv=None):
-        for word in sys.argv[1:] if argv is None else argv:
-            try:
-                utf8(word)
-            except ValueError:
-                self.error(f"{ascii(word)} is not UTF-8 text")
-        return super().parse_args(argv)
-
-
-def utf8(word: str) -> str:
-    """A word of the command line as UTF-8, also where the locale is not and Python kept its bytes apart; ValueError for other bytes."""
-    return word.encode("utf-8", "surrogateescape").decode("utf-8")
-
-
-def say(text: str) -> None:
-    """A line to the terminal, above the progress bar."""
-    tqdm.write(text, file=sys.stderr)
-
-
-@contextmanager
-def one_line(program: str):
-    """Inside, what a person can mend ends as one line, `program: what is wrong`, and exit status 1; Ctrl-C as 130."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # its warnings tell a user of ours nothing to do
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(Terminal, streams)
-    try:
-        yield
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        end(program, "interrupted", 130)
-    except torch.cuda.OutOfMemoryError as error:
-        end(program, f"{first_line(error)}; try fewer samples at once")
-    except (ValueError, OSError, FloatingPointError, RewardError, MemoryError, RecursionError) as error:
-        end(program, first_line(error))
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        end(program, "another rank stopped, and so does this one")
-    finally:
-        sys.stdout, sys.stderr = streams
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def end(program: str, why: str, status: int = 1) -> None:
-    if status == 1 and not dist.is_initialized():
-        sys.exit(f"{program}: {why}")
-    sys.stderr.write(f"{program}: {why}\n")                     # in one piece, since ranks share the stream
-    sys.stderr.flush()
-    if dist.is_initialized():
-        os._exit(status)                                        # leaving the group in order would wait for ranks that wait for this one
-    sys.exit(status)
+# ---- the command line ----
 
 
 # What depends on size when a person samples; BAGEL's are the official inferencer's: 50 points are 49 steps. Guidance of a text-to-image

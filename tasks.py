@@ -13,7 +13,6 @@ import functools
 import json
 import string
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,8 +225,8 @@ def right_thoughts(rows: list[Row], samples: Samples, found: list, G: int) -> di
     return {"thought": [float(text == row.metadata["thought"]) for text, row in zip(samples.texts[::G], rows)]}
 
 
-def kept_tags(rows: list[Row], samples: Samples, found: list | None, G: int) -> dict:
-    return {"format": think_format(samples)[::G].tolist()}
+def kept_tags(name: str):
+    return lambda rows, samples, found, G: {name: think_format(samples)[::G].tolist()}
 
 
 # ---- what an evaluation asks ----
@@ -294,11 +293,11 @@ TASKS = {
     "choose": Task("multiple choice", "multiple-choice questions a step, answered with a thought, in tags", reason_plan, REASONED,
                    answer_truth, lambda: toy_rows(choice_question), "questions",
                    lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=True))(rows), "think_tokens",
-                   held_out=held_out_choices, tags=KINDS, also=kept_tags, form="answer"),
+                   held_out=held_out_choices, tags=KINDS, also=kept_tags("choose/format"), form="answer"),
     "reason": Task("open questions with a thought", "open questions a step, answered with a thought, in tags", reason_plan, REASONED,
                    answer_truth, lambda: toy_rows(open_question), "questions",
                    lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=False))(rows), "think_tokens",
-                   held_out=held_out_reasons, tags=KINDS, also=kept_tags, form="answer"),
+                   held_out=held_out_reasons, tags=KINDS, also=kept_tags("reason/format"), form="answer"),
     "pair_image": Task("pairs, image half", "image halves of pairs a step: captions that are drawn", draw_plan, ("images", "reals"),
                        drawn_truth, lambda: toy_rows(lambda rng: toy_pair(rng)[0]), "pairs",
                        lambda rows, policy: of_file(lambda row: captioned(row, policy))(rows), pair="image"),
@@ -387,14 +386,14 @@ def samples_of(policy: Policy, task: Task, rows: list[Row], r: Rollout) -> Sampl
                    images("real"), given("answer"), [row.options for row in each], [task.form] * len(each) if task.form else None)
 
 
-def token_states(policy: Policy, size: int, reference=nullcontext):
-    """rewards.TokenMatch's `states` of a policy, `size` samples at once; reference: a context in which it is the reference."""
+def token_states(whose: Callable, precision: Callable, size: int):
+    """rewards.TokenMatch's `states`, `size` samples at once; whose() is a context that gives the policy, precision() that of its calls."""
     @torch.no_grad()
     def states(images: Tensor, prompts: list[str]):
-        pixels = as_read(policy, images * 2 - 1)
-        tokens, mask = policy.encode_text(prompts)
-        parts = []
-        with reference():
+        with whose() as policy, precision():
+            pixels = as_read(policy, images * 2 - 1)
+            tokens, mask = policy.encode_text(prompts)
+            parts = []
             for i in range(0, len(prompts), size):
                 image, seen, context = policy.image_states(pixels[i:i + size])
                 text, _ = policy.append_text(context, tokens[i:i + size], mask[i:i + size], states=True)

@@ -41,8 +41,9 @@ from grpo import group_advantage, grpo_loss
 from policy import Guidance, Policy, adapters_off
 from run import (Average, Log, Ranks, Run, check, clip_gradients, load_checkpoint, precision, prepared_policy, room_to_gather, run_state,
                  save_bad_step, save_checkpoint, setup, signals)
-from sample import Arguments, Rollout, Text, chosen_texts, join, one_line, replay_gaps, replay_rollout, sample_plan, say, scale_of, unguided
+from sample import Rollout, Text, chosen_texts, join, replay_gaps, replay_rollout, sample_plan, scale_of, unguided
 from tasks import TASKS, Batch, Source, counts, measured, micro_batches, rewards_of, samples_of, token_states
+from terminal import Arguments, one_line, say
 
 TOY = Path(__file__).parent / "toy"
 
@@ -421,6 +422,11 @@ def train(cfg: Config, ranks: Ranks) -> None:
 # ---- what the phases are made of ----
 
 
+def reference_of(policy: Policy, frozen: Policy | None):
+    """A context of the frozen reference: the policy is its own where its adapters switch off."""
+    return adapters_off(policy) if frozen is None else nullcontext(frozen)
+
+
 def guidance_of(cfg: Config) -> Guidance | None:
     return Guidance(text_scale=cfg.guidance) if cfg.guidance > 1 else None
 
@@ -435,9 +441,7 @@ def pieces_of(policy: Policy, frozen: Policy | None, work: list, cfg: Config, ra
         for piece, rows in micro_batches(r, cfg.micro):
             reference = None
             if cfg.penalised:
-                # The policy is its own reference where its adapters switch off.
-                frozen_one = adapters_off(policy) if frozen is None else nullcontext(frozen)
-                with torch.no_grad(), precision(cfg, policy.device), frozen_one as ref:
+                with torch.no_grad(), precision(cfg, policy.device), reference_of(policy, frozen) as ref:
                     reference = replay_rollout(ref, piece)
             pieces.append((batch.task, piece, adv[rows], dict(text=text, image=image), reference))
     return pieces
@@ -482,8 +486,8 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
     for p in trainable(policy).values():
         optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    of_reference = nullcontext if cfg.tim_of == "policy" or frozen else lambda: adapters_off(policy)
-    states = token_states(frozen if frozen and cfg.tim_of == "reference" else policy, cfg.referee_batch, of_reference)
+    whose = (lambda: nullcontext(policy)) if cfg.tim_of == "policy" else (lambda: reference_of(policy, frozen))
+    states = token_states(whose, lambda: precision(cfg, ranks.device), cfg.referee_batch)
     models, imitation = referees.Models(cfg, ranks.device, source.detector, states), None
     if cfg.recipe == "control":
         from toy.pretrain import Imitation

@@ -1,6 +1,7 @@
 """CoRL: pairs that share an advantage, cycle and token-matching rewards, answers with options, guidance outside the likelihood."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -204,7 +205,7 @@ def test_tim_is_symmetric_in_range_and_blind_to_padding_and_to_the_order_of_patc
 def test_tim_takes_the_policys_states_of_the_image_and_of_the_prompts_words_behind_it(run):
     """Against one sample at a time, without padding, read by the policy's own calls."""
     policy, images, prompts = run.policy, images_of(3), ["a circle", "a photo of a red circle and a blue square", "three squares"]
-    image, seen, text, read = tasks.token_states(policy, 2)(images, prompts)
+    image, seen, text, read = tasks.token_states(lambda: nullcontext(policy), nullcontext, 2)(images, prompts)
     for i, prompt in enumerate(prompts):
         tokens, mask = policy.encode_text([prompt])
         states, one, context = policy.image_states(images[i:i + 1] * 2 - 1)

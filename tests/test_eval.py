@@ -71,9 +71,11 @@ def by_hand(scene_of):
         G = samples or task.samples
         each = [row for row in rows for _ in range(G)]
         images = painted(rows, scene_of, G).images if task.draws else None
-        texts = [row.answer or row.metadata.get("thought", "") for row in each] if task.writes else None
-        return Samples([row.text for row in each], [row.metadata for row in each], texts, images, None,
-                       [row.answer for row in each] if rows[0].answer else None)
+        form = "<think> so </think> <answer> {} </answer>" if task.form == "answer" else "{}"
+        texts = [form.format(row.answer or row.metadata.get("thought", "")) for row in each] if task.writes else None
+        return Samples([row.text for row in each], [row.metadata for row in each], texts, images,
+                       answers=[row.answer for row in each] if rows[0].answer else None, options=[row.options for row in each],
+                       formats=[task.form] * len(each) if task.form else None)
     return answer
 
 

@@ -17,7 +17,7 @@ import eval as evaluation
 import sample
 import train
 from run import Log, Owner, differences, read_rows, signals
-from sample import Terminal, one_line
+from terminal import Terminal, one_line
 from run import Ranks
 from train import parse
 

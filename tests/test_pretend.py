@@ -41,12 +41,13 @@ def records(out):
 @pytest.fixture
 def few(monkeypatch):
     """A small evaluation."""
-    for name, value in dict(PROMPTS_PER_TAG=3, THOUGHTS=4, QUESTIONS=5).items():
+    for name, value in dict(PROMPTS_PER_TAG=3, THOUGHTS=4, QUESTIONS=10).items():
         monkeypatch.setattr(tasks, name, value)
     monkeypatch.setattr(evaluation, "ODE_STEPS", 2)
 
 
 @pytest.mark.parametrize("more", [
+    ["--recipe", "corl", "--pair_image", "2", "--pair_text", "2", "--choose", "2", "--reason", "2", "--likeness_by", "psnr"],
     ["--recipe", "unigrpo", "--draw", "0", "--ask", "0", "--micro", "1", "--lora", "4", "--ratio_norm", "--checkpointing", "--std", "unbiased"],
     # All weights against a frozen copy, and every switch.
     ["--dense", "1", "--format", "1", "--normalise", "each", "--rollout_batch", "2", "--density", "sum", "--kl_correction", "--adv_clamp", "5",

@@ -21,13 +21,14 @@ from train import parse
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ADDING = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = ["--group_size", "4", "--eval_every", "0", "--save_every", "0", "--steps", "1"]
 
 
 def snippet(title):
-    """The Python lines that README.md shows under a heading."""
-    return re.search(rf"^\*\*{title}\*\*.*?```python\n(.*?)```", README, re.M | re.S)[1]
+    """The Python lines that docs/adding.md shows under a heading."""
+    return re.search(rf"^\*\*{title}\*\*.*?```python\n(.*?)```", ADDING, re.M | re.S)[1]
 
 
 def records(out):
@@ -38,7 +39,7 @@ def records(out):
 
 
 def test_a_reward_is_added_in_two_places(tmp_path, monkeypatch):
-    """The README's function and row; its flag, its score in the log and its weight in the advantage follow."""
+    """The page's function and row; its flag, its score in the log and its weight in the advantage follow."""
     monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
     monkeypatch.setattr(tasks, "REWARDS", rewards.REWARDS)
     before = {*rewards.REWARDS}
@@ -53,7 +54,7 @@ def test_a_reward_is_added_in_two_places(tmp_path, monkeypatch):
 
 
 def test_a_task_is_added_in_two_places(tmp_path, monkeypatch):
-    """The README's rows and entry; its flag, its plan, its rewards, its truth and its check follow."""
+    """The page's rows and entry; its flag, its plan, its rewards, its truth and its check follow."""
     monkeypatch.setattr(tasks, "TASKS", tasks.TASKS)
     before = dict(tasks.TASKS)
     try:

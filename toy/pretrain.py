@@ -194,8 +194,8 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) ->
 
 
 def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 2, scenes: int = 20, changes: int = 20) -> dict:
-    """One step's losses by name: pictures of captions, thoughts and their pictures, answers and captions, edits, reflections. Each prompt is read
-    once for `draws` times t, each picture once for its TEXTS texts."""
+    """One step's losses by name: pictures of captions, thoughts and their pictures, answers and captions, edits, reflections. Each prompt is
+    read once for `draws` times t, each picture once for its TEXTS texts."""
     pick = lambda n, size: torch.randint(n, (size,), generator=generator)
     rows = lambda text, i: (text[0][i], text[1][i])
     read = lambda context, text, i: policy.append_text(context, *rows(text, i), logits=False)[1]
