@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import flow_grpo
 from policy import Policy
-from rewards import REWARDS, Samples, answer_accuracy, final_answer, geneval_check, normalise_answer, right_option, think_format
+from rewards import REWARDS, Samples, answer_accuracy, caption_tuples, final_answer, geneval_check, normalise_answer, right_option, think_format
 from sample import (THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, open_picture, read_picture,
                     subset, texts_of, to_bytes)
 from toy import shapes
@@ -453,7 +453,11 @@ def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
 def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
     """ValueError for a text that leaves no room for what is written, or an answer longer than what may be written."""
     room = getattr(cfg, task.writes) if task.writes else 0
-    policy.check_text([row.get("caption" if task.pair == "image" else "question", row.get("prompt")) for row in rows], room)
+    texts = [row.get("caption" if task.pair == "image" else "question", row.get("prompt")) for row in rows]
+    policy.check_text(texts, room)
+    if task.draws and cfg.weights["recaption"] and cfg.recaption_by == "tuples":
+        for text in texts:
+            caption_tuples(text)
     for answer in dict.fromkeys(row["answer"] for row in rows if "answer" in row):
         length = len(policy.tokenizer(answer, add_special_tokens=False).input_ids)
         if task.writes and length > room:

@@ -277,6 +277,15 @@ def test_token_states_are_the_named_layers_without_special_tokens(bert, layer):
         assert torch.allclose(state[seen], want, atol=1e-5) and len(want) == len(text.split())
 
 
+def test_recaptions_by_token_states_are_the_f1_of_prompt_and_caption(bert):
+    encoder, said = referees.load_text_encoder(bert), ["a red circle", "two squares", "a circle"]
+    reward = R.Recaption(SimpleNamespace(captions=lambda images: said), "bertscore", encoder)
+    scores = reward(drawn(["a red circle", "a circle and a square", "three triangles"], images_of(3)))
+    alone = [R.token_f1(*encoder.states([a]), *encoder.states([b])).item() for a, b in
+             zip(["a red circle", "a circle and a square", "three triangles"], said)]
+    assert scores[0].item() == pytest.approx(1, abs=1e-5) and scores.tolist() == pytest.approx([max(x, 0) for x in alone], abs=1e-5)
+
+
 def test_models_of_another_class_a_layer_too_many_and_names_that_are_not_there_are_one_line(captioner, bert, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for load, path, words in ((referees.load_captioner, bert, "holds a bert model, expected blip"),
@@ -376,6 +385,13 @@ def test_pairs_of_a_file_become_both_halves(tmp_path):
     image, text = (batch.rows[0] for batch in run.source.batches(0, ALONE))
     assert image.text == "a red circle" and torch.equal(image.real, text.source)
     assert text.text == "what color is it ? (a) blue (b) red" and text.options == ["blue", "red"] and text.answer == "(b)"
+
+
+def test_captions_that_no_rule_reads_are_refused_before_the_run(tmp_path):
+    more = ["--pair_image", "1", "--pair_text", "1", "--pairs", pairs_file(tmp_path, caption="dogs running"), "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="dogs running.*--recaption_by jaccard"):
+        train.begin(parse([*SMALL, *more]), ALONE)
+    assert train.begin(parse([*SMALL, *more, "--recaption_by", "jaccard"]), ALONE)
 
 
 @pytest.mark.parametrize("changes, words", [

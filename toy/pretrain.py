@@ -272,19 +272,21 @@ def xavier(model) -> None:
 class Readout(nn.Module):
     """Names the object of each quadrant from a vision tower's patches. It teaches towers fast and is thrown away."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, pooled: bool = False):
         super().__init__()
-        self.head = nn.Linear(4 * width, 1 + len(shapes.SHAPES) * len(shapes.COLORS))
+        classes = 1 + len(shapes.SHAPES) * len(shapes.COLORS)
+        self.head, self.pooled = nn.Linear(4 * width, classes), nn.Linear(width, 4 * classes) if pooled else None
 
-    def loss(self, patches: torch.Tensor, scenes: list[shapes.Scene]) -> torch.Tensor:
-        """Cross-entropy of the quadrants' objects; class 0 is an empty one."""
+    def loss(self, patches: torch.Tensor, scenes: list[shapes.Scene], pooled: torch.Tensor | None = None) -> torch.Tensor:
+        """Cross-entropy of the quadrants' objects, from patches (N, 16, D) and perhaps from a pooled (N, D); class 0 is an empty one."""
         N, _, D = patches.shape
         grid = patches.view(N, 2, 2, 2, 2, D).transpose(2, 3).reshape(N, 4, 4 * D)             # (row, y, col, x) -> quadrants
         right = torch.zeros(N, 4, dtype=torch.long)
         for n, scene in enumerate(scenes):
             for o in scene:
                 right[n, 2 * o.row + o.col] = 1 + shapes.SHAPES.index(o.shape) * len(shapes.COLORS) + list(shapes.COLORS).index(o.color)
-        return F.cross_entropy(self.head(grid).flatten(0, 1), right.flatten())
+        loss = F.cross_entropy(self.head(grid).flatten(0, 1), right.flatten())
+        return loss if pooled is None else loss + F.cross_entropy(self.pooled(pooled).view(4 * N, -1), right.flatten())
 
 
 def shown(scenes: list[shapes.Scene], rng) -> torch.Tensor:
@@ -325,9 +327,9 @@ def fit(model, loss_of, steps: int, lr: float, name: str, readout: Readout) -> N
     model.eval().requires_grad_(False)
 
 
-def train_siglip(encoder, steps: int = 4000, batch: int = 64, lr: float = 1e-3, seed: int = 3) -> None:
+def train_siglip(encoder, steps: int = 6000, batch: int = 64, lr: float = 1e-3, seed: int = 3) -> None:
     """SigLIP's pairwise sigmoid loss; a pair is positive where the picture satisfies the caption, whoever's caption it is."""
-    rng, model, pool, readout = np.random.default_rng(seed), encoder.model, every_prompt(), Readout(64)
+    rng, model, pool, readout = np.random.default_rng(seed), encoder.model, every_prompt(), Readout(64, pooled=True)
     xavier(model)
     nn.init.constant_(model.logit_scale, math.log(10.0))        # SigLIP's initial temperature and bias (arXiv:2303.15343, Sec. 3.2)
     nn.init.constant_(model.logit_bias, -10.0)
@@ -341,8 +343,9 @@ def train_siglip(encoder, steps: int = 4000, batch: int = 64, lr: float = 1e-3, 
         text = F.normalize(model.text_model(input_ids=encoder.tokens([m["prompt"] for m in asked])).pooler_output, dim=-1)
         right = torch.tensor([[1.0 if shapes.satisfies(m, shapes.discrete(s)) else -1.0 for m in asked] for s in scenes])
         loss = -F.logsigmoid(right * (image @ text.T * model.logit_scale.exp() + model.logit_bias)).sum(1).mean()
-        named = readout.loss(seen.last_hidden_state, scenes)
-        return loss + named, f"objects {named.item():.3f}"
+        # What is where must survive the pooling: without it the embedding holds no relation.
+        named = readout.loss(seen.last_hidden_state, scenes, seen.pooler_output)
+        return loss + 5 * named, f"objects {named.item():.3f}"
 
     fit(model, loss_of, steps, lr, "siglip", readout)
 
