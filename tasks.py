@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import flow_grpo
 from policy import Policy
-from rewards import REWARDS, Samples, answer_accuracy, caption_tuples, final_answer, geneval_check, normalise_answer, right_option, think_format
+from rewards import (REWARDS, Samples, answer_accuracy, caption_tuples, final_answer, geneval_check, normalise_answer, right_option,
+                     think_format)
 from sample import (THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, open_picture, read_picture,
                     subset, texts_of, to_bytes)
 from toy import shapes

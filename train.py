@@ -69,20 +69,23 @@ RECIPES = {
         pair_image=(16, "p"), pair_text=(16, "p"), pair=("joint", "p"), pair_weight=(0.8, "p"),
         recaption=(1.0, "p"), likeness=(1.0, "p"), tim=(1.0, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
         group_size=(8, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), image_weight=(300.0, "o"), step_weights=(True, "o"),
-        toy=dict(pair_image=(48, "d: 16"), pair_text=(48, "d: 16")),
+        # Without a penalty, as in the paper, the toy's pictures collapse at lvrpo's rate and number of steps.
+        toy=dict(pair_image=(48, "d: 16"), pair_text=(48, "d: 16"), lr_generation=(2.5e-4, "o"), steps=(100, "o")),
         bagel=dict(lr_understanding=(4e-6, "p"), lr_generation=(4e-6, "p"))),
     "corl_t2i": dict(
         pair_image=(16, "p"), recaption=(1.0, "p"), likeness=(1.0, "p"), tim=(1.0, "p"),
         group_size=(16, "p"), std=("unbiased", "p"), image_beta=(0.003, "d: k3 0.02"), image_weight=(300.0, "o"), step_weights=(True, "o"),
-        toy=dict(pair_image=(24, "d: 16")),
+        toy=dict(pair_image=(24, "d: 16"), lr_generation=(1.2e-4, "o"), steps=(75, "o")),
         bagel=dict(lr_understanding=(1e-6, "p"), lr_generation=(1e-6, "p"))),
     "corl_mc": dict(
         choose=(32, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
         group_size=(16, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), text_beta=(0.02, "p"),
+        toy=dict(lr_understanding=(1e-4, "o"), steps=(75, "o")),
         bagel=dict(lr_understanding=(1e-6, "p"))),
     "corl_oe": dict(
         reason=(32, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
         group_size=(16, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), text_beta=(0.02, "p"),
+        toy=dict(lr_understanding=(1e-4, "o"), steps=(75, "o")),
         bagel=dict(lr_understanding=(1e-6, "p"), open_answers=("graded", "p"))),
 }
 

@@ -129,7 +129,7 @@ def moved(out, *more):
     """The understanding and generation experts' query weights after one batch of three updates, with clips that act."""
     tight = ["--text_clip", "0.001", "--image_clip", "1e-6", "--epochs", "3", "--lr_understanding", "1e-2", "--lr_generation", "1e-2"]
     run = train.begin(parse([*SMALL, "--draw", "0", "--think", "4", "--ask", "0", "--sem", "0", "--kn", "0", *tight, "--out", str(out), *more]), ALONE)
-    train.one_step(run, 1)
+    train.one_step(run, 2)
     return torch.cat([expert.q.weight.detach().flatten() for expert in run.policy.blocks[0].experts])
 
 

@@ -207,7 +207,7 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_batch(tmp_path, mon
 
 
 def test_every_field_of_the_config_is_read():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "tasks", "eval", "rewards"))
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "run", "tasks", "eval", "rewards", "referees"))
     for f in dataclasses.fields(Config):
         if f.name in {task.file for task in tasks.TASKS.values()}:
             continue                                            # read by the task's own name for it
@@ -482,7 +482,7 @@ def test_components_are_added_then_normalised_or_normalised_then_added(tmp_path)
     parts, weights = {"sem": torch.tensor([0.0, 0.1, 0.2, 0.3] * 2), "ins": torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 1])}, {"sem": 1.0, "ins": 2.0}
     for how in ("sum", "each"):
         cfg = small(tmp_path, "--normalise", how, "--sem", 1, "--ins", 2)
-        adv, stats = train.advantage_phase(parts, 2, cfg, ALONE)
+        adv, stats = train.compared(parts, weights, 2, cfg, ALONE)
         want = rewards.combine(rewards.normalised(parts, 4), weights) if how == "each" else group_advantage(rewards.combine(parts, weights), 4)
         torch.testing.assert_close(adv, want)
         assert stats["reward"] == pytest.approx(0.15 + 2 * 0.75)

@@ -41,7 +41,8 @@ SIZE, TEXTS = (32, 32), 4                                       # pixels; questi
 EVEN = (1, 1, 1, 1, 1, 1)                                       # how often a step takes captions of each of shapes.TAGS
 BOUND = (1, 1, 1, 1, 6, 3)                                      # what binds words to places and things is learned only where it is common
 # Steps, learning rate, seed, scenes asked about a step (0: nothing but pictures of captions), tags.
-ROUNDS = ((2400, 2e-3, 2, 16, EVEN), (2200, 1.5e-3, 3, 20, EVEN), (1000, 1e-3, 4, 20, BOUND), (500, 1e-3, 5, 0, BOUND), (400, 7e-4, 6, 20, BOUND))
+ROUNDS = ((2400, 2e-3, 2, 16, EVEN), (2200, 1.5e-3, 3, 20, EVEN), (1000, 1e-3, 4, 20, BOUND), (500, 1e-3, 5, 0, BOUND),
+          (400, 7e-4, 6, 20, BOUND))
 CONFIG = PolicyConfig(
     llm=dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=4,
              num_attention_heads=4, num_key_value_heads=2, vocab_size=0, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
@@ -202,8 +203,9 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) ->
 
 def base_loss(policy: Policy, corpus: Corpus, generator, batch: int = 64, draws: int = 2, scenes: int = 20, changes: int = 20,
               tags: tuple[int, ...] = EVEN) -> dict:
-    """One step's losses by name: pictures of captions, thoughts and their pictures, answers and captions, edits, reflections. Each prompt is
-    read once for `draws` times t, each picture once for its TEXTS texts."""
+    """One step's losses by name: pictures of captions, thoughts and their pictures, answers and captions, edits, reflections.
+
+    Each prompt is read once for `draws` times t, each picture once for its TEXTS texts. scenes=0: pictures of captions alone."""
     pick = lambda n, size: torch.randint(n, (size,), generator=generator)
     rows = lambda text, i: (text[0][i], text[1][i])
     read = lambda context, text, i: policy.append_text(context, *rows(text, i), logits=False)[1]
