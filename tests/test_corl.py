@@ -112,6 +112,15 @@ def test_tuple_f1_is_1_in_any_order_symmetric_and_falls_when_an_object_is_left_o
         assert 0 < less < 1 and less == R.tuple_f1(say(things[1:]), say(things))
 
 
+@pytest.mark.parametrize("caption, score", [
+    ("a red circle", 1), ("circle orange circle and a red circle", 4 / 5), ("", 0), ("a red circle left of a square above a dog", 4 / 6)])
+def test_what_no_rule_reads_in_a_captioners_caption_is_a_thing_that_the_prompt_does_not_say(caption, score):
+    """A captioner stammers before a spoiled picture; that must neither stop a run nor help the picture."""
+    assert R.tuple_f1("a red circle", caption) == pytest.approx(score)
+    with pytest.raises(ValueError, match="--recaption_by"):
+        R.tuple_f1("red circle", caption)
+
+
 def test_every_caption_of_the_toy_can_be_held_against_every_prompt():
     rng = np.random.default_rng(0)
     for m in shapes.prompts("train")[::7]:
