@@ -1,4 +1,4 @@
-"""How weights come and go: policy folders in the released layout, adapters, shards over ranks, and what a run keeps.
+"""How weights come and go: policy folders in the released layout, adapters, shards over ranks, and merging.
 
 A policy folder has the layout of the released BAGEL-7B-MoT: llm_config.json, vit_config.json, ema.safetensors (or shards with an index),
 ae.safetensors, tokenizer files; bagel_config.json and ae_config.json hold what the release hard-codes and are optional. What this project
@@ -6,6 +6,8 @@ writes loads in other BAGEL tools, adapters in peft. Only safetensors are read a
 
     policy = load_policy("BAGEL-7B-MoT", device="cuda", adapter="out/adapter")
     save_policy(policy, "merged")
+
+`python checkpoint.py merge A B --base BASE --out C` makes one policy of two that were trained from one base.
 """
 
 import json

@@ -1,16 +1,17 @@
 """How every file of toy is made: `torchrun train.py --recipe pretrain`. Seeds are fixed; progress is printed.
-`python -m toy.pretrain` measures the referees.
+`python -m toy.pretrain` measures the base and the referees.
 
     tokenizer    the closed vocabulary of shapes.py, one word one token, and BAGEL's four markers
     autoencoder  diffusers' AutoencoderKL, 32x32x3 pixels to 4x4x4, which the policy reads as 4 tokens of 16 features
     base         the policy, by text cross-entropy and flow matching jointly, on pictures whose captions are partly wrong
     siglip       the alignment referee: transformers' SiglipModel, sigmoid contrastive loss, right captions
-    judge        the yes/no referee: PaliGemmaForConditionalGeneration, cross-entropy on yes and no, right captions
+    judge        the yes/no referee: PaliGemmaForConditionalGeneration, cross-entropy on answers, right captions
+    captioner    the captioning referee: BlipForConditionalGeneration, cross-entropy on captions that name everything
 
 The base is taught wrong on purpose, as web captions teach: WRONG_CAPTIONS of the pictures contradict their caption in one attribute,
-WRONG_THOUGHTS of the thoughts state a wrong fact and follow it, and WRONG_COUNTS of the counting questions are answered by the next word
-(four by zero). Imitation cannot repair what its data says; a reward can. Further pretraining on the same data is the control that the
-README shows beside it.
+WRONG_THOUGHTS of the thoughts state a wrong fact and follow it, WRONG_COUNTS of the counting questions are answered by the next word
+(four by zero), and so on with the constants below. Imitation cannot repair what its data says; a reward can. Further pretraining on the
+same data is the control that the README shows beside it.
 """
 
 import math
