@@ -112,14 +112,12 @@ def toy_pair(rng: np.random.Generator) -> tuple[Row, Row]:
     return Row(metadata["prompt"], metadata, real=asked.source), asked
 
 
-def of_file(read: Callable[[dict], Row]) -> Callable[[list[dict]], Pool]:
+def of_file(rows: list[dict], read: Callable[[dict], Row]) -> Pool:
     """Rows of a file, without repetition in a step where it has enough; images are read when they are drawn."""
-    def pool(rows: list[dict]) -> Pool:
-        def draw(key: tuple, count: int, mine: range) -> list[Row]:
-            drawn = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
-            return [read(rows[drawn[i]]) for i in mine]
-        return draw
-    return pool
+    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+        drawn = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
+        return [read(rows[drawn[i]]) for i in mine]
+    return draw
 
 
 def for_rewards(pixels: Tensor) -> Tensor:
@@ -289,22 +287,22 @@ TASKS = {
                   drawn_truth, lambda: by_tag(shapes.implicit_prompts("train")), "prompts", prompts_of_file, "think_tokens",
                   held_out=held_out_riddles, samples=4, also=right_thoughts, form="thought"),
     "ask": Task("open questions", "questions a step", ask_plan, ASKED, answer_truth, lambda: toy_rows(open_question), "questions",
-                lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=False))(rows), "answer_tokens",
+                lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=False)), "answer_tokens",
                 held_out=held_out_questions, tags=KINDS),
     "choose": Task("multiple choice", "multiple-choice questions a step, answered with a thought, in tags", reason_plan, REASONED,
                    answer_truth, lambda: toy_rows(choice_question), "questions",
-                   lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=True))(rows), "think_tokens",
+                   lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=True)), "think_tokens",
                    held_out=held_out_choices, tags=KINDS, also=kept_tags("choose/format"), form="answer"),
     "reason": Task("open questions with a thought", "open questions a step, answered with a thought, in tags", reason_plan, REASONED,
                    answer_truth, lambda: toy_rows(open_question), "questions",
-                   lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=False))(rows), "think_tokens",
+                   lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=False)), "think_tokens",
                    held_out=held_out_reasons, tags=KINDS, also=kept_tags("reason/format"), form="answer"),
     "pair_image": Task("pairs, image half", "image halves of pairs a step: captions that are drawn", draw_plan, ("images", "reals"),
                        drawn_truth, lambda: toy_rows(lambda rng: toy_pair(rng)[0]), "pairs",
-                       lambda rows, policy: of_file(lambda row: captioned(row, policy))(rows), pair="image"),
+                       lambda rows, policy: of_file(rows, lambda row: captioned(row, policy)), pair="image"),
     "pair_text": Task("pairs, text half", "text halves of pairs a step: questions about the same rows' real images", reason_plan, REASONED,
                       answer_truth, lambda: toy_rows(lambda rng: toy_pair(rng)[1]), "pairs",
-                      lambda rows, policy: of_file(lambda row: asked_of(row, policy, options=True))(rows), "think_tokens", form="answer",
+                      lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=True)), "think_tokens", form="answer",
                       pair="text"),
 }
 
