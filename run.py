@@ -562,7 +562,7 @@ def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list
 class Run:
     """What lives through a run."""
 
-    cfg: object                 # train.Config
+    cfg: object                 # recipes.Config
     ranks: Ranks
     policy: Policy
     frozen: Policy | None       # the reference in full training; None where adapters switch off

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import referees
 import rewards as R
 import tasks
+import recipes
 import train
 from grpo import group_advantage
 from policy import Guidance
@@ -22,7 +23,7 @@ from rewards import Samples
 from run import Ranks, check
 from sample import replay_gaps, replay_rollout, sample_plan, unguided
 from toy import shapes, tiny
-from train import parse
+from recipes import parse
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = ["--recipe", "corl", "--pair_image", "3", "--pair_text", "3", "--group_size", "4", "--steps", "1", "--eval_every", "0"]
@@ -444,5 +445,5 @@ def test_guidance_that_the_likelihood_leaves_out_is_scored_without_it_and_said(t
 
 
 def test_the_checks_of_a_run_pass_for_every_recipe():
-    for recipe in train.RECIPES:
+    for recipe in recipes.RECIPES:
         check(parse(["--recipe", recipe]), ALONE)

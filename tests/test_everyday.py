@@ -19,7 +19,7 @@ import train
 from run import Log, Owner, differences, read_rows, signals
 from terminal import Terminal, one_line
 from run import Ranks
-from train import parse
+from recipes import parse
 
 ROOT = Path(train.__file__).parent
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -21,7 +21,7 @@ from checkpoint import freeze, load_adapters, load_policy, merged_state, release
 from policy import Policy, PolicyConfig, adapters, add_lora
 from sample import Draw, Read, images_of, sample_plan, scale_of
 from run import Ranks, check_memory, memory, peak
-from train import parse
+from recipes import parse
 
 ROOT = Path(train.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import recipes
 import rewards
 import tasks
 import train
@@ -17,7 +18,7 @@ from checkpoint import load_policy
 from sample import TOY
 from tasks import by_tag, read_prompts, read_questions
 from run import Ranks, check
-from train import parse
+from recipes import parse
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,37 +70,37 @@ def test_a_task_is_added_in_two_places(tmp_path, monkeypatch):
 
 
 def test_a_recipe_is_added_as_one_dict(monkeypatch):
-    before = set(train.RECIPES)
-    monkeypatch.setattr(train, "RECIPES", dict(train.RECIPES))
-    exec(snippet("A recipe"), vars(train))
-    (name,) = train.RECIPES.keys() - before
+    before = set(recipes.RECIPES)
+    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))
+    exec(snippet("A recipe"), vars(recipes))
+    (name,) = recipes.RECIPES.keys() - before
     cfg = parse(["--recipe", name])
-    assert cfg.rows["ask"] > 0 and cfg.text_clip_high == 0.28 and name in train.recipe_table()
+    assert cfg.rows["ask"] > 0 and cfg.text_clip_high == 0.28 and name in recipes.recipe_table()
 
 
 # ---- recipes ----
 
 
 def test_the_readme_shows_the_recipes_as_they_are():
-    assert train.recipe_table() in README
+    assert recipes.recipe_table() in README
 
 
 def test_the_later_source_of_a_setting_wins():
     """Config's default, the scale, the recipe, its part for the scale, the flag."""
-    assert parse([]).ema == train.Config.ema and parse([]).group_size == train.SCALES["toy"]["group_size"]
+    assert parse([]).ema == recipes.Config.ema and parse([]).group_size == recipes.SCALES["toy"]["group_size"]
     assert parse(["--recipe", "unigrpo"]).text_average == "sequence" and parse([]).image_clip == 1e-3
     assert parse(["--scale", "bagel"]).image_clip == 1e-6 and parse(["--scale", "bagel", "--image_clip", "0.5"]).image_clip == 0.5
     assert parse(["--scale", "bagel", "--recipe", "unigrpo"]).weights["sem"] == 1.0 and parse(["--recipe", "unigrpo"]).weights["sem"] == 0.0
 
 
 def test_every_setting_of_a_recipe_and_a_scale_exists_and_says_whose_it_is():
-    known = {f.name for f in dataclasses.fields(train.Config)} | {*tasks.TASKS} | {*rewards.REWARDS}
-    for recipe in train.RECIPES:
-        for scale in train.SCALES:
-            settings = train.settings_of(recipe, scale)
+    known = {f.name for f in dataclasses.fields(recipes.Config)} | {*tasks.TASKS} | {*rewards.REWARDS}
+    for recipe in recipes.RECIPES:
+        for scale in recipes.SCALES:
+            settings = recipes.settings_of(recipe, scale)
             assert settings.keys() <= known
             assert all(whose in ("p", "o") or whose.startswith("d: ") for _, whose in settings.values())
-    assert all(scale.keys() <= known for scale in train.SCALES.values())
+    assert all(scale.keys() <= known for scale in recipes.SCALES.values())
 
 
 def test_help_explains_every_flag(capsys):
@@ -112,7 +113,7 @@ def test_help_explains_every_flag(capsys):
 
 
 def test_a_run_says_what_it_resolved_to():
-    told = train.resolved(parse(["--draw", "5", "--sem", "0.5", "--lora", "7"]))
+    told = recipes.resolved(parse(["--draw", "5", "--sem", "0.5", "--lora", "7"]))
     assert all(word in told for word in ("lvrpo:", "draw=5", "sem=0.5", "lora=7", "sampler=cps")) and max(map(len, told.split("\n"))) <= 120
 
 

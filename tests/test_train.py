@@ -24,7 +24,7 @@ from grpo import group_advantage, grpo_loss
 from checkpoint import load_policy
 from sample import Text, replay_rollout, sample_plan
 from run import Average, Ranks, check, signals
-from train import Config, parse
+from recipes import Config, parse
 
 ROOT = Path(train.__file__).parent
 GENEVAL = ROOT.parent / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"

@@ -1,0 +1,232 @@
+"""What each method sets: RECIPES, a table with a column per method; the scales; every setting with its help; and the command line.
+
+`python train.py recipes` prints the table. A run's settings come from Config's defaults, the scale, the recipe and its part for the scale,
+and the flags, of which the later wins.
+"""
+
+import argparse
+import textwrap
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import rewards
+from checkpoint import read_json
+from sample import scale_of
+from tasks import TASKS, rewards_of
+from terminal import Arguments
+
+TOY = Path(__file__).parent / "toy"
+
+
+# What each method sets, at both scales or (toy=, bagel=) at one; the rest is the scale's or Config's default. Behind a value stands whose
+# it is: "p" the paper's; "o" ours, where the paper's is not known; "d" ours, which departs from the paper's, named behind it.
+RECIPES = {
+    "lvrpo": dict(
+        draw=(24, "o"), think=(8, "o"), ask=(16, "o"),
+        sem=(1.0, "o"), accuracy=(1.0, "o"), kn=(1.0, "o"),
+        text_beta=(0.02, "o"), image_beta=(0.003, "o"), image_weight=(300.0, "o"), step_weights=(True, "o"), epochs=(2, "o"),
+        toy=dict(ins=(1.0, "o"))),
+    "unigrpo": dict(
+        think=(32, "p"), accuracy=(1.0, "o"),
+        text_average=("sequence", "p"), mse_weight=(5e-5, "d: 1.5e-5, mean or sum"), ratio_norm=(True, "p"),
+        step_weights=(True, "d: none in Eq. 6"), epochs=(2, "p"),
+        # Nothing but the picture's truth holds the toy's thoughts, so the understanding expert learns four times slower than under lvrpo.
+        toy=dict(ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "o"),
+                 steps=(125, "o")),
+        bagel=dict(sem=(1.0, "d: a preference model"))),
+    # Stage 1 of CoRL, then its three refined policies, each from what stage 1 wrote (--policy out/corl/policy).
+    "corl": dict(
+        pair_image=(16, "p"), pair_text=(16, "p"), pair=("joint", "p"), pair_weight=(0.8, "p"),
+        recaption=(1.0, "p"), likeness=(1.0, "p"), tim=(1.0, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
+        group_size=(8, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), image_weight=(300.0, "o"), step_weights=(True, "o"),
+        # Without a penalty, as in the paper, the toy's pictures collapse at lvrpo's rate and number of steps.
+        toy=dict(pair_image=(48, "d: 16"), pair_text=(48, "d: 16"), lr_generation=(2.5e-4, "o"), steps=(100, "o")),
+        bagel=dict(lr_understanding=(4e-6, "p"), lr_generation=(4e-6, "p"))),
+    "corl_t2i": dict(
+        pair_image=(16, "p"), recaption=(1.0, "p"), likeness=(1.0, "p"), tim=(1.0, "p"),
+        group_size=(16, "p"), std=("unbiased", "p"), image_beta=(0.003, "d: k3 0.02"), image_weight=(300.0, "o"), step_weights=(True, "o"),
+        toy=dict(pair_image=(24, "d: 16"), lr_generation=(1.2e-4, "o"), steps=(75, "o")),
+        bagel=dict(lr_understanding=(1e-6, "p"), lr_generation=(1e-6, "p"))),
+    "corl_mc": dict(
+        choose=(32, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
+        group_size=(16, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), text_beta=(0.02, "p"),
+        toy=dict(lr_understanding=(1e-4, "o"), steps=(75, "o")),
+        bagel=dict(lr_understanding=(1e-6, "p"))),
+    "corl_oe": dict(
+        reason=(32, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
+        group_size=(16, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), text_beta=(0.02, "p"),
+        toy=dict(lr_understanding=(1e-4, "o"), steps=(75, "o")),
+        bagel=dict(lr_understanding=(1e-6, "p"), open_answers=("graded", "p"))),
+}
+
+# What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3 where it has them, but for the resolution.
+SCALES = {
+    "toy": dict(group_size=16, steps=150, lr_understanding=2e-4, lr_generation=5e-4, image_clip=1e-3, denoise_steps=6, shift=2.0,
+                noise_level=0.8, sampler="cps", window=3, window_low=0, window_high=3, shared_noise=True, resolution=32,
+                think_tokens=24, answer_tokens=4, referee_batch=512, request="think first"),
+    "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
+                  window=3, window_low=0, window_high=5, resolution=512, think_tokens=256, answer_tokens=256, image_clip=1e-6, lora=64,
+                  system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=4, rollout_batch=24, referee_batch=16,
+                  request="First reason inside <think> </think> tags, then give the final answer inside <answer> </answer> tags.",
+                  # The toy's referees are not for photographs, nor its rule for free captions.
+                  siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448",
+                  captioner="Salesforce/blip-image-captioning-base", recaption_by="bertscore"),
+}
+
+
+def option(default, help: str, least: float | None = None, above: float | None = None):
+    """A field of Config: its default, what --help says of it, and the range of a number (0 and up where nothing is said)."""
+    return field(default=default, metadata=dict(help=help, least=0 if least is None and above is None else least, above=above))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on; `python train.py --help` explains each field. Numbers of rows are global: ranks share them. The control
+    (more pretraining) reads what is trained and how it is kept; the rest must be valid and does nothing."""
+
+    recipe: str
+    rows: dict[str, int] = field(default_factory=dict)          # task -> rows a step, a flag each
+    weights: dict[str, float] = field(default_factory=dict)     # reward -> weight, a flag each
+    policy: str = option(str(TOY / "policy"), "the policy folder to start from")
+    prompts: str = option("", "prompts: .jsonl with \"prompt\" (and GenEval's fields), or .txt; without any file: the toy world")
+    questions: str = option("", "questions: .jsonl with \"image\" (a path), \"question\", \"answer\"")
+    pairs: str = option("", "pairs: .jsonl with \"image\", \"caption\", \"question\", \"answer\", perhaps \"options\"")
+    siglip: str = option(str(TOY / "siglip"), "SigLIP of r_sem, r_dense: a folder or hub name for transformers, or open_clip (hf-hub:...)")
+    judge: str = option(str(TOY / "judge"), "yes/no judge of r_kn: a folder or hub name")
+    captioner: str = option(str(TOY / "captioner"), "BLIP captioner of --recaption: a folder or hub name")
+    text_encoder: str = option("google-bert/bert-base-uncased", "encoder of --recaption_by bertscore: a folder or hub name")
+    text_layer: int = option(-1, "its layer: 0 the embeddings, -1 the last", least=-1)
+    out: str = option("out", "folder of log, checkpoint, pictures and trained policy")
+    resume: bool = option(False, "go on from the checkpoint in --out")
+    seed: int = option(0, "of everything random")
+    steps: int = option(0, "optimisation steps, each on one batch of rollouts")
+    eval_every: int = option(50, "steps between evaluations; 0: none, and no pictures")
+    save_every: int = option(50, "steps between checkpoints; 0: at the end alone")
+    group_size: int = option(0, "G, samples per prompt")
+    micro: int = option(0, "samples per micro-batch of an update; 0: all at once")
+    rollout_batch: int = option(0, "samples drawn at once, in whole groups; 0: all")
+    referee_batch: int = option(0, "samples that a reward model scores at once", least=1)
+    graded: bool = option(True, "r_ins is the fraction of rules kept, else all or nothing")
+    open_answers: Literal["binary", "graded"] = option("binary", "accuracy of open answers: all or nothing, or shared words [CoRL's code]")
+    recaption_by: Literal["tuples", "jaccard", "bertscore"] = option("tuples", "how a caption is held against the prompt")
+    likeness_by: Literal["ssim", "psnr", "mse", "lpips"] = option("ssim", "how a drawn image is held against the real one")
+    tim_of: Literal["reference", "policy"] = option("reference", "whose states --tim compares; those of the moving policy can be gamed")
+    pair: Literal["joint", "sum", "none"] = option(
+        "none", "what the halves of a pair share where both are in the step: the advantage of the summed reward, the sum of both, nothing")
+    pair_weight: float = option(1.0, "of a pair's text half beside its image half [CoRL: lambda]")
+    alternate: bool = option(False, "one task a step, in turns")
+    normalise: Literal["sum", "each"] = option("sum", "add rewards, then normalise [LVRPO]; or each by itself, then add [CoRL's code]")
+    advantage: Literal["group", "batch", "none"] = option("group", "whose std divides the centred reward: GRPO's, AlphaGRPO's, Dr. GRPO's")
+    std: Literal["population", "unbiased"] = option("population", "divisor n (Flow-GRPO, AlphaGRPO) or n - 1 (TRL, CoRL)")
+    adv_clamp: float = option(0.0, "bound of the advantage's size (AlphaGRPO: 5); 0: none")
+    text_average: Literal["token", "sequence", "constant"] = option(
+        "token", "what counts alike in the text loss: the step's tokens (DAPO), its texts (GRPO), tokens over N * longest (Dr. GRPO)")
+    text_ratio: Literal["token", "sequence"] = option("token", "one importance ratio per token, or per text (GSPO)")
+    text_clip: float = option(0.2, "clip range of the text ratio, below 1")
+    text_clip_high: float = option(0.0, "clip range above 1 (DAPO: 0.28); 0: as --text_clip")
+    text_delta: float = option(0.0, "cap of the unclipped text ratio (two-sided clipping); 0: none")
+    text_beta: float = option(0.0, "weight of the k3 estimate of the KL to the reference, text")
+    kl_correction: bool = option(False, "weigh k3 by the ratio (DeepSeek-V3.2)")
+    image_weight: float = option(1.0, "of the image loss, its penalties included [UniGRPO Eq. 7: lambda]")
+    image_clip: float = option(0.0, "clip range of a noisy step's ratio, below 1")
+    image_clip_high: float = option(0.0, "clip range above 1; 0: as --image_clip")
+    image_beta: float = option(0.0, "weight of the transition KL to the reference")
+    mse_weight: float = option(0.0, "weight of |v - v_ref|^2 [UniGRPO Eq. 8]")
+    mse_reduce: Literal["mean", "sum"] = option("mean", "how |v - v_ref|^2 is reduced over latent entries")
+    density: Literal["mean", "sum"] = option("mean", "reduces a step's log-density over latent entries; clip ranges presume the mean")
+    scaled: bool = option(True, "log-density with its variance and normaliser; else -(x - mean)^2, the score that Flow-CPS published")
+    ratio_norm: bool = option(False, "RatioNorm [GRPO-Guard, UniGRPO Eq. 5]")
+    step_weights: bool = option(False, "weigh noisy steps by 1/|dt| [GRPO-Guard]")
+    epochs: int = option(1, "optimiser steps per batch", least=1)
+    temperature: float = option(1.0, "of sampled text", above=0)
+    guidance: float = option(1.0, "scale of text guidance in drawing; 1: none", least=1)
+    guidance_in: Literal["both", "sampling"] = option(
+        "both", "where guidance acts: in sampling and likelihood, or in sampling alone [CoRL's code], whose two policies then differ")
+    denoise_steps: int = option(0, "K, calls of the velocity per image", least=1)
+    shift: float = option(1.0, "of the time grid", above=0)
+    noise_level: float = option(0.0, "of the noisy steps", above=0)
+    sampler: Literal["sde", "cps", "dance"] = option("sde", "noise of Flow-GRPO, Flow-CPS or DanceGRPO")
+    window: int = option(0, "W, noisy steps per image, in one run somewhere in window_low..window_high", least=1)
+    window_low: int = option(0, "first step that may be noisy")
+    window_high: int = option(0, "step before which the noise ends")
+    shared_noise: bool = option(False, "one initial noise per group")
+    resolution: int = option(0, "pixels per side", least=1)
+    think_tokens: int = option(0, "most tokens of a thought", least=1)
+    answer_tokens: int = option(0, "most tokens of an answer", least=1)
+    system_prompt: bool = option(False, "BAGEL's think prompt before the user's")
+    request: str = option("", "words behind a question that is to be answered in tags")
+    experts: Literal["both", "understanding", "generation"] = option("both", "what is trained")
+    lora: int = option(0, "rank of adapters, without which the policy is its own reference; 0: all weights, against a frozen copy")
+    shard: bool = option(False, "FSDP2: weights, gradients and optimiser cut over the ranks")
+    bf16: bool = option(False, "compute in bf16; what is trained stays fp32")
+    checkpointing: bool = option(False, "compute activations again in the backward pass, block by block")
+    lr_understanding: float = option(0.0, "AdamW's rate for the understanding expert")
+    lr_generation: float = option(0.0, "AdamW's rate for the generation expert")
+    weight_decay: float = option(0.0, "AdamW's")
+    grad_clip: float = option(1.0, "most norm of the gradient", above=0)
+    ema: float = option(0.95, "decay of the average of weights that is evaluated and exported")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty compares with the frozen policy."""
+        return self.recipe != "control" and bool(self.text_beta or self.image_beta or self.mse_weight)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.penalised or bool(self.weights.get("tim")) and self.tim_of == "reference"
+
+
+def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
+    """What a recipe sets at a scale, (value, whose); its part for the scale wins."""
+    column = RECIPES.get(recipe, RECIPES["lvrpo"])              # the control trains what the default recipe trains
+    return {k: v for k, v in column.items() if k not in SCALES} | column.get(scale, {})
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Command line -> Config. Later wins: Config's default, the scale, the recipe, the flag. Unknown names are refused."""
+    ap = Arguments(description="GRPO for one policy that reads and writes text and images.", usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
+    ap.add_argument("--recipe", default="lvrpo", choices=[*RECIPES, "control", "pretrain"],
+                    help="a method; or control, more pretraining; or pretrain, which makes the toy's weights")
+    ap.add_argument("--scale", choices=[*SCALES], help="settings that depend on size; default: by the width of --policy")
+    for name, task in TASKS.items():
+        ap.add_argument(f"--{name}", type=int, help=task.help)
+    for name, entry in rewards.REWARDS.items():
+        ap.add_argument(f"--{name}", type=float, help=f"weight of {entry.help}")
+    for f in fields(Config)[3:]:
+        choices = get_args(f.type)                              # of a Literal
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(choices=choices) if choices else dict(type=f.type)
+        ap.add_argument(f"--{f.name}", help=f.metadata["help"], **kind)
+    given = {k: v for k, v in vars(ap.parse_args(argv)).items() if v is not None}
+    if given["recipe"] == "pretrain":
+        given.setdefault("out", str(TOY))
+    sizes = Path(given.get("policy", Config.policy)) / "llm_config.json"
+    scale = given.pop("scale", None) or scale_of(read_json(sizes, {}).get("hidden_size", 0))
+    files = any(given.get(task.file) for task in TASKS.values())       # then a task without data is left out unless it is asked for
+    without = {name: 0 for name, task in TASKS.items() if files and not given.get(task.file)}
+    chosen = SCALES[scale] | {k: value for k, (value, _) in settings_of(given["recipe"], scale).items()} | without | given
+    rows = {name: chosen.pop(name, 0) for name in TASKS}
+    scoring = {reward for name in TASKS if rows[name] for reward in rewards_of(name)}
+    weights = {name: chosen.pop(name, 0.0) if name in scoring or name in given else 0.0 for name in rewards.REWARDS}
+    return Config(rows=rows, weights=weights, **{k: v for k, v in chosen.items() if k not in weights})
+
+
+def resolved(cfg: Config) -> str:
+    """What a run does, in a few lines: every setting that is not Config's default."""
+    plain = {f.name: f.default for f in fields(Config)}
+    flat = {**cfg.rows, **cfg.weights, **{k: v for k, v in asdict(cfg).items() if not isinstance(v, dict) and k != "recipe"}}
+    told = [f"{k}={v}" for k, v in flat.items() if v != plain.get(k, 0)]
+    return textwrap.fill(f"{cfg.recipe}: {' '.join(told)}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def recipe_table() -> str:
+    """The recipes side by side, as README.md shows them: a row per switch that any of them sets. Behind a slash: at BAGEL's scale."""
+    def cell(recipe: str, key: str) -> str:
+        both = [settings_of(recipe, scale).get(key) for scale in SCALES]
+        told = ["-" if s is None else f"{s[0]} ({s[1]})" for s in both]
+        return " / ".join(dict.fromkeys(told))
+    names = dict.fromkeys(k for recipe in RECIPES for scale in SCALES for k in settings_of(recipe, scale))
+    order = [*TASKS, *rewards.REWARDS, *(f.name for f in fields(Config))]
+    rows = [[f"`{k}`", *(cell(recipe, k) for recipe in RECIPES)] for k in sorted(names, key=order.index)]
+    lines = [["switch", *RECIPES], ["---"] * (1 + len(RECIPES)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
