@@ -21,9 +21,10 @@ from torch import Tensor
 
 import flow_grpo
 from checkpoint import gathered, load_policy, write_atomic
+from pictures import save_grid, to_bytes
 from policy import Policy
 from rewards import Samples
-from sample import TOY, Draw, Write, images_of, sample_plan, save_grid, scale_of, to_bytes
+from sample import TOY, Draw, Write, images_of, sample_plan, scale_of
 from run import precision, read_log, room_to_gather
 from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, samples_of, spaced
 from terminal import Arguments, one_line, the_device

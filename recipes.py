@@ -185,7 +185,8 @@ def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
 
 def parse(argv: list[str] | None = None) -> Config:
     """Command line -> Config. Later wins: Config's default, the scale, the recipe, the flag. Unknown names are refused."""
-    ap = Arguments(description="GRPO for one policy that reads and writes text and images.", usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
+    ap = Arguments(description="GRPO for one policy that reads and writes text and images.", usage="%(prog)s [--FLAG VALUE ...]",
+                   allow_abbrev=False)
     ap.add_argument("--recipe", default="lvrpo", choices=[*RECIPES, "control", "pretrain"],
                     help="a method; or control, more pretraining; or pretrain, which makes the toy's weights")
     ap.add_argument("--scale", choices=[*SCALES], help="settings that depend on size; default: by the width of --policy")

@@ -10,24 +10,21 @@ rewards read in [0, 1].
 """
 
 import functools
-import json
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import flow_grpo
+from files import READERS
+from pictures import read_picture, to_bytes
 from policy import Policy
-from rewards import (REWARDS, Samples, answer_accuracy, caption_tuples, final_answer, geneval_check, normalise_answer, right_option,
-                     think_format)
-from sample import (THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, open_picture, read_picture,
-                    subset, texts_of, to_bytes)
+from rewards import (REWARDS, Samples, answer_accuracy, caption_tuples, geneval_check, right_option, think_format)
+from sample import (THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, subset, texts_of)
 from toy import shapes
 
 SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards; judges squash to such a square anyway
@@ -438,7 +435,7 @@ def micro_batches(r: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
     return [(subset(r, p, s), [i * r.G + g for i in p for g in s]) for p, s in cuts]
 
 
-# ---- files ----
+# ---- what files must hold ----
 
 
 def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
@@ -461,105 +458,3 @@ def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
         length = len(policy.tokenizer(answer, add_special_tokens=False).input_ids)
         if task.writes and length > room:
             raise ValueError(f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} lets {room} be written")
-
-
-def read_lines(path: str) -> list[tuple[int, str]]:
-    """(number from 1, line) of a UTF-8 file's lines that are not blank, without a byte order mark; ValueError where there are none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"file {path} does not exist")
-    raw = Path(path).read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
-        raise ValueError(f"file {path} is UTF-16 or binary, must be UTF-8 text; save it as UTF-8")
-    try:
-        lines = raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n")      # str.splitlines would cut at U+2028 too
-    except UnicodeDecodeError as error:
-        raise ValueError(f"file {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"file {path} is empty; it must hold one entry a line")
-    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-
-
-def parsed(line: str):
-    """The JSON value of a line; ValueError where it is none."""
-    try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
-
-
-def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
-    """JSON objects, one a line, each with the needed text fields, none of them empty; errors name file and line."""
-    rows = []
-    for number, line in read_lines(path):
-        try:
-            row = parsed(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object ({getattr(error, 'msg', error)}); each line must be one") from error
-        if not isinstance(row, dict) or (missing := [k for k in needed if not isinstance(row.get(k), str) or not row[k].strip()]):
-            raise ValueError(f"{path}:{number}: must be an object with the text fields {list(needed)}"
-                             + (f", lacks {missing}" if isinstance(row, dict) else ", one a line"))
-        if any("\ud800" <= c <= "\udfff" for k in needed for c in row[k]):
-            raise ValueError(f"{path}:{number}: holds half of a surrogate pair, which is no text")
-        rows.append(row)
-    return rows
-
-
-def read_prompts(path: str) -> list[dict]:
-    """Prompts as metadata: JSON lines of GenEval's format in a .jsonl (or .json) file, else plain text in a .txt file or one without an
-    ending. The name decides; a file whose content says otherwise is refused."""
-    ending = Path(path).suffix.lower()
-    if ending in (".jsonl", ".json", ".ndjson"):
-        rows = [{"tag": "", "include": [], **row} for row in read_json_lines(path, ("prompt",))]
-        for row in rows:
-            objects = row["include"] if isinstance(row["include"], list) else [None]
-            if not isinstance(row["tag"], str) or not all(isinstance(c, dict) and "class" in c for c in objects):
-                raise ValueError(f"{path}: prompt {row['prompt'][:60]!r}: tag must be text and include a list of objects with a class")
-        return rows
-    if ending not in (".txt", ""):
-        raise ValueError(f"file {path}: its ending {ending} says neither .jsonl (JSON objects) nor .txt (plain text); rename it")
-    lines = read_lines(path)
-    for number, line in lines:
-        if line.lstrip()[0] in "{[" and is_json(line):
-            raise ValueError(f"{path}:{number}: JSON in a file that its name calls plain text; name it .jsonl, one object a line")
-    return [{"tag": "", "include": [], "prompt": line.strip()} for _, line in lines]
-
-
-def is_json(line: str) -> bool:
-    try:
-        return isinstance(parsed(line), dict | list)
-    except ValueError:
-        return line.strip() in ("{", "[")                       # the first line of an indented file
-
-
-TAGS_OF_ANSWERS = ("<think>", "</think>", "<answer>", "</answer>")
-
-
-def read_questions(path: str, needed: tuple[str, ...] = ("image", "question", "answer")) -> list[dict]:
-    """Rows image, question, answer, perhaps options, one of which the answer names by its letter or text; image paths are relative to the
-    file. Every image is decoded once and every answer can be earned."""
-    rows = [{**row, "image": str(Path(path).parent / row["image"])} for row in read_json_lines(path, needed)]
-    if gone := [row["image"] for row in rows if not Path(row["image"]).is_file()]:
-        raise FileNotFoundError(f"{path}: {len(gone)} images do not exist: {gone[:3]}")
-    for row in rows:
-        where, row["answer"] = f"{path}: question {row['question'][:60]!r}", final_answer(row["answer"])    # R1-like data have it in tags
-        if not normalise_answer(row["answer"]) or any(tag in row["answer"] for tag in TAGS_OF_ANSWERS):
-            raise ValueError(f"{where}: the answer {row['answer'][:60]!r} is empty or holds tags, so that no text can earn it")
-        if options := row.get("options"):
-            if not isinstance(options, list) or len(options) > 26 or not all(isinstance(o, str) and normalise_answer(o) for o in options):
-                raise ValueError(f"{where}: options must be a list of at most 26 texts")
-            try:
-                right_option(row["answer"], options)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-    images = list(dict.fromkeys(row["image"] for row in rows))
-    for image in tqdm(images, desc="checking images", disable=len(images) < 1000):
-        open_picture(image, verify=True)
-    return rows
-
-
-def read_pairs(path: str) -> list[dict]:
-    """Rows image, caption, question, answer, perhaps options."""
-    return read_questions(path, ("image", "caption", "question", "answer"))
-
-
-READERS = {"prompts": read_prompts, "questions": read_questions, "pairs": read_pairs}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import files
 import referees
 import rewards as R
 import tasks
@@ -409,7 +410,7 @@ def test_captions_that_no_rule_reads_are_refused_before_the_run(tmp_path):
     ({"options": "ab"}, "options must be a list"), ({"options": ["a", ""]}, "options must be a list")])
 def test_rows_of_pairs_that_cannot_work_are_refused_by_file_and_question(tmp_path, changes, words):
     with pytest.raises((ValueError, OSError), match=words) as error:
-        tasks.read_pairs(pairs_file(tmp_path, **changes))
+        files.read_pairs(pairs_file(tmp_path, **changes))
     assert "pairs.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 

@@ -13,7 +13,8 @@ from checkpoint import load_policy
 from eval import answered, evaluate, markdown_row, mean_and_error, plot, summary
 from run import read_log
 from rewards import Samples
-from sample import TOY, to_bytes
+from pictures import to_bytes
+from sample import TOY
 from tasks import TASKS, drawn_truth, held_out_prompts, held_out_questions, held_out_riddles, spaced
 from toy import shapes
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from flow_grpo import rollout, time_grid
 from checkpoint import load_policy, release_name
 from policy import Guidance, grid_ids, guided_velocity, own_attention, patchify, sincos_table, unpatchify
-from sample import fit_image, fit_size, to_tensor
+from pictures import fit_image, fit_size, to_tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 CASES = json.loads((GOLDEN / "cases.json").read_text())

@@ -16,7 +16,8 @@ import tasks
 import train
 from checkpoint import load_policy
 from sample import TOY
-from tasks import by_tag, read_prompts, read_questions
+from files import read_prompts, read_questions
+from tasks import by_tag
 from run import Ranks, check
 from recipes import parse
 

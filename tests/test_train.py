@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import files
 import flow_grpo
 import referees
 import rewards
@@ -294,8 +295,8 @@ def test_a_bad_prompts_file_names_file_and_line(tmp_path, text, words):
 def test_prompts_are_told_by_what_the_file_holds(tmp_path):
     (tmp_path / "p.json").write_text('\n{"prompt": "a red\u2028circle", "tag": "colors"}\n')
     (tmp_path / "p.txt").write_text("a red\u2028circle\r\n\na square")
-    assert tasks.read_prompts(str(tmp_path / "p.json")) == [{"tag": "colors", "include": [], "prompt": "a red\u2028circle"}]
-    assert [m["prompt"] for m in tasks.read_prompts(str(tmp_path / "p.txt"))] == ["a red\u2028circle", "a square"]
+    assert files.read_prompts(str(tmp_path / "p.json")) == [{"tag": "colors", "include": [], "prompt": "a red\u2028circle"}]
+    assert [m["prompt"] for m in files.read_prompts(str(tmp_path / "p.txt"))] == ["a red\u2028circle", "a square"]
 
 
 def test_samples_of_a_prompt_from_a_file_differ(tmp_path, monkeypatch):
@@ -333,7 +334,7 @@ def test_prompts_and_questions_from_files_train(tmp_path):
 
 @pytest.mark.skipif(not GENEVAL.exists(), reason="GenEval's metadata is not part of the repository")
 def test_genevals_metadata_are_prompts():
-    rows = tasks.read_prompts(str(GENEVAL))
+    rows = files.read_prompts(str(GENEVAL))
     assert len(rows) == 553 and {r["tag"] for r in rows} == set(shapes.TAGS)
 
 

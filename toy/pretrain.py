@@ -28,10 +28,11 @@ import flow_grpo
 import referees
 import rewards
 from checkpoint import load_policy, save_policy
+from pictures import to_bytes
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from toy import shapes
 from toy.tiny import build_captioner, build_judge, build_siglip
-from sample import Draw, Read, See, Write, images_of, sample_plan, texts_of, to_bytes
+from sample import Draw, Read, See, Write, images_of, sample_plan, texts_of
 from tasks import rendered
 
 WRONG_CAPTIONS = {tag: 0.5 for tag in shapes.TAGS} | {"position": 0.25, "color_attr": 0.4}
