@@ -49,8 +49,11 @@ def answered(policy: Policy, task: Task, rows: list[Row], seed: int, samples: in
     """What rewards and truth read of `samples` of every row, prompt-major; None: as many as the task's evaluation takes."""
     G, done = samples or task.samples, []
     for i in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[i:i + ROWS_AT_ONCE]
-        r = sample_plan(policy, task.plan(some, plain_choices()), seed=seed, step=0, prompts=list(range(i, i + len(some))), G=G)
+        some, choices = rows[i:i + ROWS_AT_ONCE], plain_choices()
+        index = list(range(i, i + len(some)))
+        if task.begin:
+            some, _ = task.begin(policy, some, choices, seed=seed, step=0, index=index, n=1)
+        r = sample_plan(policy, task.plan(some, choices), seed=seed, step=0, prompts=index, G=G)
         done.append(samples_of(policy, task, some, r))
     return joined(done)
 
@@ -91,6 +94,8 @@ def evaluate_task(policy: Policy, name: str, task: Task, seed: int) -> dict[str,
         else mean_and_error(right)
     if unseen := task.held_out(True):
         table[f"{name}/held_out"] = mean_and_error(right_share(policy, task, unseen, seed + 2)[0])
+    for part, values in (task.parts(samples, found, detect) if task.parts else {}).items():
+        table[f"{name}/{part}"] = mean_and_error(values.double().view(len(rows), -1).mean(1).numpy())
     beside = task.also(rows, samples, found, task.samples) if task.also else {}
     return table | {k: mean_and_error(v) if isinstance(v, list) else (v, float("nan")) for k, v in beside.items()}
 
@@ -138,10 +143,12 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     drawing = [name for name in in_use(cfg) if TASKS[name].draws]
     if not drawing:
         return None
-    name, choices = drawing[-1], choices_of(cfg, (0, 0))
+    name, choices = drawing[-1], choices_of(cfg, source.look, (0, 0))
+    choices = replace(choices, draw=replace(choices.draw, shared_noise=False), again=None)     # equal starts would give equal pictures
     rows = source.pools[name]((cfg.seed, 0, list(TASKS).index(name)), 4, range(4))
-    # Without noise on the way, equal starts would give equal pictures.
-    plan = TASKS[name].plan(rows, Choices(choices.think, choices.answer, replace(choices.draw, shared_noise=False), choices.system_prompt))
+    if TASKS[name].begin:
+        rows, _ = TASKS[name].begin(policy, rows, choices, seed=cfg.seed, step=0, index=list(range(4)), n=1)
+    plan = TASKS[name].plan(rows, choices)
     return images_of(policy, sample_plan(policy, plan, seed=cfg.seed, step=0, prompts=list(range(4)), G=4))
 
 

@@ -58,9 +58,7 @@ def read_prompts(path: str) -> list[dict]:
     if ending in (".jsonl", ".json", ".ndjson"):
         rows = [{"tag": "", "include": [], **row} for row in read_json_lines(path, ("prompt",))]
         for row in rows:
-            objects = row["include"] if isinstance(row["include"], list) else [None]
-            if not isinstance(row["tag"], str) or not all(isinstance(c, dict) and "class" in c for c in objects):
-                raise ValueError(f"{path}: prompt {row['prompt'][:60]!r}: tag must be text and include a list of objects with a class")
+            check_objects(path, row, row["prompt"])
         return rows
     if ending not in (".txt", ""):
         raise ValueError(f"file {path}: its ending {ending} says neither .jsonl (JSON objects) nor .txt (plain text); rename it")
@@ -69,6 +67,12 @@ def read_prompts(path: str) -> list[dict]:
         if line.lstrip()[0] in "{[" and is_json(line):
             raise ValueError(f"{path}:{number}: JSON in a file that its name calls plain text; name it .jsonl, one object a line")
     return [{"tag": "", "include": [], "prompt": line.strip()} for _, line in lines]
+
+
+def check_objects(path: str, row: dict, text: str) -> None:
+    objects = row["include"] if isinstance(row["include"], list) else [None]
+    if not isinstance(row["tag"], str) or not all(isinstance(c, dict) and "class" in c for c in objects):
+        raise ValueError(f"{path}: prompt {text[:60]!r}: tag must be text and include a list of objects with a class")
 
 
 def is_json(line: str) -> bool:
@@ -85,8 +89,7 @@ def read_questions(path: str, needed: tuple[str, ...] = ("image", "question", "a
     """Rows image, question, answer, perhaps options, one of which the answer names by its letter or text; image paths are relative to the
     file. Every image is decoded once and every answer can be earned."""
     rows = [{**row, "image": str(Path(path).parent / row["image"])} for row in read_json_lines(path, needed)]
-    if gone := [row["image"] for row in rows if not Path(row["image"]).is_file()]:
-        raise FileNotFoundError(f"{path}: {len(gone)} images do not exist: {gone[:3]}")
+    check_images(path, rows)
     for row in rows:
         where, row["answer"] = f"{path}: question {row['question'][:60]!r}", final_answer(row["answer"])    # R1-like data have it in tags
         if not normalise_answer(row["answer"]) or any(tag in row["answer"] for tag in TAGS_OF_ANSWERS):
@@ -98,10 +101,16 @@ def read_questions(path: str, needed: tuple[str, ...] = ("image", "question", "a
                 right_option(row["answer"], options)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
+    return rows
+
+
+def check_images(path: str, rows: list[dict]) -> None:
+    """Every image exists and can be decoded."""
+    if gone := [row["image"] for row in rows if not Path(row["image"]).is_file()]:
+        raise FileNotFoundError(f"{path}: {len(gone)} images do not exist: {gone[:3]}")
     images = list(dict.fromkeys(row["image"] for row in rows))
     for image in tqdm(images, desc="checking images", disable=len(images) < 1000):
         open_picture(image, verify=True)
-    return rows
 
 
 def read_pairs(path: str) -> list[dict]:
@@ -109,4 +118,16 @@ def read_pairs(path: str) -> list[dict]:
     return read_questions(path, ("image", "caption", "question", "answer"))
 
 
-READERS = {"prompts": read_prompts, "questions": read_questions, "pairs": read_pairs}
+def read_edits(path: str) -> list[dict]:
+    """Rows image, instruction, perhaps caption (of the edited image), GenEval's include and exclude, and questions of questions.py."""
+    rows = [{"tag": "", "include": [], **row, "image": str(Path(path).parent / row["image"])}
+            for row in read_json_lines(path, ("image", "instruction"))]
+    check_images(path, rows)
+    for row in rows:
+        check_objects(path, row, row["instruction"])
+    return rows
+
+
+READERS = {"prompts": read_prompts, "questions": read_questions, "pairs": read_pairs, "edits": read_edits}
+# The field of each kind of file that the policy reads as text.
+TEXT_OF = {"prompts": "prompt", "questions": "question", "pairs": "caption", "edits": "instruction"}

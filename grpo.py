@@ -72,6 +72,72 @@ def group_advantage(
     return adv if clamp is None else adv.clamp(-clamp, clamp)
 
 
+def rectified(reward: Tensor, initial: Tensor, G: int, how: str = "group") -> Tensor:
+    """False-positive rectification of the rewards of refinements, (N,) -> (N,): whoever does not improve on the initial reward, (N,),
+    takes a floor, so that being the least bad of a failed group earns nothing. [AlphaGRPO]
+
+    `how`: "group", the group's least reward (the paper, as told); "initial", the initial reward (its code). Then no one who fails gets a
+    positive advantage, and a group in which all fail is tied. Both agree under the group's std where all who improve have one reward.
+    "off" changes nothing. Errors: ValueError for another name.
+    """
+    if how not in ("off", "group", "initial"):
+        raise ValueError(f'rectified: how is "{how}", expected "group", "initial" or "off"')
+    groups, floor = reward.view(-1, G), initial.to(reward).view(-1, G)                       # (B, G)
+    if how == "off":
+        return reward
+    lowest = floor if how == "initial" else groups.amin(1, keepdim=True).expand_as(groups)
+    return torch.where(groups > floor, groups, lowest).flatten()
+
+
+def anchored_advantage(reward: Tensor, initial: Tensor, G: int, *, clamp: float | None = None) -> Tensor:
+    """Advantage of refinements over the better of the initial reward and the group's mean, (N,), (N,) -> (N,). [AlphaGRPO's code]
+
+    b = max(initial, mean of the group), (r - b) / sqrt(mean of the group's (r - b)^2 + 1e-8): who does not beat the picture that was to be
+    refined is pushed down, all of a failed group too. Errors: see group_advantage.
+    """
+    group_advantage(reward, G)                                                               # for its refusals
+    r = reward.to(torch.promote_types(reward.dtype, torch.float32)).view(-1, G)              # (B, G)
+    above = r - torch.maximum(initial.to(r).view(-1, G), r.mean(1, keepdim=True))            # (B, G)
+    adv = (above / (above.square().mean(1, keepdim=True) + 1e-8).sqrt()).flatten()           # (N,)
+    return adv if clamp is None else adv.clamp(-clamp, clamp)
+
+
+def _centred(components: dict[str, Tensor], G: int) -> dict[str, Tensor]:
+    """Every component minus its group's mean, (B, G); exactly 0 in a tied group."""
+    centred = {}
+    for name, reward in components.items():
+        if G < 2 or len(reward) % G:
+            raise ValueError(f"G is {G} for {len(reward)} rewards of '{name}', expected a divisor of their number, at least 2")
+        group = reward.view(-1, G)                                             # (B, G)
+        tied = (group == group[:, :1]).all(1, keepdim=True)                    # (B, 1)
+        centred[name] = (group - group.mean(1, keepdim=True)).masked_fill(tied, 0.0)
+    return centred
+
+
+def normalised(components: dict[str, Tensor], G: int, std: str = "population") -> dict[str, Tensor]:
+    """Every component (N,) centred within its groups of G and divided by their std + 1e-4; exactly 0 in a tied group. std: "population"
+    divides squares by n, "unbiased" by n - 1, as CoRL's code does.
+
+    Their weighted sum is an advantage [CoRL's code, unify_advantage] in which weights mean what they say, where the advantage of the
+    summed reward [LVRPO Eq. 3] follows the component that varies most (see variance_share). It amplifies a component that hardly
+    varies. Errors: ValueError when G does not divide N or is below 2.
+    """
+    n = G - (std == "unbiased")
+    spread = lambda each: (each.square().sum(1, keepdim=True) / n).sqrt()                     # noqa: E731
+    return {name: (each / (spread(each) + 1e-4)).flatten() for name, each in _centred(components, G).items()}
+
+
+def variance_share(components: dict[str, Tensor], weights: dict[str, float], G: int) -> dict[str, float]:
+    """Which component decides: cov(w_k r_k, sum) / var(sum) within groups; adds up to 1, negative = works against the sum.
+
+    All are 0 when the sum does not vary within any group.
+    """
+    weighed = {name: weights[name] * each.double() for name, each in _centred(components, G).items()}  # (B, G) each
+    total = sum(weighed.values())
+    variance = total.square().sum().item()
+    return {name: (part * total).sum().item() / variance if variance > 0 else 0.0 for name, part in weighed.items()}
+
+
 def token_logp(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability (nats, fp32 at least) of each token: logits (N, L, V), tokens (N, L) int64 -> (N, L).
 

@@ -23,7 +23,7 @@ TOY = Path(__file__).parent / "toy"
 # it is: "p" the paper's; "o" ours, where the paper's is not known; "d" ours, which departs from the paper's, named behind it.
 RECIPES = {
     "lvrpo": dict(
-        draw=(24, "o"), think=(8, "o"), ask=(16, "o"),
+        draw=(24, "o"), think=(8, "o"), ask=(16, "o"), edit=(8, "o"),
         sem=(1.0, "o"), accuracy=(1.0, "o"), kn=(1.0, "o"),
         text_beta=(0.02, "o"), image_beta=(0.003, "o"), image_weight=(300.0, "o"), step_weights=(True, "o"), epochs=(2, "o"),
         toy=dict(ins=(1.0, "o"))),
@@ -35,6 +35,29 @@ RECIPES = {
         toy=dict(ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "o"),
                  steps=(125, "o")),
         bagel=dict(sem=(1.0, "d: a preference model"))),
+    "unigrpo_rounds": dict(
+        rounds=(24, "o"), accuracy=(1.0, "o"),
+        text_average=("sequence", "p"), mse_weight=(5e-5, "d: 1.5e-5, mean or sum"), ratio_norm=(True, "p"),
+        step_weights=(True, "d: none in Eq. 6"), epochs=(2, "p"),
+        toy=dict(ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "o"),
+                 steps=(100, "o")),
+        bagel=dict(sem=(1.0, "d: a preference model"), segments=(True, "o"))),
+    "alphagrpo": dict(
+        think=(32, "p"), dvreward=(1.0, "p"), format=(1.0, "p"),
+        advantage=("batch", "p"), adv_clamp=(5.0, "p"), text_ratio=("sequence", "p"), text_average=("sequence", "p"), text_clip=(0.2, "p"),
+        text_clip_high=(0.28, "p"),
+        toy=dict(image_weight=(300.0, "o"), step_weights=(True, "d: none"), steps=(100, "o")),
+        bagel=dict(group_size=(14, "p"), lr_understanding=(5e-5, "p"), lr_generation=(5e-5, "p"), lora=(32, "p"), guidance=(4.0, "p"),
+                   denoise_steps=(16, "p"), noise_level=(0.7, "p"), window=(10, "p"), window_high=(11, "p"), image_clip=(1e-5, "p"),
+                   think_tokens=(1024, "p"), weight_decay=(1e-4, "p"))),
+    "alphagrpo_reflect": dict(
+        reflect=(32, "p"), dvreward=(1.0, "p"),
+        advantage=("batch", "p"), adv_clamp=(5.0, "p"), text_ratio=("sequence", "p"), text_average=("sequence", "p"), text_clip=(0.2, "p"),
+        text_clip_high=(0.28, "p"), rectify=("group", "p"), initial=(4, "d: 1"), text_weight=(0.2, "p"),
+        toy=dict(image_weight=(300.0, "o"), step_weights=(True, "d: none"), steps=(100, "o")),
+        bagel=dict(group_size=(14, "p"), lr_understanding=(5e-5, "p"), lr_generation=(5e-5, "p"), lora=(32, "p"), guidance=(4.0, "p"),
+                   image_guidance=(2.0, "p"), denoise_steps=(40, "p"), noise_level=(0.7, "p"), window=(5, "p"), window_high=(15, "p"),
+                   image_clip=(1e-5, "p"), think_tokens=(1024, "p"), weight_decay=(1e-4, "p"))),
     # Stage 1 of CoRL, then its three refined policies, each from what stage 1 wrote (--policy out/corl/policy).
     "corl": dict(
         pair_image=(16, "p"), pair_text=(16, "p"), pair=("joint", "p"), pair_weight=(0.8, "p"),
@@ -93,7 +116,9 @@ class Config:
     questions: str = option("", "questions: .jsonl with \"image\" (a path), \"question\", \"answer\"")
     pairs: str = option("", "pairs: .jsonl with \"image\", \"caption\", \"question\", \"answer\", perhaps \"options\"")
     siglip: str = option(str(TOY / "siglip"), "SigLIP of r_sem, r_dense: a folder or hub name for transformers, or open_clip (hf-hub:...)")
-    judge: str = option(str(TOY / "judge"), "yes/no judge of r_kn: a folder or hub name")
+    edits: str = option("", "edits: .jsonl with \"image\", \"instruction\", perhaps \"caption\", GenEval's fields, questions")
+    dv: str = option("", "questions of prompts for --dvreward: .jsonl of python tasks.py decompose; else by rule from GenEval's fields")
+    judge: str = option(str(TOY / "judge"), "yes/no judge of r_kn and DVReward: a folder or hub name")
     captioner: str = option(str(TOY / "captioner"), "BLIP captioner of --recaption: a folder or hub name")
     text_encoder: str = option("google-bert/bert-base-uncased", "encoder of --recaption_by bertscore: a folder or hub name")
     text_layer: int = option(-1, "its layer: 0 the embeddings, -1 the last", least=-1)
@@ -112,6 +137,15 @@ class Config:
     recaption_by: Literal["tuples", "jaccard", "bertscore"] = option("tuples", "how a caption is held against the prompt")
     likeness_by: Literal["ssim", "psnr", "mse", "lpips"] = option("ssim", "how a drawn image is held against the real one")
     tim_of: Literal["reference", "policy"] = option("reference", "whose states --tim compares; those of the moving policy can be gamed")
+    dv_by: Literal["geometric", "arithmetic", "pooled", "binary", "holistic"] = option(
+        "geometric", "how DVReward adds answers up; holistic: one question about the whole prompt")
+    instruction: Literal["neutral", "failed"] = option(
+        "neutral", "what stands behind an image that is to be refined; failed: that it failed, whatever it is [AlphaGRPO's code]")
+    initial: int = option(4, "first images per prompt of --reflect, of which the lowest in reward is refined", least=1)
+    rectify: Literal["off", "group", "initial"] = option(
+        "off", "what a refinement earns that does not improve: its reward, the group's least, the first image's [AlphaGRPO's code]")
+    baseline: Literal["mean", "anchor"] = option(
+        "mean", "what a refinement is compared with: the group's mean, or the better of it and the first image's reward [AlphaGRPO's code]")
     pair: Literal["joint", "sum", "none"] = option(
         "none", "what the halves of a pair share where both are in the step: the advantage of the summed reward, the sum of both, nothing")
     pair_weight: float = option(1.0, "of a pair's text half beside its image half [CoRL: lambda]")
@@ -128,6 +162,8 @@ class Config:
     text_delta: float = option(0.0, "cap of the unclipped text ratio (two-sided clipping); 0: none")
     text_beta: float = option(0.0, "weight of the k3 estimate of the KL to the reference, text")
     kl_correction: bool = option(False, "weigh k3 by the ratio (DeepSeek-V3.2)")
+    text_weight: float = option(
+        1.0, "of the text loss beside the mean over image steps [AlphaGRPO adds these up, and weighs a text by their number: the same]")
     image_weight: float = option(1.0, "of the image loss, its penalties included [UniGRPO Eq. 7: lambda]")
     image_clip: float = option(0.0, "clip range of a noisy step's ratio, below 1")
     image_clip_high: float = option(0.0, "clip range above 1; 0: as --image_clip")
@@ -141,6 +177,7 @@ class Config:
     epochs: int = option(1, "optimiser steps per batch", least=1)
     temperature: float = option(1.0, "of sampled text", above=0)
     guidance: float = option(1.0, "scale of text guidance in drawing; 1: none", least=1)
+    image_guidance: float = option(1.0, "scale of image guidance in drawing an image changed; needs --guidance", least=1)
     guidance_in: Literal["both", "sampling"] = option(
         "both", "where guidance acts: in sampling and likelihood, or in sampling alone [CoRL's code], whose two policies then differ")
     denoise_steps: int = option(0, "K, calls of the velocity per image", least=1)
@@ -160,6 +197,7 @@ class Config:
     lora: int = option(0, "rank of adapters, without which the policy is its own reference; 0: all weights, against a frozen copy")
     shard: bool = option(False, "FSDP2: weights, gradients and optimiser cut over the ranks")
     bf16: bool = option(False, "compute in bf16; what is trained stays fp32")
+    segments: bool = option(False, "replay and go backward segment by segment: slower, in the memory of one segment")
     checkpointing: bool = option(False, "compute activations again in the backward pass, block by block")
     lr_understanding: float = option(0.0, "AdamW's rate for the understanding expert")
     lr_generation: float = option(0.0, "AdamW's rate for the generation expert")

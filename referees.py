@@ -185,13 +185,23 @@ def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenCli
         return OpenClip(model, open_clip.get_tokenizer(f"local-dir:{path}"), batch_size)
 
 
+LEAST_MASS = 1e-3                                               # of yes and no together, on average
+
+
+def spellings(tokenizer, word: str) -> list[int]:
+    """The ids of a word's spellings that are one known token: as it is, capitalised, and both behind a space; each id once."""
+    each = [tokenizer(said, add_special_tokens=False).input_ids for w in (word, word.capitalize()) for said in (w, f" {w}")]
+    return list(dict.fromkeys(ids[0] for ids in each if len(ids) == 1 and ids[0] != tokenizer.unk_token_id))
+
+
 @dataclass
 class Judge:
     """A yes/no judge: PaliGemma or PaliGemma 2, the open relatives of LVRPO's PaLI-3.
 
     A row is <image> * P, <bos>, question, newline, all of it prefix that sees itself fully; the next token answers. Rows are
     padded on the left, with positions counted from the first real token, so padding changes nothing.
-    Errors: ValueError unless the tokenizer has "yes" and "no" as one known token each.
+    Every spelling of yes and no that is one known token counts: Yes, yes, and both behind a space.
+    Errors: ValueError where the tokenizer has no such token, and where the model puts hardly any probability on them.
     """
 
     model: torch.nn.Module
@@ -201,10 +211,10 @@ class Judge:
     max_question: int = 96
 
     def __post_init__(self):
-        ids = [self.tokenizer(word, add_special_tokens=False).input_ids for word in ("yes", "no")]
-        if any(len(each) != 1 or each[0] == self.tokenizer.unk_token_id for each in ids):
-            raise ValueError(f"the judge's tokenizer reads yes and no as {ids}, expected one known token each")
-        self.answers = [each[0] for each in ids]
+        self.answers = [spellings(self.tokenizer, word) for word in ("yes", "no")]
+        if not all(self.answers):
+            raise ValueError(f"the judge's tokenizer knows yes as tokens {self.answers[0]} and no as {self.answers[1]}, expected at least one "
+                             "known token each")
 
     def pixels(self, images: Tensor) -> Tensor:
         return processor_pixels(images, self.model, self.image_processor)                     # (N, 3, size, size)
@@ -222,21 +232,36 @@ class Judge:
         mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
         return ids, mask
 
-    def next_logits(self, images: Tensor, questions: list[str]) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """(N, P, D): images as the language model reads them."""
+        return self.model.get_image_features(self.pixels(images)).pooler_output
+
+    def next_logits(self, features: Tensor, questions: list[str]) -> Tensor:
         """(N, V): the logits of the first generated token. Gradients flow, so a judge can learn from them."""
         ids, mask = self.rows(questions)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1).clamp(min=1), pixel_values=self.pixels(images),
+        embedded = self.model.get_input_embeddings()(ids)
+        embedded = embedded.masked_scatter((ids == self.model.config.image_token_id)[..., None], features.to(embedded.dtype))
+        out = self.model(inputs_embeds=embedded, attention_mask=mask, position_ids=mask.cumsum(1).clamp(min=1),
                          token_type_ids=torch.zeros_like(ids), use_cache=False, logits_to_keep=1)  # type 0 = prefix
         return out.logits[:, -1].float()                                                      # (N, V)
 
-    def logits(self, images: Tensor, questions: list[str]) -> Tensor:
-        """(N, 2): those of "yes" and "no"."""
-        return self.next_logits(images, questions)[:, self.answers]
+    def logits(self, features: Tensor, questions: list[str]) -> Tensor:
+        """(N, 3): the log-sums over the spellings of "yes" and of "no", and over all tokens."""
+        out = self.next_logits(features, questions)
+        return torch.stack([out[:, ids].logsumexp(1) for ids in (*self.answers, slice(None))], dim=1)
 
     @torch.no_grad()
-    def yes_probability(self, images: Tensor, questions: list[str]) -> Tensor:
-        """P(yes) / (P(yes) + P(no)) per image and question, (N,) in [0, 1]."""
-        return _batched(self.logits, self.batch_size, images, questions).softmax(-1)[:, 0]    # (N,)
+    def yes_probability(self, images: Tensor, questions: list[str], of: list[int] | None = None) -> Tensor:
+        """P(yes) / (P(yes) + P(no)) of each question, (R,) in [0, 1]; of: which image each is about, None: in order, one each. Every image
+        is encoded once. ValueError where the model hardly thinks of yes and no, so that their ratio is noise."""
+        of = list(range(len(images))) if of is None else of
+        seen = _batched(self.features, self.batch_size, images)                               # (N, P, D)
+        logits = _batched(lambda rows, asked: self.logits(seen[rows], asked), self.batch_size, of, questions)
+        mass = (logits[:, :2].logsumexp(1) - logits[:, 2]).exp().mean().item()
+        if mass < LEAST_MASS:
+            raise ValueError(f"the judge puts {mass:.1e} of its probability on yes and no, expected most of it; a model that thinks before it "
+                             "answers, or that was not trained for such questions, is no judge")
+        return logits[:, :2].softmax(-1)[:, 0]                                                # (R,)
 
 
 def load_judge(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Judge:
@@ -321,10 +346,10 @@ def load_lpips(*, device="cpu") -> Callable:
 class Models:
     """What rewards are built from: the settings of a run and the models that rewards share, each loaded when it is first asked for. cfg
     has siglip, judge, captioner, text_encoder (folders or hub names) and the settings of rewards; detector: images -> detections, or None;
-    states: of rewards.TokenMatch."""
+    states: of rewards.TokenMatch; questions: of rewards.Decomposed."""
 
-    def __init__(self, cfg, device, detector=None, states=None):
-        self.cfg, self.device, self.found_by, self.states = cfg, device, detector, states
+    def __init__(self, cfg, device, detector=None, states=None, questions=None):
+        self.cfg, self.device, self.found_by, self.states, self.questions = cfg, device, detector, states, questions
 
     @functools.cached_property
     def encoder(self) -> Siglip | OpenClip:

@@ -1,13 +1,14 @@
 """Rewards and verifiers: what a finished sample is worth, one callable per idea, one float per sample.
 
 Sources: LVRPO (arXiv 2603.27693) for the instruction, semantic, dense and knowledge rewards; CoRL (2505.17534) for accuracy, format, cycle
-consistency and token matching; AlphaGRPO (2605.12495) for the format before an image; GenEval (2310.11513) for the instruction rules.
+consistency and token matching; AlphaGRPO (2605.12495) for decomposed questions and the format before an image; GenEval (2310.11513) for
+the instruction rules.
 LVRPO's method section and encoders are known from reviews only; "Differs" says what was chosen here.
 
 A `Reward` is any callable Samples -> Tensor (N,): deterministic, finite, of a stated range. One that cannot be computed is an
 error, never a low score. Rewards that ask a model get it from referees.py, or any object with the methods that they call.
-Left out: AlphaGRPO's decomposed questions, UniGRPO's preference model (not released), training a referee together with the policy,
-advantages (they belong to the loss), and referees behind a network.
+Left out: UniGRPO's preference model (not released), training a referee together with the policy, advantages (they belong to the loss),
+and referees behind a network.
 
 Notation: N samples flattened prompt-major, G samples per prompt, B = N/G groups, H x W pixels, P patches, D embedding width.
 
@@ -22,7 +23,7 @@ import functools
 import math
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +43,15 @@ class Samples:
     answers: list[str] | None = None  # the right answer
     options: list[list[str] | None] | None = None   # of a multiple-choice question, whose answer is a letter or one of them
     formats: list[str] | None = None  # the tags that each text was asked for: "thought" before an image, or "answer"
+    earlier: Tensor | None = None     # what the policy drew in the round before, (N, 3, H, W) in [0, 1]
 
     def __post_init__(self):
         for name, column in vars(self).items():
             if column is not None and len(column) != len(self.prompts):
                 raise ValueError(f"Samples: {name} has {len(column)} entries for {len(self.prompts)} prompts")
-        for name, x in (("images", self.images), ("sources", self.sources), ("reals", self.reals)):
+        for name, x in (("images", self.images), ("sources", self.sources), ("reals", self.reals), ("earlier", self.earlier)):
+            if isinstance(x, list):
+                raise ValueError(f"Samples: {name} have the sizes {sorted({tuple(each.shape[-2:]) for each in x})}, must all be of one")
             if x is not None and (x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point()):
                 raise ValueError(f"Samples: {name} is {x.dtype} {tuple(x.shape)}, expected float (N, 3, H, W) in [0, 1]")
 
@@ -102,31 +106,6 @@ def score(rewards: dict[str, Reward], samples: Samples) -> dict[str, Tensor]:
     return scores
 
 
-def _centred(components: dict[str, Tensor], G: int) -> dict[str, Tensor]:
-    """Every component minus its group's mean, (B, G); exactly 0 in a tied group."""
-    centred = {}
-    for name, reward in components.items():
-        if G < 2 or len(reward) % G:
-            raise ValueError(f"G is {G} for {len(reward)} rewards of '{name}', expected a divisor of their number, at least 2")
-        group = reward.view(-1, G)                                             # (B, G)
-        tied = (group == group[:, :1]).all(1, keepdim=True)                    # (B, 1)
-        centred[name] = (group - group.mean(1, keepdim=True)).masked_fill(tied, 0.0)
-    return centred
-
-
-def normalised(components: dict[str, Tensor], G: int, std: str = "population") -> dict[str, Tensor]:
-    """Every component (N,) centred within its groups of G and divided by their std + 1e-4; exactly 0 in a tied group. std: "population"
-    divides squares by n, "unbiased" by n - 1, as CoRL's code does.
-
-    Their weighted sum is an advantage [CoRL's code, unify_advantage] in which weights mean what they say, where the advantage of the
-    summed reward [LVRPO Eq. 3] follows the component that varies most (see variance_share). It amplifies a component that hardly
-    varies. Errors: ValueError when G does not divide N or is below 2.
-    """
-    n = G - (std == "unbiased")
-    spread = lambda each: (each.square().sum(1, keepdim=True) / n).sqrt()                     # noqa: E731
-    return {name: (each / (spread(each) + 1e-4)).flatten() for name, each in _centred(components, G).items()}
-
-
 def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The weighted sum of reward components, (N,) each -> (N,). Every component needs a weight; 0 = logged only. [LVRPO Eq. 3]
 
@@ -135,17 +114,6 @@ def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     if components.keys() != weights.keys() or not components:
         raise ValueError(f"weights are given for {sorted(weights)}, components are {sorted(components)}: each needs one")
     return sum(weights[name] * reward for name, reward in components.items())
-
-
-def variance_share(components: dict[str, Tensor], weights: dict[str, float], G: int) -> dict[str, float]:
-    """Which component decides: cov(w_k r_k, sum) / var(sum) within groups; adds up to 1, negative = works against the sum.
-
-    All are 0 when the sum does not vary within any group.
-    """
-    weighed = {name: weights[name] * each.double() for name, each in _centred(components, G).items()}  # (B, G) each
-    total = sum(weighed.values())
-    variance = total.square().sum().item()
-    return {name: (part * total).sum().item() / variance if variance > 0 else 0.0 for name, part in weighed.items()}
 
 
 NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
@@ -356,7 +324,7 @@ class Semantic:
     """r_sem: cosine of the frozen image and prompt embeddings, (N,) in [-1, 1]. [LVRPO Eq. 5]
 
     A published SigLIP varies by a few hundredths within a group, so that under a plain sum an all-or-nothing r_ins drowns it; a small
-    one, trained on one kind of picture, may vary ten times as much and drown the rules (see variance_share).
+    one, trained on one kind of picture, may vary ten times as much and drown the rules (see grpo.variance_share).
     Gamed by texture: an image may match the prompt's words with wrong counts and places, or carry the words as writing.
     """
 
@@ -426,6 +394,58 @@ class Knowledge:
         pairs = zip(samples.prompts, samples.need("texts"))
         asked = [self.statement.format(prompt=prompt, answer=final_answer(text).strip()) for prompt, text in pairs]
         return self.judge.yes_probability(samples.need("sources"), asked)
+
+
+def aggregate(answers: list[float], questions: list, how: str = "geometric") -> float:
+    """What a picture is worth from the judge's answers in [0, 1] to its questions, in [0, 1]. [AlphaGRPO]
+
+    "geometric": sqrt(mean of the semantic answers * mean of the quality answers), "arithmetic": half of each, "pooled": the mean of all,
+    "binary": geometric of answers that are 1 above one half and else 0. ValueError where a half is empty.
+    """
+    if how == "binary":
+        answers = [float(answer > 0.5) for answer in answers]
+    halves = [[a for a, q in zip(answers, questions) if q.quality == quality] for quality in (False, True)]
+    if not all(halves):
+        raise ValueError(f"{len(halves[0])} semantic and {len(halves[1])} quality questions, needs at least one of each")
+    if how == "pooled":
+        return sum(answers) / len(answers)
+    semantic, quality = (sum(half) / len(half) for half in halves)
+    return (semantic + quality) / 2 if how == "arithmetic" else math.sqrt(semantic * quality)
+
+
+@dataclass
+class Decomposed:
+    """DVReward: the judge's answers to single yes/no questions about the drawn image, (N,) in [0, 1]; see aggregate. [AlphaGRPO]
+
+    questions(prompt, metadata) -> questions with text, tag, quality and needs: places of earlier ones without whose yes they score 0.
+    how="holistic" asks the one question of Knowledge instead, AlphaGRPO's contrast. `by_tag` holds, after a call, the sum and number of
+    the answers by tag.
+    Gamed by whatever the judge misreads, and, as the mean of many easy questions, by leaving the one hard fact out.
+
+    Differs: an attribute of an absent thing scores 0, where the reference asks all questions alike; an empty half is an error, not 1.
+    """
+
+    judge: object                                               # with yes_probability: referees.Judge
+    questions: Callable[[str, dict], list]
+    how: str = "geometric"
+    by_tag: dict = field(default_factory=dict)
+
+    def __call__(self, samples: Samples) -> Tensor:
+        images, self.by_tag = samples.need("images"), {}
+        if self.how == "holistic":
+            return Knowledge(self.judge)(samples)
+        asked = [self.questions(*row) for row in zip(samples.prompts, samples.metadata)]
+        of = [n for n, each in enumerate(asked) for _ in each]
+        said = iter(self.judge.yes_probability(images, [q.text for each in asked for q in each], of).tolist())
+        scores = []
+        for each in asked:
+            answers = [next(said) for _ in each]
+            answers = [0.0 if any(answers[n] < 0.5 for n in q.needs) else answer for q, answer in zip(each, answers)]
+            scores.append(aggregate(answers, each, self.how))
+            for q, answer in zip(each, answers):
+                total, count = self.by_tag.get(q.tag, (0.0, 0))
+                self.by_tag[q.tag] = (total + answer, count + 1)
+        return torch.tensor(scores)
 
 
 # ---- cycle consistency and token matching [CoRL] ----
@@ -607,6 +627,8 @@ REWARDS = {
                        lambda m: Recaption(m.captioner, m.cfg.recaption_by, m.text_encoder)),
     "likeness": Entry("r_cycle, image half: the image against the row's real one [CoRL]", (("images", "reals"),),
                       lambda m: Likeness(m.cfg.likeness_by, m.distance)),
+    "dvreward": Entry("DVReward, yes/no questions about the image, one fact each [AlphaGRPO]", (("images",),),
+                      lambda m: Decomposed(m.judge, m.questions, m.cfg.dv_by)),
     "tim": Entry("R_TIM, token matching of image and prompt in the policy's own states [CoRL]", (("images",),),
                  lambda m: TokenMatch(m.states)),
 }

@@ -142,6 +142,11 @@ def refusals(cfg, ranks: Ranks):
     for k, w in cfg.weights.items():
         yield not math.isfinite(w), f"--{k} {w}: must be a finite number"
         yield w and not any(k in rewards_of(name) for name in used), f"--{k} {w} would score nothing: {', '.join(used)} lack what it reads"
+    begun = [name for name in used if TASKS[name].begin]
+    yield ((cfg.rectify != "off" or cfg.baseline != "mean") and not begun,
+           f"--rectify {cfg.rectify} --baseline {cfg.baseline} are of refinements, and no task of this run refines; see --reflect")
+    yield bool(begun) and cfg.normalise == "each", f"--normalise each compares no refinement with its first image; set --{begun} 0"
+    yield cfg.image_guidance > 1 and cfg.guidance <= 1, f"--image_guidance {cfg.image_guidance:g} acts under --guidance above 1 alone"
     halves = [name for name in used if TASKS[name].pair]
     yield (len({cfg.rows[name] for name in halves}) > 1,
            " and ".join(f"--{name} {cfg.rows[name]}" for name in halves) + " are halves of the same rows; give both one number, or one 0")

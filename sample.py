@@ -33,6 +33,7 @@ from grpo import token_logp
 from pictures import fit_size, read_picture, save_grid
 from policy import Guidance, Policy, guided_velocity
 from terminal import Arguments, one_line, the_device, utf8
+from toy import shapes
 
 TOY = Path(__file__).parent / "toy" / "policy"
 # The system prompts that BAGEL was trained with for thinking before an answer and before an image.
@@ -42,6 +43,16 @@ THINK_TO_ANSWER = ("You should first think about the reasoning process in the mi
 THINK_TO_DRAW = ("You should first think about the planning process in the mind and then generate the image. \n"
                  "The planning process is enclosed within <think> </think> tags, i.e. "
                  "<think> planning process here </think> image here")
+
+# Behind an image that is to be refined, by scale. "failed" says of every picture that it failed, as AlphaGRPO's code does.
+LOOK = {
+    "toy": {"neutral": f"{{prompt}} , {shapes.LOOK_AGAIN}", "failed": f"{{prompt}} , {shapes.FAILED}"},
+    "bagel": {
+        "neutral": "The image above was made for this prompt: \"{prompt}\"\nCompare it with the prompt. Say what does not match and how to "
+                   "change it, or that nothing needs to change. Then draw the image that the prompt asks for.",
+        "failed": "The image above was made for this prompt: \"{prompt}\"\nThe attempt failed. Reflect on what went wrong, write an "
+                  "instruction that corrects it, and draw the image again."},
+}
 
 
 # ---- the plan of a trajectory ----
@@ -117,6 +128,11 @@ class Rollout:
     B: int
     G: int
     guidance: Guidance | None = None
+
+    @property
+    def chosen(self) -> int:
+        """How many segments the policy chose."""
+        return sum(not is_given(s) for s in self.segments)
 
 
 @dataclass(frozen=True)
@@ -258,17 +274,25 @@ def write(policy: Policy, reader: Reader, uniforms: Tensor, temperature: float) 
     return Text(full, read, chosen, torch.cat([none, logp, none], dim=1), temperature)
 
 
-def replay_rollout(policy: Policy, r: Rollout) -> list[Scored]:
-    """Learn: score the chosen segments of a rollout under `policy`, with gradients if they are on. Contexts are built inside the graph."""
-    reader, repeated, out = Reader(policy, r.B, r.guidance), False, []
+def replay_rollout(policy: Policy, r: Rollout, only: int | None = None) -> list[Scored]:
+    """Learn: score the chosen segments of a rollout under `policy`, with gradients if they are on. Contexts are built inside the graph.
+
+    only: the number of the one chosen segment that is scored, from 0; those before it are read, those behind it passed over. The losses
+    of all segments, each by itself, add up to the gradient of the whole, in the memory of one.
+    """
+    reader, repeated, out, number = Reader(policy, r.B, r.guidance), False, [], -1
     for s in r.segments:
-        given = s.chosen is None if isinstance(s, Text) else s.flow is None
+        given = is_given(s)
+        number += not given
+        if only is not None and number > only:
+            break
+        scored = not given and only in (None, number)
         if not given and not repeated:
             reader.repeat(r.G)
             repeated = True
         if isinstance(s, Text):
-            logits = reader.text(s.tokens, s.mask, chosen=not given, logits=not given)
-            if not given:
+            logits = reader.text(s.tokens, s.mask, chosen=not given, logits=scored)
+            if scored:
                 logp = token_logp(logits[:, :-1], s.tokens[:, 1:], s.temperature or 1.0)               # (N, L-1)
                 logp = torch.where(s.chosen[:, 1:], logp, 0.0)
                 out.append(Scored(s, logp=torch.cat([logp.new_zeros(len(logp), 1), logp], dim=1)))
@@ -278,11 +302,16 @@ def replay_rollout(policy: Policy, r: Rollout) -> list[Scored]:
             if s.flow.window[0] == s.flow.window[1]:
                 raise ValueError("an image drawn with an empty window has no noisy step to score; draw it with a window")
             x, t = s.flow.latents[:, :-1], s.flow.times[slice(*s.flow.window)]                         # (N, W, M, F), (W,)
-            v = reader.velocity(s.size)(x.flatten(0, 1), t.repeat(len(x)))      # all noisy steps in one call, behind one context
-            out.append(Scored(s, flow=flow_grpo.replay_of(v.view_as(x), s.flow)))
+            if scored:
+                v = reader.velocity(s.size)(x.flatten(0, 1), t.repeat(len(x)))  # all noisy steps in one call, behind one context
+                out.append(Scored(s, flow=flow_grpo.replay_of(v.view_as(x), s.flow)))
             if s.pixels is not None:
                 reader.image(s.pixels, s.flow.data, s.size)
     return out
+
+
+def is_given(s: Text | Picture) -> bool:
+    return s.chosen is None if isinstance(s, Text) else s.flow is None
 
 
 def subset(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
@@ -304,7 +333,7 @@ def subset(r: Rollout, prompts: range, samples: range | None = None) -> Rollout:
         flow = s.flow and flow_grpo.select(s.flow, torch.tensor(rows))
         return replace(s, size=pick(s.size), pixels=pick(s.pixels), latents=pick(s.latents), flow=flow)
 
-    chosen = [s.chosen is not None if isinstance(s, Text) else s.flow is not None for s in r.segments]
+    chosen = [not is_given(s) for s in r.segments]
     segments = tuple(part(s, any(chosen[:i + 1])) for i, s in enumerate(r.segments))
     return replace(r, segments=segments, B=len(of_prompts), G=len(samples))
 
@@ -362,13 +391,14 @@ def texts_of(policy: Policy, r: Rollout) -> list[str] | None:
     return policy.decode_text(written[-1].tokens, written[-1].chosen) if written else None
 
 
-def images_of(policy: Policy, r: Rollout) -> Tensor | list[Tensor] | None:
-    """What the samples drew last: (N, 3, H, W) fp32 in [0, 1], a list of (3, H_i, W_i) where sizes differ, or None."""
+def images_of(policy: Policy, r: Rollout, last: int = 1) -> Tensor | list[Tensor] | None:
+    """What the samples drew last, or (last=2) before that: (N, 3, H, W) fp32 in [0, 1], a list of (3, H_i, W_i) where sizes differ, or
+    None."""
     drawn = [s for s in r.segments if isinstance(s, Picture) and s.flow is not None]
-    if not drawn:
+    if len(drawn) < last:
         return None
-    images = [(image * 0.5 + 0.5).clamp(0, 1) for image in decode(policy, drawn[-1])]
-    return torch.stack(images) if isinstance(drawn[-1].size, tuple) else images
+    images = [(image * 0.5 + 0.5).clamp(0, 1) for image in decode(policy, drawn[-last])]
+    return torch.stack(images) if isinstance(drawn[-last].size, tuple) else images
 
 
 # ---- the command line ----

@@ -12,7 +12,7 @@ rewards read in [0, 1].
 import functools
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,13 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flow_grpo
-from files import READERS
+from files import READERS, TEXT_OF
 from pictures import read_picture, to_bytes
 from policy import Policy
+from questions import Questions, with_questions
 from rewards import (REWARDS, Samples, answer_accuracy, caption_tuples, geneval_check, right_option, think_format)
-from sample import (THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, subset, texts_of)
+from sample import (LOOK, THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, sample_plan,
+                    scale_of, subset, texts_of)
 from toy import shapes
 
+FIRST_DRAWN = 10**6                                             # number of a first picture that is to be refined within its group
 SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards; judges squash to such a square anyway
 
 
@@ -44,6 +47,8 @@ class Row:
     answer: str | None = None
     options: list[str] | None = None                            # of a multiple-choice question
     real: Tensor | None = None                                  # (3, H, W) the real image of a prompt, as rewards read it
+    full: Tensor | None = None                                  # (3, H, W) in [-1, 1] the given image as the autoencoder reads it
+    wanted: str = ""                                            # a caption of the edited image, which rewards read in place of the text
 
 
 Pool = Callable[[tuple, int, range], list[Row]]                 # (random key, rows of the whole step, which of them) -> those rows
@@ -91,8 +96,42 @@ def choice_question(rng: np.random.Generator) -> Row:
     return question_row(scene, shapes.make_choice(shapes.make_question(scene, rng), rng))
 
 
+def edit_row(scene: shapes.Scene, edit: dict) -> Row:
+    """An edit of shapes.make_edit; its tag is the verb: make, remove or add."""
+    pixels = rendered([scene])[0]
+    both = {"source": shapes.discrete(scene), "target": shapes.discrete(edit["target"])}
+    return Row(edit["instruction"], edit["metadata"] | both | {"tag": edit["instruction"].split()[0]}, pixels, pixels * 0.5 + 0.5,
+               full=pixels, wanted=shapes.describe(edit["target"]))
+
+
+def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
+    while True:
+        scene = shapes.random_scene(rng, split)
+        if any((o.color, o.shape) in shapes.HELD_OUT for o in scene):
+            continue
+        try:
+            return edit_row(scene, shapes.make_edit(scene, rng))
+        except ValueError:                                      # nothing in it can be named or added
+            continue
+
+
 def prompts_of_file(rows: list[dict], policy: Policy) -> Pool:
     return by_tag(rows)
+
+
+def edits_of_file(rows: list[dict], policy: Policy) -> Pool:
+    """Edits, their images cut to the square in the middle, since one batch of noisy steps has one size."""
+    def read(row: dict) -> Row:
+        pixels, full = (squared(image) for image in read_picture(row["image"], policy))
+        return Row(row["instruction"], row, pixels, for_rewards(full), full=full, wanted=row.get("caption", ""))
+    return of_file(rows, read)
+
+
+def squared(image: Tensor) -> Tensor:
+    """The square in the middle of (3, H, W)."""
+    side = min(image.shape[-2:])
+    top, left = ((n - side) // 2 for n in image.shape[-2:])
+    return image[:, top:top + side, left:left + side]
 
 
 @functools.cache
@@ -157,6 +196,8 @@ class Choices:
     draw: Draw
     system_prompt: bool = False                                 # BAGEL's think prompt before the user's
     request: str = ""                                           # behind a question that asks for <think>..</think><answer>..</answer>
+    again: Draw | None = None                                   # the second image of several rounds, with a window of its own
+    look: str = LOOK["toy"]["neutral"]                          # the instruction behind an image that is to be refined
 
 
 @dataclass(frozen=True)
@@ -169,7 +210,7 @@ class Task:
     gives: tuple[str, ...]                                      # the fields of rewards.Samples that its samples have
     truth: Callable[[Samples, list | None], Tensor | None]      # (N,) in [0, 1] from samples and detections; None where it is unknown
     toy: Callable[[], Pool]
-    file: str                                                   # the Config field that names its file: prompts, questions or pairs
+    file: str                                                   # the Config field that names its file: prompts, questions, pairs, edits
     pool: Callable[[list[dict], Policy], Pool]                  # of the rows of that file
     writes: str = ""                                            # the Config field of the most tokens that it writes
     held_out: Callable[[bool], list[Row]] | None = None         # rows of the evaluation; True: of pairs that training never shows
@@ -179,6 +220,9 @@ class Task:
     also: Callable[[list[Row], Samples, list, int], dict] | None = None     # beside its truth: name -> one per row, or a number
     form: str = ""                                              # the tags that its texts are asked for: "thought" or "answer"
     pair: str = ""                                              # "image" or "text": which half of a pair it is; halves share their rows
+    parts: Callable[[Samples, list, Callable], dict] | None = None  # logged beside truth: samples, detections, detector -> name -> (N,)
+    begin: Callable | None = None                               # what its rows need of the policy before they are asked; see first_drawn
+    sees: bool = False                                          # whether what is drawn is an image changed
 
     @property
     def draws(self) -> bool:
@@ -202,11 +246,74 @@ def reason_plan(rows: list[Row], choices: Choices) -> list:
     return [See([row.pixels for row in rows]), Read([f"{row.text} {choices.request}" for row in rows]), choices.think]
 
 
+def edit_plan(rows: list[Row], choices: Choices) -> list:
+    return [See([row.pixels for row in rows], [row.full for row in rows]), Read([row.text for row in rows]), choices.draw]
+
+
+def reflect_plan(rows: list[Row], choices: Choices) -> list:
+    system = [Read([THINK_TO_DRAW] * len(rows))] if choices.system_prompt else []
+    return [*system, See([row.pixels for row in rows], [row.full for row in rows]),
+            Read([choices.look.format(prompt=row.text) for row in rows]), choices.think, choices.draw]
+
+
+def rounds_plan(rows: list[Row], choices: Choices) -> list:
+    look = Read([choices.look.format(prompt=row.text) for row in rows])
+    return [*think_plan(rows, choices), look, choices.think, choices.again or choices.draw]
+
+
+@torch.no_grad()
+def first_drawn(policy: Policy, rows: list[Row], choices: Choices, *, seed: int, step: int, index: list[int], n: int,
+                value: Callable[[Samples], Tensor] | None = None) -> tuple[list[Row], Tensor | None]:
+    """Rows with the picture that is to be refined, and its value (B,): of `n` that the policy draws of the prompt, by the ODE and without
+    a thought, the one of least value [AlphaGRPO]; without `value` there must be one, and None comes back.
+
+    The samples are numbered behind those of any group, so that they share no noise with the refinements."""
+    draw = Draw(choices.draw.size, choices.draw.times)
+    r = sample_plan(policy, draw_plan(rows, Choices(choices.think, choices.answer, draw)), seed=seed, step=step, prompts=index, G=n,
+                    first=FIRST_DRAWN)
+    samples = samples_of(policy, TASKS["draw"], rows, r)
+    images, worst, least = samples.images, torch.arange(len(rows)) * n, None                                  # (B*n, 3, H, W)
+    if value is not None:
+        least, place = value(samples).view(-1, n).min(1)                                                       # (B,)
+        worst = worst + place
+    images = images[worst.to(images.device)] * 2 - 1
+    seen = as_read(policy, images)
+    return [replace(row, pixels=p, full=image, source=image * 0.5 + 0.5) for row, p, image in zip(rows, seen, images)], least
+
+
 def drawn_truth(samples: Samples, found: list | None) -> Tensor | None:
     """1 where GenEval's checker passes what the detector found; unknown without a detector."""
     if found is None:
         return None
     return torch.tensor([float(geneval_check(m, each)[0]) for m, each in zip(samples.metadata, found)])
+
+
+def edit_parts(samples: Samples, found: list, detector) -> dict[str, Tensor]:
+    both = [shapes.edited(m["source"], m["target"], shapes.read(each)) for m, each in zip(samples.metadata, found)]
+    return {"changed": torch.tensor([float(changed) for changed, _ in both]), "kept": torch.tensor([float(kept) for _, kept in both])}
+
+
+def edit_truth(samples: Samples, found: list | None) -> Tensor | None:
+    """1 where the asked change is there and everything else is as it was."""
+    if found is None:
+        return None
+    parts = edit_parts(samples, found, None)
+    return parts["changed"] * parts["kept"]
+
+
+def before(images: str):
+    """What was true of the picture that was refined, and what the refinement made of it."""
+    def parts(samples: Samples, found: list, detector) -> dict[str, Tensor]:
+        first, last = drawn_truth(samples, detector(getattr(samples, images))), drawn_truth(samples, found)
+        return {"initial": first, "repaired": (1 - first) * last, "spoiled": first * (1 - last)}
+    return parts
+
+
+def right_diagnoses(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
+    """Whether the diagnosis names the first thing that is wrong with the picture, or that nothing is."""
+    seen = [shapes.read(each) for each in detect(samples.sources)]
+    said = [f"<think> {shapes.critique(m, objects)} </think> {shapes.explicit(m)}" for m, objects in zip(samples.metadata, seen)]
+    return {"diagnosis": [float(np.mean([a == b for a, b in zip(samples.texts[i:i + G], said[i:i + G])])) for i in range(0, len(said), G)]}
 
 
 def answer_truth(samples: Samples, found: list | None) -> Tensor:
@@ -227,7 +334,7 @@ def kept_tags(name: str):
 
 # ---- what an evaluation asks ----
 
-PROMPTS_PER_TAG, THOUGHTS, QUESTIONS = 32, 96, 1000
+PROMPTS_PER_TAG, THOUGHTS, QUESTIONS, EDITS = 32, 96, 1000, 200
 KINDS = ("count", "color", "shape", "exists", "relation")
 
 
@@ -274,6 +381,12 @@ def held_out_reasons(pairs: bool = False) -> list[Row]:
     return [] if pairs else held_out_questions(seed=9)[:QUESTIONS // 2]
 
 
+def held_out_edits(pairs: bool = False, seed: int = 10) -> list[Row]:
+    """EDITS scenes that training never shows, one edit each."""
+    rng = np.random.default_rng(seed)
+    return [] if pairs else [toy_edit(rng, "eval") for _ in range(EDITS)]
+
+
 # The order decides random keys: a new task goes to the end.
 ASKED, REASONED = ("sources", "texts", "answers"), ("sources", "texts", "answers", "options", "formats")
 TASKS = {
@@ -301,6 +414,14 @@ TASKS = {
                       answer_truth, lambda: toy_rows(lambda rng: toy_pair(rng)[1]), "pairs",
                       lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=True)), "think_tokens", form="answer",
                       pair="text"),
+    "edit": Task("edits", "edits a step", edit_plan, ("images", "sources"), edit_truth, lambda: toy_rows(toy_edit), "edits", edits_of_file,
+                 held_out=held_out_edits, samples=2, tags=("make", "remove", "add"), parts=edit_parts, sees=True),
+    "reflect": Task("refinements", "prompts a step whose first picture is looked at and drawn again", reflect_plan, ("images",), drawn_truth,
+                    lambda: by_tag(shapes.prompts("train")), "prompts", prompts_of_file, "think_tokens", held_out=held_out_prompts, samples=4,
+                    tags=shapes.TAGS, mean_of_tags=True, also=right_diagnoses, parts=before("sources"), begin=first_drawn, sees=True),
+    "rounds": Task("two rounds", "prompts a step that are thought about, drawn, looked at and drawn again", rounds_plan,
+                   ("texts", "images", "formats"), drawn_truth, lambda: by_tag(shapes.implicit_prompts("train")), "prompts",
+                   prompts_of_file, "think_tokens", held_out=held_out_riddles, samples=4, form="thought", parts=before("earlier")),
 }
 
 
@@ -327,14 +448,15 @@ class Batch:
     choices: Choices
     index: list[int]                                            # of each row among the step's, over all ranks and tasks; seeds the samples
     samples: range                                              # of each group, on this rank
+    initial: Tensor | None = None                               # (B,) value of the picture that each row is to refine
 
 
-def choices_of(cfg, window: tuple[int, int]) -> Choices:
-    """A training run's choices, with the step's window of noisy steps."""
+def choices_of(cfg, look: str, window: tuple[int, int], second: tuple[int, int] | None = None) -> Choices:
+    """A training run's choices, with the step's windows of noisy steps: of an image, and of the second of two rounds."""
     draw = Draw((cfg.resolution, cfg.resolution), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), window, cfg.noise_level, cfg.sampler,
                 cfg.shared_noise, cfg.density, cfg.scaled)
     think, answer = (Write(most, cfg.temperature) for most in (cfg.think_tokens, cfg.answer_tokens))
-    return Choices(think, answer, draw, cfg.system_prompt, cfg.request)
+    return Choices(think, answer, draw, cfg.system_prompt, cfg.request, replace(draw, window=second or window), look)
 
 
 class Source:
@@ -346,15 +468,19 @@ class Source:
         # Truth and r_ins of one batch share one detection.
         self.detector = functools.lru_cache(maxsize=1)(detect) if toy else None
         self.evaluated = toy                                    # whether there are held-out rows with a known truth
+        self.look = LOOK[scale_of(policy.config.llm["hidden_size"])][cfg.instruction]
+        self.questions = Questions(cfg.dv, toy)
         if any(TASKS[name].draws for name in in_use(cfg)):
             check_resolution(cfg.resolution, toy, policy)
-        self.pools, read = {}, functools.cache(lambda kind: READERS[kind](files[kind]))
+        self.pools, read = {}, functools.cache(lambda kind: [with_questions(row, files[kind]) for row in READERS[kind](files[kind])])
         for name in in_use(cfg):
             task = TASKS[name]
             if not toy and not files[task.file]:
                 raise ValueError(f"--{name} {cfg.rows[name]} needs --{task.file}; or set --{name} 0")
             if not toy:
                 check_rows(read(task.file), task, cfg, policy)
+                if task.draws and cfg.weights["dvreward"] and cfg.dv_by != "holistic":
+                    self.questions.check(read(task.file), TEXT_OF[task.file])
                 if name == "choose" and (bare := [row["question"] for row in read(task.file) if not row.get("options")]):
                     raise ValueError(f"--choose needs options in every row of {files[task.file]}; {bare[0][:60]!r} has none")
             self.pools[name] = task.toy() if toy else task.pool(read(task.file), policy)
@@ -362,7 +488,8 @@ class Source:
     def batches(self, step: int, ranks) -> list[Batch]:
         """This rank's share of the step's rows, one Batch per task in use."""
         cfg, out, first = self.cfg, [], 0
-        choices = choices_of(cfg, flow_grpo.draw_window(cfg.window, cfg.window_low, cfg.window_high, seed=cfg.seed, step=step))
+        windows = [flow_grpo.draw_window(cfg.window, cfg.window_low, cfg.window_high, seed=cfg.seed, step=s) for s in (step, -1 - step)]
+        choices = choices_of(cfg, self.look, *windows)
         used = in_use(cfg)
         for name in [used[step % len(used)]] if cfg.alternate else used:
             mine, samples = ranks.share(cfg.rows[name], cfg.group_size)
@@ -378,8 +505,9 @@ def samples_of(policy: Policy, task: Task, rows: list[Row], r: Rollout) -> Sampl
     each = [row for row in rows for _ in range(r.G)]
     given = lambda name: [getattr(row, name) for row in each] if getattr(rows[0], name) is not None else None
     images = lambda name: None if getattr(rows[0], name) is None else torch.stack(given(name)).to(policy.device)
-    return Samples([row.text for row in each], [row.metadata for row in each], texts_of(policy, r), images_of(policy, r), images("source"),
-                   images("real"), given("answer"), [row.options for row in each], [task.form] * len(each) if task.form else None)
+    return Samples([row.wanted or row.text for row in each], [row.metadata for row in each], texts_of(policy, r), images_of(policy, r),
+                   images("source"), images("real"), given("answer"), [row.options for row in each],
+                   [task.form] * len(each) if task.form else None, images_of(policy, r, last=2))
 
 
 def token_states(whose: Callable, precision: Callable, size: int):
@@ -406,6 +534,8 @@ def measured(name: str, samples: Samples, detector, G: int, whole_groups: bool) 
         found = detector(samples.images)
     right = task.truth(samples, found)
     out = {} if right is None else {"truth": right.double().mean().item()}
+    if found is not None and task.parts:
+        out |= {k: v.double().mean().item() for k, v in task.parts(samples, found, detector).items()}
     if found is not None and whole_groups:                      # a rank that draws a piece of each group cannot say how they vary
         out |= shapes.diversity(to_bytes(samples.images), found, G)
     return out
@@ -449,8 +579,14 @@ def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
 def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
     """ValueError for a text that leaves no room for what is written, or an answer longer than what may be written."""
     room = getattr(cfg, task.writes) if task.writes else 0
-    texts = [row.get("caption" if task.pair == "image" else "question", row.get("prompt")) for row in rows]
+    texts = [row["question" if task.pair == "text" else TEXT_OF[task.file]] for row in rows]
     policy.check_text(texts, room)
+    if task.file == "edits":
+        compared = [k for k in ("sem", "kn", "dense", "recaption", "tim") if cfg.weights[k]]
+        if compared and (bare := [row["instruction"] for row in rows if not isinstance(row.get("caption"), str)]):
+            raise ValueError(f"--{compared[0]} compares an edited image with a caption of it, and {bare[0][:60]!r} in {cfg.edits} has no "
+                             "\"caption\"; add it, or use --dvreward or --ins alone")
+        texts = [row.get("caption", "") for row in rows]
     if task.draws and cfg.weights["recaption"] and cfg.recaption_by == "tuples":
         for text in texts:
             caption_tuples(text)

@@ -34,8 +34,9 @@ import flow_grpo
 import referees
 import rewards
 from checkpoint import gathered, load_policy, save_adapters, save_policy, trainable
-from grpo import group_advantage, grpo_loss
+from grpo import anchored_advantage, group_advantage, grpo_loss, normalised, rectified, variance_share
 from policy import Guidance, Policy, adapters_off
+from questions import QUALITY, SEMANTIC
 from recipes import Config, parse, recipe_table, resolved
 from run import (Average, Log, Ranks, Run, check, clip_gradients, load_checkpoint, precision, prepared_policy, room_to_gather, run_state,
                  save_bad_step, save_checkpoint, setup, signals)
@@ -46,11 +47,24 @@ from terminal import one_line, say
 # ---- the six phases ----
 
 
+def begun(run: Run, batch: Batch) -> Batch:
+    """A batch with what its rows need of the policy before they can be asked: the pictures that are to be refined, and their values."""
+    task, cfg = TASKS[batch.task], run.cfg
+    if task.begin is None:
+        return batch
+    scoring = {k: run.rewards[k] for k in rewards_of(batch.task) if k in run.rewards}
+    value = lambda samples: rewards.combine(rewards.score(scoring, samples), {k: cfg.weights[k] for k in scoring})
+    with precision(cfg, run.policy.device), gathered(run.policy, room_to_gather(run.policy.device)):
+        rows, values = task.begin(run.policy, batch.rows, batch.choices, seed=cfg.seed, step=batch.step, index=batch.index, n=cfg.initial,
+                                  value=value)
+    return replace(batch, rows=rows, initial=values)
+
+
 def act(policy: Policy, batch: Batch, cfg: Config) -> Rollout:
     """1. The batch's rollout, at most cfg.rollout_batch samples at once."""
     G, plan = len(batch.samples), TASKS[batch.task].plan
     size = max(1, cfg.rollout_batch // G) if cfg.rollout_batch else len(batch.rows)
-    guidance = guidance_of(cfg)
+    guidance = guidance_of(cfg, TASKS[batch.task].sees)
     with precision(cfg, policy.device), gathered(policy, room_to_gather(policy.device)):
         drawn = [sample_plan(policy, plan(batch.rows[i:i + size], batch.choices), seed=cfg.seed, step=batch.step,
                              prompts=batch.index[i:i + size], G=G, first=batch.samples.start, guidance=guidance)
@@ -62,14 +76,23 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, run: Run) -> tuple[di
     """2. Score a rollout -> (rewards name -> (N,), what is logged beside them)."""
     samples = samples_of(policy, TASKS[batch.task], batch.rows, r)
     scoring = {k: run.rewards[k] for k in rewards_of(batch.task) if k in run.rewards}
-    return rewards.score(scoring, samples), measured(batch.task, samples, run.source.detector, r.G, r.G == run.cfg.group_size)
+    scores = rewards.score(scoring, samples)
+    seen = measured(batch.task, samples, run.source.detector, r.G, r.G == run.cfg.group_size)
+    return scores, seen | {f"rewards/{k}/{tag}": v for k in scoring for tag, v in answers_by_tag(scoring[k], run.ranks).items()}
+
+
+def answers_by_tag(reward, ranks: Ranks) -> dict[str, float]:
+    """The mean answer of each kind of question that a decomposed reward asked, over all ranks."""
+    by_tag = getattr(reward, "by_tag", {})
+    sums = ranks.total(torch.tensor([by_tag.get(tag, (0.0, 0)) for tag in SEMANTIC + QUALITY], dtype=torch.float64, device=ranks.device))
+    return {tag: total / count for tag, (total, count) in zip(SEMANTIC + QUALITY, sums.tolist()) if count}
 
 
 def advantage_phase(acted: list[tuple], cfg: Config, ranks: Ranks) -> list[tuple[Tensor, dict]]:
     """3. (advantages (n,) of this rank's samples, statistics) of each batch, acted: (batch, rollout, rewards, ...). The i-th samples of a
     pair's two halves share one advantage: of the summed reward [CoRL's unify_reward], or the sum of both [its unify_advantage]."""
     weights = [{k: cfg.weights[k] for k in rewards_of_batch} for _, _, rewards_of_batch, *_ in acted]
-    out = [compared(each[2], mine, cfg.rows[each[0].task], cfg, ranks) for each, mine in zip(acted, weights)]
+    out = [compared(each[2], mine, cfg.rows[each[0].task], cfg, ranks, first_values(each[0])) for each, mine in zip(acted, weights)]
     halves = [i for i, each in enumerate(acted) if TASKS[each[0].task].pair]
     if len(halves) < 2 or cfg.pair == "none":
         return out
@@ -86,19 +109,34 @@ def advantage_phase(acted: list[tuple], cfg: Config, ranks: Ranks) -> list[tuple
     return [(shared, each[1] | joint) if i in halves else each for i, each in enumerate(out)]
 
 
-def compared(components: dict[str, Tensor], weights: dict[str, float], count: int, cfg: Config, ranks: Ranks) -> tuple[Tensor, dict]:
-    """Advantages (n,) of this rank's samples; the groups and their statistics are those of all ranks' `count` prompts."""
+def first_values(batch: Batch) -> Tensor | None:
+    """(n,) what the picture was worth that each sample refines; None where a task begins with nothing."""
+    return None if batch.initial is None else batch.initial.repeat_interleave(len(batch.samples))
+
+
+def compared(components: dict[str, Tensor], weights: dict[str, float], count: int, cfg: Config, ranks: Ranks,
+             initial: Tensor | None = None) -> tuple[Tensor, dict]:
+    """Advantages (n,) of this rank's samples; the groups and their statistics are those of all ranks' `count` prompts. initial (n,): of
+    refinements, see grpo.rectified; where none of all improves, every advantage is 0, and the update passes the task over [AlphaGRPO]."""
     G, each = cfg.group_size, cfg.normalise == "each"
     components = {k: ranks.groups(v.to(ranks.device), count, G).flatten() for k, v in components.items()}      # (N,) of all ranks
-    summed = rewards.normalised(components, G, cfg.std) if each else components
-    adv = group_advantage(rewards.combine(summed, weights), G, scale="none" if each else cfg.advantage, std=cfg.std,
-                          clamp=cfg.adv_clamp or None)                                                         # (N,)
-    reward = rewards.combine(components, weights)                                                              # (N,)
+    summed = normalised(components, G, cfg.std) if each else components
+    reward, valued, clamp = rewards.combine(components, weights), rewards.combine(summed, weights), cfg.adv_clamp or None      # (N,)
+    if initial is not None:
+        initial = ranks.groups(initial.to(ranks.device), count, G).flatten()                                   # (N,)
+        valued = rectified(valued, initial, G, cfg.rectify)
+    if initial is not None and cfg.baseline == "anchor":
+        adv = anchored_advantage(valued, initial, G, clamp=clamp)                                              # (N,)
+    else:
+        adv = group_advantage(valued, G, scale="none" if each else cfg.advantage, std=cfg.std, clamp=clamp)    # (N,)
     groups = reward.view(-1, G)                                                                                # (B, G)
     stats = {"reward": reward.mean().item(), "reward_std": groups.std(1, correction=0).mean().item(),
              "frac_reward_zero_std": (groups.amax(1) == groups.amin(1)).float().mean().item()}
     stats |= {f"rewards/{k}/mean": v.mean().item() for k, v in components.items()}
-    stats |= {f"advantage_share/{k}": v for k, v in rewards.variance_share(summed, weights, G).items()}
+    stats |= {f"advantage_share/{k}": v for k, v in variance_share(summed, weights, G).items()}
+    if initial is not None:
+        stats |= {"initial": initial.mean().item(), "improved": (reward > initial).float().mean().item()}
+        adv = adv * float(cfg.rectify == "off" or stats["improved"] > 0)
     return ranks.own(adv.view(count, G)), stats
 
 
@@ -114,7 +152,7 @@ def segment_loss(scored, reference, adv: Tensor, totals: dict, cfg: Config) -> t
             scored.logp, s.logp, adv, s.chosen, total=totals["text"], per=cfg.text_average, level=cfg.text_ratio, low=cfg.text_clip,
             high=cfg.text_clip_high or cfg.text_clip, delta=cfg.text_delta or None, beta=cfg.text_beta,
             logp_ref=None if reference is None else reference.logp, bias_correction_kl=cfg.kl_correction)
-        return loss, {f"text/{k}": float(v) for k, v in stats.items()}
+        return cfg.text_weight * loss, {f"text/{k}": float(v) for k, v in stats.items()}
     weights = flow_grpo.step_weights(s.flow.times, s.flow.window, normalise=True) if cfg.step_weights else None
     loss, stats = flow_grpo.flow_grpo_loss(
         scored.flow, s.flow, adv, total=totals["image"], low=cfg.image_clip, high=cfg.image_clip_high or cfg.image_clip,
@@ -132,18 +170,20 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
         optimizer.zero_grad()
         value, log = 0.0, {}                                    # log: name -> values of the micro-batches
         for task, piece, adv, totals, reference in pieces:
-            loss = 0.0
-            with precision(cfg, policy.device):
-                scored_segments = replay_rollout(policy, piece)
-            for scored, ref in zip(scored_segments, reference or [None] * len(scored_segments)):
-                term, stats = segment_loss(scored, ref, adv, totals, cfg)
-                loss = loss + term
-                for k, v in stats.items():
-                    log.setdefault(f"{task}/{k}", []).append(v)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the {task} loss is {loss.item()}")
-            (averaged * loss).backward()
-            value += loss.item()
+            for only in range(piece.chosen) if cfg.segments else [None]:
+                loss = 0.0
+                with precision(cfg, policy.device):
+                    scored_segments = replay_rollout(policy, piece, only)
+                references = reference[only or 0:] if reference else [None] * len(scored_segments)
+                for scored, ref in zip(scored_segments, references):
+                    term, stats = segment_loss(scored, ref, adv, totals, cfg)
+                    loss = loss + term
+                    for k, v in stats.items():
+                        log.setdefault(f"{task}/{k}", []).append(v)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the {task} loss is {loss.item()}")
+                (averaged * loss).backward()
+                value += loss.item()
         ranks.add_gradients(optimizer, averaged)
         norm = clip_gradients(optimizer, cfg.grad_clip)
         if not torch.isfinite(norm):
@@ -159,6 +199,7 @@ def one_step(run: Run, step: int) -> dict:
         return run.imitation.step(step, run.optimizer)
     cfg, stats, acted, run.work = run.cfg, {}, [], []
     for batch in run.source.batches(step, run.ranks):
+        batch = begun(run, batch)
         r = act(run.policy, batch, cfg)                                                                        # 1. act
         acted.append((batch, r, *reward_phase(run.policy, batch, r, run)))                                     # 2. reward
     for (batch, r, _, seen), (adv, group) in zip(acted, advantage_phase(acted, cfg, run.ranks)):               # 3. compare
@@ -166,7 +207,8 @@ def one_step(run: Run, step: int) -> dict:
         seen = run.ranks.combined({k: [v] for k, v in seen.items()})
         stats |= {f"{batch.task}/{k}": v for k, v in (seen | group).items()}
         run.tell_silence(batch.task, group["frac_reward_zero_std"])
-        run.work.append((batch, r, adv))
+        if group.get("improved") != 0 or cfg.rectify == "off":
+            run.work.append((batch, r, adv))
     if step == 0:
         stats |= {f"self_check/{k}": v for k, v in self_check(run.policy, run.work, cfg).items()}
     return stats | update_phase(run.policy, run.frozen, run.optimizer, run.work, cfg, run.ranks)                  # 4. improve
@@ -212,8 +254,11 @@ def reference_of(policy: Policy, frozen: Policy | None):
     return adapters_off(policy) if frozen is None else nullcontext(frozen)
 
 
-def guidance_of(cfg: Config) -> Guidance | None:
-    return Guidance(text_scale=cfg.guidance) if cfg.guidance > 1 else None
+def guidance_of(cfg: Config, sees: bool) -> Guidance | None:
+    """Guidance as AlphaGRPO sets it: of a drawing from text, or, where the policy sees the image that it changes, of an edit."""
+    if cfg.guidance <= 1:
+        return None
+    return Guidance(cfg.guidance, cfg.image_guidance, "text_channel", 0.0, (0.0, 1.0)) if sees else Guidance(cfg.guidance)
 
 
 def pieces_of(policy: Policy, frozen: Policy | None, work: list, cfg: Config, ranks: Ranks) -> list[tuple]:
@@ -235,8 +280,9 @@ def pieces_of(policy: Policy, frozen: Policy | None, work: list, cfg: Config, ra
 def self_check(policy: Policy, work: list, cfg: Config) -> dict:
     """Before any update: the largest gap of log-probs between rollout and replay. Above the clip range it acts as noise; far above it the
     two paths are different functions, which is an error."""
-    out, guidance = {}, guidance_of(cfg)
+    out = {}
     for batch, r, _ in work:
+        guidance = guidance_of(cfg, TASKS[batch.task].sees)
         with precision(cfg, policy.device):
             if guidance and cfg.guidance_in == "sampling" and TASKS[batch.task].draws:
                 guided = [gap for _, gap in replay_gaps(policy, replace(r, guidance=guidance))]
@@ -273,7 +319,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
         optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     whose = (lambda: nullcontext(policy)) if cfg.tim_of == "policy" else (lambda: reference_of(policy, frozen))
     states = token_states(whose, lambda: precision(cfg, ranks.device), cfg.referee_batch)
-    models, imitation = referees.Models(cfg, ranks.device, source.detector, states), None
+    models, imitation = referees.Models(cfg, ranks.device, source.detector, states, source.questions), None
     if cfg.recipe == "control":
         from toy.pretrain import Imitation
         imitation = Imitation(policy, cfg.seed, cfg.grad_clip)

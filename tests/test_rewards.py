@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import referees as M
+import grpo
 import rewards as R
 
 CHECKS = json.loads((Path(__file__).parent / "golden" / "geneval_checks" / "checks.json").read_text())
@@ -553,7 +554,7 @@ def test_combining_is_linear_in_the_weights(seed, a, b, factor):
 @given(st.integers(0, 10**6))
 def test_normalising_gives_every_component_mean_0_and_variance_1_in_its_group_and_a_tied_group_exactly_0(seed):
     for name, reward in components(seed).items():
-        for group, raw in zip(R.normalised({name: 100 * reward}, 4)[name].view(3, 4), reward.view(3, 4)):
+        for group, raw in zip(grpo.normalised({name: 100 * reward}, 4)[name].view(3, 4), reward.view(3, 4)):
             assert group.mean().item() == pytest.approx(0.0, abs=1e-3)  # fp32 at 60
             if len(set(raw.tolist())) == 1:
                 assert group.tolist() == [0.0] * 4
@@ -563,31 +564,31 @@ def test_normalising_gives_every_component_mean_0_and_variance_1_in_its_group_an
 
 @pytest.mark.parametrize("value", [0.01, 0.3, 1.2])
 def test_a_constant_component_is_normalised_to_exactly_0(value):
-    assert R.normalised({"a": torch.full((12,), value)}, 12)["a"].tolist() == [0.0] * 12
-    assert R.variance_share({"a": torch.full((12,), value)}, {"a": 5.0}, 12) == {"a": 0.0}
+    assert grpo.normalised({"a": torch.full((12,), value)}, 12)["a"].tolist() == [0.0] * 12
+    assert grpo.variance_share({"a": torch.full((12,), value)}, {"a": 5.0}, 12) == {"a": 0.0}
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 3), st.floats(0.1, 3))
 def test_variance_shares_add_up_to_1_and_a_zero_weight_has_no_share(seed, a, b):
     parts = components(seed)
     assume(parts["binary"].view(3, 4).std(1).max() > 0)
-    shares = R.variance_share(parts, {"binary": a, "cosine": b}, 4)
+    shares = grpo.variance_share(parts, {"binary": a, "cosine": b}, 4)
     assert sum(shares.values()) == pytest.approx(1.0)
-    assert R.variance_share(parts, {"binary": a, "cosine": 0.0}, 4) == pytest.approx({"binary": 1.0, "cosine": 0.0})
+    assert grpo.variance_share(parts, {"binary": a, "cosine": 0.0}, 4) == pytest.approx({"binary": 1.0, "cosine": 0.0})
 
 
 def test_under_a_plain_sum_the_all_or_nothing_reward_has_nearly_all_of_the_variance():
     parts = {"binary": torch.tensor([0.0, 1, 0, 1]), "cosine": torch.tensor([0.60, 0.60, 0.63, 0.63])}
-    shares = R.variance_share(parts, {"binary": 1.0, "cosine": 1.0}, 4)
+    shares = grpo.variance_share(parts, {"binary": 1.0, "cosine": 1.0}, 4)
     assert shares["binary"] == pytest.approx(0.25 / (0.25 + 0.015**2), rel=1e-4)
-    equal = R.normalised(parts, 4)
+    equal = grpo.normalised(parts, 4)
     assert sorted(round(x) for x in R.combine(equal, {"binary": 1.0, "cosine": 1.0}).tolist()) == [-2, 0, 0, 2]
-    assert R.variance_share(equal, {"binary": 1.0, "cosine": 1.0}, 4) == pytest.approx({"binary": 0.5, "cosine": 0.5}, abs=0.01)
+    assert grpo.variance_share(equal, {"binary": 1.0, "cosine": 1.0}, 4) == pytest.approx({"binary": 0.5, "cosine": 0.5}, abs=0.01)
 
 
 def test_a_level_that_differs_between_prompts_has_no_share_of_the_variance():
     parts = {"level": torch.tensor([0.0, 0, 9, 9]), "within": torch.tensor([0.0, 1, 0, 1])}
-    assert R.variance_share(parts, {"level": 1.0, "within": 1.0}, 2) == pytest.approx({"level": 0.0, "within": 1.0})
+    assert grpo.variance_share(parts, {"level": 1.0, "within": 1.0}, 2) == pytest.approx({"level": 0.0, "within": 1.0})
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0}])
@@ -599,4 +600,4 @@ def test_combining_refuses_unmatched_weights(weights):
 @pytest.mark.parametrize("G", [0, 1, 3])
 def test_normalising_refuses_groups_that_do_not_fit(G):
     with pytest.raises(ValueError, match="expected a divisor"):
-        R.normalised({"a": torch.rand(4)}, G)
+        grpo.normalised({"a": torch.rand(4)}, G)

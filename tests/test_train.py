@@ -484,7 +484,7 @@ def test_components_are_added_then_normalised_or_normalised_then_added(tmp_path)
     for how in ("sum", "each"):
         cfg = small(tmp_path, "--normalise", how, "--sem", 1, "--ins", 2)
         adv, stats = train.compared(parts, weights, 2, cfg, ALONE)
-        want = rewards.combine(rewards.normalised(parts, 4), weights) if how == "each" else group_advantage(rewards.combine(parts, weights), 4)
+        want = rewards.combine(grpo.normalised(parts, 4), weights) if how == "each" else group_advantage(rewards.combine(parts, weights), 4)
         torch.testing.assert_close(adv, want)
         assert stats["reward"] == pytest.approx(0.15 + 2 * 0.75)
         assert (stats["advantage_share/sem"] < 0.1) == (how == "sum")

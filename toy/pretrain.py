@@ -433,7 +433,7 @@ def train_judge(judge, steps: int = 16000, batch: int = 64, lr: float = 8e-4, se
 
     def loss_of():
         images, scenes, asked, answers = judge_batch(rng, batch, pool)
-        logits = judge.next_logits(images, asked)
+        logits = judge.next_logits(judge.features(images), asked)
         right = torch.tensor(judge.tokenizer.convert_tokens_to_ids(answers))
         tower = model.model.vision_tower(pixel_values=judge.pixels(images)).last_hidden_state
         named = readout.loss(tower, scenes)

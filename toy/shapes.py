@@ -413,6 +413,24 @@ def make_edit(scene: Scene, rng: Rng, training: bool = True) -> dict:
             "metadata": {"tag": "edit", "include": include, "exclude": exclude, "prompt": instruction}}
 
 
+def edited(source: tuple[tuple, ...], target: tuple[tuple, ...], objects: tuple[tuple, ...]) -> tuple[bool, bool]:
+    """(whether the asked change is there, whether everything else is as it was and nothing came beside it) in the object tuples of a
+    picture; source and target are those of make_edit. An added object may stand in any free quadrant."""
+    gone, come, others = (set(part) for part in (set(source) - set(target), set(target) - set(source), set(source) & set(target)))
+    fresh = list(objects)
+    kept = others <= set(objects)
+    for o in others & set(objects):
+        fresh.remove(o)
+    if not come:                                                # removed: the shape was named because no other object had it
+        (old,) = gone
+        changed = all(o[0] != old[0] for o in objects)
+        return changed, kept and all(o == old for o in fresh)
+    (new,) = come
+    made = [o for o in fresh if (o == new if gone else o[:2] == new[:2])]
+    stray = [o for o in fresh if o not in made[:1] and o not in gone]
+    return bool(made) and not gone & set(objects), kept and not stray and len(made) <= 1
+
+
 def critique(metadata: dict, objects: tuple[tuple, ...]) -> str:
     """The first thing wrong with object tuples, in words: a number, then a colour, then the relation."""
     wanted = {s: sum(clause["count"] for clause in metadata["include"] if clause["class"] == s) for s in SHAPES}
