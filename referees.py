@@ -1,4 +1,4 @@
-"""Frozen models that rewards ask: SigLIP, open_clip, a yes/no judge, a captioner.
+"""Frozen models that rewards ask: SigLIP, open_clip, a yes/no judge, a captioner; and the language model that writes questions.
 
 `load_*` reads a model from a local folder or hub name through transformers or open_clip, from safetensors and without remote code, and
 refuses weights that are damaged or not exactly the config's. `Models` holds what a run's rewards share, each loaded when it is first
@@ -64,15 +64,16 @@ def _frozen(model: torch.nn.Module, device, **faulty) -> torch.nn.Module:
 
 
 def _load(auto_class: str, model_types: tuple[str, ...], path: str, device, dtype, sees: bool = True):
-    """(frozen model, tokenizer, image processor, if it sees) of a local folder or hub name, without remote code. Errors: OSError for
-    missing files, ValueError for another kind of model and for weights that are damaged or not exactly the config's: transformers would
+    """(frozen model, tokenizer, image processor, if it sees) of a local folder or hub name, without remote code. No model_types: any.
+    Errors: OSError for missing files, ValueError for another kind of model and for weights that are damaged or not exactly the config's: transformers would
     draw some."""
     declare_torchvision_ops()
     import transformers
     transformers.utils.logging.disable_progress_bar()           # of the loading of weights, a bar per referee
     read = lambda auto: auto.from_pretrained(path, trust_remote_code=False)  # noqa: E731
     with _Reading(path):
-        if (found := read(transformers.AutoConfig).model_type) not in model_types:
+        found = read(transformers.AutoConfig).model_type
+        if model_types and found not in model_types:
             raise ValueError(f"it holds a {found} model, expected {' or '.join(model_types)}")
         model, info = getattr(transformers, auto_class).from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -341,6 +342,12 @@ def load_lpips(*, device="cpu") -> Callable:
                          f"into {torch.hub.get_dir()}/checkpoints, or use --likeness_by ssim") from error
     model = model.to(device).eval().requires_grad_(False)
     return lambda a, b: model(a, b, normalize=True).flatten()
+
+
+def load_language_model(path: str, *, device="cpu"):
+    """(frozen model, tokenizer) of any causal language model of transformers, in bf16 where there is a GPU. Errors: see _load."""
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return _load("AutoModelForCausalLM", (), path, device, dtype, sees=False)
 
 
 class Models:

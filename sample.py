@@ -15,11 +15,15 @@ Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M lat
     python sample.py "a red circle and a blue square" --n 8                     # draws a grid into samples.png
     python sample.py "as many circles as a triangle has sides" --think          # writes a thought first
     python sample.py "a blue circle" --n 1 --out one.png && python sample.py "what color is the circle ?" --question one.png
+    python sample.py "three red squares" --refine 3 --select judge              # looks at what it drew and draws it again
     python sample.py "make the sky red" --edit photo.png --policy BAGEL-7B-MoT  # draws an image changed
 """
 
 import argparse
+import io
 import math
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +32,12 @@ import torch
 from torch import Tensor
 
 import flow_grpo
-from checkpoint import load_policy
+from checkpoint import load_policy, write_atomic
 from grpo import token_logp
-from pictures import fit_size, read_picture, save_grid
+from pictures import fit_size, read_picture, save_grid, to_bytes
 from policy import Guidance, Policy, guided_velocity
+from referees import load_judge
+from rewards import Knowledge, Samples, geneval_check
 from terminal import Arguments, one_line, the_device, utf8
 from toy import shapes
 
@@ -401,6 +407,80 @@ def images_of(policy: Policy, r: Rollout, last: int = 1) -> Tensor | list[Tensor
     return torch.stack(images) if isinstance(drawn[-last].size, tuple) else images
 
 
+# ---- refinement ----
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round drew for N prompts, and what was kept of it and of the rounds before."""
+
+    drawn: Tensor                                               # (N, 3, H, W) in [0, 1]
+    worth: Tensor                                               # (N,) value of what was drawn
+    kept: Tensor                                                # (N, 3, H, W) in [0, 1]
+    value: Tensor                                               # (N,) of what was kept
+    texts: list[str] | None                                     # what was written before it was drawn: thoughts, then diagnoses
+
+
+def refine(policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable[[Tensor], Tensor], first: list, again: list, *,
+           look: str, seed: int, guidance: tuple[Guidance | None, Guidance | None] = (None, None)) -> list[Round]:
+    """Draw, then look at what was kept and draw again, `rounds` times -> rounds + 1 Rounds. [AlphaGRPO, self-reflective refinement]
+
+    select: "always", the new picture takes the old one's place (AlphaGRPO's code); "judge", only where its value is higher; "oracle", only
+    where the old one's value is below 1, which asks the truth (the switch of AlphaGRPO's released evaluation).
+    value: images (N, 3, H, W) in [0, 1] -> (N,). first, again: what follows the prompt, and the instruction `look`, in the plan.
+    """
+    walk = lambda plan, step, with_: sample_plan(policy, plan, seed=seed, step=step, prompts=list(range(len(prompts))), G=1, guidance=with_)
+    r = walk([Read(prompts), *first], 0, guidance[0])
+    drawn = images_of(policy, r)
+    worth = value(drawn)
+    out = [Round(drawn, worth, drawn, worth, texts_of(policy, r))]
+    for step in range(1, rounds + 1):
+        held = out[-1]
+        seen = See(as_read(policy, held.kept * 2 - 1), held.kept * 2 - 1)
+        r = walk([seen, Read([look.format(prompt=prompt) for prompt in prompts]), *again], step, guidance[1])
+        drawn = images_of(policy, r)
+        new = value(drawn)
+        better = {"always": torch.ones_like(new, dtype=torch.bool), "judge": new > held.value, "oracle": held.value < 1}[select]
+        kept = torch.where(better.to(drawn.device)[:, None, None, None], drawn, held.kept)
+        out.append(Round(drawn, new, kept, torch.where(better, new, held.value), texts_of(policy, r)))
+    return out
+
+
+def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
+    """What `refine` selects by: the toy's truth for "oracle", else the judge's yes to "is this <prompt> ?"."""
+    if select == "oracle":
+        known = {m["prompt"]: m for split in ("train", "eval") for m in (*shapes.prompts(split), *shapes.implicit_prompts(split))}
+        if strange := [prompt for prompt in prompts if prompt not in known]:
+            raise ValueError(f"--select oracle asks the toy's exact detector, which knows the toy's prompts alone, not {strange[0][:60]!r}; "
+                             "use --select judge")
+        return lambda images: torch.tensor([float(geneval_check(known[prompt], found)[0])
+                                            for prompt, found in zip(prompts, shapes.detect(to_bytes(images)))])
+    knowledge = Knowledge(load_judge(judge, device=device))
+    return lambda images: knowledge(Samples(prompts, [{}] * len(prompts), images=images)).cpu()
+
+
+def save_rounds(rounds: list[Round], select: str, path: str) -> None:
+    """A PNG of every sample's rounds, a row each: what was drawn, what was written before it, its value, and whether it was kept."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    count = len(rounds[0].drawn)
+    figure, axes = plt.subplots(count, len(rounds), figsize=(2.6 * len(rounds), 2.7 * count), squeeze=False, layout="constrained")
+    for k, each in enumerate(rounds):
+        for n, image in enumerate(to_bytes(each.drawn)):
+            kept = torch.equal(each.drawn[n], each.kept[n])
+            axis, told = axes[n, k], each.texts[n] if each.texts else ""
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_title("\n".join(textwrap.wrap(told, 36)[:4]), fontsize=7)
+            named = "right" if select == "oracle" else "judge"
+            axis.set_xlabel(f"round {k}: {'kept' if kept else 'not kept'}, {named} {each.worth[n]:.2f}", fontsize=7)
+    held = io.BytesIO()
+    figure.savefig(held, dpi=120, format="png")
+    plt.close(figure)
+    write_atomic(Path(path), held.getvalue())
+
+
 # ---- the command line ----
 
 
@@ -428,6 +508,10 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--think", action="store_true", help="write a thought first")
     ap.add_argument("--question", metavar="IMAGE", help="answer the prompt about this image instead of drawing")
     ap.add_argument("--edit", metavar="IMAGE", help="draw this image changed as the prompt says")
+    ap.add_argument("--refine", type=int, metavar="K", help="look at what was drawn and draw again, K times; shows every round")
+    ap.add_argument("--select", choices=["always", "judge", "oracle"], default="always",
+                    help="which picture --refine keeps: the new one; the better by --judge; the new one where the toy's truth says no")
+    ap.add_argument("--judge", default=str(TOY.parent / "judge"), help="yes/no judge of --refine: a folder or hub name")
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--n", type=int, default=8, help="samples")
     ap.add_argument("--size", type=int, help="pixels per side (32 for the toy, 1024 for BAGEL; an edit keeps the image's size)")
@@ -444,13 +528,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(a: argparse.Namespace) -> str:
     """Carry out a parsed command line; returns what to print."""
-    for name, low in dict(n=1, steps=1, size=1, seed=0, temperature=0.0, guidance=0.0, image_guidance=0.0).items():
+    for name, low in dict(n=1, steps=1, size=1, refine=1, seed=0, temperature=0.0, guidance=0.0, image_guidance=0.0).items():
         if (value := getattr(a, name)) is not None and not (math.isfinite(value) and value >= low):
             raise ValueError(f"--{name} {value}: must be a finite number of at least {low:g}")
     if not a.question and (not Path(a.out).parent.is_dir() or Path(a.out).suffix.lower() != ".png"):
         raise ValueError(f"--out {a.out}: must be a .png file in a folder that exists")
     if a.question and a.edit:
         raise ValueError("--question answers and --edit draws; give one of them")
+    if a.refine and (a.question or a.edit):
+        raise ValueError("--refine draws the prompt and looks at what it drew; give it without --question and --edit")
     policy, prompt = load_policy(a.policy, device=the_device(), adapter=a.adapter), utf8(a.prompt)
     scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
     system = [Read([THINK_TO_ANSWER if a.question else THINK_TO_DRAW])] if scale["system_prompt"] and a.think else []
@@ -459,6 +545,8 @@ def run(a: argparse.Namespace) -> str:
         pixels, _ = read_picture(a.question, policy)
         plan = [*system, See(pixels[None]), Read([prompt]), write]
         return "\n".join(texts_of(policy, sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n if a.temperature else 1)))
+    if a.refine:
+        return refined(policy, prompt, scale, system, write, a)
     guidance, size, seen = scale["edit" if a.edit else "guidance"], (a.size or scale["size"],) * 2, []
     asked = dict(text_scale=a.guidance, image_scale=a.image_guidance, renorm=a.renorm)
     guidance = replace(guidance, **{k: v for k, v in asked.items() if v is not None})
@@ -470,6 +558,22 @@ def run(a: argparse.Namespace) -> str:
     r = sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n, guidance=guidance if guidance.text_scale > 1 else None)
     save_grid(images_of(policy, r), a.out, columns=min(a.n, 8), zoom=scale["zoom"])
     return "\n".join([*dict.fromkeys(texts_of(policy, r) or []), f"{a.n} images in {a.out}"])
+
+
+def refined(policy: Policy, prompt: str, scale: dict, system: list, write: Write, a: argparse.Namespace) -> str:
+    """What --refine does: n samples of one prompt, K rounds each, as one picture."""
+    draw = Draw((a.size or scale["size"],) * 2, flow_grpo.time_grid(a.steps or scale["steps"], scale["shift"]))
+    both = (Guidance(a.guidance) if a.guidance else scale["guidance"], scale["edit"])
+    if a.guidance or a.image_guidance:
+        both = (both[0], replace(both[1], text_scale=a.guidance or both[1].text_scale, image_scale=a.image_guidance or both[1].image_scale))
+    prompts = [prompt] * a.n
+    rounds = refine(policy, prompts, a.refine, a.select, value_of(a.select, prompts, a.judge, policy.device),
+                    [write, draw] if a.think else [draw], [write, draw], look=LOOK[scale_of(policy.config.llm["hidden_size"])]["neutral"],
+                    seed=a.seed, guidance=tuple(g if g.text_scale > 1 else None for g in both))
+    save_rounds(rounds, a.select, a.out)
+    told = [f"round {k}: mean {each.value.mean():.3f}" for k, each in enumerate(rounds)]
+    return "\n".join([f"selected by {a.select}; {'truth' if a.select == 'oracle' else 'judge'}: " + ", ".join(told),
+                      f"{a.n} samples in {a.out}"])
 
 
 if __name__ == "__main__":

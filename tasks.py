@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flow_grpo
+import questions
 from files import READERS, TEXT_OF
 from pictures import read_picture, to_bytes
 from policy import Policy
-from questions import Questions, with_questions
 from rewards import (REWARDS, Samples, answer_accuracy, caption_tuples, geneval_check, right_option, think_format)
 from sample import (LOOK, THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, sample_plan,
                     scale_of, subset, texts_of)
+from terminal import Arguments, one_line, the_device
 from toy import shapes
 
 FIRST_DRAWN = 10**6                                             # number of a first picture that is to be refined within its group
@@ -418,7 +419,7 @@ TASKS = {
                  held_out=held_out_edits, samples=2, tags=("make", "remove", "add"), parts=edit_parts, sees=True),
     "reflect": Task("refinements", "prompts a step whose first picture is looked at and drawn again", reflect_plan, ("images",), drawn_truth,
                     lambda: by_tag(shapes.prompts("train")), "prompts", prompts_of_file, "think_tokens", held_out=held_out_prompts, samples=4,
-                    tags=shapes.TAGS, mean_of_tags=True, also=right_diagnoses, parts=before("sources"), begin=first_drawn, sees=True),
+                    tags=shapes.TAGS, also=right_diagnoses, parts=before("sources"), begin=first_drawn, sees=True),
     "rounds": Task("two rounds", "prompts a step that are thought about, drawn, looked at and drawn again", rounds_plan,
                    ("texts", "images", "formats"), drawn_truth, lambda: by_tag(shapes.implicit_prompts("train")), "prompts",
                    prompts_of_file, "think_tokens", held_out=held_out_riddles, samples=4, form="thought", parts=before("earlier")),
@@ -469,10 +470,10 @@ class Source:
         self.detector = functools.lru_cache(maxsize=1)(detect) if toy else None
         self.evaluated = toy                                    # whether there are held-out rows with a known truth
         self.look = LOOK[scale_of(policy.config.llm["hidden_size"])][cfg.instruction]
-        self.questions = Questions(cfg.dv, toy)
+        self.questions = questions.Questions(cfg.dv, toy)
         if any(TASKS[name].draws for name in in_use(cfg)):
             check_resolution(cfg.resolution, toy, policy)
-        self.pools, read = {}, functools.cache(lambda kind: [with_questions(row, files[kind]) for row in READERS[kind](files[kind])])
+        self.pools, read = {}, functools.cache(lambda kind: [questions.with_questions(row, files[kind]) for row in READERS[kind](files[kind])])
         for name in in_use(cfg):
             task = TASKS[name]
             if not toy and not files[task.file]:
@@ -594,3 +595,18 @@ def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
         length = len(policy.tokenizer(answer, add_special_tokens=False).input_ids)
         if task.writes and length > room:
             raise ValueError(f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} lets {room} be written")
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = Arguments(description="Questions of prompts by a language model, for --dv.", allow_abbrev=False)
+    ap.add_argument("what", choices=["decompose"])
+    ap.add_argument("prompts", help="prompts: .jsonl or .txt, as train.py reads them")
+    ap.add_argument("--llm", required=True, help="a chat model: a folder or hub name, such as Qwen/Qwen3-8B")
+    ap.add_argument("--out", default="questions.jsonl", help="where questions are added; prompts that it has already are not asked again")
+    a = ap.parse_args(argv)
+    with one_line("tasks.py"):
+        questions.main(a.prompts, a.llm, a.out, the_device())
+
+
+if __name__ == "__main__":
+    main()
