@@ -1,6 +1,7 @@
 """What a policy is worth: tables on held-out rows, plots and pictures of runs, and the log that they read.
 
     python eval.py --policy out/policy                       # a table by task and tag, with standard errors
+    python eval.py refine --policy out/policy                # rounds of refinement against the best of as many new pictures
     python eval.py plot out/log.jsonl out/control/log.jsonl  # curves of one or several runs
 
 Truth is the exact detector of toy/shapes.py through GenEval's checker; the recipes' reward "ins" is built on the same two, the others are
@@ -24,7 +25,7 @@ from checkpoint import gathered, load_policy, write_atomic
 from pictures import save_grid, to_bytes
 from policy import Policy
 from rewards import Samples
-from sample import TOY, Draw, Write, images_of, sample_plan, scale_of
+from sample import TOY, Draw, Read, Write, images_of, refine, sample_plan, scale_of, value_of
 from run import precision, read_log, room_to_gather
 from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, samples_of, spaced
 from terminal import Arguments, one_line, the_device
@@ -46,8 +47,11 @@ def mean_and_error(values) -> tuple[float, float]:
 
 
 def answered(policy: Policy, task: Task, rows: list[Row], seed: int, samples: int | None = None) -> Samples:
-    """What rewards and truth read of `samples` of every row, prompt-major; None: as many as the task's evaluation takes."""
+    """What rewards and truth read of `samples` of every row, prompt-major; None: as many as the task's evaluation takes. A refinement
+    has a first picture of its own for each sample."""
     G, done = samples or task.samples, []
+    if task.begin:
+        rows, G = [row for row in rows for _ in range(G)], 1
     for i in range(0, len(rows), ROWS_AT_ONCE):
         some, choices = rows[i:i + ROWS_AT_ONCE], plain_choices()
         index = list(range(i, i + len(some)))
@@ -114,6 +118,39 @@ def markdown_row(name: str, table: dict[str, tuple[float, float]]) -> str:
     plain = [k for k in table if not math.isfinite(table[k][1])]
     keys = [k for k in table if k in TASKS] + [k for k in table if k.endswith("/held_out")] + plain
     return f"| {name} | " + " | ".join(map(cell, keys)) + " |"
+
+
+# ---- refinement against drawing more ----
+
+
+def refinement(policy: Policy, judge: str, rounds: int = 3, samples: int = 4, seed: int = 1234) -> dict[str, list[tuple[float, float]]]:
+    """Truth after 0..rounds rounds of refinement, and of the best of as many pictures drawn anew, name -> (mean, standard error) each.
+
+    `refine, always|judge|oracle`: sample.refine with each way of selecting; `best, judge|oracle`: of the first 1..rounds + 1 pictures the
+    one that the judge prefers, or any that is right. Held-out prompts, `samples` each, ODE, neutral instruction, greedy diagnoses. The
+    judge is asked one question about the whole prompt."""
+    rows, choices = TASKS["draw"].held_out(False), plain_choices()
+    prompts = [row.text for row in rows for _ in range(samples)]
+    truth, judged = (value_of(select, prompts, judge, policy.device) for select in ("oracle", "judge"))
+    told = lambda right: mean_and_error(right.view(len(rows), samples).mean(1).numpy())
+    table = {}
+    for select in ("always", "judge", "oracle"):
+        value = judged if select == "judge" else truth
+        done = refine(policy, prompts, rounds, select, value, [choices.draw], [choices.think, choices.draw], look=choices.look, seed=seed)
+        table[f"refine, {select}"] = [told(truth(each.kept) if select == "judge" else each.value) for each in done]
+    walk = lambda k: sample_plan(policy, [Read(prompts), choices.draw], seed=seed, step=k, prompts=list(range(len(prompts))), G=1)
+    drawn = [images_of(policy, walk(k)) for k in range(rounds + 1)]
+    right, score = (torch.stack([value(images) for images in drawn]) for value in (truth, judged))             # (rounds+1, N)
+    table["best, judge"] = [told(right[:k].gather(0, score[:k].argmax(0, keepdim=True))[0]) for k in range(1, rounds + 2)]
+    table["best, oracle"] = [told(right[:k].amax(0)) for k in range(1, rounds + 2)]
+    return table
+
+
+def print_refinement(table: dict[str, list[tuple[float, float]]]) -> str:
+    """The table in markdown, a row per number of pictures drawn."""
+    lines = [f"| pictures drawn | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {k} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in each) + " |"
+                                for k, each in enumerate(zip(*table.values()), 1))])
 
 
 # ---- evaluation within a run ----
@@ -266,10 +303,12 @@ def summary(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(description="Evaluate a policy on the toy; plot logs.", allow_abbrev=False)
-    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot"])
+    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "refine"])
     ap.add_argument("logs", nargs="*", type=Path, help="log.jsonl files to plot")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
+    ap.add_argument("--judge", default=str(TOY.parent / "judge"), help="yes/no judge of refine: a folder or hub name")
+    ap.add_argument("--rounds", type=int, default=3, help="rounds of refine")
     ap.add_argument("--seed", type=int, default=1234)
     ap.add_argument("--out", type=Path, help="where to write: eval.json, or curves.png")
     a = ap.parse_args(argv)
@@ -283,6 +322,12 @@ def main(argv: list[str] | None = None) -> None:
             policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
             if scale_of(policy.config.llm["hidden_size"]) != "toy":
                 raise ValueError("the table is of the toy world; measure a large policy on images that sample.py draws")
+            if a.what == "refine":
+                table, out = refinement(policy, a.judge, a.rounds, seed=a.seed), a.out or Path("refine.json")
+                print(print_refinement(table), flush=True)
+                write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).encode())
+                print(f"written to {out}")
+                return
             table = evaluate(policy, a.seed)
             out = a.out or Path("eval.json")
             print(f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n", flush=True)

@@ -36,7 +36,7 @@ RECIPES = {
                  steps=(125, "o")),
         bagel=dict(sem=(1.0, "d: a preference model"))),
     "unigrpo_rounds": dict(
-        rounds=(24, "o"), accuracy=(1.0, "o"),
+        rounds=(16, "o"), accuracy=(1.0, "o"),
         text_average=("sequence", "p"), mse_weight=(5e-5, "d: 1.5e-5, mean or sum"), ratio_norm=(True, "p"),
         step_weights=(True, "d: none in Eq. 6"), epochs=(2, "p"),
         toy=dict(ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "o"),
@@ -46,15 +46,17 @@ RECIPES = {
         think=(32, "p"), dvreward=(1.0, "p"), format=(1.0, "p"),
         advantage=("batch", "p"), adv_clamp=(5.0, "p"), text_ratio=("sequence", "p"), text_average=("sequence", "p"), text_clip=(0.2, "p"),
         text_clip_high=(0.28, "p"),
-        toy=dict(image_weight=(300.0, "o"), step_weights=(True, "d: none"), steps=(100, "o")),
+        toy=dict(image_weight=(300.0, "o"), step_weights=(True, "d: none"), lr_generation=(3e-4, "o"), steps=(100, "o")),
         bagel=dict(group_size=(14, "p"), lr_understanding=(5e-5, "p"), lr_generation=(5e-5, "p"), lora=(32, "p"), guidance=(4.0, "p"),
                    denoise_steps=(16, "p"), noise_level=(0.7, "p"), window=(10, "p"), window_high=(11, "p"), image_clip=(1e-5, "p"),
                    think_tokens=(1024, "p"), weight_decay=(1e-4, "p"))),
     "alphagrpo_reflect": dict(
         reflect=(32, "p"), dvreward=(1.0, "p"),
         advantage=("batch", "p"), adv_clamp=(5.0, "p"), text_ratio=("sequence", "p"), text_average=("sequence", "p"), text_clip=(0.2, "p"),
-        text_clip_high=(0.28, "p"), rectify=("group", "p"), initial=(4, "d: 1"), text_weight=(0.2, "p"),
-        toy=dict(image_weight=(300.0, "o"), step_weights=(True, "d: none"), steps=(100, "o")),
+        text_clip_high=(0.28, "p"), rectify=("group", "p"), text_weight=(0.2, "p"),
+        # Without a penalty the toy forgets to leave the rest of a picture as it is.
+        toy=dict(reflect=(24, "d: 32"), image_weight=(300.0, "o"), image_beta=(0.003, "d: 0"), step_weights=(True, "d: none"),
+                 lr_generation=(3e-4, "o"), steps=(100, "o")),
         bagel=dict(group_size=(14, "p"), lr_understanding=(5e-5, "p"), lr_generation=(5e-5, "p"), lora=(32, "p"), guidance=(4.0, "p"),
                    image_guidance=(2.0, "p"), denoise_steps=(40, "p"), noise_level=(0.7, "p"), window=(5, "p"), window_high=(15, "p"),
                    image_clip=(1e-5, "p"), think_tokens=(1024, "p"), weight_decay=(1e-4, "p"))),
@@ -141,7 +143,7 @@ class Config:
         "geometric", "how DVReward adds answers up; holistic: one question about the whole prompt")
     instruction: Literal["neutral", "failed"] = option(
         "neutral", "what stands behind an image that is to be refined; failed: that it failed, whatever it is [AlphaGRPO's code]")
-    initial: int = option(4, "first images per prompt of --reflect, of which the lowest in reward is refined", least=1)
+    initial: int = option(1, "first images per prompt of --reflect, of which the lowest in reward is refined", least=1)
     rectify: Literal["off", "group", "initial"] = option(
         "off", "what a refinement earns that does not improve: its reward, the group's least, the first image's [AlphaGRPO's code]")
     baseline: Literal["mean", "anchor"] = option(

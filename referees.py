@@ -9,6 +9,7 @@ Notation: N images (N, 3, H, W) in [0, 1], P patches, D embedding width.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,8 @@ def _frozen(model: torch.nn.Module, device, **faulty) -> torch.nn.Module:
 
 def _load(auto_class: str, model_types: tuple[str, ...], path: str, device, dtype, sees: bool = True):
     """(frozen model, tokenizer, image processor, if it sees) of a local folder or hub name, without remote code. No model_types: any.
-    Errors: OSError for missing files, ValueError for another kind of model and for weights that are damaged or not exactly the config's: transformers would
-    draw some."""
+    Errors: OSError for missing files, ValueError for another kind of model and for weights that are damaged or not exactly the config's:
+    transformers would draw some."""
     declare_torchvision_ops()
     import transformers
     transformers.utils.logging.disable_progress_bar()           # of the loading of weights, a bar per referee
@@ -214,8 +215,8 @@ class Judge:
     def __post_init__(self):
         self.answers = [spellings(self.tokenizer, word) for word in ("yes", "no")]
         if not all(self.answers):
-            raise ValueError(f"the judge's tokenizer knows yes as tokens {self.answers[0]} and no as {self.answers[1]}, expected at least one "
-                             "known token each")
+            raise ValueError(f"the judge's tokenizer knows yes as tokens {self.answers[0]} and no as {self.answers[1]}, expected at least "
+                             "one known token each")
 
     def pixels(self, images: Tensor) -> Tensor:
         return processor_pixels(images, self.model, self.image_processor)                     # (N, 3, size, size)
@@ -260,8 +261,8 @@ class Judge:
         logits = _batched(lambda rows, asked: self.logits(seen[rows], asked), self.batch_size, of, questions)
         mass = (logits[:, :2].logsumexp(1) - logits[:, 2]).exp().mean().item()
         if mass < LEAST_MASS:
-            raise ValueError(f"the judge puts {mass:.1e} of its probability on yes and no, expected most of it; a model that thinks before it "
-                             "answers, or that was not trained for such questions, is no judge")
+            raise ValueError(f"the judge puts {mass:.1e} of its probability on yes and no, expected most of it; a model that thinks before "
+                             "it answers, or that was not trained for such questions, is no judge")
         return logits[:, :2].softmax(-1)[:, 0]                                                # (R,)
 
 
@@ -348,6 +349,22 @@ def load_language_model(path: str, *, device="cpu"):
     """(frozen model, tokenizer) of any causal language model of transformers, in bf16 where there is a GPU. Errors: see _load."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return _load("AutoModelForCausalLM", (), path, device, dtype, sees=False)
+
+
+def numbers_in(path: str) -> int:
+    """How many numbers the safetensors of a folder, or of a hub name that was fetched before, hold; 0 where none lies here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from safetensors import safe_open
+    try:
+        folder = path if Path(path).is_dir() else snapshot_download(path.removeprefix("hf-hub:"), local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return 0
+    total = 0
+    for file in Path(folder).glob("*.safetensors"):
+        with _Reading(path), safe_open(file, framework="pt") as held:
+            total += sum(math.prod(held.get_slice(key).get_shape()) for key in held.keys())
+    return total
 
 
 class Models:

@@ -611,24 +611,25 @@ class Entry:
     help: str
     reads: tuple[tuple[str, ...], ...]
     build: Callable[..., Reward]                                # from referees.Models
+    loads: str = ""                                             # the setting that names the model that it asks
 
 
 # The sum of a task's rewards adds them in this order. To add a reward, write its function and its row.
 REWARDS = {
-    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", (("images",),), lambda m: Semantic(m.encoder)),
-    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (("images",), ("sources", "texts")), lambda m: Knowledge(m.judge)),
-    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (("images",),), lambda m: Dense(m.patches)),
+    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", (("images",),), lambda m: Semantic(m.encoder), "siglip"),
+    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (("images",), ("sources", "texts")), lambda m: Knowledge(m.judge), "judge"),
+    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (("images",),), lambda m: Dense(m.patches), "siglip"),
     "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (("images",),), lambda m: Instruction(m.detector, m.cfg.graded)),
     "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),),
                       lambda m: functools.partial(answer_accuracy, graded=m.cfg.open_answers == "graded")),
     "format": Entry("think tags of a thought before an image [AlphaGRPO], think and answer tags of an answer [CoRL]",
                     (("texts", "formats"),), lambda m: think_format),
     "recaption": Entry("r_cycle, text half: a caption of the image against the prompt [CoRL]", (("images",),),
-                       lambda m: Recaption(m.captioner, m.cfg.recaption_by, m.text_encoder)),
+                       lambda m: Recaption(m.captioner, m.cfg.recaption_by, m.text_encoder), "captioner"),
     "likeness": Entry("r_cycle, image half: the image against the row's real one [CoRL]", (("images", "reals"),),
                       lambda m: Likeness(m.cfg.likeness_by, m.distance)),
     "dvreward": Entry("DVReward, yes/no questions about the image, one fact each [AlphaGRPO]", (("images",),),
-                      lambda m: Decomposed(m.judge, m.questions, m.cfg.dv_by)),
+                      lambda m: Decomposed(m.judge, m.questions, m.cfg.dv_by), "judge"),
     "tim": Entry("R_TIM, token matching of image and prompt in the policy's own states [CoRL]", (("images",),),
                  lambda m: TokenMatch(m.states)),
 }

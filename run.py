@@ -29,7 +29,10 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint import (FLOATS, UNREADABLE, Refusing, finite, freeze, load_policy, placed, reset_adapters, save_tensors, shard, trainable,
                         whole, write_atomic)
+from pictures import fit_size
 from policy import Policy
+from referees import numbers_in
+from rewards import REWARDS
 from tasks import TASKS, Source, in_use, rewards_of
 from terminal import say
 
@@ -181,8 +184,9 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
     replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
     activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered
-    blocks of a sharded policy. Not counted: given images, whose tokens are up to 4,900 each at BAGEL's size, referees, the autoencoder's
-    activations, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
+    blocks of a sharded policy. Images that are given or read back stand among the text's tokens, a question's at the ViT's full size.
+    Referees count in fp32, where their weights lie here already. Not counted: activations of referees and of the autoencoder, what the
+    allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
     """
     c, byte, used = policy.config.llm, 2 if cfg.bf16 else 4, [TASKS[name] for name in in_use(cfg)]
     D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
@@ -197,7 +201,7 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     M = (cfg.resolution // policy.config.stride) ** 2 + 2 if any(task.draws for task in used) else 0
     written = max(getattr(cfg, task.writes) if task.writes else 0 for task in used)
     system = 160 if cfg.system_prompt and any(task.draws and task.writes for task in used) else 0
-    L = 64 + system + written
+    L = max(tokens_before(policy, cfg, task, M) for task in used) + system
     cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
     block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
     mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees
@@ -205,9 +209,24 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
     out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
            "reference": held * byte if cfg.needs_reference and not cfg.lora else 0,
+           "referees": 4 * sum(numbers_in(path) for path in asked_models(cfg)),
            "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
            "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + written * V * (byte + 12)) + two}
     return {k: v / 1e9 for k, v in out.items()}
+
+
+def tokens_before(policy: Policy, cfg, task, M: int) -> int:
+    """Most tokens that a task's trajectory reads before its last segment, with 64 for what it is asked; M of a drawn image."""
+    stride, (longest, shortest, step) = policy.config.vit["patch_size"], policy.config.vit_resize
+    w, h = fit_size(cfg.resolution, cfg.resolution, longest, shortest, step)
+    image = M + (w // stride) * (h // stride) + 2               # read back, or changed: latents and ViT patches
+    given = image if task.sees else (longest // stride) ** 2 + 2 if "sources" in task.gives else 0
+    return task.rounds * (64 + (getattr(cfg, task.writes) if task.writes else 0)) + (task.rounds - 1) * image + given
+
+
+def asked_models(cfg) -> set[str]:
+    """Folders or hub names of the models that a run's rewards ask."""
+    return {getattr(cfg, REWARDS[k].loads) for k, w in cfg.weights.items() if w and REWARDS[k].loads}
 
 
 def peak(need: dict[str, float]) -> float:

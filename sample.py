@@ -451,8 +451,8 @@ def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[T
     if select == "oracle":
         known = {m["prompt"]: m for split in ("train", "eval") for m in (*shapes.prompts(split), *shapes.implicit_prompts(split))}
         if strange := [prompt for prompt in prompts if prompt not in known]:
-            raise ValueError(f"--select oracle asks the toy's exact detector, which knows the toy's prompts alone, not {strange[0][:60]!r}; "
-                             "use --select judge")
+            raise ValueError("--select oracle asks the toy's exact detector, which knows the toy's prompts alone, not "
+                             f"{strange[0][:60]!r}; use --select judge")
         return lambda images: torch.tensor([float(geneval_check(known[prompt], found)[0])
                                             for prompt, found in zip(prompts, shapes.detect(to_bytes(images)))])
     knowledge = Knowledge(load_judge(judge, device=device))

@@ -224,6 +224,7 @@ class Task:
     parts: Callable[[Samples, list, Callable], dict] | None = None  # logged beside truth: samples, detections, detector -> name -> (N,)
     begin: Callable | None = None                               # what its rows need of the policy before they are asked; see first_drawn
     sees: bool = False                                          # whether what is drawn is an image changed
+    rounds: int = 1                                             # how often it draws
 
     @property
     def draws(self) -> bool:
@@ -417,12 +418,14 @@ TASKS = {
                       pair="text"),
     "edit": Task("edits", "edits a step", edit_plan, ("images", "sources"), edit_truth, lambda: toy_rows(toy_edit), "edits", edits_of_file,
                  held_out=held_out_edits, samples=2, tags=("make", "remove", "add"), parts=edit_parts, sees=True),
-    "reflect": Task("refinements", "prompts a step whose first picture is looked at and drawn again", reflect_plan, ("images",), drawn_truth,
-                    lambda: by_tag(shapes.prompts("train")), "prompts", prompts_of_file, "think_tokens", held_out=held_out_prompts, samples=4,
-                    tags=shapes.TAGS, also=right_diagnoses, parts=before("sources"), begin=first_drawn, sees=True),
+    "reflect": Task("refinements", "prompts a step whose first picture is looked at and drawn again", reflect_plan, ("images",),
+                    drawn_truth, lambda: by_tag(shapes.prompts("train")), "prompts", prompts_of_file, "think_tokens",
+                    held_out=held_out_prompts, samples=4, tags=shapes.TAGS, also=right_diagnoses, parts=before("sources"),
+                    begin=first_drawn, sees=True),
     "rounds": Task("two rounds", "prompts a step that are thought about, drawn, looked at and drawn again", rounds_plan,
                    ("texts", "images", "formats"), drawn_truth, lambda: by_tag(shapes.implicit_prompts("train")), "prompts",
-                   prompts_of_file, "think_tokens", held_out=held_out_riddles, samples=4, form="thought", parts=before("earlier")),
+                   prompts_of_file, "think_tokens", held_out=held_out_riddles, samples=4, form="thought", parts=before("earlier"),
+                   rounds=2),
 }
 
 
@@ -473,7 +476,8 @@ class Source:
         self.questions = questions.Questions(cfg.dv, toy)
         if any(TASKS[name].draws for name in in_use(cfg)):
             check_resolution(cfg.resolution, toy, policy)
-        self.pools, read = {}, functools.cache(lambda kind: [questions.with_questions(row, files[kind]) for row in READERS[kind](files[kind])])
+        self.pools = {}
+        read = functools.cache(lambda kind: [questions.with_questions(row, files[kind]) for row in READERS[kind](files[kind])])
         for name in in_use(cfg):
             task = TASKS[name]
             if not toy and not files[task.file]:
