@@ -102,10 +102,15 @@ def open_picture(path: str, verify: bool = False):
         raise ValueError(f"image {path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def read_picture(path: str, policy: Policy) -> tuple[Tensor, Tensor]:
+def read_picture(path: str, policy: Policy, square: bool = False) -> tuple[Tensor, Tensor]:
     """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each. The ViT's is made of the other, as
-    BAGEL does."""
-    source = fit_image(open_picture(path), *policy.config.vae_resize)
+    BAGEL does. square: the square in its middle alone."""
+    image = open_picture(path)
+    if square:
+        side = min(image.size)
+        left, top = ((n - side) // 2 for n in image.size)
+        image = image.crop((left, top, left + side, top + side))
+    source = fit_image(image, *policy.config.vae_resize)
     return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
 
 

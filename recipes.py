@@ -260,13 +260,12 @@ def resolved(cfg: Config) -> str:
     return textwrap.fill(f"{cfg.recipe}: {' '.join(told)}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def recipe_table() -> str:
-    """The recipes side by side, as README.md shows them: a row per switch that any of them sets. Behind a slash: at BAGEL's scale."""
+def recipe_table(scale: str) -> str:
+    """The recipes side by side at a scale, as README.md (toy) and docs/bagel.md show them: a row per switch that any of them sets."""
     def cell(recipe: str, key: str) -> str:
-        both = [settings_of(recipe, scale).get(key) for scale in SCALES]
-        told = ["-" if s is None else f"{s[0]} ({s[1]})" for s in both]
-        return " / ".join(dict.fromkeys(told))
-    names = dict.fromkeys(k for recipe in RECIPES for scale in SCALES for k in settings_of(recipe, scale))
+        value, whose = settings_of(recipe, scale).get(key, ("-", ""))
+        return f"{value} ({whose})" if whose else value
+    names = dict.fromkeys(k for recipe in RECIPES for k in settings_of(recipe, scale))
     order = [*TASKS, *rewards.REWARDS, *(f.name for f in fields(Config))]
     rows = [[f"`{k}`", *(cell(recipe, k) for recipe in RECIPES)] for k in sorted(names, key=order.index)]
     lines = [["switch", *RECIPES], ["---"] * (1 + len(RECIPES)), *rows]

@@ -215,8 +215,7 @@ class Judge:
     def __post_init__(self):
         self.answers = [spellings(self.tokenizer, word) for word in ("yes", "no")]
         if not all(self.answers):
-            raise ValueError(f"the judge's tokenizer knows yes as tokens {self.answers[0]} and no as {self.answers[1]}, expected at least "
-                             "one known token each")
+            raise ValueError(f"the judge's tokenizer reads yes and no as the tokens {self.answers}, expected at least one known token each")
 
     def pixels(self, images: Tensor) -> Tensor:
         return processor_pixels(images, self.model, self.image_processor)                     # (N, 3, size, size)

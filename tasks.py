@@ -123,16 +123,9 @@ def prompts_of_file(rows: list[dict], policy: Policy) -> Pool:
 def edits_of_file(rows: list[dict], policy: Policy) -> Pool:
     """Edits, their images cut to the square in the middle, since one batch of noisy steps has one size."""
     def read(row: dict) -> Row:
-        pixels, full = (squared(image) for image in read_picture(row["image"], policy))
+        pixels, full = read_picture(row["image"], policy, square=True)
         return Row(row["instruction"], row, pixels, for_rewards(full), full=full, wanted=row.get("caption", ""))
     return of_file(rows, read)
-
-
-def squared(image: Tensor) -> Tensor:
-    """The square in the middle of (3, H, W)."""
-    side = min(image.shape[-2:])
-    top, left = ((n - side) // 2 for n in image.shape[-2:])
-    return image[:, top:top + side, left:left + side]
 
 
 @functools.cache

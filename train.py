@@ -37,7 +37,7 @@ from checkpoint import gathered, load_policy, save_adapters, save_policy, traina
 from grpo import anchored_advantage, group_advantage, grpo_loss, normalised, rectified, variance_share
 from policy import Guidance, Policy, adapters_off
 from questions import QUALITY, SEMANTIC
-from recipes import Config, parse, recipe_table, resolved
+from recipes import SCALES, Config, parse, recipe_table, resolved
 from run import (Average, Log, Ranks, Run, check, clip_gradients, load_checkpoint, precision, prepared_policy, room_to_gather, run_state,
                  save_bad_step, save_checkpoint, setup, signals)
 from sample import Rollout, Text, chosen_texts, join, replay_gaps, replay_rollout, sample_plan, unguided
@@ -355,7 +355,7 @@ def keep(run: Run, step: int, writer: int = 0) -> None:
 def main() -> None:
     with one_line("train.py"):
         if sys.argv[1:] == ["recipes"]:
-            print(recipe_table())
+            print("\n\n".join(f"{scale}:\n\n{recipe_table(scale)}" for scale in SCALES))
             return
         cfg, ranks = parse(), setup()
         if ranks.rank == 0:

@@ -315,7 +315,7 @@ def acted_of(cfg, seed=0, names=("pair_image", "pair_text")):
     g = torch.Generator().manual_seed(seed)
     n = cfg.rows["pair_image"] * cfg.group_size
     parts = {"pair_image": ("recaption", "likeness", "tim"), "pair_text": ("accuracy", "format")}
-    return [(SimpleNamespace(task=name), None, {k: torch.rand(n, generator=g) for k in parts[name]}, {}) for name in names]
+    return [(SimpleNamespace(task=name, initial=None), None, {k: torch.rand(n, generator=g) for k in parts[name]}, {}) for name in names]
 
 
 @pytest.mark.parametrize("how", ["joint", "sum", "none"])
@@ -441,8 +441,8 @@ def test_guidance_that_the_likelihood_leaves_out_is_scored_without_it_and_said(t
     assert stats["pair_image/guidance"] > 1e-3 and "what is trained is not what draws" in capsys.readouterr().err
     both = parse([*SMALL, *more])
     r = train.act(run.policy, batch, both)
-    assert r.guidance == train.guidance_of(both) and max(gap for _, gap in replay_gaps(run.policy, r)) < 1e-4
-    assert unguided(run.policy, r).guidance is None and train.guidance_of(parse(SMALL)) is None
+    assert r.guidance == train.guidance_of(both, False) and max(gap for _, gap in replay_gaps(run.policy, r)) < 1e-4
+    assert unguided(run.policy, r).guidance is None and train.guidance_of(parse(SMALL), False) is None
 
 
 def test_the_checks_of_a_run_pass_for_every_recipe():

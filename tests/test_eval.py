@@ -73,19 +73,23 @@ def by_hand(scene_of):
         each = [row for row in rows for _ in range(G)]
         images = painted(rows, scene_of, G).images if task.draws else None
         form = "<think> so </think> <answer> {} </answer>" if task.form == "answer" else "{}"
-        texts = [form.format(row.answer or row.metadata.get("thought", "")) for row in each] if task.writes else None
+        right = lambda m: m.get("thought") or f"<think> {shapes.RIGHT} </think> {shapes.explicit(m)}"  # noqa: E731
+        texts = [form.format(row.answer or right(row.metadata)) for row in each] if task.writes else None
         return Samples([row.text for row in each], [row.metadata for row in each], texts, images,
                        answers=[row.answer for row in each] if rows[0].answer else None, options=[row.options for row in each],
-                       formats=[task.form] * len(each) if task.form else None)
+                       formats=[task.form] * len(each) if task.form else None, sources=images, earlier=images)
     return answer
 
 
 def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(monkeypatch):
     """evaluate() with drawing and answering replaced by ground truth: every truth is 1."""
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(evaluation, "answered", by_hand(lambda m: shapes.sample_scene(m, rng, training=False)))
+    edited = lambda m: [shapes.Object(*o) for o in m["target"]]  # noqa: E731
+    scene_of = lambda m: edited(m) if "target" in m else shapes.sample_scene(m, rng, training=False)  # noqa: E731
+    monkeypatch.setattr(evaluation, "answered", by_hand(scene_of))
     table = evaluate(None)
-    assert all(mean == 1.0 for name, (mean, _) in table.items() if name not in ("layout_entropy", "pairwise_distance"))
+    assert all(mean == 1.0 for name, (mean, _) in table.items() if not name.endswith(("layout_entropy", "distance", "repaired", "spoiled")))
+    assert table["reflect/repaired"][0] == table["rounds/spoiled"][0] == 0.0
     assert table["draw"][1] == 0.0 and {name for name, task in TASKS.items() if task.held_out} <= table.keys()
 
 

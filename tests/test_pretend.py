@@ -41,13 +41,16 @@ def records(out):
 @pytest.fixture
 def few(monkeypatch):
     """A small evaluation."""
-    for name, value in dict(PROMPTS_PER_TAG=3, THOUGHTS=4, QUESTIONS=10).items():
+    for name, value in dict(PROMPTS_PER_TAG=3, THOUGHTS=4, QUESTIONS=10, EDITS=6).items():
         monkeypatch.setattr(tasks, name, value)
     monkeypatch.setattr(evaluation, "ODE_STEPS", 2)
 
 
 @pytest.mark.parametrize("more", [
     ["--recipe", "corl", "--pair_image", "2", "--pair_text", "2", "--choose", "2", "--reason", "2", "--likeness_by", "psnr"],
+    ["--recipe", "alphagrpo_reflect", "--reflect", "2", "--think", "1", "--edit", "1", "--initial", "2", "--guidance", "2",
+     "--image_guidance", "1.5", "--draw", "0", "--ask", "0"],
+    ["--recipe", "unigrpo_rounds", "--rounds", "1", "--draw", "0", "--ask", "0", "--think", "0", "--segments"],
     ["--recipe", "unigrpo", "--draw", "0", "--ask", "0", "--micro", "1", "--lora", "4", "--ratio_norm", "--checkpointing", "--std", "unbiased"],
     # All weights against a frozen copy, and every switch.
     ["--dense", "1", "--format", "1", "--normalise", "each", "--rollout_batch", "2", "--density", "sum", "--kl_correction", "--adv_clamp", "5",
@@ -97,6 +100,7 @@ def test_the_command_line_draws_thinks_edits_and_answers(tmp_path, monkeypatch, 
     one = str(tmp_path / "one.png")
     sample.main(["a red circle", "--n", "1", "--out", one])
     sample.main(["a red circle", "--think", "--n", "2", "--guidance", "3", "--out", str(tmp_path / "two.png")])
+    sample.main(["two squares", "--refine", "1", "--select", "judge", "--n", "1", "--steps", "2", "--out", str(tmp_path / "four.png")])
     sample.main(["make it red", "--edit", one, "--n", "1", "--out", str(tmp_path / "three.png")])
     sample.main(["what color is the circle ?", "--question", one])
     assert "1 images in" in capsys.readouterr().out

@@ -53,7 +53,8 @@ def folder(tmp_path_factory):
 
 def arguments(folder, out, recipe, *more):
     """Two steps at the scale of BAGEL, shrunk to this folder."""
-    tasks = ["--draw", 2, "--think", 2, "--ask", 2] if recipe == "lvrpo" else ["--think", 4]
+    tasks = {"lvrpo": ["--draw", 2, "--think", 2, "--ask", 2], "unigrpo": ["--think", 4], "unigrpo_rounds": ["--rounds", 2],
+             "alphagrpo_reflect": ["--reflect", 2, "--dvreward", 0, "--window", 3, "--window_high", 5]}[recipe]
     toy = train.TOY
     return [str(x) for x in ("--recipe", recipe, "--scale", "bagel", "--policy", folder, "--prompts", folder / "p.txt", "--questions",
                              folder / "q.jsonl", *tasks, "--siglip", toy / "siglip", "--judge", toy / "judge", "--resolution", 16,
@@ -113,7 +114,9 @@ def same_gradients(a, b):
 
 VARIANTS = {"lvrpo-adapters": ("lvrpo", "--lora", 4), "lvrpo-whole": ("lvrpo", "--lora", 0),
             "unigrpo-adapters": ("unigrpo", "--lora", 4, "--experts", "generation", "--micro", 3),
-            "unigrpo-whole": ("unigrpo", "--lora", 0, "--experts", "generation")}
+            "unigrpo-whole": ("unigrpo", "--lora", 0, "--experts", "generation"),
+            "reflect-adapters": ("alphagrpo_reflect", "--lora", 4, "--micro", 4, "--rectify", "off"),     # with guidance by text and image
+            "rounds-whole": ("unigrpo_rounds", "--lora", 0)}
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +138,11 @@ def runs(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_sharded_ranks_give_the_run_of_one_whole_process(runs, name):
-    same_run(runs / f"one-{name}", runs / f"two-{name}")
+    task = {"reflect-adapters": "reflect", "rounds-whole": "rounds"}.get(name, "think")
+    same_run(runs / f"one-{name}", runs / f"two-{name}", ("loss", "grad_norm", f"{task}/reward"))
     same_gradients(runs / f"one-{name}", runs / f"two-{name}")
-    assert records(runs / f"one-{name}")[1]["think/image/velocity_mse"] > 0
+    if task != "reflect":                                       # whose recipe has no penalty
+        assert records(runs / f"one-{name}")[1][f"{task}/image/velocity_mse"] > 0
 
 
 def test_sharded_bf16_starts_as_sharded_fp32(runs):

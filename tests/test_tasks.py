@@ -76,14 +76,14 @@ def test_a_recipe_is_added_as_one_dict(monkeypatch):
     exec(snippet("A recipe"), vars(recipes))
     (name,) = recipes.RECIPES.keys() - before
     cfg = parse(["--recipe", name])
-    assert cfg.rows["ask"] > 0 and cfg.text_clip_high == 0.28 and name in recipes.recipe_table()
+    assert cfg.rows["ask"] > 0 and cfg.text_clip_high == 0.28 and name in recipes.recipe_table("toy")
 
 
 # ---- recipes ----
 
 
 def test_the_readme_shows_the_recipes_as_they_are():
-    assert recipes.recipe_table() in README
+    assert recipes.recipe_table("toy") in README and recipes.recipe_table("bagel") in (ROOT / "docs" / "bagel.md").read_text(encoding="utf-8")
 
 
 def test_the_later_source_of_a_setting_wins():
@@ -146,7 +146,7 @@ def plain(tmp_path_factory):
 
 def test_a_weight_that_no_task_can_use_is_refused_where_it_was_asked_for_and_dropped_where_a_recipe_has_it():
     assert parse(["--ask", "0"]).weights["accuracy"] == 0.0
-    with pytest.raises(ValueError, match="--accuracy 1.0 would score nothing: draw, think lack what it reads"):
+    with pytest.raises(ValueError, match="--accuracy 1.0 would score nothing: draw, think, edit lack what it reads"):
         check(parse(["--ask", "0", "--accuracy", "1"]), ALONE)
 
 
