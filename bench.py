@@ -254,22 +254,28 @@ def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: 
 
 
 def memory_table() -> str:
-    """Markdown rows: what `tasks.memory` computes for UniGRPO on the release's sizes, GB on each GPU."""
+    """Markdown rows: what `run.memory` computes on the release's sizes, GB on each GPU: UniGRPO by what is trained, then adapters under
+    the other recipes that draw. 4 prompts on each GPU."""
     tokenizer = load_policy(TOY).tokenizer
     rows = ["| trained | pixels | GPUs | kept | rollout | replay | peak |", "|---|---|---|---|---|---|---|"]
+
+    def row(name: str, pixels: int, world: int, flags: list[str]) -> str:
+        cfg = train.parse(["--scale", "bagel", "--prompts", "-", "--resolution", str(pixels), *flags])
+        policy = release_on_meta(tokenizer)
+        freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
+        need = memory(policy, cfg, world)
+        kept = sum(v for k, v in need.items() if k not in ("rollout", "replay"))
+        told = [f"{gb:.0f}" for gb in (kept, need["rollout"], need["replay"], peak(need))]
+        return f"| {name} | {pixels} | {world} | {' | '.join(told)} |"
+
     for name, flags in (("adapters, both experts", ["--lora", "64"]),
                         ("generation expert", ["--lora", "0", "--experts", "generation", "--shard"]),
                         ("all weights", ["--lora", "0", "--shard"])):
         for pixels in (512, 1024):
             for world in (1, 8):
-                cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--prompts", "-", "--resolution", str(pixels),
-                                   "--think", str(4 * world), *flags])
-                policy = release_on_meta(tokenizer)
-                freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
-                need = memory(policy, cfg, world)
-                kept = sum(v for k, v in need.items() if k not in ("rollout", "replay"))
-                told = [f"{gb:.0f}" for gb in (kept, need["rollout"], need["replay"], peak(need))]
-                rows.append(f"| {name} | {pixels} | {world} | {' | '.join(told)} |")
+                rows.append(row(name, pixels, world, ["--recipe", "unigrpo", "--think", str(4 * world), *flags]))
+    for recipe, task in (("unigrpo_rounds", "rounds"), ("alphagrpo", "think"), ("alphagrpo_reflect", "reflect")):
+        rows.append(row(f"adapters, `{recipe}`", 512, 1, ["--recipe", recipe, f"--{task}", "4"]))
     return "\n".join(rows)
 
 

@@ -23,7 +23,7 @@ from recipes import parse
 
 ROOT = Path(train.__file__).parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SMALL = ["--draw", "2", "--think", "0", "--ask", "0", "--kn", "0", "--sem", "0", "--group_size", "4", "--eval_every", "0"]
+SMALL = ["--draw", "2", "--think", "0", "--ask", "0", "--edit", "0", "--kn", "0", "--sem", "0", "--group_size", "4", "--eval_every", "0"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 

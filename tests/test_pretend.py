@@ -20,7 +20,7 @@ from run import Ranks
 
 GOLDEN = evaluation.Path(__file__).parent / "golden" / "bagel_tiny"
 THERE = Ranks(0, 1, DEVICE)
-SMALL = ["--draw", "1", "--think", "1", "--ask", "1", "--group_size", "2", "--save_every", "1"]
+SMALL = ["--draw", "1", "--think", "1", "--ask", "1", "--edit", "0", "--group_size", "2", "--save_every", "1"]
 
 
 @pytest.fixture(autouse=True)

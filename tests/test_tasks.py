@@ -48,11 +48,11 @@ def test_a_reward_is_added_in_two_places(tmp_path, monkeypatch):
     exec(snippet("A reward"), vars(rewards))
     (name,) = {*rewards.REWARDS} - before
     assert snippet("A reward").count("\n") <= 8
-    train.train(parse([*SMALL, "--draw", "2", "--think", "0", "--ask", "0", f"--{name}", "2", "--out", str(tmp_path)]), ALONE)
+    train.train(parse([*SMALL, "--draw", "2", "--think", "0", "--ask", "0", "--edit", "0", f"--{name}", "2", "--out", str(tmp_path)]), ALONE)
     row = records(tmp_path)[0]
     assert 0 <= row[f"draw/rewards/{name}/mean"] <= 1 and f"draw/advantage_share/{name}" in row
     with pytest.raises(ValueError, match=f"--{name} 2.0 would score nothing: ask lack"):
-        check(parse(["--draw", "0", "--think", "0", f"--{name}", "2"]), ALONE)
+        check(parse(["--draw", "0", "--think", "0", "--edit", "0", f"--{name}", "2"]), ALONE)
 
 
 def test_a_task_is_added_in_two_places(tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_a_task_is_added_in_two_places(tmp_path, monkeypatch):
         exec(snippet("A task"), vars(tasks))
         (name,) = tasks.TASKS.keys() - before.keys()
         assert snippet("A task").count("\n") <= 12
-        train.train(parse([*SMALL, "--draw", "0", "--think", "0", "--ask", "0", f"--{name}", "3", "--accuracy", "1", "--out", str(tmp_path)]), ALONE)
+        train.train(parse([*SMALL, "--draw", "0", "--think", "0", "--ask", "0", "--edit", "0", f"--{name}", "3", "--accuracy", "1", "--out", str(tmp_path)]), ALONE)
     finally:
         tasks.TASKS.pop(name)
     row = records(tmp_path)[0]
@@ -130,7 +130,7 @@ def test_what_the_losses_can_do_is_a_flag_that_changes_the_update(tmp_path, more
 def moved(out, *more):
     """The understanding and generation experts' query weights after one batch of three updates, with clips that act."""
     tight = ["--text_clip", "0.001", "--image_clip", "1e-6", "--epochs", "3", "--lr_understanding", "1e-2", "--lr_generation", "1e-2"]
-    run = train.begin(parse([*SMALL, "--draw", "0", "--think", "4", "--ask", "0", "--sem", "0", "--kn", "0", *tight, "--out", str(out), *more]), ALONE)
+    run = train.begin(parse([*SMALL, "--draw", "0", "--think", "4", "--ask", "0", "--edit", "0", "--sem", "0", "--kn", "0", *tight, "--out", str(out), *more]), ALONE)
     train.one_step(run, 2)
     return torch.cat([expert.q.weight.detach().flatten() for expert in run.policy.blocks[0].experts])
 
@@ -158,7 +158,7 @@ def test_a_reward_that_cannot_be_built_stops_the_run(tmp_path):
 
 def test_a_task_without_a_signal_says_so_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rewards, "answer_accuracy", lambda samples, **how: torch.ones(len(samples.prompts)))
-    args = [*SMALL, "--draw", "0", "--think", "0", "--ask", "2", "--kn", "0", "--steps", "8", "--out", str(tmp_path)]
+    args = [*SMALL, "--draw", "0", "--think", "0", "--ask", "2", "--edit", "0", "--kn", "0", "--steps", "8", "--out", str(tmp_path)]
     train.train(parse(args), ALONE)
     assert capsys.readouterr().err.count("--ask learned nothing for three steps") == 1
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import files
 import flow_grpo
+import grpo
 import referees
 import rewards
 import tasks
@@ -30,7 +31,7 @@ from recipes import Config, parse
 ROOT = Path(train.__file__).parent
 GENEVAL = ROOT.parent / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SMALL = ["--draw", "2", "--think", "2", "--ask", "2", "--group_size", "4", "--eval_every", "0", "--save_every", "0"]
+SMALL = ["--draw", "2", "--think", "2", "--ask", "2", "--edit", "0", "--group_size", "4", "--eval_every", "0", "--save_every", "0"]
 
 
 def small(out, *more):
@@ -347,7 +348,7 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
 @pytest.mark.parametrize("more, words", [
     (["--micro", -1], "--micro -1: must be at least 0"), (["--epochs", 0], "--epochs 0"), (["--temperature", 0], "above 0"),
     (["--window_high", 6], "does not fit in 5 noisy steps"), (["--sem", 0, "--ins", 0, "--kn", 0], "--draw has no reward"),
-    (["--draw", 0, "--think", 0, "--ask", 0], "nothing to learn from")])
+    (["--draw", 0, "--think", 0, "--ask", 0, "--edit", 0], "nothing to learn from")])
 def test_settings_that_cannot_work_are_refused_before_loading(tmp_path, more, words):
     with pytest.raises(ValueError, match=words):
         check(small(tmp_path, *more), ALONE)
@@ -401,7 +402,7 @@ def test_the_reward_of_a_short_run_rises(tmp_path, monkeypatch):
     and variety stays."""
     every = shapes.prompts
     monkeypatch.setattr(shapes, "prompts", lambda split: [m for m in every(split) if m["tag"] == "colors"])
-    train.train(parse(["--draw", "8", "--think", "0", "--ask", "0", "--sem", "0", "--kn", "0", "--image_beta", "0", "--steps", "20",
+    train.train(parse(["--draw", "8", "--think", "0", "--ask", "0", "--edit", "0", "--sem", "0", "--kn", "0", "--image_beta", "0", "--steps", "20",
                        "--eval_every", "0", "--out", str(tmp_path)]), ALONE)
     rows = records(tmp_path)[1:]
     for key, least in (("draw/reward", 0.03), ("draw/truth", 0.1)):
