@@ -249,11 +249,13 @@ def gallery(task: Task) -> list[Row]:
 
 
 def before_after(before: Policy, after: Policy, out: Path, per_prompt: int = 6, seed: int = 99) -> None:
-    """The same held-out prompts and seeds drawn by two policies side by side; a green bar marks what the detector finds true."""
+    """The same held-out prompts and seeds drawn by two policies side by side; a green bar marks what the detector finds true. The first
+    picture of an edit is the one that is changed, with a grey bar."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shown = [(task, gallery(task)) for task in TASKS.values() if task.draws and task.held_out]
+    once = [task for task in TASKS.values() if task.draws and task.held_out and not task.begin and task.rounds == 1]
+    shown = [(task, gallery(task)) for task in once]
     count = sum(len(rows) for _, rows in shown)
     widths = [1] * per_prompt + [0.35] + [1] * per_prompt
     figure, axes = plt.subplots(count, len(widths), figsize=(11, 0.92 * count), width_ratios=widths)
@@ -268,9 +270,10 @@ def before_after(before: Policy, after: Policy, out: Path, per_prompt: int = 6, 
                 thought = f"   ->   {samples.texts[i * per_prompt]}" if samples.texts else ""
                 axes[line, first].set_title(row.text + thought, fontsize=6.5, loc="left", pad=2.5)
                 for g in range(per_prompt):
-                    axis, n = axes[line, first + g], i * per_prompt + g
-                    axis.imshow(images[n], interpolation="nearest")
-                    axis.plot([0, 31], [32.6, 32.6], color="tab:green" if right[n] else "tab:red", linewidth=3, clip_on=False)
+                    axis, n, given = axes[line, first + g], i * per_prompt + g, g == 0 and row.source is not None
+                    bar = "silver" if given else "tab:green" if right[n] else "tab:red"
+                    axis.imshow(to_bytes(row.source[None])[0] if given else images[n], interpolation="nearest")
+                    axis.plot([0, 31], [32.6, 32.6], color=bar, linewidth=3, clip_on=False)
                 line += 1
         axes[0, first].annotate(("before", "after")[side], (0, 1.5), xycoords="axes fraction", fontsize=11, weight="bold")
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.93, wspace=0.06, hspace=0.42)

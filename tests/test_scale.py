@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+import recipes
 import train
 from bench import release_on_meta
 from checkpoint import freeze, load_adapters, load_policy, merged_state, release_name, save_policy, save_tensors
@@ -55,7 +56,7 @@ def arguments(folder, out, recipe, *more):
     """Two steps at the scale of BAGEL, shrunk to this folder."""
     tasks = {"lvrpo": ["--draw", 2, "--think", 2, "--ask", 2], "unigrpo": ["--think", 4], "unigrpo_rounds": ["--rounds", 2],
              "alphagrpo_reflect": ["--reflect", 2, "--dvreward", 0, "--window", 3, "--window_high", 5]}[recipe]
-    toy = train.TOY
+    toy = recipes.TOY
     return [str(x) for x in ("--recipe", recipe, "--scale", "bagel", "--policy", folder, "--prompts", folder / "p.txt", "--questions",
                              folder / "q.jsonl", *tasks, "--siglip", toy / "siglip", "--judge", toy / "judge", "--resolution", 16,
                              "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--epochs", 1, "--steps", 2,
