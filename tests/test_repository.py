@@ -113,12 +113,13 @@ def test_every_command_of_the_readme_parses(command, monkeypatch, tmp_path):
     elif name in ("sample", "eval", "bench"):
         ran, zero = [], {k: (0.0, 0.0) for k in ("draw", "think", "ask")}
         module = {"sample": sample, "eval": evaluation, "bench": bench}[name]
-        for inner in ("run", "plot", "bench", "bench_release", "memory_table", "evaluate"):
+        for inner in ("run", "plot", "bench", "bench_release", "memory_table", "evaluate", "refinement"):
             if hasattr(module, inner):
                 monkeypatch.setattr(module, inner, lambda *a, **k: ran.append(a) or zero)
         if name == "bench":
             monkeypatch.setattr(module, "random_release", lambda device: None)
         if name == "eval":
+            monkeypatch.setattr(module, "print_refinement", str)
             toy = SimpleNamespace(config=SimpleNamespace(llm={"hidden_size": 128}))
             monkeypatch.setattr(module, "load_policy", lambda *a, **k: toy)
             argv = [*argv, "--out", str(tmp_path / "out.json")]
@@ -137,7 +138,8 @@ def test_the_equation_table_names_functions_and_tests_that_exist():
 
 
 def test_the_file_table_names_all_that_is_there():
-    named = set(re.findall(r"^\| `(\w+(?:\.py|/))` \|", README, re.M))
+    first = re.findall(r"^\| (`\w+(?:\.py|/)`[^|]*) \|", README, re.M)
+    named = {name for cell in first for name in re.findall(r"`(\w+(?:\.py|/))`", cell)}
     assert named == {p.name for p in ROOT.glob("*.py")} | {"toy/"}
 
 
