@@ -325,6 +325,8 @@ def main(argv: list[str] | None = None) -> None:
             policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
             if scale_of(policy.config.llm["hidden_size"]) != "toy":
                 raise ValueError("the table is of the toy world; measure a large policy on images that sample.py draws")
+            if a.rounds < 0:
+                raise ValueError(f"--rounds {a.rounds}: must be at least 0")
             if a.what == "refine":
                 table, out = refinement(policy, a.judge, a.rounds, seed=a.seed), a.out or Path("refine.json")
                 print(print_refinement(table), flush=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from checkpoint import write_atomic
 from files import parsed, read_json_lines, read_prompts
 from terminal import say
 
@@ -127,13 +128,12 @@ def questions_of_row(row: dict, path: str) -> list[Question]:
         for i, each in enumerate(listed):
             each = {"question": each} if isinstance(each, str) else each
             text, tag = (each.get("question"), each.get("tag", tags[3])) if isinstance(each, dict) else (None, None)
-            needs = each.get("needs", []) if isinstance(each, dict) else []
+            needs = (each.get("needs") or []) if isinstance(each, dict) else []
             tag = next((t for t in tags if isinstance(tag, str) and t.lower() == tag.lower()), None)
-            if not isinstance(text, str) or not text.strip() or tag is None:
+            if not isinstance(text, str) or not text.strip() or tag is None or any("\ud800" <= c <= "\udfff" for c in text):
                 raise ValueError(f"{where}: {half}[{i}] must have a text \"question\" and a \"tag\" of {tags}")
-            if first or not isinstance(needs, list) or not all(type(n) is int and 0 <= n < i for n in needs):
-                if needs:
-                    raise ValueError(f"{where}: {half}[{i}]: \"needs\" must be places of earlier semantic questions")
+            if not isinstance(needs, list) or first and needs or not all(type(n) is int and 0 <= n < i for n in needs):
+                raise ValueError(f"{where}: {half}[{i}]: \"needs\" must be places of earlier semantic questions")
             out.append(Question(text.strip(), tag, bool(first), tuple(needs)))
     return out
 
@@ -162,12 +162,10 @@ def decompose(path: str, write: Callable[[list[str], float], list[str]], model: 
     """
     prompts = list(dict.fromkeys(row["prompt"] for row in read_prompts(path)))
     hashed = {p: hashlib.sha256(json.dumps([p, model, ASK]).encode()).hexdigest()[:16] for p in prompts}
-    done = {row.get("hash") for row in map(finished, Path(out).read_text(encoding="utf-8").splitlines())} if Path(out).exists() else set()
+    done = finished(Path(out))
     open_prompts, reasons = [p for p in prompts if hashed[p] not in done], {}
     asked = len(open_prompts)
     with tqdm(total=asked, desc="decomposing") as bar, open(out, "a", encoding="utf-8") as file:
-        if file.tell() and not Path(out).read_bytes().endswith(b"\n"):
-            file.write("\n")                                    # behind a line that a kill has cut
         for attempt in range(tries):
             left = []
             for i in range(0, len(open_prompts), batch):
@@ -180,7 +178,7 @@ def decompose(path: str, write: Callable[[list[str], float], list[str]], model: 
                         reasons[prompt] = str(error)
                         left.append(prompt)
                         continue
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(row) + "\n")
                     file.flush()
                     bar.update()
             open_prompts = left
@@ -190,13 +188,19 @@ def decompose(path: str, write: Callable[[list[str], float], list[str]], model: 
     return [f"{prompt}: {reasons[prompt]}" for prompt in open_prompts]
 
 
-def finished(line: str) -> dict:
-    """A line of an earlier run; {} for one that was cut."""
-    try:
-        row = parsed(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
+def finished(out: Path) -> set[str]:
+    """The hashes that an earlier run finished; a line that a kill has cut is taken out of the file."""
+    kept, hashes = [], set()
+    lines = out.read_bytes().split(b"\n") if out.exists() else []
+    for line in filter(None, lines):
+        try:
+            hashes.add(parsed(line.decode()).get("hash"))
+        except (ValueError, AttributeError):
+            continue
+        kept.append(line + b"\n")
+    if lines and b"".join(kept) != b"\n".join(lines):
+        write_atomic(out, b"".join(kept))
+    return hashes
 
 
 def of_answer(prompt: str, answer: str) -> dict:

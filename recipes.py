@@ -148,7 +148,8 @@ class Config:
     rectify: Literal["off", "group", "initial"] = option(
         "off", "what a refinement earns that does not improve: its reward, the group's least, the first image's [AlphaGRPO's code]")
     baseline: Literal["mean", "anchor"] = option(
-        "mean", "what a refinement is compared with: the group's mean, or the better of it and the first image's reward [AlphaGRPO's code]")
+        "mean", "what a refinement is compared with: the group's mean, or the better of it and the first image's reward, "
+                "over the group's own spread whatever --advantage says [AlphaGRPO's code]")
     pair: Literal["joint", "sum", "none"] = option(
         "none", "what the halves of a pair share where both are in the step: the advantage of the summed reward, the sum of both, nothing")
     pair_weight: float = option(1.0, "of a pair's text half beside its image half [CoRL: lambda]")

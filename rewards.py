@@ -440,7 +440,9 @@ class Decomposed:
         scores = []
         for each in asked:
             answers = [next(said) for _ in each]
-            answers = [0.0 if any(answers[n] < 0.5 for n in q.needs) else answer for q, answer in zip(each, answers)]
+            for i, q in enumerate(each):                        # in their order, so that a need that fell takes its own with it
+                if any(answers[n] < 0.5 for n in q.needs):
+                    answers[i] = 0.0
             scores.append(aggregate(answers, each, self.how))
             for q, answer in zip(each, answers):
                 total, count = self.by_tag.get(q.tag, (0.0, 0))

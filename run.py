@@ -148,7 +148,8 @@ def refusals(cfg, ranks: Ranks):
     begun = [name for name in used if TASKS[name].begin]
     yield ((cfg.rectify != "off" or cfg.baseline != "mean") and not begun,
            f"--rectify {cfg.rectify} --baseline {cfg.baseline} are of refinements, and no task of this run refines; see --reflect")
-    yield bool(begun) and cfg.normalise == "each", f"--normalise each compares no refinement with its first image; set --{begun} 0"
+    yield (bool(begun) and cfg.normalise == "each",
+           f"--normalise each compares no refinement with its first image; set --{', --'.join(begun)} 0")
     yield cfg.image_guidance > 1 and cfg.guidance <= 1, f"--image_guidance {cfg.image_guidance:g} acts under --guidance above 1 alone"
     halves = [name for name in used if TASKS[name].pair]
     yield (len({cfg.rows[name] for name in halves}) > 1,

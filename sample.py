@@ -351,9 +351,9 @@ def join(rollouts: list[Rollout]) -> Rollout:
             return rows[0]
         if isinstance(rows[0], list):
             return [x for row in rows for x in row]
-        if rows[0].ndim == 2:                                   # text: tokens, masks, log-probs
-            longest = max(x.shape[1] for x in rows)
-            rows = [torch.nn.functional.pad(x, (0, longest - x.shape[1])) for x in rows]
+        longest = max(x.shape[1] for x in rows) if rows[0].ndim in (2, 3) else None
+        if longest is not None:                                 # text: tokens, masks, log-probs; latents of given images
+            rows = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in rows]
         return torch.cat(rows)
 
     def joined(same):
@@ -472,7 +472,7 @@ def save_rounds(rounds: list[Round], select: str, path: str) -> None:
             axis, told = axes[n, k], each.texts[n] if each.texts else ""
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            axis.set_title("\n".join(textwrap.wrap(told, 36)[:4]), fontsize=7)
+            axis.set_title("\n".join(textwrap.wrap(told, 36)[:4]), fontsize=7, parse_math=False)
             named = "right" if select == "oracle" else "judge"
             axis.set_xlabel(f"round {k}: {'kept' if kept else 'not kept'}, {named} {each.worth[n]:.2f}", fontsize=7)
     held = io.BytesIO()
@@ -487,9 +487,10 @@ def save_rounds(rounds: list[Round], select: str, path: str) -> None:
 # What depends on size when a person samples; BAGEL's are the official inferencer's: 50 points are 49 steps. Guidance of a text-to-image
 # call and of an edit.
 SAMPLING = {
-    "toy": dict(size=32, steps=10, shift=2.0, tokens=24, system_prompt=False, zoom=4, guidance=Guidance(1.0), edit=Guidance(1.0)),
+    "toy": dict(size=32, steps=10, shift=2.0, tokens=24, system_prompt=False, zoom=4, guidance=Guidance(1.0), edit=Guidance(1.0),
+                judge=str(TOY.parent / "judge")),
     "bagel": dict(size=1024, steps=49, shift=3.0, tokens=1024, system_prompt=True, zoom=1, guidance=Guidance(4.0),
-                  edit=Guidance(4.0, 2.0, "text_channel", 0.0, (0.0, 1.0))),
+                  edit=Guidance(4.0, 2.0, "text_channel", 0.0, (0.0, 1.0)), judge="google/paligemma2-3b-mix-448"),
 }
 
 
@@ -511,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--refine", type=int, metavar="K", help="look at what was drawn and draw again, K times; shows every round")
     ap.add_argument("--select", choices=["always", "judge", "oracle"], default="always",
                     help="which picture --refine keeps: the new one; the better by --judge; the new one where the toy's truth says no")
-    ap.add_argument("--judge", default=str(TOY.parent / "judge"), help="yes/no judge of --refine: a folder or hub name")
+    ap.add_argument("--judge", help="yes/no judge of --refine: a folder or hub name (the toy's for the toy, PaliGemma 2 for BAGEL)")
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--n", type=int, default=8, help="samples")
     ap.add_argument("--size", type=int, help="pixels per side (32 for the toy, 1024 for BAGEL; an edit keeps the image's size)")
@@ -546,7 +547,7 @@ def run(a: argparse.Namespace) -> str:
         plan = [*system, See(pixels[None]), Read([prompt]), write]
         return "\n".join(texts_of(policy, sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n if a.temperature else 1)))
     if a.refine:
-        return refined(policy, prompt, scale, system, write, a)
+        return refined(policy, prompt, scale, write, a)
     guidance, size, seen = scale["edit" if a.edit else "guidance"], (a.size or scale["size"],) * 2, []
     asked = dict(text_scale=a.guidance, image_scale=a.image_guidance, renorm=a.renorm)
     guidance = replace(guidance, **{k: v for k, v in asked.items() if v is not None})
@@ -560,14 +561,13 @@ def run(a: argparse.Namespace) -> str:
     return "\n".join([*dict.fromkeys(texts_of(policy, r) or []), f"{a.n} images in {a.out}"])
 
 
-def refined(policy: Policy, prompt: str, scale: dict, system: list, write: Write, a: argparse.Namespace) -> str:
+def refined(policy: Policy, prompt: str, scale: dict, write: Write, a: argparse.Namespace) -> str:
     """What --refine does: n samples of one prompt, K rounds each, as one picture."""
     draw = Draw((a.size or scale["size"],) * 2, flow_grpo.time_grid(a.steps or scale["steps"], scale["shift"]))
-    both = (Guidance(a.guidance) if a.guidance else scale["guidance"], scale["edit"])
-    if a.guidance or a.image_guidance:
-        both = (both[0], replace(both[1], text_scale=a.guidance or both[1].text_scale, image_scale=a.image_guidance or both[1].image_scale))
+    asked = dict(text_scale=a.guidance, image_scale=a.image_guidance, renorm=a.renorm)
+    both = [replace(scale[which], **{k: v for k, v in asked.items() if v is not None}) for which in ("guidance", "edit")]
     prompts = [prompt] * a.n
-    rounds = refine(policy, prompts, a.refine, a.select, value_of(a.select, prompts, a.judge, policy.device),
+    rounds = refine(policy, prompts, a.refine, a.select, value_of(a.select, prompts, a.judge or scale["judge"], policy.device),
                     [write, draw] if a.think else [draw], [write, draw], look=LOOK[scale_of(policy.config.llm["hidden_size"])]["neutral"],
                     seed=a.seed, guidance=tuple(g if g.text_scale > 1 else None for g in both))
     save_rounds(rounds, a.select, a.out)

@@ -258,14 +258,14 @@ def rounds_plan(rows: list[Row], choices: Choices) -> list:
 
 @torch.no_grad()
 def first_drawn(policy: Policy, rows: list[Row], choices: Choices, *, seed: int, step: int, index: list[int], n: int,
-                value: Callable[[Samples], Tensor] | None = None) -> tuple[list[Row], Tensor | None]:
+                value: Callable[[Samples], Tensor] | None = None, guidance=None) -> tuple[list[Row], Tensor | None]:
     """Rows with the picture that is to be refined, and its value (B,): of `n` that the policy draws of the prompt, by the ODE and without
     a thought, the one of least value [AlphaGRPO]; without `value` there must be one, and None comes back.
 
     The samples are numbered behind those of any group, so that they share no noise with the refinements."""
     draw = Draw(choices.draw.size, choices.draw.times)
     r = sample_plan(policy, draw_plan(rows, Choices(choices.think, choices.answer, draw)), seed=seed, step=step, prompts=index, G=n,
-                    first=FIRST_DRAWN)
+                    first=FIRST_DRAWN, guidance=guidance)
     samples = samples_of(policy, TASKS["draw"], rows, r)
     images, worst, least = samples.images, torch.arange(len(rows)) * n, None                                  # (B*n, 3, H, W)
     if value is not None:

@@ -53,10 +53,15 @@ def begun(run: Run, batch: Batch) -> Batch:
     if task.begin is None:
         return batch
     scoring = {k: run.rewards[k] for k in rewards_of(batch.task) if k in run.rewards}
-    value = lambda samples: rewards.combine(rewards.score(scoring, samples), {k: cfg.weights[k] for k in scoring})
+    weights = {k: cfg.weights[k] for k in scoring}
+
+    def value(samples) -> Tensor:
+        with torch.autocast(run.policy.device.type, enabled=False):         # as the refinements are scored
+            return rewards.combine(rewards.score(scoring, samples), weights)
+
     with precision(cfg, run.policy.device), gathered(run.policy, room_to_gather(run.policy.device)):
         rows, values = task.begin(run.policy, batch.rows, batch.choices, seed=cfg.seed, step=batch.step, index=batch.index, n=cfg.initial,
-                                  value=value)
+                                  value=value, guidance=guidance_of(cfg, False))
     return replace(batch, rows=rows, initial=values)
 
 
@@ -164,6 +169,8 @@ def segment_loss(scored, reference, adv: Tensor, totals: dict, cfg: Config) -> t
 def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tuple[Batch, Rollout, Tensor]], cfg: Config,
                  ranks: Ranks) -> dict:
     """4. cfg.epochs optimiser steps on the rollouts. Micro-batches and ranks add up: each loss is divided by global counts."""
+    if not work:                                                # no refinement improved: momentum must not move the weights either
+        return {"loss": 0.0, "grad_norm": 0.0}
     pieces = pieces_of(policy, frozen, work, cfg, ranks)
     averaged = ranks.world if policy.sharded else 1             # FSDP2 averages the shards' gradients over ranks; ours add up
     for _ in range(cfg.epochs):
@@ -182,7 +189,8 @@ def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tu
                         log.setdefault(f"{task}/{k}", []).append(v)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"the {task} loss is {loss.item()}")
-                (averaged * loss).backward()
+                if loss.requires_grad:                          # a text by itself has no part in training the generation expert alone
+                    (averaged * loss).backward()
                 value += loss.item()
         ranks.add_gradients(optimizer, averaged)
         norm = clip_gradients(optimizer, cfg.grad_clip)

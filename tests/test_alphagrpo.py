@@ -137,6 +137,12 @@ def test_an_attribute_of_an_absent_thing_scores_0_and_tags_are_counted():
     assert whole(Samples([m["prompt"]], [m], images=torch.zeros(1, 3, 8, 8))).tolist() == pytest.approx([0.3])
 
 
+def test_a_need_that_fell_takes_its_own_with_it():
+    chain = [Question("a ?", "Existence"), Question("b ?", "Count", needs=(0,)), Question("c ?", "Attribute", needs=(1,)), *PHOTO_QUALITY]
+    reward = Decomposed(Told({"a ?": 0.1}), lambda prompt, metadata: chain, "pooled")
+    assert reward(Samples(["p"], [{}], images=torch.zeros(1, 3, 8, 8))).tolist() == pytest.approx([(0.1 + 0 + 0 + 0.9 + 0.9) / 5])
+
+
 def test_the_rule_asks_what_metadata_say_and_nothing_twice():
     m = {"include": [{"class": "bench", "count": 2, "color": "red"}, {"class": "dog", "count": 1, "color": "blue", "position": ["above", 0]}],
          "exclude": [{"class": "bench", "count": 3}, {"class": "cat", "count": 1}]}
@@ -192,6 +198,7 @@ def test_a_line_of_questions_is_read_with_needs_and_plain_strings(tmp_path):
     (dict(semantic_questions=[{"question": " ", "tag": "Count"}]), r"semantic_questions\[0\] must have a text"),
     (dict(semantic_questions=[{"question": "a ?", "tag": "Mood"}]), r"a \"tag\" of"),
     (dict(semantic_questions=[{"question": "a ?", "tag": "Count", "needs": [0]}]), '"needs" must be places of earlier semantic questions'),
+    (dict(semantic_questions=[{"question": "\ud800 ?", "tag": "Count"}]), r"semantic_questions\[0\] must have a text"),
     (dict(quality_questions=[{"question": "a ?", "tag": "Texture", "needs": [0]}]), '"needs" must be places')])
 def test_a_bad_line_of_questions_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
@@ -232,6 +239,7 @@ def test_decomposition_retries_resumes_and_leaves_out_what_stays_invalid(tmp_pat
     assert heard == [(1, 0.0), (1, 0.7)]
     decompose(str(tmp_path / "p.txt"), lambda r, t: [ANSWER] * len(r), "other", str(out))           # another model is another question
     assert sum('"prompt": "two"' in line for line in out.read_text().splitlines()) == 1
+    assert set(Questions(str(out), toy=False).of_file) == {"one", "two", "three"}                    # the cut line is gone
 
 
 def test_an_answer_is_validated():
@@ -475,6 +483,33 @@ def test_a_step_in_which_nothing_improves_changes_nothing(tmp_path, monkeypatch)
     monkeypatch.setitem(run.rewards, "dvreward", lambda samples: next(worse))
     stats = train.one_step(run, 0)
     assert stats["reflect/improved"] == 0 and all(torch.equal(p, before[n]) for n, p in run.policy.named_parameters())
+
+
+def test_a_step_in_which_nothing_improves_stops_momentum_too(tmp_path, monkeypatch):
+    run = train.begin(small(tmp_path, "--recipe", "alphagrpo_reflect", "--reflect", 2), ALONE)
+    train.one_step(run, 0)
+    before = {n: p.detach().clone() for n, p in run.policy.named_parameters()}
+    worse = iter([torch.ones(2), torch.rand(8) * 0.9])
+    monkeypatch.setitem(run.rewards, "dvreward", lambda samples: next(worse))
+    train.one_step(run, 1)
+    assert all(torch.equal(p, before[n]) for n, p in run.policy.named_parameters())
+
+
+def test_segments_go_with_the_generation_expert_alone(tmp_path):
+    train.train(small(tmp_path, "--recipe", "alphagrpo", "--think", 2, "--segments", "--experts", "generation"), ALONE)
+
+
+def test_edits_of_several_sizes_are_drawn_in_chunks_as_whole():
+    tiny = load_policy(evaluation.Path(__file__).parent / "golden" / "bagel_tiny")
+    side, patch = tiny.config.stride, tiny.config.vit["patch_size"]
+    made = lambda unit, n: torch.rand(3, 2 * unit, n * unit, generator=torch.Generator().manual_seed(n)) * 2 - 1  # noqa: E731
+    pixels, full = ([made(unit, n) for n in (2, 3)] for unit in (patch, side))
+    draw = Draw((2 * side, 2 * side), flow_grpo.time_grid(3), (0, 2), 0.5)
+    walk = lambda i: sample_plan(tiny, [sample.See(pixels[i], full[i]), sample.Read(["a", "b"][i]), draw], seed=0, step=0,  # noqa: E731
+                                 prompts=list(range(2))[i], G=2)
+    whole, parts = walk(slice(None)), sample.join([walk(slice(i, i + 1)) for i in range(2)])
+    for a, b in zip(replay_rollout(tiny, whole), replay_rollout(tiny, parts)):
+        assert torch.allclose(a.flow.logp, b.flow.logp, atol=1e-4)
 
 
 def test_refinements_that_do_not_improve_are_pushed_nowhere_or_down(tmp_path, monkeypatch):
