@@ -98,8 +98,9 @@ class Questions:
     def __call__(self, prompt: str, metadata: dict) -> list[Question]:
         if "questions" in metadata:
             return metadata["questions"]
-        if prompt in self.of_file:
-            return self.of_file[prompt]
+        for text in (prompt, metadata.get("instruction")):      # an edit is known by its caption or its instruction
+            if text in self.of_file:
+                return self.of_file[text]
         key = json.dumps([prompt, metadata.get("include"), metadata.get("exclude")])
         if key not in self.made:
             self.made[key] = by_rule({"prompt": prompt, **metadata}, self.quality)
@@ -107,14 +108,25 @@ class Questions:
 
     def check(self, rows: list[dict], text: str = "prompt") -> None:
         """ValueError, with the first five, where rows of a file have no questions."""
-        bare = [row[text] for row in rows if not ("questions" in row or row[text] in self.of_file or row.get("include"))]
+        bare = []
+        for row in rows:
+            read = row.get("caption") or row[text]              # what the reward is given
+            if not ({"questions", "include"} & {k for k, v in row.items() if v} or {read, row.get("instruction")} & self.of_file.keys()):
+                bare.append(row[text])
+                continue
+            try:
+                self(read, row)
+            except (KeyError, TypeError, IndexError, AttributeError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(f"prompt {row[text][:60]!r}: its include or exclude is not GenEval's ({what})") from error
         if bare:
             raise ValueError(f"{self.path or '--dvreward'} has no questions for {len(bare)} of {len(rows)} prompts, such as "
                              f"{[each[:60] for each in bare[:5]]}; make them with python tasks.py decompose, and give them by --dv")
 
 
 def with_questions(row: dict, path: str) -> dict:
-    """A row of any file; where it brings decomposed questions of its own, they are read into "questions"."""
+    """A row of any file; where it brings decomposed questions of its own, they are read into "questions", which means nothing else."""
+    row = {k: v for k, v in row.items() if k != "questions"}
     return row | {"questions": questions_of_row(row, path)} if "semantic_questions" in row or "quality_questions" in row else row
 
 

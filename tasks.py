@@ -165,7 +165,7 @@ def asked_of(row: dict, policy: Policy, options: bool) -> Row:
 
 def captioned(row: dict, policy: Policy) -> Row:
     """A row of a file of pairs as a prompt with its real image."""
-    return Row(row["caption"], {"tag": "", "include": []}, real=for_rewards(read_picture(row["image"], policy)[0]))
+    return Row(row["caption"], {"tag": "", "include": [], **row}, real=for_rewards(read_picture(row["image"], policy)[0]))
 
 
 def lettered(options: list[str]) -> str:
@@ -581,7 +581,7 @@ def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
     policy.check_text(texts, room)
     if task.file == "edits":
         compared = [k for k in ("sem", "kn", "dense", "recaption", "tim") if cfg.weights[k]]
-        if compared and (bare := [row["instruction"] for row in rows if not isinstance(row.get("caption"), str)]):
+        if compared and (bare := [row["instruction"] for row in rows if not str(row.get("caption") or "").strip()]):
             raise ValueError(f"--{compared[0]} compares an edited image with a caption of it, and {bare[0][:60]!r} in {cfg.edits} has no "
                              "\"caption\"; add it, or use --dvreward or --ins alone")
         texts = [row.get("caption", "") for row in rows]

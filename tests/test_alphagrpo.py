@@ -214,6 +214,22 @@ def test_prompts_without_questions_are_named_before_the_run(tmp_path):
     tasks.Source(small(tmp_path, *more, "--dv_by", "holistic"), load_policy(TOY))
 
 
+@pytest.mark.parametrize("row", [
+    dict(include=[{"class": "dog"}]), dict(include=[{"class": "dog", "count": 1, "position": ["above", 3]}]),
+    dict(include=[{"class": "dog", "count": 1}], exclude=[{}])])
+def test_metadata_that_the_rule_cannot_read_are_refused_before_the_run(row):
+    with pytest.raises(ValueError, match="prompt 'a dog': its include or exclude is not GenEval's"):
+        Questions("", toy=False).check([{"prompt": "a dog", **row}])
+
+
+def test_questions_of_an_edit_are_found_by_its_caption_or_its_instruction(tmp_path):
+    for text in ("make it red", "a red dog"):
+        (tmp_path / "q.jsonl").write_text(json.dumps({**LINE, "prompt": text}))
+        ask, row = Questions(str(tmp_path / "q.jsonl"), toy=False), {"instruction": "make it red", "caption": "a red dog", "include": []}
+        ask.check([row], "instruction")
+        assert len(ask("a red dog", row)) == 4
+
+
 ANSWER = json.dumps({k: v for k, v in LINE.items() if k != "prompt"})
 
 
