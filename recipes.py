@@ -41,13 +41,13 @@ RECIPES = {
         step_weights=(True, "d: none in Eq. 6"), epochs=(2, "p"),
         # One reward for two images is a noisier signal: at unigrpo's rate and penalty the toy drifts and forgets.
         toy=dict(ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "o"),
-                 lr_generation=(2e-4, "o"), steps=(100, "o")),
+                 lr_generation=(2e-4, "o")),
         bagel=dict(sem=(1.0, "d: a preference model"), segments=(True, "o"))),
     "alphagrpo": dict(
         think=(32, "p"), dvreward=(1.0, "p"), format=(1.0, "p"),
         advantage=("batch", "p"), adv_clamp=(5.0, "p"), text_ratio=("sequence", "p"), text_average=("sequence", "p"), text_clip=(0.2, "p"),
         text_clip_high=(0.28, "p"),
-        toy=dict(image_weight=(300.0, "o"), step_weights=(True, "d: none"), lr_generation=(3e-4, "o"), steps=(100, "o")),
+        toy=dict(image_weight=(300.0, "o"), step_weights=(True, "d: none"), lr_generation=(3e-4, "o")),
         bagel=dict(group_size=(14, "p"), lr_understanding=(5e-5, "p"), lr_generation=(5e-5, "p"), lora=(32, "p"), guidance=(4.0, "p"),
                    denoise_steps=(16, "p"), noise_level=(0.7, "p"), window=(10, "p"), window_high=(11, "p"), image_clip=(1e-5, "p"),
                    think_tokens=(1024, "p"), weight_decay=(1e-4, "p"))),
@@ -67,7 +67,7 @@ RECIPES = {
         recaption=(1.0, "p"), likeness=(1.0, "p"), tim=(1.0, "p"), accuracy=(1.0, "p"), format=(1.0, "p"),
         group_size=(8, "p"), std=("unbiased", "p"), text_average=("sequence", "p"), image_weight=(300.0, "o"), step_weights=(True, "o"),
         # Without a penalty, as in the paper, the toy's pictures collapse at lvrpo's rate and number of steps.
-        toy=dict(pair_image=(48, "d: 16"), pair_text=(48, "d: 16"), lr_generation=(2.5e-4, "o"), steps=(100, "o")),
+        toy=dict(pair_image=(48, "d: 16"), pair_text=(48, "d: 16"), lr_generation=(2.5e-4, "o")),
         bagel=dict(lr_understanding=(4e-6, "p"), lr_generation=(4e-6, "p"))),
     "corl_t2i": dict(
         pair_image=(16, "p"), recaption=(1.0, "p"), likeness=(1.0, "p"), tim=(1.0, "p"),
@@ -88,7 +88,7 @@ RECIPES = {
 
 # What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3 where it has them, but for the resolution.
 SCALES = {
-    "toy": dict(group_size=16, steps=150, lr_understanding=2e-4, lr_generation=5e-4, image_clip=1e-3, denoise_steps=6, shift=2.0,
+    "toy": dict(group_size=16, steps=100, lr_understanding=2e-4, lr_generation=5e-4, image_clip=1e-3, denoise_steps=6, shift=2.0,
                 noise_level=0.8, sampler="cps", window=3, window_low=0, window_high=3, shared_noise=True, resolution=32,
                 think_tokens=24, answer_tokens=4, referee_batch=512, request="think first"),
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
