@@ -368,11 +368,11 @@ def numbers_in(path: str) -> int:
 
 class Models:
     """What rewards are built from: the settings of a run and the models that rewards share, each loaded when it is first asked for. cfg
-    has siglip, judge, captioner, text_encoder (folders or hub names) and the settings of rewards; detector: images -> detections, or None;
+    has siglip, judge, captioner, text_encoder (folders or hub names) and the settings of rewards; rules: r_ins, or None;
     states: of rewards.TokenMatch; questions: of rewards.Decomposed."""
 
-    def __init__(self, cfg, device, detector=None, states=None, questions=None):
-        self.cfg, self.device, self.found_by, self.states, self.questions = cfg, device, detector, states, questions
+    def __init__(self, cfg, device, rules=None, states=None, questions=None):
+        self.cfg, self.device, self.found_rules, self.states, self.questions = cfg, device, rules, states, questions
 
     @functools.cached_property
     def encoder(self) -> Siglip | OpenClip:
@@ -399,10 +399,10 @@ class Models:
         return load_lpips(device=self.device) if self.cfg.likeness_by == "lpips" else None
 
     @property
-    def detector(self) -> Callable:
-        if self.found_by is None:
+    def rules(self) -> Callable:
+        if self.found_rules is None:
             raise ValueError("--ins reads detections, and nothing detects objects in images of files; set --ins 0 and use --sem or --kn")
-        return self.found_by
+        return self.found_rules
 
     @property
     def patches(self) -> Siglip:

@@ -33,11 +33,12 @@ from torch import Tensor
 
 import flow_grpo
 from checkpoint import load_policy, write_atomic
+from geneval import geneval_check
 from grpo import token_logp
 from pictures import fit_size, read_picture, save_grid, to_bytes
 from policy import Guidance, Policy, guided_velocity
 from referees import load_judge
-from rewards import Knowledge, Samples, geneval_check
+from rewards import Knowledge, Samples
 from terminal import Arguments, one_line, the_device, utf8
 from toy import shapes
 

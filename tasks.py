@@ -22,9 +22,10 @@ from torch import Tensor
 import flow_grpo
 import questions
 from files import READERS, TEXT_OF
+from geneval import Instruction, geneval_check
 from pictures import read_picture, to_bytes
 from policy import Policy
-from rewards import (REWARDS, Samples, answer_accuracy, caption_tuples, geneval_check, right_option, think_format)
+from rewards import REWARDS, Samples, answer_accuracy, caption_tuples, right_option, think_format
 from sample import (LOOK, THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, sample_plan,
                     scale_of, subset, texts_of)
 from terminal import Arguments, one_line, the_device
@@ -464,6 +465,7 @@ class Source:
         toy = not any(files.values())
         # Truth and r_ins of one batch share one detection.
         self.detector = functools.lru_cache(maxsize=1)(detect) if toy else None
+        self.rules = Instruction(self.detector, cfg.graded) if toy else None
         self.evaluated = toy                                    # whether there are held-out rows with a known truth
         self.look = LOOK[scale_of(policy.config.llm["hidden_size"])][cfg.instruction]
         self.questions = questions.Questions(cfg.dv, toy)

@@ -327,7 +327,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
         optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     whose = (lambda: nullcontext(policy)) if cfg.tim_of == "policy" else (lambda: reference_of(policy, frozen))
     states = token_states(whose, lambda: precision(cfg, ranks.device), cfg.referee_batch)
-    models, imitation = referees.Models(cfg, ranks.device, source.detector, states, source.questions), None
+    models, imitation = referees.Models(cfg, ranks.device, source.rules, states, source.questions), None
     if cfg.recipe == "control":
         from toy.pretrain import Imitation
         imitation = Imitation(policy, cfg.seed, cfg.grad_clip)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import files
+import geneval
 import referees
 import rewards as R
 import tasks
@@ -350,7 +351,7 @@ def test_the_halves_of_a_row_are_about_one_picture(run):
     assert (image.task, text.task) == ("pair_image", "pair_text") and len(image.rows) == len(text.rows) == 3
     for a, b in zip(image.rows, text.rows):
         assert torch.equal(a.real, b.source) and a.text == a.metadata["prompt"] and b.answer and a.pixels is None
-        assert R.geneval_check(a.metadata, shapes.detect(tasks.to_bytes(a.real[None]))[0])[0]
+        assert geneval.geneval_check(a.metadata, shapes.detect(tasks.to_bytes(a.real[None]))[0])[0]
     assert not set(image.index) & set(text.index)
 
 

@@ -23,7 +23,7 @@ import train
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")}
-ALONE = ("grpo", "flow_grpo", "rewards", "referees", "policy", "toy/shapes")
+ALONE = ("grpo", "flow_grpo", "rewards", "geneval", "referees", "policy", "toy/shapes")
 HOUSE = sorted([*ROOT.glob("*.py"), *(ROOT / "toy").glob("*.py")])
 OURS = {p.stem for p in HOUSE}
 

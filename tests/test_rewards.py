@@ -15,8 +15,9 @@ from toy.tiny import build_judge, build_siglip
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import referees as M
+import geneval
 import grpo
+import referees as M
 import rewards as R
 
 CHECKS = json.loads((Path(__file__).parent / "golden" / "geneval_checks" / "checks.json").read_text())
@@ -78,23 +79,23 @@ def open_clip_folder(tmp_path_factory):
 def test_every_stored_verdict_and_reason_of_geneval_is_reproduced():
     assert len(CHECKS["cases"]) == 329 and sum(case["correct"] for case in CHECKS["cases"]) == 144
     for case in CHECKS["cases"]:
-        assert R.geneval_check(case["meta"], detections(case["det"])) == (case["correct"], case["reason"]), case
+        assert geneval.geneval_check(case["meta"], detections(case["det"])) == (case["correct"], case["reason"]), case
 
 
 def test_of_equal_scores_the_later_detection_comes_first():
     assert len(CHECKS["equal_score_cases"]) == 3
     for case in CHECKS["equal_score_cases"]:
-        assert R.geneval_check(case["meta"], detections(case["det"])) == (case["correct"], case["reason"]), case
+        assert geneval.geneval_check(case["meta"], detections(case["det"])) == (case["correct"], case["reason"]), case
 
 
 def test_every_stored_relation_of_two_boxes_is_reproduced():
     assert len(CHECKS["relative_position"]) == 100
     for a, b, relations in CHECKS["relative_position"]:
-        assert sorted(R.relative_position(a, b)) == relations, (a, b)
+        assert sorted(geneval.relative_position(a, b)) == relations, (a, b)
 
 
 def test_a_box_at_the_same_centre_has_no_relation():
-    assert R.relative_position([0, 0, 10, 10], [2, 2, 8, 8]) == set()
+    assert geneval.relative_position([0, 0, 10, 10], [2, 2, 8, 8]) == set()
 
 
 CLASSES, COLORS = ["circle", "square"], ["red", "blue"]
@@ -112,7 +113,7 @@ def specifications(draw):
         if draw(st.booleans()):
             clause["color"] = draw(st.sampled_from(COLORS))
         if i and draw(st.booleans()):
-            clause["position"] = [draw(st.sampled_from(R.RELATIONS)), draw(st.integers(0, i - 1))]
+            clause["position"] = [draw(st.sampled_from(geneval.RELATIONS)), draw(st.integers(0, i - 1))]
         include.append(clause)
     limits = st.fixed_dictionaries({"class": st.sampled_from(CLASSES), "count": st.integers(1, 3)})
     tag = draw(st.sampled_from(["counting", "position"]))
@@ -123,9 +124,9 @@ def specifications(draw):
 @settings(max_examples=400)
 def test_the_graded_instruction_reward_is_1_exactly_where_all_of_is_1_and_lies_between_0_and_1(metadata, scene):
     samples = R.Samples(prompts=["p"], metadata=[metadata], images=torch.rand(1, 3, 8, 8))
-    strict = R.Instruction(lambda images: [scene])(samples)
-    graded = R.Instruction(lambda images: [scene], graded=True)(samples)
-    assert strict.item() == R.geneval_check(metadata, scene)[0]
+    strict = geneval.Instruction(lambda images: [scene])(samples)
+    graded = geneval.Instruction(lambda images: [scene], graded=True)(samples)
+    assert strict.item() == geneval.geneval_check(metadata, scene)[0]
     assert (graded.item() == 1.0) == (strict.item() == 1.0)
     assert 0.0 <= graded.item() <= 1.0
 
@@ -133,7 +134,7 @@ def test_the_graded_instruction_reward_is_1_exactly_where_all_of_is_1_and_lies_b
 @given(specifications(), SCENES, st.randoms(use_true_random=False))
 def test_the_order_of_detections_with_distinct_scores_does_not_matter(metadata, scene, rng):
     shuffled = rng.sample(scene, len(scene))
-    assert R.geneval_clauses(metadata, shuffled) == R.geneval_clauses(metadata, scene)
+    assert geneval.geneval_clauses(metadata, shuffled) == geneval.geneval_clauses(metadata, scene)
 
 
 def test_the_graded_reward_is_the_mean_over_clauses_of_the_fraction_of_right_objects():
@@ -141,7 +142,7 @@ def test_the_graded_reward_is_the_mean_over_clauses_of_the_fraction_of_right_obj
                 "exclude": [{"class": "circle", "count": 5}]}
     rows = [["circle", 0, 0, 1, 1, 0.9, "red"], ["circle", 0, 0, 1, 1, 0.8, "blue"], ["circle", 0, 0, 1, 1, 0.7, "red"]]
     samples = R.Samples(prompts=["p"], metadata=[metadata], images=torch.rand(1, 3, 8, 8))
-    graded = R.Instruction(lambda images: [detections(rows)], graded=True)(samples)
+    graded = geneval.Instruction(lambda images: [detections(rows)], graded=True)(samples)
     assert graded.item() == pytest.approx((2 / 4 + 0 + 1) / 3)
 
 
@@ -149,8 +150,8 @@ def test_an_object_counts_only_if_it_stands_right_to_every_target_and_only_if_th
     metadata = {"include": [{"class": "circle", "count": 1}, {"class": "square", "count": 2, "position": ["left of", 0]}]}
     squares = [["square", 0, 0, 2, 2, 0.9], ["square", 40, 0, 42, 2, 0.8]]
     circle = ["circle", 20, 0, 22, 2, 0.7]
-    assert [part for part, _ in R.geneval_clauses(metadata, detections([*squares, circle]))] == [1.0, 0.5]
-    assert [part for part, _ in R.geneval_clauses(metadata, detections(squares))] == [0.0, 0.0]
+    assert [part for part, _ in geneval.geneval_clauses(metadata, detections([*squares, circle]))] == [1.0, 0.5]
+    assert [part for part, _ in geneval.geneval_clauses(metadata, detections(squares))] == [0.0, 0.0]
 
 
 def test_one_wrong_target_or_a_wrong_colour_is_not_forgiven_by_a_right_target():
@@ -158,27 +159,27 @@ def test_one_wrong_target_or_a_wrong_colour_is_not_forgiven_by_a_right_target():
     metadata = {"include": [{"class": "circle", "count": 2}, right]}
     square = ["square", 20, 0, 22, 2, 0.9, "red"]
     sides = [["circle", 0, 0, 2, 2, 0.8], ["circle", 40, 0, 42, 2, 0.7]]
-    assert R.geneval_clauses(metadata, detections([square, *sides]))[1][0] == 0.0
+    assert geneval.geneval_clauses(metadata, detections([square, *sides]))[1][0] == 0.0
     beyond = [["circle", 40, 0, 42, 2, 0.8], ["circle", 60, 0, 62, 2, 0.7]]
-    assert R.geneval_clauses(metadata, detections([square, *beyond]))[1] == (1.0, "")
-    assert R.geneval_clauses(metadata, detections([[*square[:6], "blue"], *beyond]))[1][0] == 0.0
+    assert geneval.geneval_clauses(metadata, detections([square, *beyond]))[1] == (1.0, "")
+    assert geneval.geneval_clauses(metadata, detections([[*square[:6], "blue"], *beyond]))[1][0] == 0.0
 
 
 def test_a_detector_that_loses_an_image_is_refused():
     with pytest.raises(ValueError, match="detector returned 1"):
-        R.Instruction(lambda images: [[]])(drawn(["a", "b"]))
+        geneval.Instruction(lambda images: [[]])(drawn(["a", "b"]))
 
 
 def test_a_relation_to_no_required_object_holds():
     metadata = {"include": [{"class": "circle", "count": 0}, {"class": "square", "count": 1, "position": ["left of", 0]}]}
-    assert R.geneval_clauses(metadata, detections([["square", 0, 0, 2, 2, 0.9]])) == [(1.0, ""), (1.0, "")]
+    assert geneval.geneval_clauses(metadata, detections([["square", 0, 0, 2, 2, 0.9]])) == [(1.0, ""), (1.0, "")]
 
 
 @pytest.mark.parametrize("position", [["left of", 1], ["left of", -1], ["beside", 0]])
 def test_a_relation_that_could_never_be_judged_is_refused(position):
     metadata = {"include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1, "position": position}]}
     with pytest.raises(ValueError, match="position"):
-        R.geneval_check(metadata, detections([["circle", 0, 0, 1, 1, 0.9], ["square", 9, 0, 10, 1, 0.9]]))
+        geneval.geneval_check(metadata, detections([["circle", 0, 0, 1, 1, 0.9], ["square", 9, 0, 10, 1, 0.9]]))
 
 
 def as_thoughts(samples):

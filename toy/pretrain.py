@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import flow_grpo
+import geneval
 import referees
-import rewards
 from checkpoint import load_policy, save_policy
 from pictures import to_bytes
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
@@ -524,7 +524,7 @@ def base_report(policy: Policy, n: int = 400, seed: int = 12) -> str:
     for tag, some in by_tag.items():
         prompts = [shapes.pick(rng, some) for _ in range(n)]
         found = drawn(walk(Read([m["prompt"] for m in prompts]), draw))
-        hits[f"draw/{tag}"] = [rewards.geneval_check(m, each)[0] for m, each in zip(prompts, found)]
+        hits[f"draw/{tag}"] = [geneval.geneval_check(m, each)[0] for m, each in zip(prompts, found)]
     scenes = [shapes.sample_scene(m, rng) for m in asked]
     meaning = {shapes.explicit(m): m for split in ("train", "eval") for m in shapes.prompts(split)}
     captions = texts_of(policy, walk(See(rendered(scenes)), Read([shapes.CAPTION] * n), write))
@@ -541,7 +541,7 @@ def base_report(policy: Policy, n: int = 400, seed: int = 12) -> str:
     for name, sources in (("repairs of wrong pictures", wrong), ("repairs of right pictures", scenes)):
         pixels = rendered(sources)
         r = walk(See(pixels, pixels), Read([f"{m['prompt']} , {shapes.LOOK_AGAIN}" for m in asked]), write, draw)
-        hits[name] = [rewards.geneval_check(m, each)[0] for m, each in zip(asked, drawn(r))]
+        hits[name] = [geneval.geneval_check(m, each)[0] for m, each in zip(asked, drawn(r))]
         said = [shapes.make_reflection(m, s, rng)["text"] for m, s in zip(asked, sources)]
         hits["diagnoses of" + name.removeprefix("repairs of")] = [a == b for a, b in zip(texts_of(policy, r), said)]
     return "\n".join(f"{name:<28} {share(held)}" for name, held in hits.items())
