@@ -5,7 +5,7 @@ Source: GenEval (arXiv 2310.11513) and its code. Torch alone is imported; this f
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -62,17 +62,23 @@ def _include(clause: dict, found: dict, judged: list, margin: float) -> tuple[li
     return top, sum(right) / required if required else 1.0, reason
 
 
+def ranked(metadata: dict, detections: list[dict], *, threshold: float = 0.3, counting_threshold: float = 0.9,
+           max_objects: int = 16) -> dict[str, list[dict]]:
+    """The detections that count, by class, best first."""
+    least, found = counting_threshold if metadata.get("tag") == "counting" else threshold, {}
+    for thing in sorted(reversed(detections), key=lambda thing: -thing["score"]):  # equal scores: the later detection comes first
+        if thing["score"] > least:
+            found.setdefault(thing["class"], []).append(thing)
+    return {name: things[:max_objects] for name, things in found.items()}
+
+
 def geneval_clauses(
     metadata: dict, detections: list[dict], *, threshold: float = 0.3, counting_threshold: float = 0.9, max_objects: int = 16,
     position_margin: float = 0.1,
 ) -> list[tuple[float, str]]:
     """(fraction satisfied in [0, 1], reason of failure or "") per include and exclude clause, in order; see geneval_check."""
-    least = counting_threshold if metadata.get("tag") == "counting" else threshold
-    found, results, judged = {}, [], []
-    for thing in sorted(reversed(detections), key=lambda thing: -thing["score"]):  # equal scores: the later detection comes first
-        if thing["score"] > least:
-            found.setdefault(thing["class"], []).append(thing)
-    found = {name: things[:max_objects] for name, things in found.items()}
+    found = ranked(metadata, detections, threshold=threshold, counting_threshold=counting_threshold, max_objects=max_objects)
+    results, judged = [], []
     for clause in metadata.get("include", []):
         top, fraction, reason = _include(clause, found, judged, position_margin)
         results.append((fraction, reason))
@@ -96,26 +102,67 @@ def geneval_check(metadata: dict, detections: list[dict], **settings) -> tuple[b
     return not reasons, "\n".join(reasons)
 
 
+def flow_grpo_score(metadata: dict, detections: list[dict], **settings) -> float:
+    """Flow-GRPO's training reward on the same rules, at most 1, negative where there are more than twice as many things as asked for.
+
+    The mean over parts of the include clauses: the number, 1 - |asked - found| / asked; where the number is exact, the colour, 1 - |asked -
+    of that colour| / asked, and the relation, 0 for a broken one, and a 1 beside it either way once there was a target, as its code
+    appends both. Where the number is wrong, a colour or relation counts 0. Exclude clauses are not read. [Flow-GRPO, its code]
+    """
+    margin = settings.pop("position_margin", 0.1)
+    found, parts, judged = ranked(metadata, detections, **settings), [], []
+    for clause in metadata.get("include", []):
+        things, asked, kept = found.get(clause["class"], []), clause["count"], True
+        parts.append(1 - abs(asked - len(things)) / asked)
+        if len(things) != asked:
+            kept = False
+            parts += [0.0] if "color" in clause or "position" in clause else []
+        elif "color" in clause:
+            right = sum(thing.get("color") == clause["color"] for thing in things)
+            parts.append(1 - abs(asked - right) / asked)
+            kept = right == asked
+        if kept and "position" in clause:
+            relation, target = clause["position"]
+            targets = judged[target]
+            holds = lambda a, b: relation in relative_position(a["box"], b["box"], margin=margin)  # noqa: E731
+            if targets is not None and all(holds(a, b) for a in things for b in targets):
+                parts.append(1.0)
+            else:
+                parts += [0.0] if targets is None else [0.0, 1.0]
+                kept = False
+        judged.append(things if kept else None)
+    return sum(parts) / len(parts) if parts else 0.0
+
+
 @dataclass
 class Instruction:
     """r_ins: do the objects of the drawn image keep the rules of the prompt's metadata? [LVRPO Sec. 3.2, Eq. 7]
 
-    `detector(images (N, 3, H, W)) -> N lists of detections` as geneval_check reads them.
-    All-of, {0, 1}: 1 if geneval_check passes. Graded, [0, 1]: the mean over clauses of the fraction satisfied, 1 only if all-of
-    is 1; an include clause counts the right objects among the best `count`, an exclude clause is kept or broken.
+    `detector(images (N, 3, H, W), metadata) -> N lists of detections` as geneval_check reads them.
+    how: "all", {0, 1}: 1 if geneval_check passes. "graded", [0, 1]: the mean over clauses of the fraction satisfied, 1 only if "all" is 1;
+    an include clause counts the right objects among the best `count`, an exclude clause is kept or broken. "flow_grpo": its score.
     Gamed by whatever fools the detector; graded also by leaving objects out, since a blank image keeps every exclude clause.
 
-    Differs: LVRPO's detector and how its rules combine are not confirmed; both ways are offered.
+    Differs: LVRPO's detector and how its rules combine are not confirmed; several ways are offered.
     """
 
-    detector: Callable[[Tensor], list[list[dict]]]
-    graded: bool = False
+    detector: Callable[[Tensor, list[dict]], list[list[dict]]]
+    how: str = "graded"
+    settings: dict = field(default_factory=dict)                # of geneval_clauses: a detector's own thresholds
 
     def __call__(self, samples) -> Tensor:
-        found = self.detector(samples.need("images"))
+        found = self.detector(samples.need("images"), samples.metadata)
         if len(found) != len(samples.prompts):
             raise ValueError(f"the detector returned {len(found)} lists for {len(samples.prompts)} images")
-        clauses = [geneval_clauses(*pair) for pair in zip(samples.metadata, found)]
-        if self.graded:
-            return torch.tensor([sum(part for part, _ in each) / len(each) if each else 1.0 for each in clauses])
-        return torch.tensor([float(not any(reason for _, reason in each)) for each in clauses])
+        worth = {"all": all_of, "graded": graded, "flow_grpo": flow_grpo_score}[self.how]
+        return torch.tensor([worth(*row, **self.settings) for row in zip(samples.metadata, found)])
+
+
+def all_of(metadata: dict, detections: list[dict], **settings) -> float:
+    return float(geneval_check(metadata, detections, **settings)[0])
+
+
+def graded(metadata: dict, detections: list[dict], **settings) -> float:
+    """The mean over clauses of the fraction satisfied, in [0, 1]."""
+    parts = [part for part, _ in geneval_clauses(metadata, detections, **settings)]
+    return sum(parts) / len(parts) if parts else 1.0

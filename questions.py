@@ -228,7 +228,7 @@ def of_answer(prompt: str, answer: str) -> dict:
 
 def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], float], list[str]]:
     """decompose's `write` by a chat model of transformers (AutoModelForCausalLM and its chat template), such as Qwen/Qwen3-8B, from
-    safetensors and without remote code. Errors: see referees._load; ValueError for a tokenizer without a chat template."""
+    safetensors and without remote code. Errors: see referees.load_model; ValueError for a tokenizer without a chat template."""
     import torch
 
     from referees import load_language_model

@@ -34,7 +34,7 @@ RECIPES = {
         # Nothing but the picture's truth holds the toy's thoughts, so the understanding expert learns four times slower than under lvrpo.
         toy=dict(ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "o"),
                  steps=(125, "o")),
-        bagel=dict(sem=(1.0, "d: a preference model"))),
+        bagel=dict(pref=(1.0, "d: its own is not released"))),
     "unigrpo_rounds": dict(
         rounds=(16, "o"), accuracy=(1.0, "o"),
         text_average=("sequence", "p"), mse_weight=(2e-4, "d: 1.5e-5, mean or sum"), ratio_norm=(True, "p"),
@@ -42,7 +42,7 @@ RECIPES = {
         # One reward for two images is a noisier signal: at unigrpo's rate and penalty the toy drifts and forgets.
         toy=dict(ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "o"),
                  lr_generation=(2e-4, "o")),
-        bagel=dict(sem=(1.0, "d: a preference model"), segments=(True, "o"))),
+        bagel=dict(pref=(1.0, "d: its own is not released"), segments=(True, "o"))),
     "alphagrpo": dict(
         think=(32, "p"), dvreward=(1.0, "p"), format=(1.0, "p"),
         advantage=("batch", "p"), adv_clamp=(5.0, "p"), text_ratio=("sequence", "p"), text_average=("sequence", "p"), text_clip=(0.2, "p"),
@@ -94,10 +94,12 @@ SCALES = {
     "bagel": dict(group_size=24, lr_understanding=1e-6, lr_generation=3e-5, denoise_steps=25, shift=3.0, noise_level=0.8, sampler="sde",
                   window=3, window_low=0, window_high=5, resolution=512, think_tokens=256, answer_tokens=256, image_clip=1e-6, lora=64,
                   system_prompt=True, steps=1000, bf16=True, checkpointing=True, micro=4, rollout_batch=24, referee_batch=16,
+                  referee_bf16=True, pref_model="yuvalkirstain/PickScore_v1",
                   request="First reason inside <think> </think> tags, then give the final answer inside <answer> </answer> tags.",
                   # The toy's referees are not for photographs, nor its rule for free captions.
                   siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448",
-                  captioner="Salesforce/blip-image-captioning-base", recaption_by="bertscore"),
+                  captioner="Salesforce/blip-image-captioning-base", recaption_by="bertscore",
+                  detector="facebook/mask2former-swin-small-coco-instance"),
 }
 
 
@@ -123,6 +125,8 @@ class Config:
     dv: str = option("", "questions of prompts for --dvreward: .jsonl of python tasks.py decompose; else by rule from GenEval's fields")
     judge: str = option(str(TOY / "judge"), "yes/no judge of r_kn and DVReward: a folder or hub name")
     captioner: str = option(str(TOY / "captioner"), "BLIP captioner of --recaption: a folder or hub name")
+    pref_model: str = option("", "preference model of --pref: a folder or hub name")
+    pref_by: Literal["pickscore", "hpsv2", "hpsv3", "unified"] = option("pickscore", "how --pref_model is read")
     text_encoder: str = option("google-bert/bert-base-uncased", "encoder of --recaption_by bertscore: a folder or hub name")
     text_layer: int = option(-1, "its layer: 0 the embeddings, -1 the last", least=-1)
     out: str = option("out", "folder of log, checkpoint, pictures and trained policy")
@@ -135,7 +139,14 @@ class Config:
     micro: int = option(0, "samples per micro-batch of an update; 0: all at once")
     rollout_batch: int = option(0, "samples drawn at once, in whole groups; 0: all")
     referee_batch: int = option(0, "samples that a reward model scores at once", least=1)
-    graded: bool = option(True, "r_ins is the fraction of rules kept, else all or nothing")
+    referee_device: str = option("", "device of reward models, such as cuda:1; default: the policy's")
+    referee_bf16: bool = option(False, "reward models compute in bf16")
+    train_referee: float = option(
+        0.0, "AdamW's rate for a SigLIP that learns beside the policy, from its pictures and prompts; 0: frozen [LVRPO Fig. 4]")
+    tifa_by: Literal["arithmetic", "geometric"] = option("arithmetic", "mean of a prompt's answers in --tifa")
+    ins_by: Literal["graded", "all", "flow_grpo"] = option("graded", "r_ins is the fraction of rules kept, all or nothing, or Flow-GRPO's")
+    detector: str = option("", "detector of r_ins in pictures of files: a Mask2Former, Grounding DINO or OWLv2, a folder or hub name")
+    colors: str = option("openai/clip-vit-large-patch14", "CLIP that names their colours: a folder or hub name")
     open_answers: Literal["binary", "graded"] = option("binary", "accuracy of open answers: all or nothing, or shared words [CoRL's code]")
     recaption_by: Literal["tuples", "jaccard", "bertscore"] = option("tuples", "how a caption is held against the prompt")
     likeness_by: Literal["ssim", "psnr", "mse", "lpips"] = option("ssim", "how a drawn image is held against the real one")

@@ -1,8 +1,8 @@
 """Frozen models that rewards ask: SigLIP, open_clip, a yes/no judge, a captioner; and the language model that writes questions.
 
 `load_*` reads a model from a local folder or hub name through transformers or open_clip, from safetensors and without remote code, and
-refuses weights that are damaged or not exactly the config's. `Models` holds what a run's rewards share, each loaded when it is first
-asked for. No file of ours is imported here: this one can be copied beside rewards.py, or alone.
+refuses weights that are damaged or not exactly the config's. No file of ours is imported here: this one can be copied beside rewards.py,
+or alone.
 
 Notation: N images (N, 3, H, W) in [0, 1], P patches, D embedding width.
 """
@@ -40,7 +40,7 @@ def declare_torchvision_ops():
 
 
 @dataclass
-class _Reading(contextlib.AbstractContextManager):
+class Reading(contextlib.AbstractContextManager):
     """A context in which what the libraries raise at missing, damaged or other files is one line: an OSError where it was one, else a
     ValueError. tokenizers raises Exception itself, which an except clause could catch only together with all others."""
     path: str
@@ -57,29 +57,37 @@ class _Reading(contextlib.AbstractContextManager):
             raise (OSError if isinstance(error, OSError) else ValueError)(what + " ".join(str(error).split())[:300]) from error
 
 
-def _frozen(model: torch.nn.Module, device, **faulty) -> torch.nn.Module:
+def frozen(model: torch.nn.Module, device, **faulty) -> torch.nn.Module:
     faulty["not_finite"] = [n for n, x in model.state_dict().items() if x.numel() and not torch.stack(x.aminmax()).isfinite().all()]
     if wrong := {what: sorted(map(str, keys))[:4] for what, keys in faulty.items() if keys}:
         raise ValueError(f"its weights are not those of its config: {wrong}")
     return model.to(device).eval().requires_grad_(False)
 
 
-def _load(auto_class: str, model_types: tuple[str, ...], path: str, device, dtype, sees: bool = True):
-    """(frozen model, tokenizer, image processor, if it sees) of a local folder or hub name, without remote code. No model_types: any.
+def kind_of(path: str) -> str:
+    """The model_type of a local folder or hub name. Errors: as load_model's."""
+    declare_torchvision_ops()
+    import transformers
+    with Reading(path):
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+
+
+def load_model(auto_class: str, model_types: tuple[str, ...], path: str, device, dtype=torch.float32,
+               parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor")):
+    """(frozen model, *parts) of a local folder or hub name by transformers' auto classes, without remote code. No model_types: any.
     Errors: OSError for missing files, ValueError for another kind of model and for weights that are damaged or not exactly the config's:
     transformers would draw some."""
     declare_torchvision_ops()
     import transformers
     transformers.utils.logging.disable_progress_bar()           # of the loading of weights, a bar per referee
     read = lambda auto: auto.from_pretrained(path, trust_remote_code=False)  # noqa: E731
-    with _Reading(path):
+    with Reading(path):
         found = read(transformers.AutoConfig).model_type
         if model_types and found not in model_types:
             raise ValueError(f"it holds a {found} model, expected {' or '.join(model_types)}")
         model, info = getattr(transformers, auto_class).from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        processors = [read(transformers.AutoImageProcessor)] if sees else []
-        return _frozen(model, device, **info), read(transformers.AutoTokenizer), *processors
+        return frozen(model, device, **info), *(read(getattr(transformers, part)) for part in parts)
 
 
 def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Tensor:
@@ -122,20 +130,20 @@ class Siglip:
         ids = self.tokenizer([text.lower() for text in texts], padding="max_length", truncation=True, max_length=length)
         return torch.tensor(ids.input_ids, device=self.model.device)
 
+    def seen(self, images: Tensor):
+        """What the vision tower says of images: last_hidden_state (N, P, D) and pooler_output (N, D). Gradients flow."""
+        return self.model.vision_model(pixel_values=self.pixels(images))
+
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        vision = self.model.vision_model
-        pooled = _batched(lambda x: vision(pixel_values=self.pixels(x)).pooler_output, self.batch_size, images)
-        return F.normalize(pooled.float(), dim=-1)                                            # (N, D)
+        return F.normalize(_batched(lambda x: self.seen(x).pooler_output, self.batch_size, images).float(), dim=-1)   # (N, D)
 
     @torch.no_grad()
     def embed_patches(self, images: Tensor) -> Tensor:
         """Each patch through the pooling head by itself: attention over a single token returns that token's value."""
-        vision = self.model.vision_model
-
         def patches(x):
-            states = vision(pixel_values=self.pixels(x)).last_hidden_state                    # (N, P, D)
-            return vision.head(states.flatten(0, 1)[:, None]).view_as(states)                 # (N, P, D)
+            states = self.seen(x).last_hidden_state                                           # (N, P, D)
+            return self.model.vision_model.head(states.flatten(0, 1)[:, None]).view_as(states)
 
         return F.normalize(_batched(patches, self.batch_size, images).float(), dim=-1)        # (N, P, D)
 
@@ -146,9 +154,105 @@ class Siglip:
         return F.normalize(pooled.float(), dim=-1)                                            # (N, D)
 
 
+@dataclass
+class SiglipNaflex(Siglip):
+    """A SigLIP 2 of variable resolution: an image is read at its own aspect, in as many patches as its image processor allows."""
+
+    def seen(self, images: Tensor):
+        given = self.image_processor(list(images.float()), do_rescale=False, return_tensors="pt").to(self.model.device, self.model.dtype)
+        out = self.model.vision_model(**given)
+        out.last_hidden_state = out.last_hidden_state[:, :given.spatial_shapes[0].prod()]     # all images are of one size: no padding
+        return out
+
+
 def load_siglip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Siglip:
-    """A frozen SigLIP, such as google/siglip2-so400m-patch14-384. NaFlex (variable resolution) is refused; errors: see _load."""
-    return Siglip(*_load("AutoModel", ("siglip",), path, device, dtype), batch_size)
+    """A frozen SigLIP, such as google/siglip2-so400m-patch14-384, or of variable resolution, such as google/siglip2-so400m-patch16-naflex.
+    Errors: see load_model."""
+    naflex = kind_of(path) == "siglip2"
+    return (SiglipNaflex if naflex else Siglip)(*load_model("AutoModel", ("siglip", "siglip2"), path, device, dtype), batch_size)
+
+
+class Learner:
+    """A SigLIP that learns beside the policy, from the policy's own pictures and prompts by SigLIP's sigmoid loss: the trainable referee
+    of LVRPO's Fig. 4, there to show why a referee should be frozen. Gamed by design: any picture of a prompt is taught as right."""
+
+    def __init__(self, encoder: Siglip, lr: float):
+        if not isinstance(encoder, Siglip):
+            raise ValueError("--train_referee teaches a SigLIP of transformers, not an open_clip model")
+        self.encoder = encoder
+        encoder.model.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=lr, weight_decay=0.0)
+        for p in encoder.model.parameters():                    # so that a checkpoint can be read in place
+            self.optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
+    def loss(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The mean over images of SigLIP's loss against all distinct prompts, one of which is its own."""
+        model, distinct = self.encoder.model, list(dict.fromkeys(prompts))
+        texts = model.text_model(input_ids=self.encoder.tokens(distinct)).pooler_output                            # (prompts, D)
+        pictures = torch.cat([self.encoder.seen(part).pooler_output for part in images.split(self.encoder.batch_size)])    # (N, D)
+        cosine = F.normalize(pictures.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T                      # (N, prompts)
+        mine = torch.tensor([[2.0 * (prompt == other) - 1 for other in distinct] for prompt in prompts], device=cosine.device)
+        return -F.logsigmoid(mine * (cosine * model.logit_scale.exp() + model.logit_bias)).sum(1).mean()
+
+    def learn(self, images: Tensor, prompts: list[str], add: Callable, world: int) -> float:
+        """One step; add(optimizer) adds the gradients of all `world` ranks up. Returns the loss before it."""
+        self.optimizer.zero_grad()
+        loss = self.loss(images, prompts)
+        (loss / world).backward()
+        add(self.optimizer)
+        self.optimizer.step()
+        return loss.item()
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors of a checkpoint."""
+        out = {}
+        for name, p in self.encoder.model.named_parameters():
+            out |= {f"referee.{name}": p.detach()} | {f"referee.adamw.{k}.{name}": v for k, v in self.optimizer.state[p].items()}
+        return out
+
+
+@dataclass
+class Clip:
+    """A CLIP of transformers: unit-length embeddings of images (N, 3, H, W) in [0, 1] and of texts, (N, D). Images are squashed to a
+    square, not cropped."""
+
+    model: torch.nn.Module
+    tokenizer: Callable
+    image_processor: Callable
+    batch_size: int = 128
+
+    @property
+    def size(self) -> int:
+        return self.model.config.vision_config.image_size
+
+    def pixels(self, images: Tensor) -> Tensor:
+        mode = {2: "bilinear", 3: "bicubic"}[int(self.image_processor.resample)]
+        mean, std = self.image_processor.image_mean, self.image_processor.image_std
+        return to_pixels(images.to(self.model.device), (self.size, self.size), mode, mean, std).to(self.model.dtype)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        model = self.model
+        run = lambda x: model.visual_projection(model.vision_model(pixel_values=self.pixels(x)).pooler_output)  # noqa: E731
+        return F.normalize(_batched(run, self.batch_size, images).float(), dim=-1)            # (N, D)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        model, longest = self.model, self.model.config.text_config.max_position_embeddings
+        given = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+        run = lambda ids, mask: model.text_projection(model.text_model(input_ids=ids, attention_mask=mask).pooler_output)  # noqa: E731
+        return F.normalize(_batched(run, self.batch_size, given.input_ids, given.attention_mask).float(), dim=-1)  # (N, D)
+
+
+def load_clip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128):
+    """A frozen Clip, such as openai/clip-vit-large-patch14, or an OpenClip where the folder or hub name is one. Errors: see load_model."""
+    if is_open_clip(path):
+        return load_open_clip(path, device=device, batch_size=batch_size)
+    return Clip(*load_model("AutoModel", ("clip",), path, device, dtype), batch_size)
+
+
+def is_open_clip(path: str) -> bool:
+    return path.startswith("hf-hub:") or any(Path(path).glob("open_clip_*.safetensors"))
 
 
 @dataclass
@@ -158,6 +262,11 @@ class OpenClip:
     model: torch.nn.Module
     tokenizer: Callable
     batch_size: int = 128
+
+    @property
+    def size(self) -> int:
+        size = self.model.visual.preprocess_cfg["size"]
+        return size if isinstance(size, int) else size[0]
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -174,19 +283,20 @@ class OpenClip:
 
 def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenClip:
     """A frozen open_clip model from a local folder (open_clip_config.json and safetensors) or "hf-hub:owner/name", which is fetched without
-    its pickle files, to which open_clip would fall back. Errors: see _load. Differs: images are squashed to a square, not cropped."""
+    its pickle files, to which open_clip would fall back. Errors: see load_model. Differs: images are squashed to a square, not cropped."""
     declare_torchvision_ops()
     import open_clip
-    with _Reading(path):
+    with Reading(path):
         if path.startswith("hf-hub:"):
             from huggingface_hub import snapshot_download
             path = snapshot_download(path.removeprefix("hf-hub:"), allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"])
         if not any(Path(path, f"{stem}.safetensors").exists() for stem in ("open_clip_model", "open_clip_pytorch_model")):
             raise ValueError("it holds neither open_clip_model.safetensors nor open_clip_pytorch_model.safetensors")
-        model = _frozen(open_clip.create_model(f"local-dir:{path}", require_pretrained=True), device)
+        model = frozen(open_clip.create_model(f"local-dir:{path}", require_pretrained=True), device)
         return OpenClip(model, open_clip.get_tokenizer(f"local-dir:{path}"), batch_size)
 
 
+NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 LEAST_MASS = 1e-3                                               # of yes and no together, on average
 
 
@@ -194,6 +304,11 @@ def spellings(tokenizer, word: str) -> list[int]:
     """The ids of a word's spellings that are one known token: as it is, capitalised, and both behind a space; each id once."""
     each = [tokenizer(said, add_special_tokens=False).input_ids for w in (word, word.capitalize()) for said in (w, f" {w}")]
     return list(dict.fromkeys(ids[0] for ids in each if len(ids) == 1 and ids[0] != tokenizer.unk_token_id))
+
+
+def spelled(tokenizer, word: str) -> list[int]:
+    """The spellings of a word, and of the digit of a number up to ten."""
+    return list(dict.fromkeys(i for said in (word, NUMBERS.get(word, word)) for i in spellings(tokenizer, said)))
 
 
 @dataclass
@@ -264,10 +379,66 @@ class Judge:
                              "it answers, or that was not trained for such questions, is no judge")
         return logits[:, :2].softmax(-1)[:, 0]                                                # (R,)
 
+    @torch.no_grad()
+    def answer_probability(self, images: Tensor, questions: list[str], answers: list[str], of: list[int]) -> Tensor:
+        """The probability that the first token says the expected answer, (R,) in [0, 1]: of all spellings of the word, and of a number's
+        digit. ValueError for an answer that no single token spells."""
+        known = {answer: spelled(self.tokenizer, answer.strip().lower()) for answer in dict.fromkeys(answers)}
+        if unknown := [answer for answer, ids in known.items() if not ids]:
+            raise ValueError(f"the judge's tokenizer has no token that says {unknown[0]!r}, expected a word or a number up to ten")
+
+        def said(rows, asked, wanted):
+            chances = self.next_logits(seen[rows], asked).softmax(-1)                         # (n, V)
+            return torch.stack([chance[known[answer]].sum() for chance, answer in zip(chances, wanted)])
+
+        seen = _batched(self.features, self.batch_size, images)
+        return _batched(said, self.batch_size, of, questions, answers).clamp(0, 1)            # (R,)
+
+
+@dataclass
+class ChatJudge(Judge):
+    """A yes/no judge that is a chat model: Qwen2.5-VL, Qwen3-VL, InternVL, SmolVLM (whose processor needs the package
+    num2words) and others whose processor has a chat template.
+
+    A row is the user's turn, the image and then the question, and the head of the assistant's; the next token answers, nothing is
+    generated. `image_processor` is the whole processor. Rows are padded on the left. A question cannot smuggle in the tokenizer's own
+    markers. Errors: ValueError for a model that is made to think first, whose next token is not its answer; and Judge's.
+    """
+
+    ask: str = "{question} Answer yes or no."
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.tokenizer.padding_side = "left"
+        if self.row("").rstrip().endswith("<think>"):
+            raise ValueError("the judge is made to think before it answers, so that its next token is no answer; use its Instruct variant")
+
+    def row(self, question: str) -> str:
+        """The text of a row, with the place of the image."""
+        for marker in self.tokenizer.all_special_tokens:
+            question = question.replace(marker, " ")
+        said = [{"type": "image"}, {"type": "text", "text": self.ask.format(question=" ".join(question.split()))}]
+        return self.image_processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W): the images themselves, since these models do not share how they are encoded."""
+        return images
+
+    def next_logits(self, features: Tensor, questions: list[str]) -> Tensor:
+        """(N, V): the logits of the first generated token."""
+        given = self.image_processor(images=[[image] for image in features.float()], text=[self.row(question) for question in questions],
+                                     padding=True, do_rescale=False, return_tensors="pt").to(self.model.device, self.model.dtype)
+        return self.model(**given, use_cache=False, logits_to_keep=1).logits[:, -1].float()   # (N, V)
+
 
 def load_judge(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Judge:
-    """A frozen Judge, such as google/paligemma2-3b-mix-448. Errors: see _load."""
-    return Judge(*_load("AutoModelForImageTextToText", ("paligemma",), path, device, dtype), batch_size)
+    """A frozen judge: google/paligemma2-3b-mix-448, or a ChatJudge such as Qwen/Qwen2.5-VL-7B-Instruct. Errors: see load_model."""
+    if kind_of(path) == "paligemma":
+        return Judge(*load_model("AutoModelForImageTextToText", ("paligemma",), path, device, dtype), batch_size)
+    model, processor = load_model("AutoModelForImageTextToText", (), path, device, dtype, ("AutoProcessor",))
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"{path} has no chat template, which a judge is asked by; use google/paligemma2-3b-mix-448 or a chat model")
+    return ChatJudge(model, processor.tokenizer, processor, batch_size)
 
 
 @dataclass
@@ -294,8 +465,8 @@ class Captioner:
 
 
 def load_captioner(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Captioner:
-    """A frozen Captioner, such as Salesforce/blip-image-captioning-base. Errors: see _load."""
-    return Captioner(*_load("AutoModelForImageTextToText", ("blip",), path, device, dtype), batch_size)
+    """A frozen Captioner, such as Salesforce/blip-image-captioning-base. Errors: see load_model."""
+    return Captioner(*load_model("AutoModelForImageTextToText", ("blip",), path, device, dtype), batch_size)
 
 
 @dataclass
@@ -319,8 +490,8 @@ class TextEncoder:
 
 
 def load_text_encoder(path: str, *, layer: int = -1, device="cpu", dtype=torch.float32, batch_size: int = 128) -> TextEncoder:
-    """A frozen TextEncoder, such as google-bert/bert-base-uncased. Errors: see _load; ValueError for a layer that it lacks."""
-    model, tokenizer = _load("AutoModel", ("bert", "mpnet", "roberta", "distilbert"), path, device, dtype, sees=False)
+    """A frozen TextEncoder, such as google-bert/bert-base-uncased. Errors: see load_model; ValueError for a layer that it lacks."""
+    model, tokenizer = load_model("AutoModel", ("bert", "mpnet", "roberta", "distilbert"), path, device, dtype, ("AutoTokenizer",))
     layers = model.config.num_hidden_layers
     if not -layers - 1 <= layer <= layers:
         raise ValueError(f"{path} has layers 0 (the embeddings) to {layers}, not {layer}")
@@ -341,13 +512,13 @@ def load_lpips(*, device="cpu") -> Callable:
         raise ValueError(f"--likeness_by lpips needs torchvision's VGG-16, which could not be fetched ({error}); put vgg16-397923af.pth "
                          f"into {torch.hub.get_dir()}/checkpoints, or use --likeness_by ssim") from error
     model = model.to(device).eval().requires_grad_(False)
-    return lambda a, b: model(a, b, normalize=True).flatten()
+    return lambda a, b: model(a.to(device), b.to(device), normalize=True).flatten()
 
 
 def load_language_model(path: str, *, device="cpu"):
-    """(frozen model, tokenizer) of any causal language model of transformers, in bf16 where there is a GPU. Errors: see _load."""
+    """(frozen model, tokenizer) of any causal language model of transformers, in bf16 where there is a GPU. Errors: see load_model."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return _load("AutoModelForCausalLM", (), path, device, dtype, sees=False)
+    return load_model("AutoModelForCausalLM", (), path, device, dtype, ("AutoTokenizer",))
 
 
 def numbers_in(path: str) -> int:
@@ -361,51 +532,6 @@ def numbers_in(path: str) -> int:
         return 0
     total = 0
     for file in Path(folder).glob("*.safetensors"):
-        with _Reading(path), safe_open(file, framework="pt") as held:
+        with Reading(path), safe_open(file, framework="pt") as held:
             total += sum(math.prod(held.get_slice(key).get_shape()) for key in held.keys())
     return total
-
-
-class Models:
-    """What rewards are built from: the settings of a run and the models that rewards share, each loaded when it is first asked for. cfg
-    has siglip, judge, captioner, text_encoder (folders or hub names) and the settings of rewards; rules: r_ins, or None;
-    states: of rewards.TokenMatch; questions: of rewards.Decomposed."""
-
-    def __init__(self, cfg, device, rules=None, states=None, questions=None):
-        self.cfg, self.device, self.found_rules, self.states, self.questions = cfg, device, rules, states, questions
-
-    @functools.cached_property
-    def encoder(self) -> Siglip | OpenClip:
-        path = self.cfg.siglip
-        open_clip = path.startswith("hf-hub:") or any(Path(path).glob("open_clip_*.safetensors"))
-        return (load_open_clip if open_clip else load_siglip)(path, device=self.device, batch_size=self.cfg.referee_batch)
-
-    @functools.cached_property
-    def judge(self) -> Judge:
-        return load_judge(self.cfg.judge, device=self.device, batch_size=self.cfg.referee_batch)
-
-    @functools.cached_property
-    def captioner(self) -> Captioner:
-        return load_captioner(self.cfg.captioner, device=self.device, batch_size=self.cfg.referee_batch)
-
-    @functools.cached_property
-    def text_encoder(self) -> TextEncoder | None:
-        if self.cfg.recaption_by != "bertscore":
-            return None
-        return load_text_encoder(self.cfg.text_encoder, layer=self.cfg.text_layer, device=self.device, batch_size=self.cfg.referee_batch)
-
-    @functools.cached_property
-    def distance(self) -> Callable | None:
-        return load_lpips(device=self.device) if self.cfg.likeness_by == "lpips" else None
-
-    @property
-    def rules(self) -> Callable:
-        if self.found_rules is None:
-            raise ValueError("--ins reads detections, and nothing detects objects in images of files; set --ins 0 and use --sem or --kn")
-        return self.found_rules
-
-    @property
-    def patches(self) -> Siglip:
-        if isinstance(self.encoder, OpenClip):
-            raise ValueError(f"--dense reads patches, which open_clip's {self.cfg.siglip} does not give; use transformers' or --dense 0")
-        return self.encoder

@@ -6,8 +6,8 @@ LVRPO's method section and encoders are known from reviews only; "Differs" says 
 
 A `Reward` is any callable Samples -> Tensor (N,): deterministic, finite, of a stated range. One that cannot be computed is an
 error, never a low score. Rewards that ask a model get it from referees.py, or any object with the methods that they call.
-Left out: UniGRPO's preference model (not released), training a referee together with the policy, advantages (they belong to the loss),
-and referees behind a network.
+Left out: UniGRPO's own preference model (not released), reading of written words (OCR), which needs a package of its own, advantages
+(they belong to the loss), and referees behind a network.
 
 Notation: N samples flattened prompt-major, G samples per prompt, B = N/G groups, H x W pixels, P patches, D embedding width.
 
@@ -338,6 +338,50 @@ class Decomposed:
         return torch.tensor(scores)
 
 
+@dataclass
+class SoftTifa:
+    """Soft-TIFA: the judge's probability of the expected answer to each atom of the prompt, (N,) in [0, 1]. [GenEval 2, arXiv 2512.16853]
+
+    The atoms are the rows [question, answer] of the prompt's `vqa_list`, as GenEval 2's file has them, where the answer is yes or, of
+    a count, a number; else the semantic `questions` of Decomposed, which expect a yes. The first token must say it: as word or digit, in
+    any case, of the whole vocabulary. how: "arithmetic" mean over atoms, or "geometric", which one missing atom brings to 0.
+    Gamed as Decomposed; by the yes-bias of a judge, since a no-question is never asked.
+
+    Differs: the published judge reads the 20 likeliest tokens alone.
+    """
+
+    judge: object                                               # with answer_probability: referees.Judge
+    questions: Callable[[str, dict], list]
+    how: str = "arithmetic"
+
+    def __call__(self, samples: Samples) -> Tensor:
+        atoms = [self.atoms(*row) for row in zip(samples.prompts, samples.metadata)]
+        of = [n for n, each in enumerate(atoms) for _ in each]
+        asked, wanted = ([atom[part] for each in atoms for atom in each] for part in (0, 1))
+        said = self.judge.answer_probability(samples.need("images"), asked, wanted, of).float().cpu().split([len(each) for each in atoms])
+        mean = (lambda x: x.mean()) if self.how == "arithmetic" else (lambda x: x.clamp(min=1e-12).log().mean().exp())
+        return torch.stack([mean(each) for each in said])
+
+    def atoms(self, prompt: str, metadata: dict) -> list[tuple[str, str]]:
+        """(question, expected answer) of each atom; ValueError where there is none."""
+        listed = [(question, str(answer)) for question, answer in metadata.get("vqa_list", [])]
+        listed = listed or [(q.text, "yes") for q in self.questions(prompt, metadata) if not q.quality]
+        if not listed:
+            raise ValueError("it has no atoms: neither a vqa_list nor questions")
+        return listed
+
+
+@dataclass
+class Preference:
+    """What a preference model says of the drawn image and its prompt, (N,), unbounded. UniGRPO's terminal reward is of this kind; its own
+    model is not released. Gamed by the look that the model's raters liked, whatever the prompt."""
+
+    model: object                                               # with score(images, prompts): preferences.load_preference
+
+    def __call__(self, samples: Samples) -> Tensor:
+        return self.model.score(samples.need("images"), samples.prompts)
+
+
 # ---- cycle consistency and token matching [CoRL] ----
 
 RELATIONS = ("above", "below", "left of", "right of")
@@ -501,8 +545,8 @@ class Entry:
 
     help: str
     reads: tuple[tuple[str, ...], ...]
-    build: Callable[..., Reward]                                # from referees.Models
-    loads: str = ""                                             # the setting that names the model that it asks
+    build: Callable[..., Reward]                                # from models.Models
+    loads: str = ""                                             # the settings that name the models that it asks
 
 
 # The sum of a task's rewards adds them in this order. To add a reward, write its function and its row.
@@ -510,7 +554,8 @@ REWARDS = {
     "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", (("images",),), lambda m: Semantic(m.encoder), "siglip"),
     "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (("images",), ("sources", "texts")), lambda m: Knowledge(m.judge), "judge"),
     "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (("images",),), lambda m: Dense(m.patches), "siglip"),
-    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (("images",),), lambda m: m.rules),
+    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (("images",),), lambda m: m.rules,
+                 "detector colors"),
     "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),),
                       lambda m: functools.partial(answer_accuracy, graded=m.cfg.open_answers == "graded")),
     "format": Entry("think tags of a thought before an image [AlphaGRPO], think and answer tags of an answer [CoRL]",
@@ -521,6 +566,10 @@ REWARDS = {
                       lambda m: Likeness(m.cfg.likeness_by, m.distance)),
     "dvreward": Entry("DVReward, yes/no questions about the image, one fact each [AlphaGRPO]", (("images",),),
                       lambda m: Decomposed(m.judge, m.questions, m.cfg.dv_by), "judge"),
+    "tifa": Entry("Soft-TIFA, the judge's probability of the expected answer to each atom [GenEval 2]", (("images",),),
+                  lambda m: SoftTifa(m.judge, m.questions, m.cfg.tifa_by), "judge"),
+    "pref": Entry("a preference model's score of image and prompt [UniGRPO's terminal reward]", (("images",),),
+                  lambda m: Preference(m.preference), "pref_model"),
     "tim": Entry("R_TIM, token matching of image and prompt in the policy's own states [CoRL]", (("images",),),
                  lambda m: TokenMatch(m.states)),
 }

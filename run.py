@@ -151,6 +151,10 @@ def refusals(cfg, ranks: Ranks):
     yield (bool(begun) and cfg.normalise == "each",
            f"--normalise each compares no refinement with its first image; set --{', --'.join(begun)} 0")
     yield cfg.image_guidance > 1 and cfg.guidance <= 1, f"--image_guidance {cfg.image_guidance:g} acts under --guidance above 1 alone"
+    yield (cfg.train_referee and not (cfg.weights["sem"] or cfg.weights["dense"]),
+           f"--train_referee {cfg.train_referee} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
+    yield cfg.train_referee and cfg.shard, "--train_referee keeps the SigLIP whole on every rank and does not go with --shard"
+    yield cfg.train_referee and cfg.referee_bf16, "--train_referee trains in fp32; give --no-referee_bf16"
     halves = [name for name in used if TASKS[name].pair]
     yield (len({cfg.rows[name] for name in halves}) > 1,
            " and ".join(f"--{name} {cfg.rows[name]}" for name in halves) + " are halves of the same rows; give both one number, or one 0")
@@ -186,8 +190,8 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
     activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered
     blocks of a sharded policy. Images that are given or read back stand among the text's tokens, a question's at the ViT's full size.
-    Referees count in fp32, where their weights lie here already. Not counted: activations of referees and of the autoencoder, what the
-    allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
+    Referees count where their weights lie here already, and are on the policy's device. Not counted: activations of referees and of the
+    autoencoder, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
     """
     c, byte, used = policy.config.llm, 2 if cfg.bf16 else 4, [TASKS[name] for name in in_use(cfg)]
     D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
@@ -210,7 +214,7 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
     out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
            "reference": held * byte if cfg.needs_reference and not cfg.lora else 0,
-           "referees": 4 * sum(numbers_in(path) for path in asked_models(cfg)),
+           "referees": 0 if cfg.referee_device else (2 if cfg.referee_bf16 else 4) * sum(numbers_in(path) for path in asked_models(cfg)),
            "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
            "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + written * V * (byte + 12)) + two}
     return {k: v / 1e9 for k, v in out.items()}
@@ -227,7 +231,8 @@ def tokens_before(policy: Policy, cfg, task, M: int) -> int:
 
 def asked_models(cfg) -> set[str]:
     """Folders or hub names of the models that a run's rewards ask."""
-    return {getattr(cfg, REWARDS[k].loads) for k, w in cfg.weights.items() if w and REWARDS[k].loads}
+    names = {name for k, w in cfg.weights.items() if w for name in REWARDS[k].loads.split()}
+    return {getattr(cfg, name) for name in names} - {""}
 
 
 def peak(need: dict[str, float]) -> float:
@@ -468,9 +473,9 @@ class Average:
             policy.load_state_dict(own, strict=False)
 
 
-def run_state(policy: nn.Module, average: Average, optimizer) -> dict[str, Tensor]:
-    """The live tensors of a checkpoint but for the step: trainable weights, their average, AdamW's moments."""
-    out = {}
+def run_state(policy: nn.Module, average: Average, optimizer, learner=None) -> dict[str, Tensor]:
+    """The live tensors of a checkpoint but for the step: trainable weights, their average, AdamW's moments, a referee that learns."""
+    out = learner.state() if learner else {}
     for n, p in trainable(policy).items():
         out |= {f"policy.{n}": p.detach(), f"average.{n}": average.weights[n]}
         out |= {f"adamw.{k}.{n}": v for k, v in optimizer.state[p].items()}
@@ -597,6 +602,7 @@ class Run:
     rewards: dict[str, Callable]
     imitation: object           # of the control; else None
     log: Log
+    learner: object = None      # referees.Learner of a referee that learns
     start: int = 0              # first step
     work: list | None = None    # the last step's batches, rollouts and advantages
     silent: dict = field(default_factory=dict)                  # task -> steps in a row without a signal

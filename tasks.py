@@ -22,7 +22,7 @@ from torch import Tensor
 import flow_grpo
 import questions
 from files import READERS, TEXT_OF
-from geneval import Instruction, geneval_check
+from geneval import geneval_check
 from pictures import read_picture, to_bytes
 from policy import Policy
 from rewards import REWARDS, Samples, answer_accuracy, caption_tuples, right_option, think_format
@@ -465,7 +465,6 @@ class Source:
         toy = not any(files.values())
         # Truth and r_ins of one batch share one detection.
         self.detector = functools.lru_cache(maxsize=1)(detect) if toy else None
-        self.rules = Instruction(self.detector, cfg.graded) if toy else None
         self.evaluated = toy                                    # whether there are held-out rows with a known truth
         self.look = LOOK[scale_of(policy.config.llm["hidden_size"])][cfg.instruction]
         self.questions = questions.Questions(cfg.dv, toy)
@@ -483,7 +482,12 @@ class Source:
                     self.questions.check(read(task.file), TEXT_OF[task.file])
                 if name == "choose" and (bare := [row["question"] for row in read(task.file) if not row.get("options")]):
                     raise ValueError(f"--choose needs options in every row of {files[task.file]}; {bare[0][:60]!r} has none")
+                if task.draws and cfg.weights["ins"]:
+                    check_rules(read(task.file), files[task.file], task.file)
             self.pools[name] = task.toy() if toy else task.pool(read(task.file), policy)
+
+        # What r_ins will be asked about, so that its detector can be checked.
+        self.ruled = [row for name in in_use(cfg) if TASKS[name].draws and not toy for row in read(TASKS[name].file)]
 
     def batches(self, step: int, ranks) -> list[Batch]:
         """This rank's share of the step's rows, one Batch per task in use."""
@@ -574,6 +578,13 @@ def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
         raise ValueError(f"--resolution {resolution}: must be {shapes.SIZE}, the toy world")
     if resolution % side or resolution > most:
         raise ValueError(f"--resolution {resolution}: must be a multiple of {side} up to {most}")
+
+
+def check_rules(rows: list[dict], path: str, kind: str) -> None:
+    """ValueError where r_ins has no rule to read."""
+    if bare := [row[TEXT_OF[kind]] for row in rows if not row.get("include") and not row.get("exclude")]:
+        raise ValueError(f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not have, {bare[0][:60]!r} for "
+                         "one; add them, or set --ins 0 and use --sem, --kn or --dvreward")
 
 
 def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:

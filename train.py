@@ -35,6 +35,7 @@ import referees
 import rewards
 from checkpoint import gathered, load_policy, save_adapters, save_policy, trainable
 from grpo import anchored_advantage, group_advantage, grpo_loss, normalised, rectified, variance_share
+from models import Models
 from policy import Guidance, Policy, adapters_off
 from questions import QUALITY, SEMANTIC
 from recipes import SCALES, Config, parse, recipe_table, resolved
@@ -83,6 +84,9 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, run: Run) -> tuple[di
     scoring = {k: run.rewards[k] for k in rewards_of(batch.task) if k in run.rewards}
     scores = rewards.score(scoring, samples)
     seen = measured(batch.task, samples, run.source.detector, r.G, r.G == run.cfg.group_size)
+    if run.learner and TASKS[batch.task].draws:
+        add = lambda optimizer: run.ranks.add_gradients(optimizer, 1)
+        seen["referee/loss"] = run.learner.learn(samples.images, samples.prompts, add, run.ranks.world)
     return scores, seen | {f"rewards/{k}/{tag}": v for k in scoring for tag, v in answers_by_tag(scoring[k], run.ranks).items()}
 
 
@@ -327,14 +331,15 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
         optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     whose = (lambda: nullcontext(policy)) if cfg.tim_of == "policy" else (lambda: reference_of(policy, frozen))
     states = token_states(whose, lambda: precision(cfg, ranks.device), cfg.referee_batch)
-    models, imitation = referees.Models(cfg, ranks.device, source.rules, states, source.questions), None
+    models, imitation = Models(cfg, ranks.device, source.detector, source.ruled, states, source.questions), None
     if cfg.recipe == "control":
         from toy.pretrain import Imitation
         imitation = Imitation(policy, cfg.seed, cfg.grad_clip)
     judges = {k: rewards.REWARDS[k].build(models) for k, w in cfg.weights.items() if w and not imitation}
-    run = Run(cfg, ranks, policy, frozen, optimizer, Average(policy, cfg.ema), source, judges, imitation, log)
+    learner = referees.Learner(models.encoder, cfg.train_referee) if cfg.train_referee and not imitation else None
+    run = Run(cfg, ranks, policy, frozen, optimizer, Average(policy, cfg.ema), source, judges, imitation, log, learner)
     if cfg.resume:
-        run.start = load_checkpoint(Path(cfg.out), run_state(policy, run.average, optimizer))
+        run.start = load_checkpoint(Path(cfg.out), run_state(policy, run.average, optimizer, learner))
         log.resume(run.start)
     return run
 
@@ -357,7 +362,8 @@ def export(run: Run) -> None:
 
 def keep(run: Run, step: int, writer: int = 0) -> None:
     """6. Save the run's checkpoint; of equal ranks only `writer` writes."""
-    save_checkpoint(Path(run.cfg.out), run_state(run.policy, run.average, run.optimizer), step, run.policy.sharded, run.ranks.rank, writer)
+    save_checkpoint(Path(run.cfg.out), run_state(run.policy, run.average, run.optimizer, run.learner), step, run.policy.sharded,
+                    run.ranks.rank, writer)
 
 
 def main() -> None:

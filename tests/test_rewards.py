@@ -124,8 +124,8 @@ def specifications(draw):
 @settings(max_examples=400)
 def test_the_graded_instruction_reward_is_1_exactly_where_all_of_is_1_and_lies_between_0_and_1(metadata, scene):
     samples = R.Samples(prompts=["p"], metadata=[metadata], images=torch.rand(1, 3, 8, 8))
-    strict = geneval.Instruction(lambda images: [scene])(samples)
-    graded = geneval.Instruction(lambda images: [scene], graded=True)(samples)
+    strict = geneval.Instruction(lambda images, metadata: [scene], "all")(samples)
+    graded = geneval.Instruction(lambda images, metadata: [scene])(samples)
     assert strict.item() == geneval.geneval_check(metadata, scene)[0]
     assert (graded.item() == 1.0) == (strict.item() == 1.0)
     assert 0.0 <= graded.item() <= 1.0
@@ -142,7 +142,7 @@ def test_the_graded_reward_is_the_mean_over_clauses_of_the_fraction_of_right_obj
                 "exclude": [{"class": "circle", "count": 5}]}
     rows = [["circle", 0, 0, 1, 1, 0.9, "red"], ["circle", 0, 0, 1, 1, 0.8, "blue"], ["circle", 0, 0, 1, 1, 0.7, "red"]]
     samples = R.Samples(prompts=["p"], metadata=[metadata], images=torch.rand(1, 3, 8, 8))
-    graded = geneval.Instruction(lambda images: [detections(rows)], graded=True)(samples)
+    graded = geneval.Instruction(lambda images, metadata: [detections(rows)])(samples)
     assert graded.item() == pytest.approx((2 / 4 + 0 + 1) / 3)
 
 
@@ -167,7 +167,7 @@ def test_one_wrong_target_or_a_wrong_colour_is_not_forgiven_by_a_right_target():
 
 def test_a_detector_that_loses_an_image_is_refused():
     with pytest.raises(ValueError, match="detector returned 1"):
-        geneval.Instruction(lambda images: [[]])(drawn(["a", "b"]))
+        geneval.Instruction(lambda images, metadata: [[]])(drawn(["a", "b"]))
 
 
 def test_a_relation_to_no_required_object_holds():

@@ -91,7 +91,7 @@ def test_the_later_source_of_a_setting_wins():
     assert parse([]).ema == recipes.Config.ema and parse([]).group_size == recipes.SCALES["toy"]["group_size"]
     assert parse(["--recipe", "unigrpo"]).text_average == "sequence" and parse([]).image_clip == 1e-3
     assert parse(["--scale", "bagel"]).image_clip == 1e-6 and parse(["--scale", "bagel", "--image_clip", "0.5"]).image_clip == 0.5
-    assert parse(["--scale", "bagel", "--recipe", "unigrpo"]).weights["sem"] == 1.0 and parse(["--recipe", "unigrpo"]).weights["sem"] == 0.0
+    assert parse(["--scale", "bagel", "--recipe", "unigrpo"]).weights["pref"] == 1.0 and parse(["--recipe", "unigrpo"]).weights["pref"] == 0.0
 
 
 def test_every_setting_of_a_recipe_and_a_scale_exists_and_says_whose_it_is():
@@ -152,7 +152,7 @@ def test_a_weight_that_no_task_can_use_is_refused_where_it_was_asked_for_and_dro
 
 def test_a_reward_that_cannot_be_built_stops_the_run(tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n")
-    with pytest.raises(ValueError, match="--ins reads detections, and nothing detects objects"):
+    with pytest.raises(ValueError, match="--ins reads GenEval's include and exclude, which 1 rows"):
         train.begin(parse(["--prompts", str(tmp_path / "p.txt"), "--ins", "1", "--kn", "0", "--out", str(tmp_path / "out")]), ALONE)
 
 

@@ -26,6 +26,7 @@ from grpo import group_advantage, grpo_loss
 from checkpoint import load_policy
 from sample import Text, replay_rollout, sample_plan
 from run import Average, Ranks, check, signals
+from models import Models
 from recipes import Config, parse
 
 ROOT = Path(train.__file__).parent
@@ -261,16 +262,16 @@ def test_the_image_text_referee_is_read_by_transformers_or_by_open_clip(tmp_path
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
     asked = []
     for name in ("load_siglip", "load_open_clip", "load_judge"):
-        monkeypatch.setattr(referees, name, lambda path, *, device, batch_size, name=name: asked.append((name, path, batch_size)))
+        monkeypatch.setattr(referees, name, lambda path, *, device, batch_size, dtype=None, name=name: asked.append((name, path, batch_size)))
     for path in (str(tmp_path), "hf-hub:timm/ViT-B-16-SigLIP2", "google/siglip2-so400m-patch14-384"):
-        models = referees.Models(small(tmp_path, "--siglip", path, "--judge", "j", "--referee_batch", 3), "cpu")
+        models = Models(small(tmp_path, "--siglip", path, "--judge", "j", "--referee_batch", 3), "cpu")
         models.encoder, models.judge, models.encoder            # the second time it is there
     judge = ("load_judge", "j", 3)
     assert asked == [("load_open_clip", str(tmp_path), 3), judge, ("load_open_clip", "hf-hub:timm/ViT-B-16-SigLIP2", 3), judge,
                      ("load_siglip", "google/siglip2-so400m-patch14-384", 3), judge]
     monkeypatch.setattr(referees, "load_open_clip", lambda path, **settings: referees.OpenClip(None, None))
     with pytest.raises(ValueError, match="--dense reads patches"):
-        rewards.REWARDS["dense"].build(referees.Models(small(tmp_path, "--siglip", tmp_path, "--dense", 1), "cpu"))
+        rewards.REWARDS["dense"].build(Models(small(tmp_path, "--siglip", tmp_path, "--dense", 1), "cpu"))
 
 
 def test_a_run_does_not_write_over_the_policy_that_it_starts_from(tmp_path):
