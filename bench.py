@@ -2,6 +2,7 @@
 
     python bench.py                                          # what sharing, batching and caching save, as ratios in one run
     python bench.py memory                                   # GB per GPU that training BAGEL's sizes needs, computed
+    python bench.py rewards                                  # milliseconds per image of each reward; takes train.py's flags
     python bench.py --policy 7b                              # a policy of BAGEL's size: images, tokens, one update on this GPU
 
 The plain ways stand here beside the fast ones, as their oracles.
@@ -21,14 +22,18 @@ import numpy as np
 import torch
 
 import flow_grpo
+import rewards
 import train
 from checkpoint import freeze, load_policy, read_json
 from eval import SHIFT, SIZE
 from grpo import token_logp
+from models import Models
 from policy import Guidance, Policy, PolicyConfig
+from questions import Questions
+from rewards import Samples
 from sample import TOY, Draw, Read, Text, Write, images_of, replay_rollout, sample_plan, scale_of
 from run import Ranks, memory, peak
-from tasks import Batch, Choices, prompt_row
+from tasks import Batch, Choices, detect, prompt_row
 from terminal import Arguments, one_line, the_device
 from toy import shapes
 
@@ -279,11 +284,45 @@ def memory_table() -> str:
     return "\n".join(rows)
 
 
+def bench_rewards(flags: list[str], images: int = 32) -> str:
+    """Markdown: seconds to load and milliseconds per image of each reward of drawn images that train.py's flags give a weight (on the toy,
+    without flags, all that it can ask), on random pictures; least of three calls. Rewards that share a model load it once."""
+    toy = ["--likeness", "1", "--recaption", "1", "--dvreward", "1", "--tifa", "1", "--dense", "1", "--pair_image", "1"]
+    cfg, device = train.parse(flags or toy), the_device()
+    named = {"tag": "two_object", "include": [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1}]}
+    pictures = torch.rand(images, 3, cfg.resolution, cfg.resolution, generator=torch.Generator().manual_seed(0)).to(device)
+    samples = Samples(["a red circle and a square"] * images, [named] * images, images=pictures, reals=pictures)
+    exact = None if scale_of(read_json(Path(cfg.policy) / "llm_config.json", {}).get("hidden_size", 0)) == "bagel" else detect
+    models = Models(cfg, device, exact, [named], questions=Questions(cfg.dv, True))
+    rows = ["| reward | model | seconds to load | ms per image |", "|---|---|---|---|"]
+    for name, weight in cfg.weights.items():
+        entry = rewards.REWARDS[name]
+        if not weight or not any(set(read) <= {"images", "reals"} for read in entry.reads) or name == "tim":  # tim asks the policy
+            continue
+        start = time.perf_counter()
+        reward = entry.build(models)
+        rewards.score({name: reward}, samples)
+        load, each = time.perf_counter() - start, []
+        for _ in range(3):
+            start = time.perf_counter()
+            rewards.score({name: reward}, samples)              # to the CPU, so that what was started has ended
+            each.append(time.perf_counter() - start)
+        asked = [] if exact and name == "ins" else entry.loads.split()
+        model = ", ".join(str(getattr(cfg, key)).removeprefix(f"{TOY.parents[1]}/") for key in asked)
+        rows.append(f"| `{name}` | {model or '-'} | {load:.2f} | {min(each) / images * 1000:.2f} |")
+    return "\n".join(rows)
+
+
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(description="Measure speed and memory.", allow_abbrev=False)
-    ap.add_argument("what", nargs="?", default="speed", choices=["speed", "memory"])
+    ap = Arguments(description="Measure speed and memory; rewards take train.py's flags.", allow_abbrev=False)
+    ap.add_argument("what", nargs="?", default="speed", choices=["speed", "memory", "rewards"])
     ap.add_argument("--policy", default=str(TOY), help='a policy folder, or "7b": the release\'s sizes with random weights')
     ap.add_argument("--variant", help=argparse.SUPPRESS)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["rewards"]:
+        with one_line("bench.py"):
+            print(bench_rewards(argv[1:]))
+        return
     a = ap.parse_args(argv)
     device = the_device()
     with one_line("bench.py"):

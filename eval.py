@@ -3,6 +3,8 @@
     python eval.py --policy out/policy                       # a table by task and tag, with standard errors
     python eval.py refine --policy out/policy                # rounds of refinement against the best of as many new pictures
     python eval.py plot out/log.jsonl out/control/log.jsonl  # curves of one or several runs
+    python eval.py rewards --policy out/policy               # which reward can be trusted: each against the truth, base and policy
+    python eval.py geneval --policy BAGEL-7B-MoT --metadata evaluation_metadata.jsonl --detector google/owlv2-base-patch16-ensemble
 
 Truth is the exact detector of toy/shapes.py through GenEval's checker; the recipes' reward "ins" is built on the same two, the others are
 not. Standard errors are over rows (the samples of a prompt are not independent); the mean over tags weighs tags equally, as GenEval does;
@@ -13,21 +15,33 @@ import io
 import json
 import math
 import re
+import time
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+import claims
 import flow_grpo
-from checkpoint import gathered, load_policy, write_atomic
+import rewards
+from checkpoint import gathered, load_policy, read_json, write_atomic
+from detectors import load_detector
+from files import READERS
+from geneval import geneval_check
+from grpo import variance_share
+from models import Models
 from pictures import save_grid, to_bytes
-from policy import Policy
+from policy import Guidance, Policy
+from questions import Questions
+from recipes import parse
 from rewards import Samples
-from sample import TOY, Draw, Read, Write, images_of, refine, sample_plan, scale_of, value_of
+from sample import SAMPLING, TOY, Draw, Read, Write, images_of, refine, sample_plan, scale_of, value_of
 from run import precision, read_log, room_to_gather
-from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, samples_of, spaced
+from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, rendered, samples_of, spaced, token_states
 from terminal import Arguments, one_line, the_device
 from toy import shapes
 
@@ -46,9 +60,9 @@ def mean_and_error(values) -> tuple[float, float]:
     return values.mean().item(), (values.std(ddof=1) / math.sqrt(len(values))).item() if len(values) > 1 else float("nan")
 
 
-def answered(policy: Policy, task: Task, rows: list[Row], seed: int, samples: int | None = None) -> Samples:
+def answered(policy: Policy, task: Task, rows: list[Row], seed: int, samples: int | None = None, guidance: float = 1.0) -> Samples:
     """What rewards and truth read of `samples` of every row, prompt-major; None: as many as the task's evaluation takes. A refinement
-    has a first picture of its own for each sample."""
+    has a first picture of its own for each sample. guidance: of text, where nothing is changed."""
     G, done = samples or task.samples, []
     if task.begin:
         rows, G = [row for row in rows for _ in range(G)], 1
@@ -57,7 +71,8 @@ def answered(policy: Policy, task: Task, rows: list[Row], seed: int, samples: in
         index = list(range(i, i + len(some)))
         if task.begin:
             some, _ = task.begin(policy, some, choices, seed=seed, step=0, index=index, n=1)
-        r = sample_plan(policy, task.plan(some, choices), seed=seed, step=0, prompts=index, G=G)
+        guided = Guidance(guidance) if guidance > 1 and task.draws and not task.sees else None
+        r = sample_plan(policy, task.plan(some, choices), seed=seed, step=0, prompts=index, G=G, guidance=guided)
         done.append(samples_of(policy, task, some, r))
     return joined(done)
 
@@ -72,32 +87,32 @@ def joined(some: list[Samples]) -> Samples:
     return Samples(*(column(f.name) for f in fields(Samples)))
 
 
-def right_share(policy: Policy, task: Task, rows: list[Row], seed: int):
+def right_share(policy: Policy, task: Task, rows: list[Row], seed: int, guidance: float):
     """(share of true samples per row (B,), samples, detections)."""
-    samples = answered(policy, task, rows, seed)
+    samples = answered(policy, task, rows, seed, guidance=guidance)
     found = detect(samples.images) if task.draws else None
     return task.truth(samples, found).double().view(len(rows), -1).mean(1).numpy(), samples, found
 
 
-def evaluate(policy: Policy, seed: int = 1234) -> dict[str, tuple[float, float]]:
+def evaluate(policy: Policy, seed: int = 1234, guidance: float = 1.0) -> dict[str, tuple[float, float]]:
     """name -> (mean, standard error) of every task with held-out rows: <task>/<tag>, <task>, <task>/held_out (pairs that training never
-    shows), and what the task measures beside its truth."""
+    shows), and what the task measures beside its truth. guidance: of text, in drawing from text."""
     table = {}
     for place, (name, task) in enumerate(TASKS.items()):
         if task.held_out is not None:
-            table |= evaluate_task(policy, name, task, seed + place)
+            table |= evaluate_task(policy, name, task, seed + place, guidance)
     return table
 
 
-def evaluate_task(policy: Policy, name: str, task: Task, seed: int) -> dict[str, tuple[float, float]]:
+def evaluate_task(policy: Policy, name: str, task: Task, seed: int, guidance: float) -> dict[str, tuple[float, float]]:
     rows = task.held_out(False)
-    right, samples, found = right_share(policy, task, rows, seed)
+    right, samples, found = right_share(policy, task, rows, seed, guidance)
     table = {f"{name}/{tag}": mean_and_error([x for x, row in zip(right, rows) if row.metadata["tag"] == tag]) for tag in task.tags}
     each = list(table.values())
     table[name] = (float(np.mean([m for m, _ in each])), math.sqrt(sum(e * e for _, e in each)) / len(each)) if task.mean_of_tags \
         else mean_and_error(right)
     if unseen := task.held_out(True):
-        table[f"{name}/held_out"] = mean_and_error(right_share(policy, task, unseen, seed + 2)[0])
+        table[f"{name}/held_out"] = mean_and_error(right_share(policy, task, unseen, seed + 2, guidance)[0])
     for part, values in (task.parts(samples, found, detect) if task.parts else {}).items():
         table[f"{name}/{part}"] = mean_and_error(values.double().view(len(rows), -1).mean(1).numpy())
     beside = task.also(rows, samples, found, task.samples) if task.also else {}
@@ -151,6 +166,144 @@ def print_refinement(table: dict[str, list[tuple[float, float]]]) -> str:
     lines = [f"| pictures drawn | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
     return "\n".join([*lines, *(f"| {k} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in each) + " |"
                                 for k, each in enumerate(zip(*table.values()), 1))])
+
+
+# ---- which reward can be trusted ----
+
+
+def reward_study(policy: Policy, seed: int = 1234) -> tuple[dict[str, dict[str, float]], dict[str, Tensor], Samples, Tensor]:
+    """Each reward of drawn images on held-out prompts (8 samples each, with a picture of the prompt as the real one): name -> its
+    correlation with the exact truth over all samples (`overall`) and within the groups of a prompt, which is all that a group advantage
+    sees (`in_group`); its share of the summed reward's variance within groups, all weights 1 (`share`); milliseconds per image. Beside
+    the table the scores, the samples and their truth. tim compares the states of the policy itself."""
+    rng, task = np.random.default_rng(seed), TASKS["draw"]
+    rows = [replace(row, real=rendered([shapes.sample_scene(row.metadata, rng)])[0] * 0.5 + 0.5) for row in task.held_out(False)]
+    samples = answered(policy, task, rows, seed)
+    truth, G = task.truth(samples, detect(samples.images)).double(), task.samples
+    cfg = parse(["--recipe", "lvrpo"])
+    states = token_states(lambda: nullcontext(policy), nullcontext, cfg.referee_batch)
+    models = Models(cfg, policy.device, detect, (), states, Questions("", True))
+    table, scores = {}, {}
+    for name, entry in rewards.REWARDS.items():
+        if name == "pref" or not any(set(read) <= {"images", "reals"} for read in entry.reads):     # no preference model knows the toy
+            continue
+        reward = entry.build(models)
+        rewards.score({name: reward}, samples_at(samples, slice(0, G)))                       # loads, and warms up
+        start = time.perf_counter()
+        scores[name] = rewards.score({name: reward}, samples)[name]                           # (N,)
+        table[name] = {"ms": (time.perf_counter() - start) / len(truth) * 1000}
+    share = variance_share(scores, {name: 1.0 for name in scores}, G)
+    for name, value in scores.items():
+        inside = lambda x: (x.double().view(-1, G) - x.double().view(-1, G).mean(1, keepdim=True)).flatten()  # noqa: E731
+        table[name] |= {"overall": correlation(value.double(), truth), "in_group": correlation(inside(value), inside(truth)),
+                        "share": share[name]}
+    return table, scores, samples, truth
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, of two (N,); nan where one does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    size = (a.norm() * b.norm()).item()
+    return (a @ b).item() / size if size else float("nan")
+
+
+def samples_at(samples: Samples, rows: slice) -> Samples:
+    """Some rows of samples."""
+    return Samples(*(None if column is None else column[rows] for column in vars(samples).values()))
+
+
+def print_rewards(studies: dict[str, dict]) -> str:
+    """Markdown: a row per reward, the columns of each policy beside each other."""
+    columns = ["overall", "in_group", "share", "ms"]
+    head = "| reward | " + " | ".join(f"{policy}: {column}" for policy in studies for column in columns) + " |"
+    line = lambda name: " | ".join(f"{table[name][column]:.3f}" for table in studies.values() for column in columns)  # noqa: E731
+    names = list(next(iter(studies.values())))
+    return "\n".join([head, "|---" * (1 + len(columns) * len(studies)) + "|", *(f"| `{name}` | {line(name)} |" for name in names)])
+
+
+def best_and_worst(scores: dict[str, Tensor], samples: Samples, truth: Tensor, out: Path, count: int = 8) -> None:
+    """A row per reward: the pictures that it likes most, left, and least, right; a green bar marks what is true. Rewards differ in level
+    between prompts, so each score is taken from its group's mean."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    G, images = TASKS["draw"].samples, to_bytes(samples.images)
+    widths = [1] * count + [0.4] + [1] * count
+    figure, axes = plt.subplots(len(scores), len(widths), figsize=(12, 0.95 * len(scores)), width_ratios=widths, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, (name, value) in enumerate(scores.items()):
+        order = (value.view(-1, G) - value.view(-1, G).mean(1, keepdim=True)).flatten().argsort(descending=True, stable=True).tolist()
+        axes[line, 0].set_title(name, fontsize=8, loc="left", pad=2)
+        for place, n in [*enumerate(order[:count]), *enumerate(order[-count:], count + 1)]:
+            axes[line, place].imshow(images[n], interpolation="nearest")
+            axes[line, place].plot([0, 31], [32.6, 32.6], color="tab:green" if truth[n] else "tab:red", linewidth=3, clip_on=False)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.96, wspace=0.06, hspace=0.35)
+    save_figure(figure, out, dpi=110)
+
+
+# ---- GenEval's rules on pictures of any policy ----
+
+
+def geneval(policy: Policy, metadata: Path, detector, name: str, out: Path, samples: int = 4, size: int = 0, steps: int = 0,
+            seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Draw `samples` images of every prompt of a GenEval file into `out`, in GenEval's own folders (00000/metadata.jsonl, 00000/samples/
+    0000.png, ...), so that the official script can be run on them elsewhere, and judge them by its rules over `detector`: tag -> (share
+    of images that pass, standard error over prompts), and the mean of the tags, "overall". Goes on where it stopped.
+
+    Errors: ValueError where `out` holds pictures of other settings."""
+    rows = READERS["prompts"](str(metadata))
+    scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
+    size, steps, guidance = size or scale["size"], steps or scale["steps"], scale["guidance"]
+    begin_folder(out, dict(policy=name, metadata=str(metadata), samples=samples, size=size, steps=steps, seed=seed))
+    draw = Draw((size, size), flow_grpo.time_grid(steps, scale["shift"]))
+    for i, row in enumerate(tqdm(rows, desc="drawing")):
+        paths = [out / f"{i:05}" / "samples" / f"{j:04}.png" for j in range(samples)]
+        if all(path.exists() for path in paths):
+            continue
+        r = sample_plan(policy, [Read([row["prompt"]]), draw], seed=seed, step=0, prompts=[i], G=samples,
+                        guidance=guidance if guidance.text_scale > 1 else None)
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(paths[0].parents[1] / "metadata.jsonl", json.dumps(row, ensure_ascii=False).encode())
+        for path, image in zip(paths, to_bytes(images_of(policy, r))):
+            write_atomic(path, png(image))
+    results = []
+    for i, row in enumerate(tqdm(rows, desc="judging")):
+        images = torch.stack([read_bytes(out / f"{i:05}" / "samples" / f"{j:04}.png") for j in range(samples)])
+        for j, found in enumerate(detector(images, [row] * samples)):
+            right, reason = geneval_check(row, found, **getattr(detector, "settings", {}))
+            results.append({"filename": f"{i:05}/samples/{j:04}.png", "tag": row.get("tag", ""), "prompt": row["prompt"], "correct": right,
+                            "reason": reason})
+    write_atomic(out / "results.jsonl", "\n".join(json.dumps(each, ensure_ascii=False) for each in results).encode())
+    right = np.array([each["correct"] for each in results], dtype=float).reshape(len(rows), samples).mean(1)
+    tags = dict.fromkeys(row.get("tag", "") for row in rows)
+    table = {tag: mean_and_error([x for x, row in zip(right, rows) if row.get("tag", "") == tag]) for tag in tags}
+    table["overall"] = (float(np.mean([m for m, _ in table.values()])), math.sqrt(sum(e * e for _, e in table.values())) / len(table))
+    return table
+
+
+def begin_folder(out: Path, settings: dict) -> None:
+    """Make a folder of pictures, or check that the one that is there is of the same settings."""
+    path = out / "settings.json"
+    if path.exists() and (held := read_json(path)) != settings:
+        other = [f"{k} {held.get(k)!r}, not {v!r}" for k, v in settings.items() if held.get(k) != v]
+        raise ValueError(f"{out} holds pictures of {', '.join(other)}; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(settings, indent=1).encode())
+
+
+def png(image: np.ndarray) -> bytes:
+    from PIL import Image
+    held = io.BytesIO()
+    Image.fromarray(image).save(held, format="png")
+    return held.getvalue()
+
+
+def read_bytes(path: Path) -> Tensor:
+    """(3, H, W) in [0, 1]."""
+    from PIL import Image
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
 
 
 # ---- evaluation within a run ----
@@ -305,39 +458,92 @@ def summary(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(description="Evaluate a policy on the toy; plot logs.", allow_abbrev=False)
-    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "refine"])
-    ap.add_argument("logs", nargs="*", type=Path, help="log.jsonl files to plot")
+    ap = Arguments(description="Evaluate a policy on the toy or by GenEval's rules; plot logs.", allow_abbrev=False)
+    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "refine", "rewards", "geneval", "claims"])
+    ap.add_argument("names", nargs="*", help="log.jsonl files to plot; claims to test, by name (all without one)")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--judge", default=str(TOY.parent / "judge"), help="yes/no judge of refine: a folder or hub name")
+    ap.add_argument("--guidance", type=float, default=1.0, help="text guidance scale of the table; 1 is none")
     ap.add_argument("--rounds", type=int, default=3, help="rounds of refine")
+    ap.add_argument("--metadata", type=Path, help="prompts of geneval in GenEval's format, such as its evaluation_metadata.jsonl")
+    ap.add_argument("--detector", default="", help="of geneval: a Mask2Former, Grounding DINO or OWLv2; the toy has its own")
+    ap.add_argument("--colors", default="openai/clip-vit-large-patch14", help="CLIP that names colours for geneval: a folder or hub name")
+    ap.add_argument("--samples", type=int, default=4, help="images of each prompt of geneval")
+    ap.add_argument("--size", type=int, default=0, help="pixels per side of geneval (32 for the toy, 1024 for BAGEL)")
+    ap.add_argument("--steps", type=int, default=0, help="denoising steps of geneval (10 for the toy, 49 for BAGEL)")
+    ap.add_argument("--list", action="store_true", help="print the claims, run nothing")
+    ap.add_argument("--seeds", type=int, default=3, help="of each arm of a claim")
+    ap.add_argument("--threads", type=int, default=1, help="of each run of claims")
+    ap.add_argument("--jobs", type=int, default=2, help="runs of claims beside one another")
     ap.add_argument("--seed", type=int, default=1234)
-    ap.add_argument("--out", type=Path, help="where to write: eval.json, or curves.png")
+    ap.add_argument("--out", type=Path, help="where to write: a .json (table, refine, rewards), curves.png, a folder (geneval, claims)")
     a = ap.parse_args(argv)
     with one_line("eval.py"):
-        if a.what == "plot":
-            if not a.logs:
-                raise ValueError("plot needs at least one log.jsonl")
-            plot(a.logs, a.out or Path("curves.png"))
-            print(f"curves in {a.out or 'curves.png'}")
-        else:
-            policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
-            if scale_of(policy.config.llm["hidden_size"]) != "toy":
-                raise ValueError("the table is of the toy world; measure a large policy on images that sample.py draws")
-            if a.rounds < 0:
-                raise ValueError(f"--rounds {a.rounds}: must be at least 0")
-            if a.what == "refine":
-                table, out = refinement(policy, a.judge, a.rounds, seed=a.seed), a.out or Path("refine.json")
-                print(print_refinement(table), flush=True)
-                write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).encode())
-                print(f"written to {out}")
-                return
-            table = evaluate(policy, a.seed)
-            out = a.out or Path("eval.json")
-            print(f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n", flush=True)
-            write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).replace("NaN", "null").encode())
-            print(f"written to {out}")
+        print({"table": run_table, "plot": run_plot, "refine": run_refine, "rewards": run_rewards, "geneval": run_geneval,
+               "claims": run_claims}[a.what](a))
+
+
+def policy_of(a, toy: bool = True) -> Policy:
+    """The policy that the command line names; ValueError where the toy's tables are asked of another."""
+    policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
+    if toy and scale_of(policy.config.llm["hidden_size"]) != "toy":
+        raise ValueError("the table is of the toy world; measure a large policy with eval.py geneval, or on images that sample.py draws")
+    return policy
+
+
+def run_plot(a) -> str:
+    if not a.names:
+        raise ValueError("plot needs at least one log.jsonl")
+    plot([Path(name) for name in a.names], a.out or Path("curves.png"))
+    return f"curves in {a.out or 'curves.png'}"
+
+
+def run_table(a) -> str:
+    table, out = evaluate(policy_of(a), a.seed, a.guidance), a.out or Path("eval.json")
+    kept = json.dumps({"policy": a.policy, "seed": a.seed, "guidance": a.guidance, "table": table}, indent=1).replace("NaN", "null")
+    write_atomic(out, kept.encode())
+    return f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n\nwritten to {out}"
+
+
+def run_refine(a) -> str:
+    if a.rounds < 0:
+        raise ValueError(f"--rounds {a.rounds}: must be at least 0")
+    table, out = refinement(policy_of(a), a.judge, a.rounds, seed=a.seed), a.out or Path("refine.json")
+    write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).encode())
+    return f"{print_refinement(table)}\nwritten to {out}"
+
+
+def run_rewards(a) -> str:
+    out, studies = a.out or Path("rewards.json"), {}
+    policies = {"base": load_policy(TOY, device=the_device())} | ({"policy": policy_of(a)} if a.policy != str(TOY) else {})
+    for name, policy in policies.items():
+        studies[name], *last = reward_study(policy, a.seed)
+    best_and_worst(*last, out.with_suffix(".png"))
+    write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "tables": studies}, indent=1).replace("NaN", "null").encode())
+    return f"{print_rewards(studies)}\nwritten to {out}, best and worst pictures to {out.with_suffix('.png')}"
+
+
+def run_claims(a) -> str:
+    if a.list:
+        return claims.listed()
+    return claims.main(a.names, a.seeds, a.threads, a.jobs, a.out or Path("out") / "claims")
+
+
+def run_geneval(a) -> str:
+    if a.metadata is None:
+        raise ValueError("geneval needs --metadata, such as GenEval's evaluation_metadata.jsonl")
+    if a.samples < 1:
+        raise ValueError(f"--samples {a.samples}: must be at least 1")
+    policy, out = policy_of(a, toy=False), a.out or Path("geneval")
+    toy = scale_of(policy.config.llm["hidden_size"]) == "toy"
+    if not toy and not a.detector:
+        raise ValueError("geneval needs --detector, such as google/owlv2-base-patch16-ensemble")
+    detector = load_detector(a.detector, a.colors, device=policy.device) if a.detector else lambda images, metadata: detect(images)
+    if a.detector:
+        detector.check(READERS["prompts"](str(a.metadata)))
+    table = geneval(policy, a.metadata, detector, f"{a.policy} {a.adapter}".strip(), out, a.samples, a.size, a.steps, a.seed)
+    return f"GenEval rules, detector {a.detector or 'the exact one of the toy'}\n{print_table(table)}\npictures and results in {out}"
 
 
 if __name__ == "__main__":

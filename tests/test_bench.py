@@ -24,3 +24,10 @@ def test_the_release_is_not_measured_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="bench.py: --policy 7b measures 29 GB of weights on a GPU"):
         bench.main(["--policy", "7b"])
+
+
+def test_each_reward_of_pictures_is_timed_and_names_its_model(capsys):
+    bench.main(["rewards", "--sem", "1", "--tifa", "1", "--ins", "1"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["`sem`", "`kn`", "`ins`", "`tifa`"]
+    assert all(float(row.split("|")[4]) > 0 for row in rows) and "toy/judge" in rows[3]

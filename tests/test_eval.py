@@ -68,7 +68,7 @@ def test_errors_are_standard_errors_of_the_mean():
 
 def by_hand(scene_of):
     """In place of `answered`: right answers and thoughts, and pictures of scene_of(metadata)."""
-    def answer(policy, task, rows, seed, samples=None):
+    def answer(policy, task, rows, seed, samples=None, guidance=1.0):
         G = samples or task.samples
         each = [row for row in rows for _ in range(G)]
         images = painted(rows, scene_of, G).images if task.draws else None
@@ -98,6 +98,49 @@ def test_the_base_is_useful_but_imperfect():
     for name, low, high in (("draw", 0.25, 0.5), ("draw/position", 0.24, 0.6), ("ask", 0.6, 0.85), ("reason", 0.6, 0.85), ("choose", 0.5, 0.85),
                             ("choose/format", 0.3, 0.8), ("reason/format", 0.3, 0.8)):
         assert low <= table[name][0] <= high, name
+
+
+def test_every_reward_of_pictures_is_held_against_the_truth(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tasks, "PROMPTS_PER_TAG", 2)
+    monkeypatch.setattr(evaluation, "ODE_STEPS", 3)
+    evaluation.main(["rewards", "--out", str(tmp_path / "r.json")])
+    table = json.loads((tmp_path / "r.json").read_text())["tables"]["base"]
+    assert set(table) == {"sem", "kn", "dense", "ins", "recaption", "likeness", "dvreward", "tifa", "tim"}
+    assert all(-1 <= row["in_group"] <= 1 and -1 <= row["overall"] <= 1 and row["ms"] > 0 for row in table.values())
+    assert table["ins"]["overall"] > 0.5 and sum(row["share"] for row in table.values()) == pytest.approx(1)
+    assert (tmp_path / "r.png").stat().st_size > 10_000 and "| `tifa` |" in capsys.readouterr().out
+
+
+def test_correlation_is_pearsons_and_unknown_of_what_does_not_vary():
+    a = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
+    assert evaluation.correlation(a, 3 * a - 1) == pytest.approx(1) and math.isnan(evaluation.correlation(a, torch.ones(4)))
+    assert evaluation.correlation(a, torch.tensor([1.0, 0, 1, 0]).double()) == pytest.approx(np.corrcoef(a, [1, 0, 1, 0])[0, 1])
+
+
+def test_genevals_folders_are_drawn_judged_and_gone_on_with(tmp_path, capsys, monkeypatch):
+    rows = shapes.prompts("eval")[:3]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["geneval", "--metadata", str(tmp_path / "m.jsonl"), "--samples", "2", "--steps", "2", "--out", str(tmp_path / "g")]
+    evaluation.main(flags)
+    first = capsys.readouterr().out
+    assert "GenEval rules, detector the exact one of the toy" in first and "overall" in first
+    assert json.loads((tmp_path / "g" / "00002" / "metadata.jsonl").read_text())["prompt"] == rows[2]["prompt"]
+    results = [json.loads(line) for line in (tmp_path / "g" / "results.jsonl").read_text().splitlines()]
+    assert [each["filename"] for each in results[:3]] == ["00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png"]
+    kept = (tmp_path / "g" / "00001" / "samples" / "0001.png").read_bytes()
+    (tmp_path / "g" / "00001" / "samples" / "0001.png").unlink()
+    drawn, real = [], evaluation.sample_plan
+    monkeypatch.setattr(evaluation, "sample_plan", lambda *a, **k: drawn.append(k["prompts"]) or real(*a, **k))
+    evaluation.main(flags)
+    assert drawn == [[1]] and (tmp_path / "g" / "00001" / "samples" / "0001.png").read_bytes() == kept
+    assert capsys.readouterr().out == first
+    for more, said in ((["--seed", "7"], "holds pictures of seed 1234, not 7; give another --out"), (["--samples", "0"], "--samples 0")):
+        with pytest.raises(SystemExit) as error:
+            evaluation.main([*flags, *more])
+        assert said in str(error.value)
+    with pytest.raises(SystemExit) as error:
+        evaluation.main(["geneval"])
+    assert "geneval needs --metadata" in str(error.value)
 
 
 def test_an_evaluation_is_repeatable(monkeypatch):

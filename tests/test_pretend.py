@@ -52,6 +52,9 @@ def few(monkeypatch):
      "--image_guidance", "1.5", "--draw", "0", "--ask", "0"],
     ["--recipe", "unigrpo_rounds", "--rounds", "1", "--draw", "0", "--ask", "0", "--think", "0", "--segments"],
     ["--recipe", "unigrpo", "--draw", "0", "--ask", "0", "--micro", "1", "--lora", "4", "--ratio_norm", "--checkpointing", "--std", "unbiased"],
+    # A referee that learns; referees on a device of their own.
+    ["--think", "0", "--ask", "0", "--edit", "0", "--train_referee", "1e-4", "--dense", "1", "--tifa", "1", "--ins_by", "flow_grpo"],
+    ["--recipe", "corl", "--pair_image", "2", "--pair_text", "2", "--referee_device", "cpu", "--dvreward", "1", "--sem", "1", "--kn", "1"],
     # All weights against a frozen copy, and every switch.
     ["--dense", "1", "--format", "1", "--normalise", "each", "--rollout_batch", "2", "--density", "sum", "--kl_correction", "--adv_clamp", "5",
      "--text_average", "constant", "--text_ratio", "sequence", "--text_delta", "3", "--sampler", "sde", "--image_clip", "1"]])
@@ -60,7 +63,7 @@ def test_every_task_samples_scores_and_learns(tmp_path, more):
     stats = train.one_step(run, 0)
     assert stats["grad_norm"] > 0 and {p.device for p in run.policy.parameters()} == {DEVICE}
     train.keep(run, 1)
-    assert load_checkpoint(tmp_path, run_state(run.policy, run.average, run.optimizer)) == 1
+    assert load_checkpoint(tmp_path, run_state(run.policy, run.average, run.optimizer, run.learner)) == 1
 
 
 def test_a_run_evaluates_saves_resumes_and_exports(tmp_path, few):

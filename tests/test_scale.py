@@ -61,7 +61,8 @@ def arguments(folder, out, recipe, *more):
                              folder / "q.jsonl", *tasks, "--siglip", toy / "siglip", "--judge", toy / "judge", "--resolution", 16,
                              "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--epochs", 1, "--steps", 2,
                              "--save_every", 1, "--eval_every", 0, "--micro", 8, "--rollout_batch", 4, "--no-bf16", "--no-system_prompt",
-                             "--lr_understanding", 1e-5, "--lr_generation", 1e-5, "--sem", 1, "--image_weight", 1,
+                             "--lr_understanding", 1e-5, "--lr_generation", 1e-5, "--sem", 1, *(["--pref", 0] if recipe.startswith("unigrpo") else []),
+                             "--no-referee_bf16", "--image_weight", 1,
                              "--image_clip", 1e-2, "--out", out, *more)]
 
 

@@ -1,0 +1,106 @@
+"""Claims: two arms of two steps through the whole path, the rule of verdicts, what is damaged or died, and the page."""
+
+import json
+
+import pytest
+import torch
+
+import claims
+import eval as evaluation
+from recipes import parse
+from run import Ranks, check
+
+TWO = "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --kn 0 --draw 2 --group_size 2 --steps 2"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One claim of two arms, and one that starts from another's policy."""
+    monkeypatch.setattr(claims, "ARMS", {"a": TWO, "b": f"{TWO} --ins 0", "c": f"{TWO} --policy {{a}}"})
+    claim = claims.Claim("nobody", "Rules help.", ("a", "b"), ("draw", "loss"), ("a > b : draw",))
+    monkeypatch.setattr(claims, "CLAIMS", {"rules": claim})
+
+
+def test_every_arm_is_a_command_that_parses_and_every_claim_names_arms_that_are():
+    assert len(claims.CLAIMS) >= 14
+    for claim in claims.CLAIMS.values():
+        assert set(claim.arms) <= claims.ARMS.keys()
+        for comparison in claim.compares:
+            a, sign, b = comparison.split(" : ")[0].split()
+            assert {a, b} <= set(claim.arms) and sign in (">", "~")
+    for arm in claims.ARMS:
+        assert set(claims.needs_of(arm)) <= claims.ARMS.keys()
+        for program, *flags in claims.commands(arm, 0, evaluation.Path("out/claims")):
+            if program == "train.py":
+                check(parse(flags), Ranks(0, 1, torch.device("cpu")))
+
+
+def test_two_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(small, tmp_path, monkeypatch):
+    out, kept = tmp_path / "runs", tmp_path / "kept"
+    monkeypatch.setattr(claims, "KEPT", kept)
+    told = claims.main(["rules"], 1, 1, 2, out, kept, write_page=False)
+    assert told.startswith("rules: cannot tell") and "a > b : draw" in told and "died" not in told
+    result = json.loads((kept / "rules.json").read_text())
+    assert result["arms"]["a"]["command"].startswith("python train.py --recipe lvrpo") and len(result["arms"]["b"]["values"]["draw"]) == 1
+    assert result["arms"]["a"]["steps"] == [0, 2] and len(result["arms"]["a"]["values"]["loss"][0]) == 1
+    assert (kept / "rules.png").stat().st_size > 5000 and "## rules" in claims.page()
+    monkeypatch.setattr(claims.subprocess, "run", None)         # a second call runs nothing
+    assert claims.main(["rules"], 1, 1, 2, out, kept, write_page=False) == told
+    log = out / "a-0" / "log.jsonl"
+    log.write_text("{}\n")
+    with pytest.raises(ValueError, match="a-0 is damaged .* delete it, and it is run again"):
+        claims.main(["rules"], 1, 1, 2, out, kept, write_page=False)
+
+
+def test_a_run_that_dies_is_one_line_and_is_run_again_on_request(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(claims.ARMS, "b", f"{TWO} --group_size 1")
+    monkeypatch.setattr(claims, "CLAIMS", {"rules": claims.Claim("nobody", "", ("b", "c"), ("draw",), ("b > c : draw",))})
+    started = []
+    real = claims.subprocess.run
+    monkeypatch.setattr(claims.subprocess, "run", lambda command, **how: started.append(command[1:3]) or real(
+        ["python3", "-c", "import sys; print('--group_size 1: a group needs 2'); sys.exit(1)"], **how))
+    for _ in range(2):
+        told = claims.main(["rules"], 1, 1, 1, tmp_path / "runs", tmp_path / "kept", write_page=False)
+        assert "rules: not all arms are there" in told and "died: b, seed 0: --group_size 1: a group needs 2 (exit 1)" in told
+        assert "died: c, seed 0: waits for what died" in told
+    assert len(started) == 4                                    # a and b, twice
+
+
+def test_an_unknown_claim_is_refused_and_the_list_names_all(capsys):
+    with pytest.raises(SystemExit) as error:
+        evaluation.main(["claims", "flat-earth"])
+    assert "no claim is called flat-earth; the claims are frozen-referee" in str(error.value)
+    evaluation.main(["claims", "--list"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in claims.CLAIMS)
+
+
+def runs(*values):
+    return [{"draw": [0.0, value]} for value in values]
+
+
+@pytest.mark.parametrize("a, b, sign, verdict", [
+    ((0.5, 0.6, 0.55), (0.3, 0.35, 0.33), ">", claims.HOLDS), ((0.3, 0.35, 0.33), (0.5, 0.6, 0.55), ">", claims.FAILS),
+    ((0.5, 0.3, 0.4), (0.4, 0.4, 0.38), ">", claims.OPEN), ((0.50, 0.51, 0.52), (0.51, 0.52, 0.53), "~", claims.HOLDS),
+    ((0.3, 0.31, 0.32), (0.5, 0.52, 0.51), "~", claims.FAILS), ((0.3, 0.5, 0.4), (0.4, 0.4, 0.42), "~", claims.OPEN)])
+def test_a_comparison_is_judged_by_two_standard_errors_of_paired_differences(a, b, sign, verdict):
+    assert claims.compared({"x": runs(*a), "y": runs(*b)}, f"x {sign} y : draw")["verdict"] == verdict
+
+
+def test_a_claim_holds_where_all_comparisons_do_and_fails_where_one_does():
+    each = lambda *verdicts: claims.verdict_of([{"verdict": v} for v in verdicts])  # noqa: E731
+    assert each(claims.HOLDS, claims.HOLDS) == claims.HOLDS and each(claims.HOLDS, claims.OPEN) == claims.OPEN
+    assert each(claims.HOLDS, claims.FAILS, claims.OPEN) == claims.FAILS
+
+
+def test_the_page_is_what_the_kept_results_say():
+    assert claims.PAGE.read_text(encoding="utf-8") == claims.page()
+    for path in claims.KEPT.glob("*.json"):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        claim = claims.CLAIMS[path.stem]
+        assert held["claim"] == path.stem and tuple(held["arms"]) == claim.arms and held["says"] == claim.says and held["seeds"] >= 3
+        assert held["verdict"] == claims.verdict_of(held["comparisons"])
+        for arm, result in held["arms"].items():
+            expected = " ".join(["python", *claims.commands(arm, 0, evaluation.Path("out/claims"))[-1]])
+            assert result["command"] == expected.replace(" --resume", ""), arm
+
