@@ -98,10 +98,10 @@ def score(rewards: dict[str, Reward], samples: Samples) -> dict[str, Tensor]:
                 got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"it returned {got}, expected a float tensor ({N},)")
         scores[name] = value.detach().float().cpu()                            # (N,)
-        for prompt, each in zip(samples.prompts, scores[name].tolist()):
+        for n, (prompt, each) in enumerate(zip(samples.prompts, scores[name].tolist())):
             with _Naming(name, prompt):
                 if not math.isfinite(each):
-                    raise ValueError(f"it returned {each}")
+                    raise ValueError(f"it returned {each} for sample {n}")
     return scores
 
 

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 import detectors
 import geneval
 import preferences
+import recipes
 import referees
 import rewards as R
 import tiny_referees as tiny
+import train
+from run import Ranks
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
 CAT = {"include": [{"class": "cat", "count": 1}]}
@@ -369,3 +372,62 @@ def test_a_learning_siglip_comes_to_like_the_pictures_it_is_shown(folders):
     losses = [learner.learn(x, prompts, lambda optimizer: None, 1) for _ in range(20)]
     assert losses[-1] < losses[0] and R.Semantic(siglip)(samples).mean() > before
     assert {name.split(".")[0] for name in learner.state()} == {"referee"}
+
+
+# ---- in a run ----
+
+SMALL = ["--group_size", "2", "--steps", "2", "--eval_every", "0", "--save_every", "1", "--think", "0", "--ask", "0", "--edit", "0", "--draw", "2",
+         "--accuracy", "0", "--kn", "0"]
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def test_genevals_rules_reward_prompts_of_a_file_with_a_published_detector(folders, tmp_path, capsys):
+    rows = [{"prompt": "a red circle", "tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]},
+            {"prompt": "two squares", "tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = [*SMALL, "--sem", "0", "--ins", "1", "--prompts", str(tmp_path / "p.jsonl"), "--colors", str(folders / "clip"), "--out",
+             str(tmp_path / "out")]
+    run = train.begin(recipes.parse([*flags, "--detector", str(folders / "owlv2"), "--ins_by", "flow_grpo"]), ALONE)
+    assert "ins: GenEval rules, detector" in capsys.readouterr().err
+    stats = train.one_step(run, 0)
+    assert stats["draw/rewards/ins/mean"] <= 1
+    flags[-1] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="--ins reads detections: name a --detector"):
+        train.begin(recipes.parse(flags), ALONE)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a red circle", "include": [{"class": "zebra", "count": 1}]}))
+    with pytest.raises(ValueError, match="does not know zebra"):
+        train.begin(recipes.parse([*flags, "--detector", str(folders / "mask2former")]), ALONE)
+
+
+def test_a_referee_that_learns_is_kept_and_resumed_bit_for_bit(tmp_path):
+    flags = [*SMALL, "--ins", "0", "--train_referee", "1e-3"]
+    whole, parts = (["--out", str(tmp_path / name)] for name in ("whole", "parts"))
+    train.train(recipes.parse([*flags, *whole]), ALONE)
+    train.train(recipes.parse([*flags, *parts, "--steps", "1"]), ALONE)
+    train.train(recipes.parse([*flags, *parts, "--resume"]), ALONE)
+    a, b = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    first = load_file(Path(recipes.TOY) / "siglip" / "model.safetensors")
+    assert not torch.equal(a["referee.vision_model.head.probe"], first["vision_model.head.probe"])
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--sem", "0", "--ins", "1", "--train_referee", "1e-4"], "--train_referee 0.0001 teaches the SigLIP, which no reward"),
+    (["--train_referee", "1e-4", "--referee_bf16"], "--train_referee trains in fp32"),
+    (["--pref", "1"], "--pref needs --pref_model")])
+def test_referees_that_cannot_work_are_refused(tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        train.begin(recipes.parse([*SMALL, *more, "--out", str(tmp_path)]), ALONE)
+
+
+def test_a_checkpoint_that_asks_for_code_of_its_own_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}))
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        referees.load_judge(str(tmp_path))
+
+
+def test_a_score_that_is_not_finite_is_named_with_reward_prompt_and_sample():
+    samples = R.Samples(["a cat", "a dog"], [{}, {}], images=images(2))
+    with pytest.raises(R.RewardError, match="reward 'x' failed on prompt 'a dog': ValueError: it returned nan for sample 1"):
+        R.score({"x": lambda samples: torch.tensor([0.5, float("nan")])}, samples)
