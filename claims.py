@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,6 +336,23 @@ def figure(result: dict, out: Path) -> None:
     figure.savefig(held, dpi=90, format="png")
     plt.close(figure)
     write_atomic(out, held.getvalue())
+
+
+def told(result: dict) -> str:
+    """A claim of the README: its sentence, and the difference that decided."""
+    failed = [each for each in result["comparisons"] if each["verdict"] == result["verdict"]]
+    each = (failed or result["comparisons"])[0]
+    return f"{result['says'].rstrip('.')} (`{result['claim']}`: {each['difference']:+.3f} ± {each['error'] or 0:.3f})"
+
+
+def summary() -> str:
+    """The README's list: the claims that were run, by verdict, and how many were not."""
+    held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(KEPT.glob("*.json"))]
+    lines = []
+    for verdict in (HOLDS, FAILS, OPEN):
+        lines += [f"- {verdict.capitalize()}: {'; '.join(told(result) for result in held if result['verdict'] == verdict)}."] \
+            if any(result["verdict"] == verdict for result in held) else []
+    return "\n".join(textwrap.fill(line, 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in lines)
 
 
 def listed() -> str:

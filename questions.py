@@ -235,6 +235,7 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
     model, tokenizer = load_language_model(path, device=device)
     if not tokenizer.chat_template:
         raise ValueError(f"{path} has no chat template; take a model that was trained to follow instructions")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     torch.manual_seed(0)                                        # of the second and later tries
 
     @torch.no_grad()
@@ -250,6 +251,9 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
 
 def main(prompts: str, llm: str, out: str, device) -> None:
     """What `python tasks.py decompose` does."""
+    read_prompts(prompts)                                       # before a large model is loaded
+    if not Path(out).resolve().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: its folder does not exist")
     left = decompose(prompts, load_writer(llm, device), llm, out)
     for each in left:
         say(f"left out: {each}")

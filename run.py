@@ -150,6 +150,11 @@ def refusals(cfg, ranks: Ranks):
            f"--rectify {cfg.rectify} --baseline {cfg.baseline} are of refinements, and no task of this run refines; see --reflect")
     yield (bool(begun) and cfg.normalise == "each",
            f"--normalise each compares no refinement with its first image; set --{', --'.join(begun)} 0")
+    yield cfg.initial > 1 and not begun, f"--initial {cfg.initial} is of first pictures that are refined; see --reflect"
+    looks = begun or any(TASKS[name].rounds > 1 for name in used)
+    yield cfg.instruction != "neutral" and not looks, f"--instruction {cfg.instruction} is of tasks that look at a picture; see --reflect"
+    asks = cfg.weights["dvreward"] or cfg.weights["tifa"]
+    yield bool(cfg.dv) and not asks, f"--dv {cfg.dv} is of --dvreward and --tifa, of which none has a weight"
     yield cfg.image_guidance > 1 and cfg.guidance <= 1, f"--image_guidance {cfg.image_guidance:g} acts under --guidance above 1 alone"
     yield (cfg.train_referee and not (cfg.weights["sem"] or cfg.weights["dense"]),
            f"--train_referee {cfg.train_referee} teaches the SigLIP, which no reward of this run asks; give --sem a weight")

@@ -423,22 +423,24 @@ class Round:
 
 
 def refine(policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable[[Tensor], Tensor], first: list, again: list, *,
-           look: str, seed: int, guidance: tuple[Guidance | None, Guidance | None] = (None, None)) -> list[Round]:
+           look: str, seed: int, guidance: tuple[Guidance | None, Guidance | None] = (None, None), system: bool = False) -> list[Round]:
     """Draw, then look at what was kept and draw again, `rounds` times -> rounds + 1 Rounds. [AlphaGRPO, self-reflective refinement]
 
     select: "always", the new picture takes the old one's place (AlphaGRPO's code); "judge", only where its value is higher; "oracle", only
     where the old one's value is below 1, which asks the truth (the switch of AlphaGRPO's released evaluation).
     value: images (N, 3, H, W) in [0, 1] -> (N,). first, again: what follows the prompt, and the instruction `look`, in the plan.
+    system: BAGEL's think prompt before what writes a thought.
     """
+    told = lambda what: [Read([THINK_TO_DRAW] * len(prompts))] if system and any(isinstance(part, Write) for part in what) else []
     walk = lambda plan, step, with_: sample_plan(policy, plan, seed=seed, step=step, prompts=list(range(len(prompts))), G=1, guidance=with_)
-    r = walk([Read(prompts), *first], 0, guidance[0])
+    r = walk([*told(first), Read(prompts), *first], 0, guidance[0])
     drawn = images_of(policy, r)
     worth = value(drawn)
     out = [Round(drawn, worth, drawn, worth, texts_of(policy, r))]
     for step in range(1, rounds + 1):
         held = out[-1]
         seen = See(as_read(policy, held.kept * 2 - 1), held.kept * 2 - 1)
-        r = walk([seen, Read([look.format(prompt=prompt) for prompt in prompts]), *again], step, guidance[1])
+        r = walk([*told(again), seen, Read([look.format(prompt=prompt) for prompt in prompts]), *again], step, guidance[1])
         drawn = images_of(policy, r)
         new = value(drawn)
         better = {"always": torch.ones_like(new, dtype=torch.bool), "judge": new > held.value, "oracle": held.value < 1}[select]
@@ -511,8 +513,8 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--question", metavar="IMAGE", help="answer the prompt about this image instead of drawing")
     ap.add_argument("--edit", metavar="IMAGE", help="draw this image changed as the prompt says")
     ap.add_argument("--refine", type=int, metavar="K", help="look at what was drawn and draw again, K times; shows every round")
-    ap.add_argument("--select", choices=["always", "judge", "oracle"], default="always",
-                    help="which picture --refine keeps: the new one; the better by --judge; the new one where the toy's truth says no")
+    ap.add_argument("--select", choices=["always", "judge", "oracle"],
+                    help="what --refine keeps: the new picture (always), the better by --judge, the new one where the toy's truth says no")
     ap.add_argument("--judge", help="yes/no judge of --refine: a folder or hub name (the toy's for the toy, PaliGemma 2 for BAGEL)")
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--n", type=int, default=8, help="samples")
@@ -537,6 +539,9 @@ def run(a: argparse.Namespace) -> str:
         raise ValueError(f"--out {a.out}: must be a .png file in a folder that exists")
     if a.question and a.edit:
         raise ValueError("--question answers and --edit draws; give one of them")
+    if not a.refine and (a.select or a.judge):
+        raise ValueError("--select and --judge are of --refine; give it, or leave them out")
+    a.select = a.select or "always"
     if a.refine and (a.question or a.edit):
         raise ValueError("--refine draws the prompt and looks at what it drew; give it without --question and --edit")
     policy, prompt = load_policy(a.policy, device=the_device(), adapter=a.adapter), utf8(a.prompt)
@@ -570,7 +575,7 @@ def refined(policy: Policy, prompt: str, scale: dict, write: Write, a: argparse.
     prompts = [prompt] * a.n
     rounds = refine(policy, prompts, a.refine, a.select, value_of(a.select, prompts, a.judge or scale["judge"], policy.device),
                     [write, draw] if a.think else [draw], [write, draw], look=LOOK[scale_of(policy.config.llm["hidden_size"])]["neutral"],
-                    seed=a.seed, guidance=tuple(g if g.text_scale > 1 else None for g in both))
+                    seed=a.seed, guidance=tuple(g if g.text_scale > 1 else None for g in both), system=scale["system_prompt"])
     save_rounds(rounds, a.select, a.out)
     told = [f"round {k}: mean {each.value.mean():.3f}" for k, each in enumerate(rounds)]
     return "\n".join([f"selected by {a.select}; {'truth' if a.select == 'oracle' else 'judge'}: " + ", ".join(told),

@@ -60,10 +60,12 @@ def begun(run: Run, batch: Batch) -> Batch:
         with torch.autocast(run.policy.device.type, enabled=False):         # as the refinements are scored
             return rewards.combine(rewards.score(scoring, samples), weights)
 
+    size = max(1, cfg.rollout_batch // cfg.initial) if cfg.rollout_batch else len(batch.rows)
     with precision(cfg, run.policy.device), gathered(run.policy, room_to_gather(run.policy.device)):
-        rows, values = task.begin(run.policy, batch.rows, batch.choices, seed=cfg.seed, step=batch.step, index=batch.index, n=cfg.initial,
-                                  value=value, guidance=guidance_of(cfg, False))
-    return replace(batch, rows=rows, initial=values)
+        parts = [task.begin(run.policy, batch.rows[i:i + size], batch.choices, seed=cfg.seed, step=batch.step, n=cfg.initial,
+                            index=batch.index[i:i + size], value=value, guidance=guidance_of(cfg, False))
+                 for i in range(0, len(batch.rows), size)]
+    return replace(batch, rows=[row for rows, _ in parts for row in rows], initial=torch.cat([values for _, values in parts]))
 
 
 def act(policy: Policy, batch: Batch, cfg: Config) -> Rollout:

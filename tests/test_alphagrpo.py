@@ -492,6 +492,17 @@ def test_the_lowest_of_the_first_pictures_is_refined(policy):
     assert torch.allclose(again[0].full, one[0].full, atol=1e-5)                                   # whoever else is in the batch
 
 
+def test_first_pictures_drawn_in_parts_are_those_drawn_at_once(tmp_path):
+    seen = []
+    for name, more in (("whole", []), ("parts", ["--rollout_batch", 2])):
+        run = train.begin(small(tmp_path / name, "--recipe", "alphagrpo_reflect", "--reflect", 3, "--initial", 2, *more), ALONE)
+        (batch,) = run.source.batches(0, ALONE)
+        seen.append(train.begun(run, batch))
+    whole, parts = seen
+    assert torch.allclose(whole.initial, parts.initial, atol=1e-5) and len(parts.rows) == 3
+    assert all(torch.allclose(a.full, b.full, atol=1e-5) for a, b in zip(whole.rows, parts.rows))
+
+
 def test_a_step_in_which_nothing_improves_changes_nothing(tmp_path, monkeypatch):
     run = train.begin(small(tmp_path, "--recipe", "alphagrpo_reflect", "--reflect", 2), ALONE)
     before = {n: p.detach().clone() for n, p in run.policy.named_parameters()}
@@ -546,6 +557,9 @@ def test_refinements_that_do_not_improve_are_pushed_nowhere_or_down(tmp_path, mo
 @pytest.mark.parametrize("more, said", [
     (["--recipe", "alphagrpo", "--rectify", "group"], "no task of this run refines; see --reflect"),
     (["--recipe", "alphagrpo_reflect", "--normalise", "each", "--advantage", "group"], "--normalise each compares no refinement"),
+    (["--initial", "2"], "--initial 2 is of first pictures that are refined"),
+    (["--instruction", "failed"], "--instruction failed is of tasks that look at a picture"),
+    (["--dv", "q.jsonl"], "--dv q.jsonl is of --dvreward and --tifa"),
     (["--image_guidance", "2"], "--image_guidance 2 acts under --guidance above 1 alone")])
 def test_settings_without_effect_are_refused(more, said):
     with pytest.raises(ValueError, match=said):
@@ -596,7 +610,8 @@ def test_the_command_line_refines_and_says_how_it_selects(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["a mood", "--refine", "1", "--select", "oracle"], "--select oracle asks the toy's exact detector"),
-    (["a circle", "--refine", "1", "--edit", "x.png"], "--refine draws the prompt"), (["a circle", "--refine", "0"], "--refine 0: must be")])
+    (["a circle", "--refine", "1", "--edit", "x.png"], "--refine draws the prompt"), (["a circle", "--refine", "0"], "--refine 0: must be"),
+    (["a circle", "--select", "judge"], "--select and --judge are of --refine")])
 def test_bad_refinement_ends_in_one_line(argv, said, tmp_path):
     with pytest.raises(SystemExit) as error:
         sample.main([*argv, "--out", str(tmp_path / "x.png")])

@@ -95,6 +95,7 @@ def test_a_claim_holds_where_all_comparisons_do_and_fails_where_one_does():
 
 def test_the_page_is_what_the_kept_results_say():
     assert claims.PAGE.read_text(encoding="utf-8") == claims.page()
+    assert claims.summary() in (claims.ROOT / "README.md").read_text(encoding="utf-8")
     for path in claims.KEPT.glob("*.json"):
         held = json.loads(path.read_text(encoding="utf-8"))
         claim = claims.CLAIMS[path.stem]
