@@ -17,8 +17,9 @@ from torch import Tensor
 from geneval import COLORS, ranked
 from referees import Clip, OpenClip, kind_of, load_clip, load_model
 
-# Names of GenEval that COCO, as transformers' configs write it, has otherwise.
-COCO_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+# Names of GenEval that a detector's config may have otherwise: COCO's own, or the older ones of VOC.
+OTHER_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard", "motorcycle": "motorbike",
+               "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant", "dining table": "diningtable", "tv": "tvmonitor"}
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")     # GenEval's
 GREY = 0.6                                                      # #999, which stands for the ground around an object
 LEAST = 0.05                                                    # what scores less is no detection under any threshold
@@ -83,7 +84,11 @@ class Mask2Former:
 
     def unknown(self, classes: set[str]) -> set[str]:
         """The classes that it cannot find."""
-        return {name for name in classes if COCO_NAMES.get(name, name) not in self.model.config.label2id}
+        return {name for name in classes if self.label(name) is None}
+
+    def label(self, name: str) -> int | None:
+        known = self.model.config.label2id
+        return known.get(name, known.get(OTHER_NAMES.get(name, name)))
 
     @torch.no_grad()
     def __call__(self, images: Tensor, classes: list[list[str]]) -> list[list[dict]]:
@@ -104,7 +109,7 @@ class Mask2Former:
         """One image's things: chances (Q, classes), mask logits (Q, h', w') of the padded image, cut to what was read."""
         found = []
         for name in names:
-            chance = chances[:, self.model.config.label2id[COCO_NAMES.get(name, name)]]       # (Q,)
+            chance = chances[:, self.label(name)]                                             # (Q,)
             for q in (chance > LEAST).nonzero().flatten().tolist():
                 mask = F.interpolate(logits[None, q:q + 1], tuple(padded), mode="bilinear", align_corners=False)
                 mask = F.interpolate(mask[..., :read[0], :read[1]], tuple(size), mode="bilinear", align_corners=False)[0, 0]

@@ -380,7 +380,9 @@ def plot(paths: list[Path], out: Path) -> None:
         at, reward = rewards_over(rows)
         axes[-1].plot(at, reward, color=f"C{n}", linewidth=1)
     for axis, (key, title) in zip(axes, [*panels, ("", "training reward, start = 1")]):
-        axis.set(title=title, xlabel="minutes", **(dict(ylim=(0, 1)) if key in TASKS else dict(ylim=(0, None)) if key else {}))
+        axis.set(title=title, xlabel="minutes", **(dict(ylim=(0, 1)) if key in TASKS else {}))
+        if key and key not in TASKS:
+            axis.set_ylim(0, axis.get_ylim()[1] * 1.1)          # from 0, with room above the highest line
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out truth")
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
