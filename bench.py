@@ -289,10 +289,11 @@ def bench_rewards(flags: list[str], images: int = 32) -> str:
     without flags, all that it can ask), on random pictures; least of three calls. Rewards that share a model load it once."""
     toy = ["--likeness", "1", "--recaption", "1", "--dvreward", "1", "--tifa", "1", "--dense", "1", "--pair_image", "1"]
     cfg, device = train.parse(flags or toy), the_device()
-    named = {"tag": "two_object", "include": [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1}]}
+    exact = None if cfg.detector else detect                    # the toy's; BAGEL's scale has one by name
+    first, second = ("circle", "square") if exact else ("cat", "dog")
+    named = {"tag": "two_object", "include": [{"class": first, "count": 1, "color": "red"}, {"class": second, "count": 1}]}
     pictures = torch.rand(images, 3, cfg.resolution, cfg.resolution, generator=torch.Generator().manual_seed(0)).to(device)
-    samples = Samples(["a red circle and a square"] * images, [named] * images, images=pictures, reals=pictures)
-    exact = None if scale_of(read_json(Path(cfg.policy) / "llm_config.json", {}).get("hidden_size", 0)) == "bagel" else detect
+    samples = Samples([f"a red {first} and a {second}"] * images, [named] * images, images=pictures, reals=pictures)
     models = Models(cfg, device, exact, [named], questions=Questions(cfg.dv, True))
     rows = ["| reward | model | seconds to load | ms per image |", "|---|---|---|---|"]
     for name, weight in cfg.weights.items():

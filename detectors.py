@@ -49,6 +49,10 @@ def box_of(mask: Tensor) -> list[float]:
     return [float(x) for x in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]
 
 
+# Buffers of Swin that an older transformers stored and this one computes; a norm of Swin's that no Mask2Former reads.
+LEGACY = r"relative_position_index$|\.swin\.layernorm\."
+
+
 class NoLoss(torch.nn.Module):
     """Stands for the training loss that transformers builds into every Mask2Former, which wants scipy and is never asked here."""
 
@@ -62,7 +66,8 @@ def load_mask2former(path: str, *, device="cpu", batch_size: int = 8) -> "Mask2F
     from transformers.models.mask2former import modeling_mask2former as house
     built, house.Mask2FormerLoss = house.Mask2FormerLoss, NoLoss
     try:
-        parts = load_model("AutoModelForUniversalSegmentation", ("mask2former",), path, device, parts=("AutoImageProcessor",))
+        parts = load_model("AutoModelForUniversalSegmentation", ("mask2former",), path, device, parts=("AutoImageProcessor",),
+                           harmless=LEGACY)
     finally:
         house.Mask2FormerLoss = built
     return Mask2Former(*parts, batch_size)
@@ -204,13 +209,12 @@ class Colors:
 
 
 def middle(crop: Tensor, size: int) -> Tensor:
-    """(3, h, w) -> (3, size, size): the shorter side resized to size, then the middle, as CLIP was trained and GenEval reads crops."""
+    """(3, h, w) -> (3, size, size): the square in the middle, resized, as CLIP was trained and GenEval reads crops."""
     h, w = crop.shape[-2:]
-    scale = size / min(h, w)
-    whole = (max(size, round(h * scale)), max(size, round(w * scale)))
-    x = F.interpolate(crop[None].float(), whole, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    top, left = (whole[0] - size) // 2, (whole[1] - size) // 2
-    return x[:, top:top + size, left:left + size]
+    side = min(h, w)
+    top, left = (h - side) // 2, (w - side) // 2
+    square = crop[None, :, top:top + side, left:left + side].float()
+    return F.interpolate(square, (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
 def crop_of(image: Tensor, thing: dict) -> Tensor:

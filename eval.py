@@ -11,6 +11,7 @@ not. Standard errors are over rows (the samples of a prompt are not independent)
 the error of a change treats the two evaluations as independent. Every number comes from the seeds given here.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -41,7 +42,7 @@ from recipes import parse
 from rewards import Samples
 from sample import SAMPLING, TOY, Draw, Read, Write, images_of, refine, sample_plan, scale_of, value_of
 from run import precision, read_log, room_to_gather
-from tasks import TASKS, Choices, Row, Source, Task, choices_of, detect, in_use, rendered, samples_of, spaced, token_states
+from tasks import TASKS, Choices, check_rules, Row, Source, Task, choices_of, detect, in_use, rendered, samples_of, spaced, token_states
 from terminal import Arguments, one_line, the_device
 from toy import shapes
 
@@ -255,7 +256,8 @@ def geneval(policy: Policy, metadata: Path, detector, name: str, out: Path, samp
     rows = READERS["prompts"](str(metadata))
     scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
     size, steps, guidance = size or scale["size"], steps or scale["steps"], scale["guidance"]
-    begin_folder(out, dict(policy=name, metadata=str(metadata), samples=samples, size=size, steps=steps, seed=seed))
+    prompts = hashlib.sha256(metadata.read_bytes()).hexdigest()[:16]
+    begin_folder(out, dict(policy=name, prompts=prompts, samples=samples, size=size, steps=steps, guidance=guidance.text_scale, seed=seed))
     draw = Draw((size, size), flow_grpo.time_grid(steps, scale["shift"]))
     for i, row in enumerate(tqdm(rows, desc="drawing")):
         paths = [out / f"{i:05}" / "samples" / f"{j:04}.png" for j in range(samples)]
@@ -280,6 +282,13 @@ def geneval(policy: Policy, metadata: Path, detector, name: str, out: Path, samp
     table = {tag: mean_and_error([x for x, row in zip(right, rows) if row.get("tag", "") == tag]) for tag in tags}
     table["overall"] = (float(np.mean([m for m, _ in table.values()])), math.sqrt(sum(e * e for _, e in table.values())) / len(table))
     return table
+
+
+def identity(*folders: str) -> str:
+    """Folders with a hash of their weight files' names, sizes and times, so that a policy that was trained again is another."""
+    files = sorted(file for folder in folders if folder for file in Path(folder).glob("*.safetensors"))
+    stamp = json.dumps([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return f"{' '.join(filter(None, folders))} {hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
 
 
 def begin_folder(out: Path, settings: dict) -> None:
@@ -537,6 +546,7 @@ def run_geneval(a) -> str:
         raise ValueError("geneval needs --metadata, such as GenEval's evaluation_metadata.jsonl")
     if a.samples < 1:
         raise ValueError(f"--samples {a.samples}: must be at least 1")
+    check_rules(READERS["prompts"](str(a.metadata)), str(a.metadata), "prompts")
     policy, out = policy_of(a, toy=False), a.out or Path("geneval")
     toy = scale_of(policy.config.llm["hidden_size"]) == "toy"
     if not toy and not a.detector:
@@ -544,7 +554,7 @@ def run_geneval(a) -> str:
     detector = load_detector(a.detector, a.colors, device=policy.device) if a.detector else lambda images, metadata: detect(images)
     if a.detector:
         detector.check(READERS["prompts"](str(a.metadata)))
-    table = geneval(policy, a.metadata, detector, f"{a.policy} {a.adapter}".strip(), out, a.samples, a.size, a.steps, a.seed)
+    table = geneval(policy, a.metadata, detector, identity(a.policy, a.adapter), out, a.samples, a.size, a.steps, a.seed)
     return f"GenEval rules, detector {a.detector or 'the exact one of the toy'}\n{print_table(table)}\npictures and results in {out}"
 
 

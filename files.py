@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from geneval import RELATIONS
 from pictures import open_picture
 from rewards import final_answer, normalise_answer, right_option
 
@@ -70,9 +71,17 @@ def read_prompts(path: str) -> list[dict]:
 
 
 def check_objects(path: str, row: dict, text: str) -> None:
-    objects = row["include"] if isinstance(row["include"], list) else [None]
-    if not isinstance(row["tag"], str) or not all(isinstance(c, dict) and "class" in c for c in objects):
-        raise ValueError(f"{path}: prompt {text[:60]!r}: tag must be text and include a list of objects with a class")
+    """ValueError where GenEval's fields of a row are not lists of objects with a class, perhaps a count and a relation to another."""
+    both = [row["include"], row.get("exclude", [])]
+    objects = [clause for clauses in both for clause in (clauses if isinstance(clauses, list) else [None])]
+    counted = lambda n: type(n) is int and n >= 1
+    whole = lambda c: isinstance(c, dict) and isinstance(c.get("class"), str) and counted(c.get("count", 1))
+    related = lambda c: isinstance(c, list) and len(c) == 2 and c[0] in RELATIONS and type(c[1]) is int
+    if not isinstance(row["tag"], str) or not all(whole(c) and ("position" not in c or related(c["position"])) for c in objects):
+        raise ValueError(f"{path}: prompt {text[:60]!r}: tag must be text, include and exclude lists of objects with a class, a count "
+                         "of at least 1 and perhaps a position, such as [\"left of\", 0]")
+    for clause in objects:                                      # a thing is one thing where nothing is said
+        clause.setdefault("count", 1)
 
 
 def is_json(line: str) -> bool:

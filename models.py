@@ -66,7 +66,7 @@ class Models:
         if not cfg.detector:
             raise ValueError("--ins reads detections: name a --detector for pictures of files, such as google/owlv2-base-patch16-ensemble; "
                              "or set --ins 0 and use --sem, --kn or --dvreward")
-        detector = load_detector(cfg.detector, cfg.colors, device=self.device, batch_size=cfg.referee_batch)
+        detector = load_detector(cfg.detector, cfg.colors, device=self.device, batch_size=min(cfg.referee_batch, 8))
         detector.check(self.ruled)
         say(f"ins: GenEval rules, detector {cfg.detector}, colours {cfg.colors}")
         return Instruction(detector, cfg.ins_by, detector.settings)

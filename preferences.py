@@ -21,6 +21,7 @@ from referees import Clip, Reading, frozen, load_clip, load_model
 ASK_UNIFIED = ("Judge how well this image fits its caption and how good it looks. Give three scores from 1 to 5, a line each:\n"
                "Alignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z\nCaption: {prompt}")
 ASK_HPSV3 = "Rate this image by how a person would like it, and by how well it fits the caption. Caption: {prompt}\n<|Reward|>"
+PIXELS = 256 * 28 * 28                                         # of a picture that HPSv3 reads
 SCORE = re.compile(r"(alignment|coherence|style|final) score[^:\n]*:\W*([0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
 
 
@@ -55,8 +56,8 @@ class Unified:
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         written = []
         for i in range(0, len(prompts), self.batch_size):
-            given = chat(self.processor, images[i:i + self.batch_size], [self.ask.format(prompt=p) for p in prompts[i:i + self.batch_size]],
-                         self.model, "left")
+            asked = [self.ask.format(prompt=plain(self.processor, p)) for p in prompts[i:i + self.batch_size]]
+            given = chat(self.processor, images[i:i + self.batch_size], asked, self.model, "left")
             tokens = self.model.generate(**given, do_sample=False, max_new_tokens=self.longest)[:, given.input_ids.shape[1]:]
             written += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return torch.tensor([written_score(text, prompt) for text, prompt in zip(written, prompts)])
@@ -91,11 +92,18 @@ class Hpsv3:
         marker = self.processor.tokenizer.convert_tokens_to_ids("<|Reward|>")
         out = []
         for i in range(0, len(prompts), self.batch_size):
-            asked = [self.ask.format(prompt=p.replace("<|Reward|>", " ")) for p in prompts[i:i + self.batch_size]]
+            asked = [self.ask.format(prompt=plain(self.processor, p)) for p in prompts[i:i + self.batch_size]]
             given = chat(self.processor, images[i:i + self.batch_size], asked, self.model, "right")
             states = self.model.model(**given, use_cache=False).last_hidden_state             # (n, L, D)
             out.append(self.head(states[given.input_ids == marker].float())[:, 0])            # (n,)
         return torch.cat(out)
+
+
+def plain(processor, prompt: str) -> str:
+    """A prompt without the tokenizer's own markers, of which an image's would be read as one."""
+    for marker in processor.tokenizer.all_special_tokens:
+        prompt = prompt.replace(marker, " ")
+    return prompt
 
 
 def chat(processor, images: Tensor, asked: list[str], model, side: str):
@@ -123,16 +131,18 @@ def load_hpsv3(path: str, *, device="cpu", dtype=torch.float32, batch_size: int 
                           "processor files of Qwen/Qwen2-VL-7B-Instruct")
         processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
         processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]}, replace_extra_special_tokens=False)
+        # Every picture is read in 256 tokens, as the head was trained.
+        processor.image_processor.size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model = transformers.Qwen2VLForConditionalGeneration(config).to(dtype)
         stored = {renamed(key): x for key, x in load_file(weights).items()}
-        head = hpsv3_head(model.config.text_config.hidden_size)
+        head = hpsv3_head(config.text_config.hidden_size)
         head.load_state_dict({key.removeprefix("rm_head."): x.float() for key, x in stored.items() if key.startswith("rm_head.")})
         body = {key: x for key, x in stored.items() if not key.startswith("rm_head.")}
-        model.resize_token_embeddings(len(body["model.language_model.embed_tokens.weight"]), mean_resizing=False)
-        missing, extra = model.load_state_dict(body, strict=False)
-        missing = [key for key in missing if not key.startswith("lm_head")]                   # the head of words is not asked
-        return Hpsv3(frozen(model, device, missing=missing, unexpected=extra), frozen(head, device), processor, batch_size)
+        config.text_config.vocab_size = len(body["model.language_model.embed_tokens.weight"])  # one more than the base: the marker
+        model, info = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=body, dtype=dtype, output_loading_info=True)
+        info = {what: [key for key in keys if not str(key).startswith("lm_head")] for what, keys in info.items()}   # which is not asked
+        return Hpsv3(frozen(model, device, **info), frozen(head, device), processor, batch_size)
 
 
 def renamed(key: str) -> str:

@@ -10,6 +10,7 @@ Notation: N images (N, 3, H, W) in [0, 1], P patches, D embedding width.
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ class Reading(contextlib.AbstractContextManager):
         from huggingface_hub.errors import StrictDataclassError as Strict
         from safetensors import SafetensorError
         known = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError, SafetensorError, Strict)
+        if isinstance(error, torch.OutOfMemoryError):
+            return
         if kind is Exception or isinstance(error, known):
             where = "" if Path(self.path).is_dir() else f" (no such folder; as a hub name it is looked for in {HF_HUB_CACHE} and online)"
             files = "config, safetensors, tokenizer, preprocessor files"
@@ -73,8 +76,9 @@ def kind_of(path: str) -> str:
 
 
 def load_model(auto_class: str, model_types: tuple[str, ...], path: str, device, dtype=torch.float32,
-               parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor")):
+               parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor"), harmless: str = "$."):
     """(frozen model, *parts) of a local folder or hub name by transformers' auto classes, without remote code. No model_types: any.
+    harmless: a pattern of keys that an older transformers stored, or does not store, and that no output depends on.
     Errors: OSError for missing files, ValueError for another kind of model and for weights that are damaged or not exactly the config's:
     transformers would draw some."""
     declare_torchvision_ops()
@@ -87,6 +91,7 @@ def load_model(auto_class: str, model_types: tuple[str, ...], path: str, device,
             raise ValueError(f"it holds a {found} model, expected {' or '.join(model_types)}")
         model, info = getattr(transformers, auto_class).from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        info = {what: [key for key in keys if not re.search(harmless, str(key))] for what, keys in info.items()}
         return frozen(model, device, **info), *(read(getattr(transformers, part)) for part in parts)
 
 
@@ -185,23 +190,26 @@ class Learner:
         for p in encoder.model.parameters():                    # so that a checkpoint can be read in place
             self.optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
-    def loss(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """The mean over images of SigLIP's loss against all distinct prompts, one of which is its own."""
-        model, distinct = self.encoder.model, list(dict.fromkeys(prompts))
+    def loss(self, images: Tensor, prompts: list[str], distinct: list[str]) -> Tensor:
+        """The sum over images of SigLIP's loss against all distinct prompts, one of which is its own."""
+        model = self.encoder.model
         texts = model.text_model(input_ids=self.encoder.tokens(distinct)).pooler_output                            # (prompts, D)
-        pictures = torch.cat([self.encoder.seen(part).pooler_output for part in images.split(self.encoder.batch_size)])    # (N, D)
-        cosine = F.normalize(pictures.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T                      # (N, prompts)
+        cosine = F.normalize(self.encoder.seen(images).pooler_output.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
         mine = torch.tensor([[2.0 * (prompt == other) - 1 for other in distinct] for prompt in prompts], device=cosine.device)
-        return -F.logsigmoid(mine * (cosine * model.logit_scale.exp() + model.logit_bias)).sum(1).mean()
+        return -F.logsigmoid(mine * (cosine * model.logit_scale.exp() + model.logit_bias)).sum()                   # (N, prompts) summed
 
     def learn(self, images: Tensor, prompts: list[str], add: Callable, world: int) -> float:
-        """One step; add(optimizer) adds the gradients of all `world` ranks up. Returns the loss before it."""
+        """One step on the mean loss, in parts of the encoder's batch size; add(optimizer) adds the gradients of all `world` ranks up, each
+        of which compares with its own prompts. Returns the loss before it."""
         self.optimizer.zero_grad()
-        loss = self.loss(images, prompts)
-        (loss / world).backward()
+        distinct, size, total = list(dict.fromkeys(prompts)), self.encoder.batch_size, 0.0
+        for i in range(0, len(prompts), size):
+            loss = self.loss(images[i:i + size], prompts[i:i + size], distinct) / len(prompts)
+            (loss / world).backward()
+            total += loss.item()
         add(self.optimizer)
         self.optimizer.step()
-        return loss.item()
+        return total
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of a checkpoint."""
@@ -369,9 +377,10 @@ class Judge:
     @torch.no_grad()
     def yes_probability(self, images: Tensor, questions: list[str], of: list[int] | None = None) -> Tensor:
         """P(yes) / (P(yes) + P(no)) of each question, (R,) in [0, 1]; of: which image each is about, None: in order, one each. Every image
-        is encoded once. ValueError where the model hardly thinks of yes and no, so that their ratio is noise."""
+        is encoded once, but by a ChatJudge. ValueError where the model hardly thinks of yes and no, so that their ratio is noise."""
         of = list(range(len(images))) if of is None else of
         seen = _batched(self.features, self.batch_size, images)                               # (N, P, D)
+        questions = [self.worded(question, "yes") for question in questions]
         logits = _batched(lambda rows, asked: self.logits(seen[rows], asked), self.batch_size, of, questions)
         mass = (logits[:, :2].logsumexp(1) - logits[:, 2]).exp().mean().item()
         if mass < LEAST_MASS:
@@ -382,17 +391,29 @@ class Judge:
     @torch.no_grad()
     def answer_probability(self, images: Tensor, questions: list[str], answers: list[str], of: list[int]) -> Tensor:
         """The probability that the first token says the expected answer, (R,) in [0, 1]: of all spellings of the word, and of a number's
-        digit. ValueError for an answer that no single token spells."""
+        digit. ValueError for an answer that no single token spells, and where the model hardly thinks of yes, no and the numbers."""
         known = {answer: spelled(self.tokenizer, answer.strip().lower()) for answer in dict.fromkeys(answers)}
         if unknown := [answer for answer, ids in known.items() if not ids]:
             raise ValueError(f"the judge's tokenizer has no token that says {unknown[0]!r}, expected a word or a number up to ten")
 
+        words = [*known, "yes", "no", *NUMBERS]
+        possible = sorted({i for word in words for i in spelled(self.tokenizer, word.strip().lower())})
+
         def said(rows, asked, wanted):
             chances = self.next_logits(seen[rows], asked).softmax(-1)                         # (n, V)
-            return torch.stack([chance[known[answer]].sum() for chance, answer in zip(chances, wanted)])
+            wished = torch.stack([chance[known[answer]].sum() for chance, answer in zip(chances, wanted)])
+            return torch.stack([wished, chances[:, possible].sum(1)], 1)
 
         seen = _batched(self.features, self.batch_size, images)
-        return _batched(said, self.batch_size, of, questions, answers).clamp(0, 1)            # (R,)
+        asked = [self.worded(*each) for each in zip(questions, answers)]
+        wished, mass = _batched(said, self.batch_size, of, asked, answers).unbind(1)          # (R,) each
+        if mass.mean() < LEAST_MASS:
+            raise ValueError(f"the judge puts {mass.mean().item():.1e} of its probability on yes, no and numbers, expected most of it")
+        return wished.clamp(0, 1)
+
+    def worded(self, question: str, answer: str) -> str:
+        """The question as it is put where that answer is expected."""
+        return question
 
 
 @dataclass
@@ -405,19 +426,20 @@ class ChatJudge(Judge):
     markers. Errors: ValueError for a model that is made to think first, whose next token is not its answer; and Judge's.
     """
 
-    ask: str = "{question} Answer yes or no."
-
     def __post_init__(self):
         super().__post_init__()
         self.tokenizer.padding_side = "left"
         if self.row("").rstrip().endswith("<think>"):
             raise ValueError("the judge is made to think before it answers, so that its next token is no answer; use its Instruct variant")
 
+    def worded(self, question: str, answer: str) -> str:
+        return f"{question} {'Answer yes or no.' if answer.strip().lower() in ('yes', 'no') else 'Answer in one word.'}"
+
     def row(self, question: str) -> str:
         """The text of a row, with the place of the image."""
         for marker in self.tokenizer.all_special_tokens:
             question = question.replace(marker, " ")
-        said = [{"type": "image"}, {"type": "text", "text": self.ask.format(question=" ".join(question.split()))}]
+        said = [{"type": "image"}, {"type": "text", "text": " ".join(question.split())}]
         return self.image_processor.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True, tokenize=False)
 
     def features(self, images: Tensor) -> Tensor:

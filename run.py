@@ -158,6 +158,7 @@ def refusals(cfg, ranks: Ranks):
     yield cfg.image_guidance > 1 and cfg.guidance <= 1, f"--image_guidance {cfg.image_guidance:g} acts under --guidance above 1 alone"
     yield (cfg.train_referee and not (cfg.weights["sem"] or cfg.weights["dense"]),
            f"--train_referee {cfg.train_referee} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
+    yield unknown_device(cfg.referee_device), f"--referee_device {cfg.referee_device}: no such device here; use cpu or cuda:N"
     yield cfg.train_referee and cfg.shard, "--train_referee keeps the SigLIP whole on every rank and does not go with --shard"
     yield cfg.train_referee and cfg.referee_bf16, "--train_referee trains in fp32; give --no-referee_bf16"
     halves = [name for name in used if TASKS[name].pair]
@@ -175,6 +176,13 @@ def refusals(cfg, ranks: Ranks):
     last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
     yield (not cfg.window_low + cfg.window <= cfg.window_high <= last,
            f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in {last} noisy steps")
+
+
+def unknown_device(name: str) -> bool:
+    """Whether a device is named that is not here."""
+    kind, _, number = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    return bool(name) and not (kind in ("cpu", "cuda") and (not number or number.isdigit()) and int(number or 0) < count)
 
 
 def check(cfg, ranks: Ranks) -> None:
@@ -219,7 +227,7 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
     out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
            "reference": held * byte if cfg.needs_reference and not cfg.lora else 0,
-           "referees": 0 if cfg.referee_device else (2 if cfg.referee_bf16 else 4) * sum(numbers_in(path) for path in asked_models(cfg)),
+           "referees": 0 if cfg.referee_device else referees_of(cfg),
            "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
            "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + written * V * (byte + 12)) + two}
     return {k: v / 1e9 for k, v in out.items()}
@@ -232,6 +240,12 @@ def tokens_before(policy: Policy, cfg, task, M: int) -> int:
     image = M + (w // stride) * (h // stride) + 2               # read back, or changed: latents and ViT patches
     given = image if task.sees else (longest // stride) ** 2 + 2 if "sources" in task.gives else 0
     return task.rounds * (64 + (getattr(cfg, task.writes) if task.writes else 0)) + (task.rounds - 1) * image + given
+
+
+def referees_of(cfg) -> float:
+    """Bytes of the weights of referees that lie here; one that learns holds gradients and moments too."""
+    learning = 12 * numbers_in(cfg.siglip) if cfg.train_referee else 0
+    return (2 if cfg.referee_bf16 else 4) * sum(map(numbers_in, asked_models(cfg))) + learning
 
 
 def asked_models(cfg) -> set[str]:
@@ -609,6 +623,7 @@ class Run:
     log: Log
     learner: object = None      # referees.Learner of a referee that learns
     start: int = 0              # first step
+    shown: list = field(default_factory=list)                   # pictures and prompts for the learner, of this step
     work: list | None = None    # the last step's batches, rollouts and advantages
     silent: dict = field(default_factory=dict)                  # task -> steps in a row without a signal
     told: set = field(default_factory=set)                      # tasks of which that was said

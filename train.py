@@ -87,9 +87,16 @@ def reward_phase(policy: Policy, batch: Batch, r: Rollout, run: Run) -> tuple[di
     scores = rewards.score(scoring, samples)
     seen = measured(batch.task, samples, run.source.detector, r.G, r.G == run.cfg.group_size)
     if run.learner and TASKS[batch.task].draws:
-        add = lambda optimizer: run.ranks.add_gradients(optimizer, 1)
-        seen["referee/loss"] = run.learner.learn(samples.images, samples.prompts, add, run.ranks.world)
+        run.shown.append((samples.images, samples.prompts))
     return scores, seen | {f"rewards/{k}/{tag}": v for k in scoring for tag, v in answers_by_tag(scoring[k], run.ranks).items()}
+
+
+def taught(run: Run) -> dict[str, float]:
+    """Let a referee that learns see the step's pictures."""
+    shown, run.shown = run.shown, []
+    add = lambda optimizer: run.ranks.add_gradients(optimizer, 1)
+    losses = [run.learner.learn(*pictures, add, run.ranks.world) for pictures in shown]
+    return run.ranks.combined({"referee/loss": losses}) if losses else {}
 
 
 def answers_by_tag(reward, ranks: Ranks) -> dict[str, float]:
@@ -225,7 +232,8 @@ def one_step(run: Run, step: int) -> dict:
             run.work.append((batch, r, adv))
     if step == 0:
         stats |= {f"self_check/{k}": v for k, v in self_check(run.policy, run.work, cfg).items()}
-    return stats | update_phase(run.policy, run.frozen, run.optimizer, run.work, cfg, run.ranks)                  # 4. improve
+    stats |= update_phase(run.policy, run.frozen, run.optimizer, run.work, cfg, run.ranks)                        # 4. improve
+    return stats | taught(run)
 
 
 def train(cfg: Config, ranks: Ranks) -> None:

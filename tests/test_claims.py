@@ -46,6 +46,9 @@ def test_two_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(sma
     assert (kept / "rules.png").stat().st_size > 5000 and "## rules" in claims.page()
     monkeypatch.setattr(claims.subprocess, "run", None)         # a second call runs nothing
     assert claims.main(["rules"], 1, 1, 2, out, kept, write_page=False) == told
+    with monkeypatch.context() as changed:                      # an arm that means something else is another arm
+        changed.setitem(claims.ARMS, "a", TWO + " --seed 5")
+        assert not claims.finished("a", 0, out.resolve()) and claims.finished("b", 0, out.resolve())
     log = out / "a-0" / "log.jsonl"
     log.write_text("{}\n")
     with pytest.raises(ValueError, match="a-0 is damaged .* delete it, and it is run again"):
@@ -64,6 +67,11 @@ def test_a_run_that_dies_is_one_line_and_is_run_again_on_request(small, tmp_path
         assert "rules: not all arms are there" in told and "died: b, seed 0: --group_size 1: a group needs 2 (exit 1)" in told
         assert "died: c, seed 0: waits for what died" in told
     assert len(started) == 4                                    # a and b, twice
+
+
+def test_numbers_that_cannot_work_are_refused(small, tmp_path):
+    with pytest.raises(ValueError, match="--seeds 0: must be at least 1"):
+        claims.main(["rules"], 0, 1, 1, tmp_path)
 
 
 def test_an_unknown_claim_is_refused_and_the_list_names_all(capsys):

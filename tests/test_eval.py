@@ -138,6 +138,12 @@ def test_genevals_folders_are_drawn_judged_and_gone_on_with(tmp_path, capsys, mo
         with pytest.raises(SystemExit) as error:
             evaluation.main([*flags, *more])
         assert said in str(error.value)
+    (tmp_path / "m.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(SystemExit, match="holds pictures of prompts"):
+        evaluation.main(flags)
+    (tmp_path / "p.txt").write_text("a red circle")
+    with pytest.raises(SystemExit, match="--ins reads GenEval's include and exclude, which 1 rows of .*p.txt do not have"):
+        evaluation.main(["geneval", "--metadata", str(tmp_path / "p.txt")])
     with pytest.raises(SystemExit) as error:
         evaluation.main(["geneval"])
     assert "geneval needs --metadata" in str(error.value)

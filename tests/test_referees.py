@@ -198,6 +198,24 @@ def test_flow_grpos_score_by_hand():
     assert score({}, []) == 0
 
 
+def test_a_mask2former_of_an_older_transformers_loads(folders, tmp_path):
+    """It stored Swin's index of relative positions, and had no norm behind Swin's last stage."""
+    import shutil
+    shutil.copytree(folders / "mask2former", tmp_path / "old")
+    stored = load_file(tmp_path / "old" / "model.safetensors")
+    kept = {key: x for key, x in stored.items() if ".swin.layernorm." not in key}
+    index = {key.replace("bias_table", "index"): torch.zeros(16, 16, dtype=torch.int64) for key in stored if key.endswith("bias_table")}
+    assert len(kept) < len(stored) and index
+    save_file(kept | index, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    old, new = (detectors.load_mask2former(str(folder)) for folder in (tmp_path / "old", folders / "mask2former"))
+    a, b = (find(images(1), [["cat"]])[0] for find in (old, new))
+    assert [t["score"] for t in a] == pytest.approx([t["score"] for t in b], abs=1e-6)
+    save_file({key: x for key, x in kept.items() if "class_predictor" not in key}, tmp_path / "old" / "model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="weights are not those of its config.*class_predictor"):
+        detectors.load_mask2former(str(tmp_path / "old"))
+
+
 # ---- judges ----
 
 
@@ -242,6 +260,17 @@ def test_a_judge_that_thinks_first_or_has_no_chat_template_is_refused(folders, t
         referees.load_judge(str(tmp_path / "bare"))
 
 
+def test_a_chat_judge_is_told_how_to_answer_by_what_is_expected(folders, monkeypatch):
+    judge, asked = referees.load_judge(str(folders / "qwen")), []
+    real = judge.next_logits
+    monkeypatch.setattr(judge, "next_logits", lambda seen, questions: asked.extend(questions) or real(seen, questions))
+    judge.answer_probability(images(1), ["how many ?", "is there a cat ?"], ["two", "Yes"], [0, 0])
+    assert asked == ["how many ? Answer in one word.", "is there a cat ? Answer yes or no."]
+    monkeypatch.setattr(judge, "next_logits", lambda seen, questions: torch.eye(len(judge.tokenizer))[[0] * len(questions)] * 100)
+    with pytest.raises(ValueError, match="of its probability on yes, no and numbers"):
+        judge.answer_probability(images(1), ["how many ?"], ["two"], [0])
+
+
 class Told:
     """A judge whose answers are known."""
 
@@ -277,7 +306,7 @@ def test_a_count_is_expected_as_word_or_digit(folders):
 
 @pytest.mark.parametrize("how", ["pickscore", "hpsv2"])
 def test_a_clip_preference_is_the_scaled_cosine_of_the_plain_model(folders, how):
-    from transformers import CLIPModel, CLIPTokenizerFast, AutoTokenizer  # noqa: F401
+    from transformers import AutoTokenizer, CLIPModel
     made, x, prompts = preferences.load_preference(str(folders / "clip"), how), images(3, (16, 16)), ["a cat", "a red dog", "a cat"]
     model, words = CLIPModel.from_pretrained(folders / "clip"), AutoTokenizer.from_pretrained(folders / "clip")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
@@ -316,7 +345,7 @@ def test_hpsv3s_keys_are_renamed_and_a_missing_one_is_refused(folders, tmp_path)
     shutil.copytree(folders / "hpsv3", tmp_path / "h")
     stored = load_file(tmp_path / "h" / "HPSv3.safetensors")
     save_file({k: v for k, v in stored.items() if k != "model.norm.weight"}, tmp_path / "h" / "HPSv3.safetensors")
-    with pytest.raises(ValueError, match="weights are not those of its config: {'missing': .'model.language_model.norm.weight'"):
+    with pytest.raises(ValueError, match="weights are not those of its config: {'missing_keys': .'model.language_model.norm.weight'"):
         preferences.load_preference(str(tmp_path / "h"), "hpsv3")
 
 
@@ -331,6 +360,11 @@ def test_written_scores_are_read(text, score):
 def test_a_text_without_scores_is_an_error(text):
     with pytest.raises(ValueError, match="for 'a cat', expected three scores, or one final score"):
         preferences.written_score(text, "a cat")
+
+
+def test_a_prompt_cannot_bring_markers_into_a_preference_model(folders):
+    made = preferences.load_preference(str(folders / "hpsv3"), "hpsv3")
+    assert torch.equal(made.score(images(1), ["a <|image_pad|> cat <|Reward|>"]), made.score(images(1), ["a cat"]))
 
 
 def test_unified_reward_asks_the_chat_model_and_fails_on_what_it_cannot_parse(folders, monkeypatch):
@@ -368,7 +402,13 @@ def test_a_naflex_siglip_is_the_cosine_of_the_plain_model_and_processor(folders)
 def test_a_learning_siglip_comes_to_like_the_pictures_it_is_shown(folders):
     siglip, x, prompts = referees.load_siglip(str(folders / "naflex")), images(4), ["a cat", "a red dog", "a cat", "two dog"]
     learner, samples = referees.Learner(siglip, 1e-3), R.Samples(prompts, [{}] * 4, images=x)
-    before = R.Semantic(siglip)(samples).mean()
+    before, first = R.Semantic(siglip)(samples).mean(), {k: v.clone() for k, v in siglip.model.state_dict().items()}
+    gradients = []
+    for size in (4, 3):                                         # in parts the gradient is that of the whole
+        siglip.batch_size = size
+        learner.learn(x, prompts, lambda optimizer: gradients.append([p.grad.clone() for p in siglip.model.parameters()]), 1)
+        siglip.model.load_state_dict(first)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
     losses = [learner.learn(x, prompts, lambda optimizer: None, 1) for _ in range(20)]
     assert losses[-1] < losses[0] and R.Semantic(siglip)(samples).mean() > before
     assert {name.split(".")[0] for name in learner.state()} == {"referee"}
@@ -414,6 +454,8 @@ def test_a_referee_that_learns_is_kept_and_resumed_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("more, said", [
     (["--sem", "0", "--ins", "1", "--train_referee", "1e-4"], "--train_referee 0.0001 teaches the SigLIP, which no reward"),
     (["--train_referee", "1e-4", "--referee_bf16"], "--train_referee trains in fp32"),
+    (["--referee_device", "gpu"], "--referee_device gpu: no such device here"),
+    (["--referee_device", "cuda:99"], "--referee_device cuda:99: no such device here"),
     (["--pref", "1"], "--pref needs --pref_model")])
 def test_referees_that_cannot_work_are_refused(tmp_path, more, said):
     with pytest.raises(ValueError, match=said):
