@@ -247,7 +247,7 @@ def best_and_worst(scores: dict[str, Tensor], samples: Samples, truth: Tensor, o
 
 
 def geneval(policy: Policy, metadata: Path, detector, name: str, out: Path, samples: int = 4, size: int = 0, steps: int = 0,
-            seed: int = 0) -> dict[str, tuple[float, float]]:
+            seed: int = 0, text_scale: float | None = None) -> dict[str, tuple[float, float]]:
     """Draw `samples` images of every prompt of a GenEval file into `out`, in GenEval's own folders (00000/metadata.jsonl, 00000/samples/
     0000.png, ...), so that the official script can be run on them elsewhere, and judge them by its rules over `detector`: tag -> (share
     of images that pass, standard error over prompts), and the mean of the tags, "overall". Goes on where it stopped.
@@ -255,7 +255,8 @@ def geneval(policy: Policy, metadata: Path, detector, name: str, out: Path, samp
     Errors: ValueError where `out` holds pictures of other settings."""
     rows = READERS["prompts"](str(metadata))
     scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
-    size, steps, guidance = size or scale["size"], steps or scale["steps"], scale["guidance"]
+    size, steps = size or scale["size"], steps or scale["steps"]
+    guidance = scale["guidance"] if text_scale is None else replace(scale["guidance"], text_scale=text_scale)
     prompts = hashlib.sha256(metadata.read_bytes()).hexdigest()[:16]
     begin_folder(out, dict(policy=name, prompts=prompts, samples=samples, size=size, steps=steps, guidance=guidance.text_scale, seed=seed))
     draw = Draw((size, size), flow_grpo.time_grid(steps, scale["shift"]))
@@ -475,7 +476,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--judge", default=str(TOY.parent / "judge"), help="yes/no judge of refine: a folder or hub name")
-    ap.add_argument("--guidance", type=float, default=1.0, help="text guidance scale of the table; 1 is none")
+    ap.add_argument("--guidance", type=float, help="text guidance scale of the table (1, none) and of geneval (4 for BAGEL)")
     ap.add_argument("--rounds", type=int, default=3, help="rounds of refine")
     ap.add_argument("--metadata", type=Path, help="prompts of geneval in GenEval's format, such as its evaluation_metadata.jsonl")
     ap.add_argument("--detector", default="", help="of geneval: a Mask2Former, Grounding DINO or OWLv2; the toy has its own")
@@ -511,8 +512,8 @@ def run_plot(a) -> str:
 
 
 def run_table(a) -> str:
-    table, out = evaluate(policy_of(a), a.seed, a.guidance), a.out or Path("eval.json")
-    kept = json.dumps({"policy": a.policy, "seed": a.seed, "guidance": a.guidance, "table": table}, indent=1).replace("NaN", "null")
+    table, out = evaluate(policy_of(a), a.seed, a.guidance or 1.0), a.out or Path("eval.json")
+    kept = json.dumps({"policy": a.policy, "seed": a.seed, "guidance": a.guidance or 1.0, "table": table}, indent=1).replace("NaN", "null")
     write_atomic(out, kept.encode())
     return f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n\nwritten to {out}"
 
@@ -554,7 +555,8 @@ def run_geneval(a) -> str:
     detector = load_detector(a.detector, a.colors, device=policy.device) if a.detector else lambda images, metadata: detect(images)
     if a.detector:
         detector.check(READERS["prompts"](str(a.metadata)))
-    table = geneval(policy, a.metadata, detector, identity(a.policy, a.adapter), out, a.samples, a.size, a.steps, a.seed)
+    table = geneval(policy, a.metadata, detector, identity(a.policy, a.adapter), out, a.samples, a.size, a.steps, a.seed,
+                    a.guidance)
     return f"GenEval rules, detector {a.detector or 'the exact one of the toy'}\n{print_table(table)}\npictures and results in {out}"
 
 

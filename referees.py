@@ -423,7 +423,8 @@ class ChatJudge(Judge):
 
     A row is the user's turn, the image and then the question, and the head of the assistant's; the next token answers, nothing is
     generated. `image_processor` is the whole processor. Rows are padded on the left. A question cannot smuggle in the tokenizer's own
-    markers. Errors: ValueError for a model that is made to think first, whose next token is not its answer; and Judge's.
+    markers. Pixels stay floats, where the published path goes through 8 bits and back.
+    Errors: ValueError for a model that is made to think first, whose next token is not its answer; and Judge's.
     """
 
     def __post_init__(self):
