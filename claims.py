@@ -344,7 +344,8 @@ def told(result: dict) -> str:
     """A claim of the README: its sentence, and the difference that decided."""
     failed = [each for each in result["comparisons"] if each["verdict"] == result["verdict"]]
     each = (failed or result["comparisons"])[0]
-    return f"{result['says'].rstrip('.')} (`{result['claim']}`: {each['difference']:+.3f} ± {each['error'] or 0:.3f})"
+    key = each["comparison"].split(" : ")[1]
+    return f"{result['says'].rstrip('.')} (`{result['claim']}`, {key}: {each['difference']:+.3f} ± {each['error'] or 0:.3f})"
 
 
 def summary() -> str:
