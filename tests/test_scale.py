@@ -287,7 +287,7 @@ def test_the_scale_follows_the_width_and_tasks_without_data_are_left_out(tmp_pat
     assert (scale_of(128), scale_of(3584)) == ("toy", "bagel")
     (tmp_path / "llm_config.json").write_text(json.dumps(RELEASE_LLM))
     cfg = parse(["--recipe", "unigrpo", "--policy", str(tmp_path), "--prompts", "prompts.jsonl"])
-    assert (cfg.resolution, cfg.lora, cfg.weights["ins"], cfg.weights["sem"], cfg.rows["think"]) == (512, 64, 0.0, 1.0, 32)
+    assert (cfg.resolution, cfg.lora, cfg.weights["ins"], cfg.weights["pref"], cfg.rows["think"]) == (512, 64, 0.0, 1.0, 32)
     cfg = parse(["--policy", str(tmp_path), "--prompts", "prompts.jsonl"])
     assert {name: n for name, n in cfg.rows.items() if n} == {"draw": 24, "think": 8}
     assert parse(["--policy", str(tmp_path), "--questions", "q.jsonl"]).rows["draw"] == 0 and parse([]).resolution == 32

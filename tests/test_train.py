@@ -210,7 +210,7 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_batch(tmp_path, mon
 
 
 def test_every_field_of_the_config_is_read():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "run", "tasks", "eval", "rewards", "referees"))
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "run", "tasks", "eval", "rewards", "models"))
     for f in dataclasses.fields(Config):
         if f.name in {task.file for task in tasks.TASKS.values()}:
             continue                                            # read by the task's own name for it
