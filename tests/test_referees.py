@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import detectors
 import geneval
 import preferences
+import questions
 import recipes
 import referees
 import rewards as R
@@ -107,7 +108,7 @@ def test_detections_do_not_depend_on_neighbours_or_repetition(folders, name):
     assert told(whole) == told(again) and whole[2] == []
     for n in (1, 3):
         for ours, alone in zip(told(whole)[n], told(made(x[n:n + 1], metadata[n:n + 1]))[0], strict=True):
-            assert ours[:2] == alone[:2] and ours[2:] == pytest.approx(alone[2:], abs=1e-4)
+            assert ours[:2] == alone[:2] and ours[2:] == pytest.approx(alone[2:], abs=1e-5, rel=1e-5)
     assert {t["class"] for t in whole[1]} <= {"dog", "computer mouse"}
     assert not any(p.requires_grad for p in made.find.model.parameters())
 
@@ -473,3 +474,37 @@ def test_a_score_that_is_not_finite_is_named_with_reward_prompt_and_sample():
     samples = R.Samples(["a cat", "a dog"], [{}, {}], images=images(2))
     with pytest.raises(R.RewardError, match="reward 'x' failed on prompt 'a dog': ValueError: it returned nan for sample 1"):
         R.score({"x": lambda samples: torch.tensor([0.5, float("nan")])}, samples)
+
+
+# ---- what every reward that asks a model must keep ----
+
+
+def asked(folders, name):
+    """(a reward, the model that it asks) on the tiny models."""
+    if name in ("qwen", "qwen3", "internvl"):
+        judge = referees.load_judge(str(folders / name))
+        return R.Knowledge(judge), judge.model
+    if name == "tifa":
+        judge = referees.load_judge(str(folders / "qwen"))
+        return R.SoftTifa(judge, lambda prompt, metadata: [questions.Question(f"is there {prompt} ?", "Existence")]), judge.model
+    if name == "naflex":
+        siglip = referees.load_siglip(str(folders / name))
+        return R.Semantic(siglip), siglip.model
+    made = preferences.load_preference(str(folders / ("hpsv3" if name == "hpsv3" else "clip")), name)
+    return R.Preference(made), made.model if name == "hpsv3" else made.clip.model
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3", "internvl", "tifa", "naflex", "pickscore", "hpsv2", "hpsv3"])
+def test_a_score_is_its_own_whatever_stands_beside_it(folders, name):
+    reward, model = asked(folders, name)
+    prompts, x = ["a cat", "a red dog in the image", "two dog", "a cat"], images(4)
+    samples = R.Samples(prompts, [{}] * 4, images=x)
+    whole = R.score({name: reward}, samples)[name]
+    assert torch.equal(whole, R.score({name: reward}, samples)[name]) and not any(p.requires_grad for p in model.parameters())
+    order = [2, 0, 3, 1]
+    turned = R.score({name: reward}, R.Samples([prompts[i] for i in order], [{}] * 4, images=x[order]))[name]
+    assert torch.allclose(turned, whole[order], atol=1e-5)
+    alone = torch.cat([R.score({name: reward}, R.Samples(prompts[i:i + 1], [{}], images=x[i:i + 1]))[name] for i in range(4)])
+    assert torch.allclose(alone, whole, atol=1e-5)
+    if name not in ("pickscore", "hpsv3"):                      # those two have no bounds
+        assert whole.abs().max() <= 1
