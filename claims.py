@@ -35,9 +35,10 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot tell at this size"
 DRAW = "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --steps 50"
 ASK = "--recipe lvrpo --draw 0 --think 0 --edit 0 --sem 0 --ins 0 --kn 0 --steps 60 --epochs 4"
 UNI = "--recipe unigrpo --steps 60"
+LONG = "--recipe unigrpo --draw 32 --think 0 --steps 200 --eval_every 50"
 ALPHA = "--recipe alphagrpo --steps 60"
 REFLECT = "--recipe alphagrpo_reflect --steps 60"
-CORL = "--recipe corl --steps 60"
+CORL = "--recipe corl --steps 50 --eval_every 50"
 
 # {other} is the policy of another arm with the same seed. A line that starts with "merge" is checkpoint.py's, with "eval" or "refine"
 # eval.py's.
@@ -48,8 +49,8 @@ ARMS = {
     "draw": DRAW,
     "draw-no-ins": f"{DRAW} --ins 0",
     "draw-each": f"{DRAW} --normalise each",
-    "sem-frozen": f"{DRAW} --kn 0 --ins 0 --steps 100",
-    "sem-trained": f"{DRAW} --kn 0 --ins 0 --steps 100 --train_referee 1e-4",
+    "sem-frozen": f"{DRAW} --kn 0 --ins 0 --steps 200 --eval_every 50",
+    "sem-trained": f"{DRAW} --kn 0 --ins 0 --steps 200 --eval_every 50 --train_referee 1e-4",
     "dapo": f"{ASK} --text_average token",
     "gspo": f"{ASK} --text_average sequence --text_ratio sequence",
     "grpo": f"{ASK} --text_average sequence",
@@ -57,8 +58,9 @@ ARMS = {
     "joint": UNI,
     "text-only": f"{UNI} --image_weight 0",
     "flow-only": f"{UNI} --text_weight 0",
-    "mse-off": f"{UNI} --mse_weight 0",
-    "latent-kl": f"{UNI} --mse_weight 0 --image_beta 0.003",
+    "velocity": LONG,
+    "no-penalty": f"{LONG} --mse_weight 0",
+    "latent-kl": f"{LONG} --mse_weight 0 --image_beta 0.003",
     "ratio-norm-off": f"{UNI} --no-ratio_norm",
     "guided": f"{UNI} --guidance 2",
     "plain-then-guided": "eval {joint} --guidance 2",
@@ -73,14 +75,14 @@ ARMS = {
     "unified": CORL,
     "pair-sum": f"{CORL} --pair sum",
     "pair-none": f"{CORL} --pair none",
-    "alternating": f"{CORL} --steps 120 --alternate",
+    "alternating": f"{CORL} --steps 100 --alternate",
     "corl-image": f"{CORL} --pair_text 0",
     "corl-text": f"{CORL} --pair_image 0",
     "merged": "merge {corl-image} {corl-text} --base toy/policy",
     "cycle": f"{CORL} --tim 0",
     "tim": f"{CORL} --recaption 0 --likeness 0",
-    "refined-image": "--recipe corl_t2i --steps 60 --policy {unified}",
-    "image-alone": "--recipe corl_t2i --steps 60",
+    "refined-image": "--recipe corl_t2i --steps 50 --eval_every 50 --policy {unified}",
+    "image-alone": "--recipe corl_t2i --steps 50 --eval_every 50",
 }
 
 
@@ -91,15 +93,16 @@ class Claim:
     paper: str
     says: str                                                   # in a sentence
     arms: tuple[str, ...]
-    measures: tuple[str, ...]                                   # keys of an evaluation, or of a step's row of the log (mean of the last 5)
-    compares: tuple[str, ...]                                   # "a > b : key", "a ~ b : key"
+    measures: tuple[str, ...]                                   # keys of an evaluation, or of the log (mean of 5 steps)
+    compares: tuple[str, ...]                                   # "a > b : key", "a ~ b : key"; "key at other": see at_equal
+    pictured: bool = False                                      # whether its figure shows what the arms draw at last
 
 
 CLAIMS = {
     "frozen-referee": Claim(
         "LVRPO", "A referee that learns beside the policy is fooled; a frozen one is needed.", ("sem-frozen", "sem-trained"),
         ("draw", "draw/rewards/sem/mean", "pairwise_distance"),
-        ("sem-frozen > sem-trained : draw", "sem-trained > sem-frozen : draw/rewards/sem/mean")),
+        ("sem-frozen > sem-trained : draw", "sem-trained > sem-frozen : draw/rewards/sem/mean"), pictured=True),
     "full-rewards": Claim(
         "LVRPO", "Rewards of drawings alone cost understanding, the full set helps it.", ("base", "generation-only", "full"),
         ("ask", "choose", "draw"), ("base > generation-only : ask", "full > generation-only : ask", "full > generation-only : choose")),
@@ -116,8 +119,9 @@ CLAIMS = {
         "UniGRPO", "Training thought and picture together beats each alone.", ("base", "text-only", "flow-only", "joint"),
         ("think", "draw"), ("joint > text-only : think", "joint > flow-only : think")),
     "velocity-penalty": Claim(
-        "UniGRPO", "The velocity penalty holds variety where nothing or a latent KL does not.", ("joint", "mse-off", "latent-kl"),
-        ("think", "layout_entropy", "pairwise_distance"), ("joint > mse-off : layout_entropy", "joint > latent-kl : layout_entropy")),
+        "UniGRPO", "The velocity penalty holds variety where nothing or a latent KL does not.", ("velocity", "no-penalty", "latent-kl"),
+        ("draw", "draw/position", "layout_entropy", "pairwise_distance"),
+        ("velocity > no-penalty : layout_entropy at draw", "velocity > latent-kl : layout_entropy at draw"), pictured=True),
     "ratio-norm": Claim(
         "UniGRPO, GRPO-Guard", "RatioNorm evens the ratio's spread and gains truth.", ("joint", "ratio-norm-off"),
         ("think", "think/image/clip_ratio/region_mean"), ("joint > ratio-norm-off : think",)),
@@ -186,10 +190,9 @@ def commands(arm: str, seed: int, out: Path) -> list[list[str]]:
         return [["eval.py", *(["refine"] if flags[0] == "refine" else []), "--policy", *flags[1:], *table]]
     if flags[0] == "merge":
         return [["checkpoint.py", *flags, "--out", str(folder / "policy")], ["eval.py", "--policy", str(folder / "policy"), *table]]
-    steps = flags[len(flags) - flags[::-1].index("--steps")]    # the last one counts
     go_on = ["--resume"] if any((folder / name).exists() for name in ("checkpoint.safetensors", "checkpoint")) else []
-    return [["train.py", *flags, "--eval_every", "25" if int(steps) <= 60 else steps, "--save_every", "25", "--seed", str(seed), "--out",
-             str(folder), *go_on]]
+    look = [] if "--eval_every" in flags else ["--eval_every", "25"]
+    return [["train.py", *flags, *look, "--save_every", "25", "--seed", str(seed), "--out", str(folder), *go_on]]
 
 
 def run_arm(arm: str, seed: int, out: Path, threads: int) -> str:
@@ -226,8 +229,8 @@ def run_missing(names: list[str], seeds: int, out: Path, threads: int, jobs: int
 
 
 def values_of(arm: str, seed: int, out: Path) -> dict:
-    """An arm's values after its run: {"steps": [...], key: one per evaluation} of evaluations and the last value of the log's rows;
-    ValueError for a damaged result."""
+    """An arm's values: {"minutes": ., "steps": [...], key: one per evaluation}, of the evaluations and of the five steps of the log
+    before each (at the start, the first five); ValueError for a damaged result."""
     folder = folder_of(arm, seed, out)
     try:
         if (folder / "table.json").exists():
@@ -241,16 +244,36 @@ def values_of(arm: str, seed: int, out: Path) -> dict:
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); delete it, and it is run again") from error
     steps = [row for row in rows if "loss" in row]
-    logged = [k for k, v in (steps[-1] if steps else {}).items() if k not in held and isinstance(v, (int, float))]
-    return held | {k: [float(np.mean([row[k] for row in steps[-5:] if k in row]))] for k in logged}
+    near = [[row for row in steps if at - 5 < row["step"] <= at] or steps[:5] for at in held["steps"]]
+    everywhere = set(steps[0]).intersection(*steps) if steps else set()
+    logged = [k for k in everywhere if k not in held and isinstance(steps[0][k], (int, float))]
+    return held | {k: [float(np.mean([row[k] for row in some])) for some in near] for k in logged}
+
+
+def at_equal(one: dict, other: dict, key: str, by: str) -> tuple[float, float]:
+    """`key` of two runs where each first reaches, in `by`, what both reach; straight lines between evaluations. So a run that learned less
+    does not look more careful."""
+    level = min(max(one[by]), max(other[by]))
+
+    def reached(run: dict) -> float:
+        place = next(i for i, x in enumerate(run[by]) if x >= level)
+        before = max(place - 1, 0)
+        span = run[by][place] - run[by][before]
+        share = (level - run[by][before]) / span if span else 1.0
+        return run[key][before] + share * (run[key][place] - run[key][before])
+
+    return reached(one), reached(other)
 
 
 def compared(values: dict[str, list[dict]], comparison: str) -> dict:
     """The difference of a comparison, paired by seed, its standard error, and whether it holds."""
     pair, key = (part.strip() for part in comparison.split(" : "))
     a, sign, b = pair.split()
+    key, _, by = key.partition(" at ")
     first, _, second = key.partition(" - ")                     # two keys of one arm, or one key of two
-    differences = [one[first][-1] - other[second or first][-1] for one, other in zip(values[a], values[b])]
+    pairs = [at_equal(one, other, key, by) if by else (one[first][-1], other[second or first][-1])
+             for one, other in zip(values[a], values[b])]
+    differences = [one - other for one, other in pairs]
     mean = float(np.mean(differences))
     error = float(np.std(differences, ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else float("nan")
     bound = 0.0 if sign == ">" else -MARGIN
@@ -313,15 +336,19 @@ def section(result: dict) -> list[str]:
     return lines + ["", f"![{name}](claims/{name}.png)"]
 
 
-def figure(result: dict, out: Path) -> None:
-    """A panel per measure: arms over steps, the mean over seeds as a line, each seed as a dot; what is known at the end alone as dots."""
+def figure(result: dict, out: Path, pictures: dict[str, Path]) -> None:
+    """A panel per measure: arms over steps, the mean over seeds as a line, each seed as a dot; what is known at the end alone as dots.
+    Below, the pictures that are given, by arm."""
     import io
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     keys = list(dict.fromkeys(key for arm in result["arms"].values() for key in arm["values"]))
-    figure, axes = plt.subplots(1, len(keys), figsize=(3.6 * len(keys), 3.2), layout="constrained", squeeze=False)
+    lines, columns = (2 if pictures else 1), max(len(keys), len(pictures))
+    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 3.2 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
     for axis, key in zip(axes[0], keys):
         for n, (name, arm) in enumerate(result["arms"].items()):
             if key not in arm["values"]:
@@ -331,13 +358,22 @@ def figure(result: dict, out: Path) -> None:
             at = np.array(arm["steps"] if over_steps else [arm["steps"][-1] + 2 * n] * each.shape[1])
             axis.plot(at, each.mean(0), color=f"C{n}", label=name, marker="_", markersize=12)
             axis.plot(np.tile(at, (len(each), 1)).T, each.T, ".", color=f"C{n}", alpha=0.5)
+        axis.set_axis_on()
         axis.set(title=key, xlabel="step")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, fontsize=8)
+    for axis, (name, path) in zip(axes[-1], pictures.items()):
+        axis.imshow(plt.imread(path))
+        axis.set_title(f"{name}: drawn at the end", fontsize=9)
     held = io.BytesIO()
     figure.savefig(held, dpi=90, format="png")
     plt.close(figure)
     write_atomic(out, held.getvalue())
+
+
+def last_pictures(claim: Claim, out: Path) -> dict[str, Path]:
+    """What the first seed of each arm drew at last, where the claim's figure shows it."""
+    return {arm: sorted((folder_of(arm, 0, out) / "samples").glob("*.png"))[-1] for arm in claim.arms} if claim.pictured else {}
 
 
 def told(result: dict) -> str:
@@ -381,7 +417,7 @@ def main(names: list[str], seeds: int, threads: int, jobs: int, out: Path, kept:
             continue
         result = result_of(name, seeds, out)
         write_atomic(kept / f"{name}.json", json.dumps(result, indent=1).replace("NaN", "null").encode())
-        figure(result, kept / f"{name}.png")
+        figure(result, kept / f"{name}.png", last_pictures(CLAIMS[name], out))
         told.append(f"{name}: {result['verdict']}")
         told += [f"  {each['comparison']}: {each['difference']:+.3f} +- {each['error'] or 0:.3f}, {each['verdict']}"
                  for each in result["comparisons"]]

@@ -42,7 +42,8 @@ from recipes import parse
 from rewards import Samples
 from sample import SAMPLING, TOY, Draw, Read, Write, images_of, refine, sample_plan, scale_of, value_of
 from run import precision, read_log, room_to_gather
-from tasks import TASKS, Choices, check_rules, Row, Source, Task, choices_of, detect, in_use, rendered, samples_of, spaced, token_states
+from tasks import (TASKS, Choices, Row, Source, Task, check_rules, choices_of, detect, guidance_of, in_use, rendered, samples_of, spaced,
+                   token_states)
 from terminal import Arguments, one_line, the_device
 from toy import shapes
 
@@ -348,8 +349,8 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     rows = source.pools[name]((cfg.seed, 0, list(TASKS).index(name)), 4, range(4))
     if TASKS[name].begin:
         rows, _ = TASKS[name].begin(policy, rows, choices, seed=cfg.seed, step=0, index=list(range(4)), n=1)
-    plan = TASKS[name].plan(rows, choices)
-    return images_of(policy, sample_plan(policy, plan, seed=cfg.seed, step=0, prompts=list(range(4)), G=4))
+    plan, guidance = TASKS[name].plan(rows, choices), guidance_of(cfg, TASKS[name].sees)
+    return images_of(policy, sample_plan(policy, plan, seed=cfg.seed, step=0, prompts=list(range(4)), G=4, guidance=guidance))
 
 
 # ---- pictures ----

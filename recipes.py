@@ -274,12 +274,17 @@ def resolved(cfg: Config) -> str:
 
 
 def recipe_table(scale: str) -> str:
-    """The recipes side by side at a scale, as README.md (toy) and docs/bagel.md show them: a row per switch that any of them sets."""
-    def cell(recipe: str, key: str) -> str:
-        value, whose = settings_of(recipe, scale).get(key, ("-", ""))
-        return f"{value} ({whose})" if whose else value
-    names = dict.fromkeys(k for recipe in RECIPES for k in settings_of(recipe, scale))
+    """The recipes side by side at a scale, as README.md (toy) and docs/bagel.md show them: a row per switch that several of them set, and
+    one of what each sets alone."""
+    settings = {recipe: settings_of(recipe, scale) for recipe in RECIPES}
     order = [*TASKS, *rewards.REWARDS, *(f.name for f in fields(Config))]
-    rows = [[f"`{k}`", *(cell(recipe, k) for recipe in RECIPES)] for k in sorted(names, key=order.index)]
-    lines = [["switch", *RECIPES], ["---"] * (1 + len(RECIPES)), *rows]
+    names = sorted({k for held in settings.values() for k in held}, key=order.index)
+    alone = {k for k in names if sum(k in held for held in settings.values()) == 1}
+
+    def cell(recipe: str, key: str) -> str:
+        return "{} ({})".format(*settings[recipe][key]) if key in settings[recipe] else "-"
+
+    own = [", ".join(f"`{k}` {cell(recipe, k)}" for k in names if k in alone and k in settings[recipe]) or "-" for recipe in RECIPES]
+    rows = [[f"`{k}`", *(cell(recipe, k) for recipe in RECIPES)] for k in names if k not in alone]
+    lines = [["switch", *RECIPES], ["---"] * (1 + len(RECIPES)), *rows, ["alone", *own]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

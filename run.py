@@ -223,13 +223,15 @@ def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
     cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
     block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
     mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees
-    noisy = cfg.window * M                                      # tokens of a sample's noisy steps, which a replay reads in one call
+    rounds = 1 if cfg.segments else max(task.rounds for task in used)       # images and texts that one backward holds
+    noisy = cfg.window * M * rounds                             # tokens of a sample's noisy steps, which a replay reads in one call
     inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
+    words = rounds * written * V * (byte + 12)                  # bytes of a sample's logits
     out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
            "reference": held * byte if cfg.needs_reference and not cfg.lora else 0,
            "referees": 0 if cfg.referee_device else referees_of(cfg),
            "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
-           "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + written * V * (byte + 12)) + two}
+           "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + words) + two}
     return {k: v / 1e9 for k, v in out.items()}
 
 

@@ -24,7 +24,7 @@ import questions
 from files import READERS, TEXT_OF
 from geneval import geneval_check
 from pictures import read_picture, to_bytes
-from policy import Policy
+from policy import Guidance, Policy
 from rewards import REWARDS, Samples, answer_accuracy, caption_tuples, right_option, think_format
 from sample import (LOOK, THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, sample_plan,
                     scale_of, subset, texts_of)
@@ -455,6 +455,13 @@ def choices_of(cfg, look: str, window: tuple[int, int], second: tuple[int, int] 
                 cfg.shared_noise, cfg.density, cfg.scaled)
     think, answer = (Write(most, cfg.temperature) for most in (cfg.think_tokens, cfg.answer_tokens))
     return Choices(think, answer, draw, cfg.system_prompt, cfg.request, replace(draw, window=second or window), look)
+
+
+def guidance_of(cfg, sees: bool) -> Guidance | None:
+    """Guidance as AlphaGRPO sets it: of a drawing from text, or, where the policy sees the image that it changes, of an edit."""
+    if cfg.guidance <= 1:
+        return None
+    return Guidance(cfg.guidance, cfg.image_guidance, "text_channel", 0.0, (0.0, 1.0)) if sees else Guidance(cfg.guidance)
 
 
 class Source:

@@ -36,13 +36,13 @@ import rewards
 from checkpoint import gathered, load_policy, save_adapters, save_policy, trainable
 from grpo import anchored_advantage, group_advantage, grpo_loss, normalised, rectified, variance_share
 from models import Models
-from policy import Guidance, Policy, adapters_off
+from policy import Policy, adapters_off
 from questions import QUALITY, SEMANTIC
 from recipes import SCALES, Config, parse, recipe_table, resolved
 from run import (Average, Log, Ranks, Run, check, clip_gradients, load_checkpoint, precision, prepared_policy, room_to_gather, run_state,
                  save_bad_step, save_checkpoint, setup, signals)
 from sample import Rollout, Text, chosen_texts, join, replay_gaps, replay_rollout, sample_plan, unguided
-from tasks import TASKS, Batch, Source, counts, measured, micro_batches, rewards_of, samples_of, token_states
+from tasks import TASKS, Batch, Source, counts, guidance_of, measured, micro_batches, rewards_of, samples_of, token_states
 from terminal import one_line, say
 
 # ---- the six phases ----
@@ -224,7 +224,8 @@ def one_step(run: Run, step: int) -> dict:
         r = act(run.policy, batch, cfg)                                                                        # 1. act
         acted.append((batch, r, *reward_phase(run.policy, batch, r, run)))                                     # 2. reward
     for (batch, r, _, seen), (adv, group) in zip(acted, advantage_phase(acted, cfg, run.ranks)):               # 3. compare
-        seen |= {"completions/mean_length": s.chosen.sum(1).float().mean().item() for s in chosen_texts(r)}
+        lengths = [s.chosen.sum(1).float() for s in chosen_texts(r)]                          # (N,) each
+        seen |= {"completions/mean_length": torch.stack(lengths).mean().item()} if lengths else {}
         seen = run.ranks.combined({k: [v] for k, v in seen.items()})
         stats |= {f"{batch.task}/{k}": v for k, v in (seen | group).items()}
         run.tell_silence(batch.task, group["frac_reward_zero_std"])
@@ -274,13 +275,6 @@ def train(cfg: Config, ranks: Ranks) -> None:
 def reference_of(policy: Policy, frozen: Policy | None):
     """A context of the frozen reference: the policy is its own where its adapters switch off."""
     return adapters_off(policy) if frozen is None else nullcontext(frozen)
-
-
-def guidance_of(cfg: Config, sees: bool) -> Guidance | None:
-    """Guidance as AlphaGRPO sets it: of a drawing from text, or, where the policy sees the image that it changes, of an edit."""
-    if cfg.guidance <= 1:
-        return None
-    return Guidance(cfg.guidance, cfg.image_guidance, "text_channel", 0.0, (0.0, 1.0)) if sees else Guidance(cfg.guidance)
 
 
 def pieces_of(policy: Policy, frozen: Policy | None, work: list, cfg: Config, ranks: Ranks) -> list[tuple]:

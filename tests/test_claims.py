@@ -17,7 +17,7 @@ TWO = "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --kn 0 --draw 2 --
 def small(monkeypatch):
     """One claim of two arms, and one that starts from another's policy."""
     monkeypatch.setattr(claims, "ARMS", {"a": TWO, "b": f"{TWO} --ins 0", "c": f"{TWO} --policy {{a}}"})
-    claim = claims.Claim("nobody", "Rules help.", ("a", "b"), ("draw", "loss"), ("a > b : draw",))
+    claim = claims.Claim("nobody", "Rules help.", ("a", "b"), ("draw", "loss"), ("a > b : draw",), pictured=True)
     monkeypatch.setattr(claims, "CLAIMS", {"rules": claim})
 
 
@@ -42,7 +42,7 @@ def test_two_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(sma
     assert told.startswith("rules: cannot tell") and "a > b : draw" in told and "died" not in told
     result = json.loads((kept / "rules.json").read_text())
     assert result["arms"]["a"]["command"].startswith("python train.py --recipe lvrpo") and len(result["arms"]["b"]["values"]["draw"]) == 1
-    assert result["arms"]["a"]["steps"] == [0, 2] and len(result["arms"]["a"]["values"]["loss"][0]) == 1
+    assert result["arms"]["a"]["steps"] == [0, 2] and len(result["arms"]["a"]["values"]["loss"][0]) == 2
     assert (kept / "rules.png").stat().st_size > 5000 and "## rules" in claims.page()
     monkeypatch.setattr(claims.subprocess, "run", None)         # a second call runs nothing
     assert claims.main(["rules"], 1, 1, 2, out, kept, write_page=False) == told
@@ -93,6 +93,15 @@ def runs(*values):
     ((0.3, 0.31, 0.32), (0.5, 0.52, 0.51), "~", claims.FAILS), ((0.3, 0.5, 0.4), (0.4, 0.4, 0.42), "~", claims.OPEN)])
 def test_a_comparison_is_judged_by_two_standard_errors_of_paired_differences(a, b, sign, verdict):
     assert claims.compared({"x": runs(*a), "y": runs(*b)}, f"x {sign} y : draw")["verdict"] == verdict
+
+
+def test_variety_is_compared_where_both_arms_reach_the_same_truth():
+    slow = {"truth": [0.2, 0.3, 0.4], "variety": [2.0, 1.9, 1.8]}
+    fast = {"truth": [0.2, 0.6, 0.5], "variety": [2.0, 1.0, 0.5]}
+    assert claims.at_equal(slow, fast, "variety", "truth") == pytest.approx((1.8, 1.5))        # both at 0.4
+    assert claims.at_equal(slow, {"truth": [0.2, 0.1], "variety": [2.0, 0.1]}, "variety", "truth") == (2.0, 2.0)
+    found = claims.compared({"x": [slow], "y": [fast]}, "x > y : variety at truth")
+    assert found["difference"] == pytest.approx(0.3)
 
 
 def test_a_claim_holds_where_all_comparisons_do_and_fails_where_one_does():
