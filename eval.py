@@ -1,6 +1,7 @@
 """What a policy is worth: tables on held-out rows, plots and pictures of runs, and the log that they read.
 
     python eval.py --policy out/policy                       # a table by task and tag, with standard errors
+    python eval.py --policy out/policy --against toy/policy  # the change from another policy, row by row
     python eval.py refine --policy out/policy                # rounds of refinement against the best of as many new pictures
     python eval.py plot out/log.jsonl out/control/log.jsonl  # curves of one or several runs
     python eval.py rewards --policy out/policy               # which reward can be trusted: each against the truth, base and policy
@@ -8,9 +9,11 @@
 
 Truth is the exact detector of toy/shapes.py through GenEval's checker; the recipes' reward "ins" is built on the same two, the others are
 not. Standard errors are over rows (the samples of a prompt are not independent); the mean over tags weighs tags equally, as GenEval does;
-the error of a change treats the two evaluations as independent. Every number comes from the seeds given here.
+the error of a change is paired row by row under --against, and takes the two evaluations as independent in a run's summary. Every number
+comes from the seeds given here.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -89,42 +92,67 @@ def joined(some: list[Samples]) -> Samples:
     return Samples(*(column(f.name) for f in fields(Samples)))
 
 
-def right_share(policy: Policy, task: Task, rows: list[Row], seed: int, guidance: float):
+def right_share(policy: Policy, task: Task, rows: list[Row], seed: int, guidance: float, samples: int | None = None):
     """(share of true samples per row (B,), samples, detections)."""
-    samples = answered(policy, task, rows, seed, guidance=guidance)
-    found = detect(samples.images) if task.draws else None
-    return task.truth(samples, found).double().view(len(rows), -1).mean(1).numpy(), samples, found
+    held = answered(policy, task, rows, seed, samples, guidance)
+    found = detect(held.images) if task.draws else None
+    return task.truth(held, found).double().view(len(rows), -1).mean(1).numpy(), held, found
 
 
 def evaluate(policy: Policy, seed: int = 1234, guidance: float = 1.0) -> dict[str, tuple[float, float]]:
-    """name -> (mean, standard error) of every task with held-out rows: <task>/<tag>, <task>, <task>/held_out (pairs that training never
-    shows), and what the task measures beside its truth. guidance: of text, in drawing from text."""
+    """name -> (mean, standard error) of `evaluate_rows`."""
+    return {name: mean_of(parts) for name, parts in evaluate_rows(policy, seed, guidance).items()}
+
+
+def mean_of(parts: list[np.ndarray]) -> tuple[float, float]:
+    """The mean of the parts' means, and its standard error; the error of one number is nan."""
+    means, errors = zip(*map(mean_and_error, parts))
+    return float(np.mean(means)), math.hypot(*errors) / len(parts)
+
+
+def paired_change(before: dict[str, list[np.ndarray]], after: dict[str, list[np.ndarray]]) -> dict[str, tuple[float, float]]:
+    """name -> (mean, standard error) of the change from one policy's `evaluate_rows` to another's, row by row: both got the same prompts
+    and noise, so that what makes a prompt hard cancels."""
+    return {name: mean_of([new - old for old, new in zip(before[name], after[name])]) for name in after}
+
+
+def evaluate_rows(policy: Policy, seed: int = 1234, guidance: float = 1.0, samples: int | None = None) -> dict[str, list[np.ndarray]]:
+    """name -> what each held-out row is worth, in parts that weigh equally (tags, or one): <task>/<tag>, <task>, <task>/held_out (pairs
+    that training never shows), and what the task measures beside its truth. guidance: of text, in drawing from text. samples: of each
+    row, where the task draws; None: as many as its evaluation takes."""
     table = {}
     for place, (name, task) in enumerate(TASKS.items()):
         if task.held_out is not None:
-            table |= evaluate_task(policy, name, task, seed + place, guidance)
+            table |= evaluate_task(policy, name, task, seed + place, guidance, (samples if task.draws else None) or task.samples)
     return table
 
 
-def evaluate_task(policy: Policy, name: str, task: Task, seed: int, guidance: float) -> dict[str, tuple[float, float]]:
+def evaluate_task(policy: Policy, name: str, task: Task, seed: int, guidance: float, samples: int) -> dict[str, list[np.ndarray]]:
     rows = task.held_out(False)
-    right, samples, found = right_share(policy, task, rows, seed, guidance)
-    table = {f"{name}/{tag}": mean_and_error([x for x, row in zip(right, rows) if row.metadata["tag"] == tag]) for tag in task.tags}
-    each = list(table.values())
-    table[name] = (float(np.mean([m for m, _ in each])), math.sqrt(sum(e * e for _, e in each)) / len(each)) if task.mean_of_tags \
-        else mean_and_error(right)
+    right, held, found = right_share(policy, task, rows, seed, guidance, samples)
+    table = {f"{name}/{tag}": [right[[row.metadata["tag"] == tag for row in rows]]] for tag in task.tags}
+    table[name] = [part for parts in table.values() for part in parts] if task.mean_of_tags else [right]
     if unseen := task.held_out(True):
-        table[f"{name}/held_out"] = mean_and_error(right_share(policy, task, unseen, seed + 2, guidance)[0])
-    for part, values in (task.parts(samples, found, detect) if task.parts else {}).items():
-        table[f"{name}/{part}"] = mean_and_error(values.double().view(len(rows), -1).mean(1).numpy())
-    beside = task.also(rows, samples, found, task.samples) if task.also else {}
-    return table | {k: mean_and_error(v) if isinstance(v, list) else (v, float("nan")) for k, v in beside.items()}
+        table[f"{name}/held_out"] = [right_share(policy, task, unseen, seed + 2, guidance, samples)[0]]
+    for part, values in (task.parts(held, found, detect) if task.parts else {}).items():
+        table[f"{name}/{part}"] = [values.double().view(len(rows), -1).mean(1).numpy()]
+    beside = task.also(rows, held, found, samples) if task.also else {}
+    return table | {k: [np.atleast_1d(np.asarray(v, dtype=float))] for k, v in beside.items()}
 
 
 def print_table(table: dict[str, tuple[float, float]]) -> str:
     """The table as text, one row a name."""
     told = lambda error: f" +- {error:.3f}" if math.isfinite(error) else ""
     return "\n".join(f"{name:<22} {mean:.3f}{told(error)}" for name, (mean, error) in table.items())
+
+
+def print_change(before: dict, after: dict, change: dict[str, tuple[float, float]]) -> str:
+    """Two tables and the change between them as text, one row a name."""
+    lines = [f"  {'':<26} {'before':>9} {'after':>9} {'change':>9}"]
+    for name, (moved, error) in change.items():
+        told = f" +- {error:.3f}" if math.isfinite(error) else ""
+        lines.append(f"  {name:<26} {before[name][0]:9.3f} {after[name][0]:9.3f} {moved:+9.3f}{told}")
+    return "\n".join(lines)
 
 
 def markdown_row(name: str, table: dict[str, tuple[float, float]]) -> str:
@@ -461,13 +489,10 @@ def summary(path: Path) -> str:
     looks = [r for r in rows if "eval" in r]
     if not looks:
         return f"{path} holds no evaluation"
-    (first, last), minutes = (looks[0]["eval"], looks[-1]["eval"]), looks[-1]["seconds"] / 60
-    lines = [f"held-out truth after {minutes:.1f} minutes    before     after    change"]
-    for name in [k for k in last if k in first]:
-        (a, ea), (b, eb) = first[name], last[name]
-        error = "" if ea is None else f" +- {math.hypot(ea, eb):.3f}"
-        lines.append(f"  {name:<26} {a:9.3f} {b:9.3f} {b - a:+9.3f}{error}")
-    return "\n".join(lines)
+    first, last = looks[0]["eval"], looks[-1]["eval"]
+    change = {k: (b - first[k][0], math.nan if error is None else math.hypot(first[k][1], error))
+              for k, (b, error) in last.items() if k in first}
+    return f"held-out truth after {looks[-1]['seconds'] / 60:.1f} minutes\n{print_change(first, last, change)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -482,7 +507,8 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--metadata", type=Path, help="prompts of geneval in GenEval's format, such as its evaluation_metadata.jsonl")
     ap.add_argument("--detector", default="", help="of geneval: a Mask2Former, Grounding DINO or OWLv2; the toy has its own")
     ap.add_argument("--colors", default="openai/clip-vit-large-patch14", help="CLIP that names colours for geneval: a folder or hub name")
-    ap.add_argument("--samples", type=int, default=4, help="images of each prompt of geneval")
+    ap.add_argument("--against", default="", help="a policy folder: the table shows the change from it, paired row by row")
+    ap.add_argument("--samples", type=int, help="images of each prompt, of the table (by task) and of geneval (4)")
     ap.add_argument("--size", type=int, default=0, help="pixels per side of geneval (32 for the toy, 1024 for BAGEL)")
     ap.add_argument("--steps", type=int, default=0, help="denoising steps of geneval (10 for the toy, 49 for BAGEL)")
     ap.add_argument("--list", action="store_true", help="print the claims, run nothing")
@@ -513,10 +539,19 @@ def run_plot(a) -> str:
 
 
 def run_table(a) -> str:
-    table, out = evaluate(policy_of(a), a.seed, a.guidance or 1.0), a.out or Path("eval.json")
-    kept = json.dumps({"policy": a.policy, "seed": a.seed, "guidance": a.guidance or 1.0, "table": table}, indent=1).replace("NaN", "null")
-    write_atomic(out, kept.encode())
-    return f"{print_table(table)}\n\n{markdown_row(a.policy, table)}\n\nwritten to {out}"
+    if a.samples is not None and a.samples < 1:
+        raise ValueError(f"--samples {a.samples}: must be at least 1")
+    look = functools.partial(evaluate_rows, seed=a.seed, guidance=a.guidance or 1.0, samples=a.samples)
+    rows, out = look(policy_of(a)), a.out or Path("eval.json")
+    table = {name: mean_of(parts) for name, parts in rows.items()}
+    kept = {"policy": a.policy, "seed": a.seed, "guidance": a.guidance or 1.0, "samples": a.samples, "table": table}
+    told = f"{print_table(table)}\n\n{markdown_row(a.policy, table)}"
+    if a.against:
+        before = look(load_policy(a.against, device=the_device()))
+        kept |= {"against": a.against, "change": paired_change(before, rows)}
+        told = f"from {a.against} to {a.policy}\n{print_change({k: mean_of(v) for k, v in before.items()}, table, kept['change'])}"
+    write_atomic(out, json.dumps(kept, indent=1).replace("NaN", "null").encode())
+    return f"{told}\n\nwritten to {out}"
 
 
 def run_refine(a) -> str:
@@ -546,8 +581,9 @@ def run_claims(a) -> str:
 def run_geneval(a) -> str:
     if a.metadata is None:
         raise ValueError("geneval needs --metadata, such as GenEval's evaluation_metadata.jsonl")
-    if a.samples < 1:
-        raise ValueError(f"--samples {a.samples}: must be at least 1")
+    samples = 4 if a.samples is None else a.samples
+    if samples < 1:
+        raise ValueError(f"--samples {samples}: must be at least 1")
     check_rules(READERS["prompts"](str(a.metadata)), str(a.metadata), "prompts")
     policy, out = policy_of(a, toy=False), a.out or Path("geneval")
     toy = scale_of(policy.config.llm["hidden_size"]) == "toy"
@@ -556,7 +592,7 @@ def run_geneval(a) -> str:
     detector = load_detector(a.detector, a.colors, device=policy.device) if a.detector else lambda images, metadata: detect(images)
     if a.detector:
         detector.check(READERS["prompts"](str(a.metadata)))
-    table = geneval(policy, a.metadata, detector, identity(a.policy, a.adapter), out, a.samples, a.size, a.steps, a.seed,
+    table = geneval(policy, a.metadata, detector, identity(a.policy, a.adapter), out, samples, a.size, a.steps, a.seed,
                     a.guidance)
     return f"GenEval rules, detector {a.detector or 'the exact one of the toy'}\n{print_table(table)}\npictures and results in {out}"
 

@@ -570,7 +570,7 @@ def test_memory_counts_images_that_are_read_and_the_referees(policy):
     need = {r: memory(policy, parse(["--recipe", r]), 1) for r in ("unigrpo", "unigrpo_rounds", "alphagrpo_reflect")}
     assert need["unigrpo"]["referees"] == 0
     rounds = [memory(policy, parse(["--recipe", "unigrpo_rounds", *more]), 1)["replay"] for more in ([], ["--segments"])]
-    assert rounds[0] > 1.4 * rounds[1] > 0                      # both images' noisy steps at once, or one image's
+    assert rounds[0] > rounds[1] > 0                            # both images' noisy steps at once, or one image's
     numbers = sum(p.numel() for p in referees.load_judge(str(TOY.parent / "judge")).model.parameters())
     assert need["alphagrpo_reflect"]["referees"] == pytest.approx(4e-9 * numbers, rel=0.1)
     plain = memory(policy, parse(["--recipe", "alphagrpo", "--think", "24"]), 1)

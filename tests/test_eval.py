@@ -174,6 +174,31 @@ def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
     assert table["draw"][1] == pytest.approx(math.sqrt(sum(e * e for _, e in each)) / len(each))
 
 
+def test_a_change_is_paired_by_row_so_that_hard_prompts_cancel():
+    easy, hard = np.array([0.9, 0.8, 1.0]), np.array([0.1, 0.0, 0.2])
+    before = {"draw": [easy, hard], "layout_entropy": [np.array([2.0])]}
+    after = {"draw": [easy - 0.1, hard + 0.3], "layout_entropy": [np.array([1.5])]}
+    change = evaluation.paired_change(before, after)
+    assert change["draw"] == pytest.approx((0.1, 0.0), abs=1e-9)
+    assert change["layout_entropy"][0] == -0.5 and math.isnan(change["layout_entropy"][1])
+    change = evaluation.paired_change({"ask": [np.array([0.0, 1.0, 1.0])]}, {"ask": [np.array([1.0, 1.0, 0.0])]})
+    assert change["ask"] == pytest.approx(mean_and_error([1.0, 0.0, -1.0]))
+
+
+def test_a_policy_does_not_change_against_itself(monkeypatch, tmp_path, capsys):
+    for name, value in dict(PROMPTS_PER_TAG=2, THOUGHTS=3, QUESTIONS=10, EDITS=12).items():
+        monkeypatch.setattr(tasks, name, value)
+    monkeypatch.setattr(evaluation, "ODE_STEPS", 2)
+    out = tmp_path / "e.json"
+    evaluation.main(["--against", str(TOY), "--samples", "2", "--out", str(out)])
+    held = json.loads(out.read_text())
+    assert held["against"] == str(TOY) and held["samples"] == 2 and held["change"].keys() == held["table"].keys()
+    assert {k for k, (moved, _) in held["change"].items() if moved != 0} == set()
+    assert "before     after    change" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--samples 0: must be at least 1"):
+        evaluation.main(["--samples", "0"])
+
+
 def test_spaced_rows_go_from_the_first_to_the_last():
     assert spaced(list(range(10)), 4) == [0, 3, 6, 9] and spaced([1, 2], 4) == [1, 2]
 
