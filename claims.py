@@ -105,7 +105,9 @@ CLAIMS = {
         ("sem-frozen > sem-trained : draw", "sem-trained > sem-frozen : draw/rewards/sem/mean"), pictured=True),
     "full-rewards": Claim(
         "LVRPO", "Rewards of drawings alone cost understanding, the full set helps it.", ("base", "generation-only", "full"),
-        ("ask", "choose", "draw"), ("base > generation-only : ask", "full > generation-only : ask", "full > generation-only : choose")),
+        ("ask", "choose", "captions", "draw"),
+        ("base > generation-only : ask", "full > generation-only : ask", "full > generation-only : choose",
+         "full > generation-only : captions")),
     "ins-teaches-space": Claim(
         "LVRPO", "Gains in space come from r_ins.", ("base", "draw-no-ins", "draw"), ("draw/position", "draw"),
         ("draw > draw-no-ins : draw/position",)),

@@ -43,7 +43,7 @@ from policy import Guidance, Policy
 from questions import Questions
 from recipes import parse
 from rewards import Samples
-from sample import SAMPLING, TOY, Draw, Read, Write, images_of, refine, sample_plan, scale_of, value_of
+from sample import SAMPLING, TOY, Draw, Read, See, Write, images_of, refine, sample_plan, scale_of, texts_of, value_of
 from run import precision, read_log, room_to_gather
 from tasks import (TASKS, Choices, Row, Source, Task, check_rules, choices_of, detect, guidance_of, in_use, rendered, samples_of, spaced,
                    token_states)
@@ -118,13 +118,24 @@ def paired_change(before: dict[str, list[np.ndarray]], after: dict[str, list[np.
 
 def evaluate_rows(policy: Policy, seed: int = 1234, guidance: float = 1.0, samples: int | None = None) -> dict[str, list[np.ndarray]]:
     """name -> what each held-out row is worth, in parts that weigh equally (tags, or one): <task>/<tag>, <task>, <task>/held_out (pairs
-    that training never shows), and what the task measures beside its truth. guidance: of text, in drawing from text. samples: of each
-    row, where the task draws; None: as many as its evaluation takes."""
+    that training never shows), and what the task measures beside its truth; captions. guidance: of text, in drawing from text.
+    samples: of each row, where the task draws; None: as many as its evaluation takes."""
     table = {}
     for place, (name, task) in enumerate(TASKS.items()):
         if task.held_out is not None:
             table |= evaluate_task(policy, name, task, seed + place, guidance, (samples if task.draws else None) or task.samples)
-    return table
+    return table | {"captions": [captions_truth(policy, seed)]}
+
+
+def captions_truth(policy: Policy, seed: int, per_prompt: int = 4) -> np.ndarray:
+    """The share of right greedy captions, of `per_prompt` exact pictures of each held-out prompt. (prompts,)"""
+    rng, rows = np.random.default_rng(seed), TASKS["draw"].held_out(False)
+    scenes = [shapes.sample_scene(row.metadata, rng) for row in rows for _ in range(per_prompt)]
+    plan = [See(rendered(scenes)), Read([shapes.CAPTION] * len(scenes)), plain_choices().think]
+    said = texts_of(policy, sample_plan(policy, plan, seed=seed, step=0, prompts=list(range(len(scenes))), G=1))
+    meaning = shapes.spelled()
+    right = [text in meaning and shapes.satisfies(meaning[text], shapes.discrete(scene)) for text, scene in zip(said, scenes)]
+    return np.array(right, dtype=float).reshape(-1, per_prompt).mean(1)
 
 
 def evaluate_task(policy: Policy, name: str, task: Task, seed: int, guidance: float, samples: int) -> dict[str, list[np.ndarray]]:

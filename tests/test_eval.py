@@ -87,6 +87,7 @@ def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(mo
     edited = lambda m: [shapes.Object(*o) for o in m["target"]]  # noqa: E731
     scene_of = lambda m: edited(m) if "target" in m else shapes.sample_scene(m, rng, training=False)  # noqa: E731
     monkeypatch.setattr(evaluation, "answered", by_hand(scene_of))
+    monkeypatch.setattr(evaluation, "captions_truth", lambda policy, seed: np.ones(3))
     table = evaluate(None)
     assert all(mean == 1.0 for name, (mean, _) in table.items() if not name.endswith(("layout_entropy", "distance", "repaired", "spoiled")))
     assert table["reflect/repaired"][0] == table["rounds/spoiled"][0] == 0.0
@@ -95,7 +96,7 @@ def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(mo
 
 def test_the_base_is_useful_but_imperfect():
     table = evaluate(load_policy(TOY))
-    for name, low, high in (("draw", 0.25, 0.5), ("draw/position", 0.24, 0.6), ("ask", 0.6, 0.85), ("reason", 0.6, 0.85), ("choose", 0.5, 0.85),
+    for name, low, high in (("draw", 0.25, 0.5), ("draw/position", 0.24, 0.6), ("ask", 0.6, 0.85), ("captions", 0.6, 0.95), ("reason", 0.6, 0.85), ("choose", 0.5, 0.85),
                             ("choose/format", 0.3, 0.8), ("reason/format", 0.3, 0.8)):
         assert low <= table[name][0] <= high, name
 
@@ -165,6 +166,7 @@ def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
         return shapes.sample_scene(m, rng, training=False) if own else []
 
     monkeypatch.setattr(evaluation, "answered", by_hand(scene_of))
+    monkeypatch.setattr(evaluation, "captions_truth", lambda policy, seed: np.ones(3))
     table, tags = evaluate(None), [row.metadata["tag"] for row in held_out_prompts()]
     assert len({tags.count(tag) for tag in shapes.TAGS}) > 1
     for tag in shapes.TAGS:

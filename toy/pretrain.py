@@ -117,7 +117,7 @@ class Corpus:
         self.pictures = encoded(policy, rendered(pictured(captions, rng)))
         implicit = [shapes.pick(rng, shapes.implicit_prompts("train")) for _ in range(thoughts)]
         said = [shapes.wrong_thought(m, rng) if rng.random() < WRONG_THOUGHTS else m["thought"] for m in implicit]
-        meaning = {shapes.explicit(m): m for split in ("train", "eval") for m in shapes.prompts(split)}
+        meaning = shapes.spelled()
         self.implicit, self.thoughts = texts([m["prompt"] for m in implicit]), texts(said)
         self.thought_pictures = encoded(policy, rendered(pictured([meaning[t.split("</think> ")[1]] for t in said], rng)))
         asked, seen = [], []
@@ -526,7 +526,7 @@ def base_report(policy: Policy, n: int = 400, seed: int = 12) -> str:
         found = drawn(walk(Read([m["prompt"] for m in prompts]), draw))
         hits[f"draw/{tag}"] = [geneval.geneval_check(m, each)[0] for m, each in zip(prompts, found)]
     scenes = [shapes.sample_scene(m, rng) for m in asked]
-    meaning = {shapes.explicit(m): m for split in ("train", "eval") for m in shapes.prompts(split)}
+    meaning = shapes.spelled()
     captions = texts_of(policy, walk(See(rendered(scenes)), Read([shapes.CAPTION] * n), write))
     hits["captions"] = [text in meaning and shapes.satisfies(meaning[text], shapes.discrete(s)) for text, s in zip(captions, scenes)]
     edits = []

@@ -18,6 +18,7 @@ tuples" are (shape, color, row, col), of a scene by `discrete`, of detections by
 `python toy/shapes.py --out shapes.png` prints the detector's accuracy and writes a sheet of examples.
 """
 import argparse
+import functools
 import textwrap
 import time
 import zlib
@@ -360,6 +361,12 @@ def describe(scene: Scene) -> str:
     right, down = 16 * (a.col - b.col) + a.dx - b.dx, 16 * (a.row - b.row) + a.dy - b.dy
     sideways = "left of" if right < 0 else "right of"
     return f"{said[0]} {sideways if abs(right) >= abs(down) else 'above' if down < 0 else 'below'} {said[1]}"
+
+
+@functools.cache
+def spelled() -> dict[str, dict]:
+    """The toy's prompts by their explicit words."""
+    return {explicit(m): m for split in ("train", "eval") for m in prompts(split)}
 
 
 def wrong_metadata(metadata: dict, rng: Rng) -> dict:
