@@ -25,6 +25,7 @@ import numpy as np
 
 from checkpoint import write_atomic
 from run import read_log
+from terminal import say
 
 ROOT = Path(__file__).parent
 KEPT, PAGE = ROOT / "docs" / "claims", ROOT / "docs" / "claims.md"
@@ -217,6 +218,8 @@ def run_missing(names: list[str], seeds: int, out: Path, threads: int, jobs: int
     wanted = dict.fromkeys(arm for name in names for arm in CLAIMS[name].arms)
     wanted = dict.fromkeys([need for arm in wanted for need in needs_of(arm)] + list(wanted))
     todo, died = [(arm, seed) for seed in range(seeds) for arm in wanted if not finished(arm, seed, out)], []
+    if todo:
+        say(f"{len(todo)} runs of 1 to 15 minutes are missing, {jobs} at a time; a stopped call goes on where it was")
     while todo:
         ready = [(arm, seed) for arm, seed in todo if all(finished(need, seed, out) for need in needs_of(arm))]
         if not ready:

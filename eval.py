@@ -508,7 +508,9 @@ def summary(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(description="Evaluate a policy on the toy or by GenEval's rules; plot logs.", allow_abbrev=False)
-    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "refine", "rewards", "geneval", "claims"])
+    ap.add_argument("what", nargs="?", default="table", choices=["table", "plot", "refine", "rewards", "geneval", "claims"],
+                    help="truth of a policy on held-out rows; curves of logs; refinement against drawing more; each reward against the "
+                         "truth; GenEval's rules; the papers' claims")
     ap.add_argument("names", nargs="*", help="log.jsonl files to plot; claims to test, by name (all without one)")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
@@ -526,7 +528,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--seeds", type=int, default=3, help="of each arm of a claim")
     ap.add_argument("--threads", type=int, default=1, help="of each run of claims")
     ap.add_argument("--jobs", type=int, default=2, help="runs of claims beside one another")
-    ap.add_argument("--seed", type=int, default=1234)
+    ap.add_argument("--seed", type=int, default=1234, help="of held-out pictures and noise")
     ap.add_argument("--out", type=Path, help="where to write: a .json (table, refine, rewards), curves.png, a folder (geneval, claims)")
     a = ap.parse_args(argv)
     with one_line("eval.py"):

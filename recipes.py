@@ -233,7 +233,14 @@ class Config:
 def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
     """What a recipe sets at a scale, (value, whose); its part for the scale wins."""
     column = RECIPES.get(recipe, RECIPES["lvrpo"])              # the control trains what the default recipe trains
-    return {k: v for k, v in column.items() if k not in SCALES} | column.get(scale, {})
+    out = {k: v for k, v in column.items() if k not in SCALES} | column.get(scale, {})
+    known = {*TASKS, *rewards.REWARDS, *(f.name for f in fields(Config)[3:])}
+    for k, v in out.items():
+        if k not in known:
+            raise ValueError(f"recipe {recipe} sets {k}, which is no task, reward or setting")
+        if not (isinstance(v, tuple) and len(v) == 2):
+            raise ValueError(f"recipe {recipe}: {k}={v!r} must be a pair of value and source, such as (0.5, \"o\")")
+    return out
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -243,10 +250,13 @@ def parse(argv: list[str] | None = None) -> Config:
     ap.add_argument("--recipe", default="lvrpo", choices=[*RECIPES, "control", "pretrain"],
                     help="a method; or control, more pretraining; or pretrain, which makes the toy's weights")
     ap.add_argument("--scale", choices=[*SCALES], help="settings that depend on size; default: by the width of --policy")
+    flags = ["recipe", "scale", *TASKS, *rewards.REWARDS, *(f.name for f in fields(Config)[3:])]
+    if twice := [name for name in flags if flags.count(name) > 1]:
+        raise ValueError(f"--{twice[0]} is the name of two things; tasks, rewards and settings share one command line")
     for name, task in TASKS.items():
-        ap.add_argument(f"--{name}", type=int, help=task.help)
+        ap.add_argument(f"--{name}", type=int, help=task.help.replace("%", "%%"))
     for name, entry in rewards.REWARDS.items():
-        ap.add_argument(f"--{name}", type=float, help=f"weight of {entry.help}")
+        ap.add_argument(f"--{name}", type=float, help=f"weight of {entry.help.replace('%', '%%')}")
     for f in fields(Config)[3:]:
         choices = get_args(f.type)                              # of a Literal
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(choices=choices) if choices else dict(type=f.type)

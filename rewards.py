@@ -20,7 +20,9 @@ tensor([1.5000, 0.0000])
 import difflib
 import functools
 import math
+import os
 import string
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,7 +82,8 @@ class _Naming:
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception):
-            what = " ".join(f"{kind.__name__}: {error}".split())
+            what, (*_, place) = " ".join(f"{kind.__name__}: {error}".split()), traceback.extract_tb(trace)
+            what += f" ({os.path.basename(place.filename)}:{place.lineno})"
             raise RewardError(f"reward '{self.name}' failed on prompt {self.prompt!r}: {what}") from error
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -130,6 +131,8 @@ def refusals(cfg, ranks: Ranks):
         yield f.type is float and not math.isfinite(value), f"--{f.name} {value}: must be a finite number"
         yield f.type in (int, float) and least is not None and value < least, f"--{f.name} {value}: must be at least {least}"
         yield above is not None and value <= above, f"--{f.name} {value}: must be above {above}"
+        choices = get_args(f.type) if get_origin(f.type) is Literal else ()
+        yield choices and value not in choices, f"--{f.name} {value}: must be one of {', '.join(map(str, choices))}"
     used = in_use(cfg)
     yield cfg.group_size < 2, f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare"
     yield not used, f"nothing to learn from: {', '.join('--' + name for name in TASKS)} are all 0; give one rows and its file"
@@ -137,14 +140,17 @@ def refusals(cfg, ranks: Ranks):
         cuts, less = ranks.cuts(n), n // ranks.world * ranks.world
         yield n < 0, f"--{name} {n}: must be at least 0"
         yield (n and not any(cfg.weights[k] for k in rewards_of(name)) and cfg.recipe != "control",
-               f"--{name} has no reward: give one of {', '.join('--' + k for k in rewards_of(name))} a weight")
+               f"--{name} has no reward: give one of {', '.join('--' + k for k in rewards_of(name)) or 'the rewards that read its samples'}"
+               " a weight")
         yield (n and cfg.group_size % cuts, f"--{name} {n} prompts do not divide over {ranks.world} ranks; {f'{less} or ' if less else ''}"
                f"{less + ranks.world} would, or a --group_size that is a multiple of {cuts}")
         yield (n and cfg.experts == "generation" and not TASKS[name].draws,
                f"--{name} {n} rows teach the understanding expert, which --experts generation freezes; set --{name} 0")
     for k, w in cfg.weights.items():
         yield not math.isfinite(w), f"--{k} {w}: must be a finite number"
-        yield w and not any(k in rewards_of(name) for name in used), f"--{k} {w} would score nothing: {', '.join(used)} lack what it reads"
+        reads = " or ".join(" and ".join(names) for names in REWARDS[k].reads)
+        yield (w and not any(k in rewards_of(name) for name in used),
+               f"--{k} {w} would score nothing: it reads {reads}, which no sample of {', '.join(used)} has")
     begun = [name for name in used if TASKS[name].begin]
     yield ((cfg.rectify != "off" or cfg.baseline != "mean") and not begun,
            f"--rectify {cfg.rectify} --baseline {cfg.baseline} are of refinements, and no task of this run refines; see --reflect")
@@ -410,6 +416,7 @@ def set_aside(out: Path) -> None:
         folder.mkdir()
         for name in names:
             (out / name).rename(folder / name)
+        say(f"the log and the checkpoint of the run before are in {folder}")
 
 
 def differences(old: dict, new: dict) -> dict[str, list]:

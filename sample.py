@@ -516,7 +516,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--select", choices=["always", "judge", "oracle"],
                     help="what --refine keeps: the new picture (always), the better by --judge, the new one where the toy's truth says no")
     ap.add_argument("--judge", help="yes/no judge of --refine: a folder or hub name (the toy's for the toy, PaliGemma 2 for BAGEL)")
-    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--seed", type=int, default=0, help="of noise and texts")
     ap.add_argument("--n", type=int, default=8, help="samples")
     ap.add_argument("--size", type=int, help="pixels per side (32 for the toy, 1024 for BAGEL; an edit keeps the image's size)")
     ap.add_argument("--steps", type=int, help="denoising steps (10 for the toy, 49 for BAGEL)")
@@ -524,7 +524,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--guidance", type=float, help="text guidance scale (1 for the toy, 4 for BAGEL); 1 is none")
     ap.add_argument("--image_guidance", type=float, help="image guidance scale of an edit (1 for the toy, 2 for BAGEL)")
     ap.add_argument("--renorm", choices=["global", "channel", "text_channel"], help="how guided velocities are kept short")
-    ap.add_argument("--out", default="samples.png")
+    ap.add_argument("--out", default="samples.png", help="the image that is written")
     a = ap.parse_args(argv)
     with one_line("sample.py"):
         print(run(a))

@@ -3,7 +3,7 @@
 A task is one entry of TASKS: its plan (what a trajectory is made of), what its samples hold (which decides the rewards that can score
 them), its exact truth, and how its rows are drawn from the toy world or from a file. The loop, the checks before a run, the memory
 estimate, the evaluation and the plots walk the table; none of them knows a task by name. To add a task, add its entry here and give it a
-number of rows a step in a recipe of train.py, or by its flag.
+number of rows a step in a recipe of recipes.py, or by its flag.
 
 Legend: B rows of a task and step, G samples of each, N = B*G prompt-major. Pixels that the policy reads are in [-1, 1], images that
 rewards read in [0, 1].
@@ -28,7 +28,7 @@ from policy import Guidance, Policy
 from rewards import REWARDS, Samples, answer_accuracy, caption_tuples, right_option, think_format
 from sample import (LOOK, THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, sample_plan,
                     scale_of, subset, texts_of)
-from terminal import Arguments, one_line, the_device
+from terminal import Arguments, one_line, say, the_device
 from toy import shapes
 
 FIRST_DRAWN = 10**6                                             # number of a first picture that is to be refined within its group
@@ -599,6 +599,9 @@ def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
     room = getattr(cfg, task.writes) if task.writes else 0
     texts = [row["question" if task.pair == "text" else TEXT_OF[task.file]] for row in rows]
     policy.check_text(texts, room)
+    unknown = policy.tokenizer.unk_token_id                     # BAGEL's tokenizer spells every word
+    if unknown is not None and (strange := [t for t in texts if unknown in policy.tokenizer(t, add_special_tokens=False).input_ids]):
+        say(f"warning: {len(strange)} of {len(texts)} {task.file} hold words that the policy was never taught, such as {strange[0][:60]!r}")
     if task.file == "edits":
         compared = [k for k in ("sem", "kn", "dense", "recaption", "tim") if cfg.weights[k]]
         if compared and (bare := [row["instruction"] for row in rows if not str(row.get("caption") or "").strip()]):

@@ -44,8 +44,18 @@ class Terminal:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+class Defaults(argparse.HelpFormatter):
+    """Help that ends in the default, where there is one to tell."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, "", argparse.SUPPRESS) else f"{action.help} (default: %(default)s)"
+
+
 class Arguments(argparse.ArgumentParser):
     """A command line whose errors are one line."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=Defaults, **settings)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see --help\n")

@@ -362,6 +362,8 @@ def export(run: Run) -> None:
         evaluation.before_after(before, after, out / "before_after.png")
         evaluation.plot([run.log.path], out / "curves.png")
         print(evaluation.summary(run.log.path))
+    if run.ranks.rank == 0:
+        print(f"the policy is in {out / 'policy'}, its log in {run.log.path}")
 
 
 def keep(run: Run, step: int, writer: int = 0) -> None:

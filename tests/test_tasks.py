@@ -12,12 +12,13 @@ from PIL import Image
 
 import recipes
 import rewards
+import run
 import tasks
 import train
 from checkpoint import load_policy
 from sample import TOY
 from files import read_prompts, read_questions
-from tasks import by_tag
+from tasks import Source, by_tag
 from run import Ranks, check
 from recipes import parse
 
@@ -44,6 +45,7 @@ def test_a_reward_is_added_in_two_places(tmp_path, monkeypatch):
     """The page's function and row; its flag, its score in the log and its weight in the advantage follow."""
     monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
     monkeypatch.setattr(tasks, "REWARDS", rewards.REWARDS)
+    monkeypatch.setattr(run, "REWARDS", rewards.REWARDS)
     before = {*rewards.REWARDS}
     exec(snippet("A reward"), vars(rewards))
     (name,) = {*rewards.REWARDS} - before
@@ -51,7 +53,7 @@ def test_a_reward_is_added_in_two_places(tmp_path, monkeypatch):
     train.train(parse([*SMALL, "--draw", "2", "--think", "0", "--ask", "0", "--edit", "0", f"--{name}", "2", "--out", str(tmp_path)]), ALONE)
     row = records(tmp_path)[0]
     assert 0 <= row[f"draw/rewards/{name}/mean"] <= 1 and f"draw/advantage_share/{name}" in row
-    with pytest.raises(ValueError, match=f"--{name} 2.0 would score nothing: ask lack"):
+    with pytest.raises(ValueError, match=f"--{name} 2.0 would score nothing: it reads images, which no sample of ask has"):
         check(parse(["--draw", "0", "--think", "0", "--edit", "0", f"--{name}", "2"]), ALONE)
 
 
@@ -80,6 +82,33 @@ def test_a_recipe_is_added_as_one_dict(monkeypatch):
 
 
 # ---- recipes ----
+
+@pytest.mark.parametrize("sets, said", [
+    (dict(text_clip_hig=(0.3, "o")), "recipe mine sets text_clip_hig, which is no task, reward or setting"),
+    (dict(ask=(4, "o"), sem=0.5), r"recipe mine: sem=0.5 must be a pair of value and source, such as \(0.5, \"o\"\)")])
+def test_a_recipe_that_cannot_be_is_refused_in_one_line(monkeypatch, sets, said):
+    monkeypatch.setitem(recipes.RECIPES, "mine", sets)
+    with pytest.raises(ValueError, match=said):
+        parse(["--recipe", "mine"])
+
+
+def test_a_choice_is_checked_wherever_it_comes_from(monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES, "mine", dict(ask=(4, "o"), accuracy=(1.0, "o"), advantage=("grop", "o")))
+    with pytest.raises(ValueError, match="--advantage grop: must be one of group, batch, none"):
+        check(parse(["--recipe", "mine"]), Ranks(0, 1, torch.device("cpu")))
+
+
+def test_a_reward_cannot_take_a_name_that_is_taken(monkeypatch):
+    monkeypatch.setattr(rewards, "REWARDS", rewards.REWARDS | {"draw": rewards.REWARDS["ins"]})
+    with pytest.raises(ValueError, match="--draw is the name of two things"):
+        parse([])
+
+
+def test_words_that_the_policy_was_never_taught_are_said(tmp_path, capsys):
+    path = tmp_path / "p.txt"
+    path.write_text("a red circle\na dog on a skateboard\n")
+    Source(parse(["--prompts", str(path), "--draw", "2", "--think", "0", "--ins", "0"]), load_policy(TOY))
+    assert "1 of 2 prompts hold words that the policy was never taught, such as 'a dog on a skateboard'" in capsys.readouterr().err
 
 
 def test_the_readme_shows_the_recipes_as_they_are():
@@ -146,7 +175,7 @@ def plain(tmp_path_factory):
 
 def test_a_weight_that_no_task_can_use_is_refused_where_it_was_asked_for_and_dropped_where_a_recipe_has_it():
     assert parse(["--ask", "0"]).weights["accuracy"] == 0.0
-    with pytest.raises(ValueError, match="--accuracy 1.0 would score nothing: draw, think, edit lack what it reads"):
+    with pytest.raises(ValueError, match="--accuracy 1.0 would score nothing: it reads texts and answers, which no sample of draw, think, edit has"):
         check(parse(["--ask", "0", "--accuracy", "1"]), ALONE)
 
 

@@ -386,7 +386,7 @@ def test_a_failure_in_mid_run_keeps_the_steps_before_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad, words", [
     (lambda s: torch.full((len(s.prompts),), float("nan")), "reward 'sem' failed on prompt '.+nan"),
     (lambda s: torch.zeros(3, 2), "reward 'sem' failed on prompt '.+expected a float tensor"),
-    (lambda s: 1 / 0, "reward 'sem' failed on prompt '.+ZeroDivisionError")])
+    (lambda s: 1 / 0, r"reward 'sem' failed on prompt '.+ZeroDivisionError.+\(test_train.py:\d+\)")])
 def test_a_broken_reward_stops_the_run_with_its_name_and_the_prompt(tmp_path, bad, words):
     run = train.begin(small(tmp_path), ALONE)
     run.rewards["sem"] = bad
