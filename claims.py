@@ -16,7 +16,6 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,21 +381,21 @@ def last_pictures(claim: Claim, out: Path) -> dict[str, Path]:
 
 
 def told(result: dict) -> str:
-    """A claim of the README: its sentence, and the difference that decided."""
-    failed = [each for each in result["comparisons"] if each["verdict"] == result["verdict"]]
-    each = (failed or result["comparisons"])[0]
-    key = each["comparison"].split(" : ")[1]
-    return f"{result['says'].rstrip('.')} (`{result['claim']}`, {key}: {each['difference']:+.3f} ± {each['error'] or 0:.3f})"
+    """A claim in the README's table: its sentence, and the differences that decided it."""
+    decided = [each for each in result["comparisons"] if each["verdict"] == result["verdict"]]
+    moved = "; ".join(f"{each['comparison'].replace(' : ', ' in ')}: {each['difference']:+.3f} ± {each['error'] or 0:.3f}" for each in decided)
+    return f"{result['says']} ({result['paper']}; {moved})"
 
 
 def summary() -> str:
-    """The README's list: the claims that were run, by verdict, and how many were not."""
+    """The README's table: a row per verdict with its claims, and those that were not run."""
     held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(KEPT.glob("*.json"))]
-    lines = []
-    for verdict in (HOLDS, FAILS, OPEN):
-        lines += [f"- {verdict.capitalize()}: {'; '.join(told(result) for result in held if result['verdict'] == verdict)}."] \
-            if any(result["verdict"] == verdict for result in held) else []
-    return "\n".join(textwrap.fill(line, 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for line in lines)
+    by_verdict = {verdict: [told(result) for result in held if result["verdict"] == verdict] for verdict in (HOLDS, FAILS, OPEN)}
+    ran = {result["claim"] for result in held}
+    by_verdict["not run"] = [f"{claim.says} ({claim.paper})" for name, claim in CLAIMS.items() if name not in ran]
+    by_verdict["not run"] += [f"{says} ({paper}; {why})" for paper, says, why in NOT_RUN.values()]
+    rows = [f"| {verdict} | {'<br>'.join(some)} |" for verdict, some in by_verdict.items() if some]
+    return "\n".join(["| verdict | claims, and what decided |", "|---|---|", *rows])
 
 
 def listed() -> str:
