@@ -35,7 +35,7 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot tell at this size"
 DRAW = "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --steps 50"
 ASK = "--recipe lvrpo --draw 0 --think 0 --edit 0 --sem 0 --ins 0 --kn 0 --steps 60 --epochs 4"
 UNI = "--recipe unigrpo --steps 60"
-LONG = "--recipe unigrpo --draw 32 --think 0 --steps 200 --eval_every 50"
+LONG = "--recipe unigrpo --draw 32 --think 0 --steps 150 --eval_every 50"
 ALPHA = "--recipe alphagrpo --steps 60"
 REFLECT = "--recipe alphagrpo_reflect --steps 60"
 CORL = "--recipe corl --steps 50 --eval_every 50"
@@ -49,8 +49,8 @@ ARMS = {
     "draw": DRAW,
     "draw-no-ins": f"{DRAW} --ins 0",
     "draw-each": f"{DRAW} --normalise each",
-    "sem-frozen": f"{DRAW} --kn 0 --ins 0 --steps 200 --eval_every 50",
-    "sem-trained": f"{DRAW} --kn 0 --ins 0 --steps 200 --eval_every 50 --train_referee 1e-4",
+    "sem-frozen": f"{DRAW} --kn 0 --ins 0 --steps 100 --eval_every 100",
+    "sem-trained": f"{DRAW} --kn 0 --ins 0 --steps 100 --train_referee 1e-4 --eval_every 100",
     "dapo": f"{ASK} --text_average token",
     "gspo": f"{ASK} --text_average sequence --text_ratio sequence",
     "grpo": f"{ASK} --text_average sequence",
@@ -383,8 +383,8 @@ def last_pictures(claim: Claim, out: Path) -> dict[str, Path]:
 def told(result: dict) -> str:
     """A claim in the README's table: its sentence, and the differences that decided it."""
     decided = [each for each in result["comparisons"] if each["verdict"] == result["verdict"]]
-    moved = "; ".join(f"{each['comparison'].replace(' : ', ' in ')}: {each['difference']:+.3f} ± {each['error'] or 0:.3f}" for each in decided)
-    return f"{result['says']} ({result['paper']}; {moved})"
+    moved = [f"{each['comparison'].replace(' : ', ' in ')}: {each['difference']:+.3f} ± {each['error'] or 0:.3f}" for each in decided]
+    return f"{result['says']} ({'; '.join([result['paper'], *moved])})"
 
 
 def summary() -> str:
