@@ -142,8 +142,8 @@ CLAIMS = {
         ("dv-soft > base : edit", "rectify-group > base : edit")),
     "refine-beats-best": Claim(
         "AlphaGRPO", "Refinement at inference beats the best of as many new pictures.", ("refined",),
-        ("refine, judge@4", "best, judge@4", "refine, always@4", "refine, oracle@4", "best, oracle@4"),
-        ("refined > refined : refine, judge@4 - best, judge@4",)),
+        ("refine, always", "refine, judge", "best, judge", "refine, oracle", "best, oracle"),
+        ("refined > refined : refine, judge - best, judge",)),
     "shared-advantage": Claim(
         "counter-test of CoRL", "A shared advantage injects the other modality's noise.", ("unified", "pair-sum", "pair-none"),
         ("draw", "choose"), ("pair-none > unified : draw", "pair-none > unified : choose")),
@@ -239,8 +239,9 @@ def values_of(arm: str, seed: int, out: Path) -> dict:
     try:
         if (folder / "table.json").exists():
             table = json.loads((folder / "table.json").read_text(encoding="utf-8"))["table"]
-            spread = {f"{k}@{i}": pair for k, v in table.items() if isinstance(v[0], list) for i, pair in enumerate(v, 1)}
-            return {"minutes": 0.0, "steps": [0]} | {k: [v[0]] for k, v in (spread or table).items()}
+            over = {k: [mean for mean, _ in v] for k, v in table.items() if isinstance(v[0], list)}           # pictures drawn, of refine
+            pictures = list(range(1, 1 + len(next(iter(over.values()), [0]))))
+            return {"minutes": 0.0, "steps": pictures} | (over or {k: [v[0]] for k, v in table.items()})
         _, rows = read_log(folder / "log.jsonl")
         looks = [row for row in rows if row.get("eval")]
         held = {"minutes": rows[-1]["seconds"] / 60, "steps": [row["step"] for row in looks]}
@@ -348,22 +349,24 @@ def figure(result: dict, out: Path, pictures: dict[str, Path]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    keys = list(dict.fromkeys(key for arm in result["arms"].values() for key in arm["values"]))
-    lines, columns = (2 if pictures else 1), max(len(keys), len(pictures))
+    arms = result["arms"]
+    keys = list(dict.fromkeys(key for arm in arms.values() for key in arm["values"]))
+    panels = {key: [(name, arm, key) for name, arm in arms.items() if key in arm["values"]] for key in keys}
+    if len(arms) == 1:                                          # then its measures are what is compared
+        panels = {name: [(key, arm, key) for key in keys] for name, arm in arms.items()}
+    lines, columns = (2 if pictures else 1), max(len(panels), len(pictures))
     figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 3.2 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, key in zip(axes[0], keys):
-        for n, (name, arm) in enumerate(result["arms"].items()):
-            if key not in arm["values"]:
-                continue
+    for axis, (title, series) in zip(axes[0], panels.items()):
+        for n, (label, arm, key) in enumerate(series):
             each = np.array(arm["values"][key])                                                # (seeds, evaluations)
             over_steps = each.shape[1] == len(arm["steps"]) > 1
             at = np.array(arm["steps"] if over_steps else [arm["steps"][-1] + 2 * n] * each.shape[1])
-            axis.plot(at, each.mean(0), color=f"C{n}", label=name, marker="_", markersize=12)
+            axis.plot(at, each.mean(0), color=f"C{n}", label=label, marker="_", markersize=12)
             axis.plot(np.tile(at, (len(each), 1)).T, each.T, ".", color=f"C{n}", alpha=0.5)
         axis.set_axis_on()
-        axis.set(title=key, xlabel="step")
+        axis.set(title=title, xlabel="step" if len(arms) > 1 else "pictures drawn")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, fontsize=8)
     for axis, (name, path) in zip(axes[-1], pictures.items()):
@@ -381,9 +384,9 @@ def last_pictures(claim: Claim, out: Path) -> dict[str, Path]:
 
 
 def told(result: dict) -> str:
-    """A claim in the README's table: its sentence, and the differences that decided it."""
-    decided = [each for each in result["comparisons"] if each["verdict"] == result["verdict"]]
-    moved = [f"{each['comparison'].replace(' : ', ' in ')}: {each['difference']:+.3f} ± {each['error'] or 0:.3f}" for each in decided]
+    """A claim in the README's table: its sentence, and its differences."""
+    moved = [f"{each['comparison'].replace(' : ', ' in ')}: {each['difference']:+.3f} ± {each['error'] or 0:.3f}"
+             for each in result["comparisons"]]
     return f"{result['says']} ({'; '.join([result['paper'], *moved])})"
 
 
@@ -395,7 +398,7 @@ def summary() -> str:
     by_verdict["not run"] = [f"{claim.says} ({claim.paper})" for name, claim in CLAIMS.items() if name not in ran]
     by_verdict["not run"] += [f"{says} ({paper}; {why})" for paper, says, why in NOT_RUN.values()]
     rows = [f"| {verdict} | {'<br>'.join(some)} |" for verdict, some in by_verdict.items() if some]
-    return "\n".join(["| verdict | claims, and what decided |", "|---|---|", *rows])
+    return "\n".join(["| verdict | claims, with their comparisons |", "|---|---|", *rows])
 
 
 def listed() -> str:

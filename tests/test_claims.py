@@ -104,6 +104,17 @@ def test_variety_is_compared_where_both_arms_reach_the_same_truth():
     assert found["difference"] == pytest.approx(0.3)
 
 
+def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path, monkeypatch):
+    (tmp_path / "r-0").mkdir()
+    held = {"refine, judge": [[0.3, 0.1], [0.6, 0.1]], "best, judge": [[0.3, 0.1], [0.5, 0.1]]}
+    (tmp_path / "r-0" / "table.json").write_text(json.dumps({"table": held}))
+    values = claims.values_of("r", 0, tmp_path)
+    assert values["steps"] == [1, 2] and values["refine, judge"] == [0.3, 0.6]
+    assert claims.compared({"r": [values]}, "r > r : refine, judge - best, judge")["difference"] == pytest.approx(0.1)
+    (tmp_path / "r-0" / "table.json").write_text(json.dumps({"table": {"draw": [0.4, 0.02], "layout_entropy": [2.0, None]}}))
+    assert claims.values_of("r", 0, tmp_path) == {"minutes": 0.0, "steps": [1], "draw": [0.4], "layout_entropy": [2.0]}
+
+
 def test_a_claim_holds_where_all_comparisons_do_and_fails_where_one_does():
     each = lambda *verdicts: claims.verdict_of([{"verdict": v} for v in verdicts])  # noqa: E731
     assert each(claims.HOLDS, claims.HOLDS) == claims.HOLDS and each(claims.HOLDS, claims.OPEN) == claims.OPEN
