@@ -126,7 +126,8 @@ CLAIMS = {
         ("velocity > no-penalty : layout_entropy at draw", "velocity > latent-kl : layout_entropy at draw"), pictured=True),
     "ratio-norm": Claim(
         "UniGRPO, GRPO-Guard", "RatioNorm evens the ratio's spread and gains truth.", ("joint", "ratio-norm-off"),
-        ("think", "think/image/clip_ratio/region_mean"), ("joint > ratio-norm-off : think",)),
+        ("think", "think/image/ratio/std", "think/image/clip_ratio/low_mean", "think/image/clip_ratio/high_mean"),
+        ("joint > ratio-norm-off : think",)),
     "decomposed": Claim(
         "AlphaGRPO", "Decomposed questions beat one holistic question.", ("base", "holistic", "dv-soft"), ("think", "draw"),
         ("dv-soft > holistic : think",)),
@@ -296,6 +297,8 @@ def result_of(name: str, seeds: int, out: Path) -> dict:
     """What a claim's arms gave, as it is kept."""
     claim = CLAIMS[name]
     values = {arm: [values_of(arm, seed, out) for seed in range(seeds)] for arm in claim.arms}
+    if nowhere := [key for key in claim.measures if not any(key in runs[0] for runs in values.values())]:
+        raise ValueError(f"{name}: no arm holds {nowhere[0]}; delete the arms' folders in {out}, and they are run again")
     told = {arm: {"command": " ".join(["python", *commands(arm, 0, Path("out/claims"))[-1]]).replace(" --resume", ""),
                   "minutes": [round(each["minutes"], 1) for each in runs], "steps": runs[0]["steps"],
                   "values": {key: [[round(x, 4) for x in each[key]] for each in runs] for key in claim.measures if key in runs[0]}}
