@@ -315,8 +315,8 @@ def page() -> str:
              "What the papers say, run again on the toy: `python eval.py claims NAME --seeds 3 --threads 1 --jobs 2`. Each difference is",
              "paired by seed, its error is the standard error over seeds. A comparison holds above two errors and fails below minus two; a",
              "claim holds where all its comparisons do, and does not hold where one fails. The arms are shorter than the recipes' runs.",
-             "Nothing is tuned per arm. What is measured is held-out truth, or what the key says; `x at y` compares x where both arms first",
-             "reach the same y.", "", "| claim | paper | verdict |",
+             "Nothing is tuned per arm. What is measured is held-out truth, or what the key says; `x at y` compares x where both arms",
+             "first reach the same y.", "", "| claim | paper | verdict |",
              "|---|---|---|"]
     lines += [f"| [{name}](#{name}): {claim.says} | {claim.paper} | {held[name]['verdict'] if name in held else 'not run'} |"
               for name, claim in CLAIMS.items()]
