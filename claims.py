@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,13 +203,14 @@ def run_arm(arm: str, seed: int, out: Path, threads: int) -> str:
     """Make an arm; returns "" or, in one line, why it died."""
     folder = folder_of(arm, seed, out)
     folder.mkdir(parents=True, exist_ok=True)
-    env = dict(os.environ, OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="passive")
+    began, env = time.monotonic(), dict(os.environ, OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="passive")
     for command in commands(arm, seed, out):
         with open(folder / "output.txt", "a", encoding="utf-8") as told:
             code = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, stdout=told, stderr=told).returncode
         if code:
             last = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing was said"]
             return f"{arm}, seed {seed}: {last[-1][:200]} (exit {code}); see {folder / 'output.txt'}"
+    write_atomic(folder / "minutes.txt", f"{(time.monotonic() - began) / 60:.1f}".encode())           # of what has no log
     write_atomic(folder / "done.txt", ARMS[arm].encode())
     return ""
 
@@ -242,7 +244,8 @@ def values_of(arm: str, seed: int, out: Path) -> dict:
             table = json.loads((folder / "table.json").read_text(encoding="utf-8"))["table"]
             over = {k: [mean for mean, _ in v] for k, v in table.items() if isinstance(v[0], list)}           # pictures drawn, of refine
             pictures = list(range(1, 1 + len(next(iter(over.values()), [0]))))
-            return {"minutes": 0.0, "steps": pictures} | (over or {k: [v[0]] for k, v in table.items()})
+            minutes = float((folder / "minutes.txt").read_text(encoding="utf-8"))
+            return {"minutes": minutes, "steps": pictures} | (over or {k: [v[0]] for k, v in table.items()})
         _, rows = read_log(folder / "log.jsonl")
         looks = [row for row in rows if row.get("eval")]
         held = {"minutes": rows[-1]["seconds"] / 60, "steps": [row["step"] for row in looks]}

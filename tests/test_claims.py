@@ -106,13 +106,14 @@ def test_variety_is_compared_where_both_arms_reach_the_same_truth():
 
 def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path, monkeypatch):
     (tmp_path / "r-0").mkdir()
+    (tmp_path / "r-0" / "minutes.txt").write_text("1.5")
     held = {"refine, judge": [[0.3, 0.1], [0.6, 0.1]], "best, judge": [[0.3, 0.1], [0.5, 0.1]]}
     (tmp_path / "r-0" / "table.json").write_text(json.dumps({"table": held}))
     values = claims.values_of("r", 0, tmp_path)
     assert values["steps"] == [1, 2] and values["refine, judge"] == [0.3, 0.6]
     assert claims.compared({"r": [values]}, "r > r : refine, judge - best, judge")["difference"] == pytest.approx(0.1)
     (tmp_path / "r-0" / "table.json").write_text(json.dumps({"table": {"draw": [0.4, 0.02], "layout_entropy": [2.0, None]}}))
-    assert claims.values_of("r", 0, tmp_path) == {"minutes": 0.0, "steps": [1], "draw": [0.4], "layout_entropy": [2.0]}
+    assert claims.values_of("r", 0, tmp_path) == {"minutes": 1.5, "steps": [1], "draw": [0.4], "layout_entropy": [2.0]}
 
 
 def test_a_claim_holds_where_all_comparisons_do_and_fails_where_one_does():
