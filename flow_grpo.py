@@ -385,10 +385,13 @@ def flow_grpo_loss(
 def flow_loss_stats(ratio: Tensor, log_ratio: Tensor, adv: Tensor, *, low: float, high: float) -> dict[str, Tensor]:
     """Diagnostics over samples and steps, detached, TRL's names where it has one.  ratio, log_ratio (N, S), adv (N, 1)
     "clip_ratio/{low,high}_mean": fraction whose gradient the clip removes, on the side that adv favours; "ratio/{mean,std}", std
-    with divisor N*S; "ratio/step_{mean,std}" (S,): per step; "approx_kl": mean log_ratio^2 / 2 of the plain ratio, within 20 nats."""
+    with divisor N*S; "ratio/step_{mean,std}", "clip_ratio/step_mean" (S,): per step; "approx_kl": mean log_ratio^2 / 2 of the plain
+    ratio, within 20 nats."""
+    below, above = (ratio < 1 - low) & (adv < 0), (ratio > 1 + high) & (adv > 0)  # (N, S)
     return {
-        "clip_ratio/low_mean": ((ratio < 1 - low) & (adv < 0)).float().mean(),
-        "clip_ratio/high_mean": ((ratio > 1 + high) & (adv > 0)).float().mean(),
+        "clip_ratio/low_mean": below.float().mean(),
+        "clip_ratio/high_mean": above.float().mean(),
+        "clip_ratio/step_mean": (below | above).float().mean(0),
         "ratio/mean": ratio.mean(),
         "ratio/std": ratio.std(correction=0),
         "ratio/step_mean": ratio.mean(0),

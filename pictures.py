@@ -114,6 +114,13 @@ def read_picture(path: str, policy: Policy, square: bool = False) -> tuple[Tenso
     return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
 
 
+def texture(images: Tensor) -> dict[str, Tensor]:
+    """What pixels are like, of images (N, 3, H, W) in [0, 1], (N,) each in [0, 1]: saturation, the mean range of a pixel's channels;
+    roughness, the mean step between neighbouring pixels. Both rise where a policy games a reward by glaring colours, noise or a grid."""
+    across, down = images.diff(dim=3).abs().mean((1, 2, 3)), images.diff(dim=2).abs().mean((1, 2, 3))
+    return {"saturation": (images.amax(1) - images.amin(1)).mean((1, 2)), "roughness": (across + down) / 2}
+
+
 def to_bytes(images: Tensor) -> np.ndarray:
     """(N, 3, H, W) in [0, 1] -> uint8 (N, H, W, 3), rounded."""
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

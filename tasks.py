@@ -23,7 +23,7 @@ import flow_grpo
 import questions
 from files import READERS, TEXT_OF
 from geneval import geneval_check
-from pictures import read_picture, to_bytes
+from pictures import read_picture, texture, to_bytes
 from policy import Guidance, Policy
 from rewards import REWARDS, Samples, answer_accuracy, caption_tuples, right_option, think_format
 from sample import (LOOK, THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, sample_plan,
@@ -317,7 +317,8 @@ def answer_truth(samples: Samples, found: list | None) -> Tensor:
 
 
 def variety(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
-    return shapes.diversity(to_bytes(samples.images), found, G)
+    look = {f"draw/{k}": v.view(-1, G).mean(1).tolist() for k, v in texture(samples.images).items()}           # (prompts,) each
+    return shapes.diversity(to_bytes(samples.images), found, G) | look
 
 
 def right_thoughts(rows: list[Row], samples: Samples, found: list, G: int) -> dict:

@@ -170,13 +170,21 @@ def segment_loss(scored, reference, adv: Tensor, totals: dict, cfg: Config) -> t
             scored.logp, s.logp, adv, s.chosen, total=totals["text"], per=cfg.text_average, level=cfg.text_ratio, low=cfg.text_clip,
             high=cfg.text_clip_high or cfg.text_clip, delta=cfg.text_delta or None, beta=cfg.text_beta,
             logp_ref=None if reference is None else reference.logp, bias_correction_kl=cfg.kl_correction)
-        return cfg.text_weight * loss, {f"text/{k}": float(v) for k, v in stats.items()}
+        return cfg.text_weight * loss, as_numbers("text", stats)
     weights = flow_grpo.step_weights(s.flow.times, s.flow.window, normalise=True) if cfg.step_weights else None
     loss, stats = flow_grpo.flow_grpo_loss(
         scored.flow, s.flow, adv, total=totals["image"], low=cfg.image_clip, high=cfg.image_clip_high or cfg.image_clip,
         ratio_norm=cfg.ratio_norm, weights=weights, reference=None if reference is None else reference.flow, kl_beta=cfg.image_beta,
         mse_weight=cfg.mse_weight, mse_reduce=cfg.mse_reduce)
-    return cfg.image_weight * loss, {f"image/{k}": float(v) for k, v in stats.items() if v.ndim == 0}
+    return cfg.image_weight * loss, as_numbers("image", stats)
+
+
+def as_numbers(kind: str, stats: dict[str, Tensor]) -> dict[str, float]:
+    """A loss's statistics as they are logged: kind/name, and kind/name/0, kind/name/1, ... of what is known per noisy step."""
+    out = {}
+    for k, v in stats.items():
+        out |= {f"{kind}/{k}/{i}": x for i, x in enumerate(v.tolist())} if v.ndim else {f"{kind}/{k}": v.item()}
+    return out
 
 
 def update_phase(policy: Policy, frozen: Policy | None, optimizer, work: list[tuple[Batch, Rollout, Tensor]], cfg: Config,

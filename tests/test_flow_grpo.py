@@ -668,7 +668,8 @@ def test_the_stats_are_means_over_samples_and_steps_without_gradient():
         assert stats["ratio/step_mean"][w].item() == pytest.approx(sum(column) / 6, rel=1e-5)
         spread = math.sqrt(sum((r - sum(column) / 6) ** 2 for r in column) / 6)
         assert stats["ratio/step_std"][w].item() == pytest.approx(spread, rel=1e-2)
-    assert set(stats) == {*expected, "ratio/step_mean", "ratio/step_std"}
+    assert stats["clip_ratio/step_mean"].mean().item() == pytest.approx(low + high) and stats["clip_ratio/step_mean"].shape == (3,)
+    assert set(stats) == {*expected, "ratio/step_mean", "ratio/step_std", "clip_ratio/step_mean"}
     assert not any(value.requires_grad for value in stats.values())
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from checkpoint import load_policy
-from pictures import as_shown, fit_image, fit_size, open_picture, read_picture, save_grid, to_tensor
+from pictures import as_shown, fit_image, fit_size, open_picture, read_picture, save_grid, texture, to_tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(8, 0)                         # dark left, bright right
@@ -334,3 +334,11 @@ def test_a_grid_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="grid.png could not be written"):
         save_grid(torch.rand(1, 3, 8, 8), str(tmp_path / "grid.png"), columns=1)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [old]
+
+
+def test_texture_tells_grey_from_glaring_and_smooth_from_rough():
+    grey = torch.full((3, 8, 8), 0.7)
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 8, 8)
+    board = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).float().expand(3, 8, 8)
+    seen = texture(torch.stack([grey, red, board]))
+    assert seen["saturation"].tolist() == [0.0, 1.0, 0.0] and seen["roughness"].tolist() == [0.0, 0.0, 1.0]

@@ -105,7 +105,8 @@ def test_a_run_leaves_the_reference_and_the_referees_alone(tmp_path):
 
 def test_adapters_train_against_the_policy_without_them(tmp_path):
     train.train(small(tmp_path, "--lora", 4, "--epochs", 1, "--steps", 2, "--lr_generation", 1e-2), ALONE)
-    log = records(tmp_path)
+    log, noisy = records(tmp_path), [f"draw/image/ratio/step_std/{n}" for n in range(3)]
+    assert all(log[2][k] > 0 for k in noisy) and "draw/image/ratio/step_std/3" not in log[2]
     assert log[1]["draw/image/velocity_mse"] == 0 and log[2]["draw/image/velocity_mse"] > 0
     assert all(".A" in k or ".B" in k for k in checkpoint(tmp_path) if k.startswith("policy."))
     assert load_policy(tmp_path / "policy").embed.weight.shape == load_policy(parse([]).policy).embed.weight.shape
