@@ -1,6 +1,7 @@
 """Claims: two arms of two steps through the whole path, the rule of verdicts, what is damaged or died, and the page."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -25,9 +26,8 @@ def test_every_arm_is_a_command_that_parses_and_every_claim_names_arms_that_are(
     assert len(claims.CLAIMS) >= 14
     for claim in claims.CLAIMS.values():
         assert set(claim.arms) <= claims.ARMS.keys()
-        for comparison in claim.compares:
-            a, sign, b = comparison.split(" : ")[0].split()
-            assert {a, b} <= set(claim.arms) and sign in (">", "~")
+        for a, sign, b, first, second, by in map(claims.parts_of, claim.compares):
+            assert {a, b} <= set(claim.arms) and sign in (">", "~") and {first, second, by or first} <= set(claim.measures)
     for arm in claims.ARMS:
         assert set(claims.needs_of(arm)) <= claims.ARMS.keys()
         for program, *flags in claims.commands(arm, 0, evaluation.Path("out/claims")):
@@ -35,11 +35,21 @@ def test_every_arm_is_a_command_that_parses_and_every_claim_names_arms_that_are(
                 check(parse(flags), Ranks(0, 1, torch.device("cpu")))
 
 
+def test_a_claim_is_added_in_two_places(monkeypatch):
+    monkeypatch.setattr(claims, "ARMS", dict(claims.ARMS))
+    monkeypatch.setattr(claims, "CLAIMS", dict(claims.CLAIMS))
+    exec(re.search(r"^\*\*A claim\*\*.*?```python\n(.*?)```", (claims.ROOT / "docs" / "adding.md").read_text(encoding="utf-8"), re.M | re.S)[1],
+         vars(claims))
+    assert "kn-helps" in claims.listed() and "The judge alone is not enough." in claims.listed()
+    (command,) = claims.commands("draw-kn", 0, evaluation.Path("out/claims"))
+    check(parse(command[1:]), Ranks(0, 1, torch.device("cpu")))
+
+
 def test_two_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(small, tmp_path, monkeypatch):
     out, kept = tmp_path / "runs", tmp_path / "kept"
     monkeypatch.setattr(claims, "KEPT", kept)
     told = claims.main(["rules"], 1, 1, 2, out, kept, write_page=False)
-    assert told.startswith("rules: cannot tell") and "a > b : draw" in told and "died" not in told
+    assert told.startswith("rules: cannot tell") and "a > b in draw" in told and "± ?" in told and "died" not in told
     result = json.loads((kept / "rules.json").read_text())
     assert result["arms"]["a"]["command"].startswith("python train.py --recipe lvrpo") and len(result["arms"]["b"]["values"]["draw"]) == 1
     assert result["arms"]["a"]["steps"] == [0, 2] and len(result["arms"]["a"]["values"]["loss"][0]) == 2
@@ -49,6 +59,9 @@ def test_two_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(sma
     with monkeypatch.context() as changed:                      # an arm that means something else is another arm
         changed.setitem(claims.ARMS, "a", TWO + " --seed 5")
         assert not claims.finished("a", 0, out.resolve()) and claims.finished("b", 0, out.resolve())
+    (kept / "rules.json").write_text((kept / "rules.json").read_text().replace('"seeds": 1', '"seeds": 3'))
+    with pytest.raises(ValueError, match="rules.json holds 3 seeds; give --seeds 3 or more, or delete it"):
+        claims.main(["rules"], 1, 1, 2, out, kept, write_page=False)
     log = out / "a-0" / "log.jsonl"
     log.write_text("{}\n")
     with pytest.raises(ValueError, match="a-0 is damaged .* delete it, and it is run again"):
@@ -67,6 +80,25 @@ def test_a_run_that_dies_is_one_line_and_is_run_again_on_request(small, tmp_path
         assert "rules: not all arms are there" in told and "died: b, seed 0: --group_size 1: a group needs 2 (exit 1)" in told
         assert "died: c, seed 0: waits for what died" in told
     assert len(started) == 4                                    # a and b, twice
+
+
+def test_a_run_goes_on_only_where_it_was_begun_with_the_same_flags(small, tmp_path, monkeypatch):
+    """Its own, or those of the arms that it starts from."""
+    for arm in "abc":
+        (tmp_path / f"{arm}-0").mkdir()
+        (tmp_path / f"{arm}-0" / "checkpoint.safetensors").touch()
+        for name in ("begun.txt", "done.txt"):
+            (tmp_path / f"{arm}-0" / name).write_text(claims.meaning(arm))
+    goes_on = lambda: ["--resume" in claims.commands(arm, 0, tmp_path)[0] for arm in "abc"]  # noqa: E731
+    assert goes_on() == [True] * 3 and all(claims.finished(arm, 0, tmp_path) for arm in "abc")
+    monkeypatch.setitem(claims.ARMS, "a", f"{TWO} --kn 1")
+    assert goes_on() == [claims.finished(arm, 0, tmp_path) for arm in "abc"] == [False, True, False]
+
+
+def test_a_comparison_is_told_as_people_say_it():
+    assert claims.told_comparison("a > b : draw") == "a > b in draw"
+    assert claims.told_comparison("a > b : variety at draw") == "a > b in variety at equal draw"
+    assert claims.told_comparison("a > a : refine, judge - best, judge") == "refine, judge > best, judge"
 
 
 def test_numbers_that_cannot_work_are_refused(small, tmp_path):
@@ -104,6 +136,18 @@ def test_variety_is_compared_where_both_arms_reach_the_same_truth():
     assert found["difference"] == pytest.approx(0.3)
 
 
+def test_an_evaluation_that_one_seed_alone_has_is_left_out():
+    stopped = {"minutes": 2.0, "steps": [0, 37, 50], "draw": [0.1, 0.2, 0.3]}
+    whole = {"minutes": 1.0, "steps": [0, 50], "draw": [0.1, 0.4]}
+    assert claims.at_common_steps([stopped, whole]) == [{"minutes": 2.0, "steps": [0, 50], "draw": [0.1, 0.3]}, whole]
+
+
+def test_unevenness_over_noisy_steps_is_their_spread_over_their_mean():
+    held = {"std/0": [1.0, 2.0], "std/1": [3.0, 2.0], "std": [9.0, 9.0], "other/0": [5.0, 5.0]}
+    assert claims.uneven(held, "std") == [0.5, 0.0]
+    assert claims.uneven({"clipped/0": [0.0], "clipped/1": [0.0]}, "clipped") == [0.0]
+
+
 def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path, monkeypatch):
     (tmp_path / "r-0").mkdir()
     (tmp_path / "r-0" / "minutes.txt").write_text("1.5")
@@ -130,7 +174,8 @@ def test_the_page_is_what_the_kept_results_say():
         claim = claims.CLAIMS[path.stem]
         assert held["claim"] == path.stem and tuple(held["arms"]) == claim.arms and held["says"] == claim.says and held["seeds"] >= 3
         assert held["verdict"] == claims.verdict_of(held["comparisons"])
+        assert tuple(each["comparison"] for each in held["comparisons"]) == claim.compares
+        assert {key for result in held["arms"].values() for key in result["values"]} == set(claim.measures)
         for arm, result in held["arms"].items():
-            expected = " ".join(["python", *claims.commands(arm, 0, evaluation.Path("out/claims"))[-1]])
-            assert result["command"] == expected.replace(" --resume", ""), arm
+            assert result["command"] == claims.command_of(arm), arm
 
