@@ -212,8 +212,8 @@ CLAIMS = {
         ("unified", "unified-longer", "image-alone", "refined-image", "refined-merged"), ("draw", "choose"),
         ("refined-image > unified-longer : draw", "refined-image > image-alone : draw", "refined-merged > unified-longer : draw",
          "refined-merged > unified-longer : choose"),
-        "unified-longer and image-alone have as many steps as the two stages of refined-image together; refined-merged is made from 50 "
-        "steps more, of multiple choice."),
+        "The second stage adds to the first, but less than as many steps more of the first would (unified-longer, image-alone). "
+        "refined-merged is made from 50 steps of multiple choice besides."),
     "no-guidance": Claim(
         "UniGRPO", "Training without guidance loses nothing under guidance.", ("plain-then-guided", "guided-then-guided"),
         ("think", "draw"), ("plain-then-guided ~ guided-then-guided : think", "plain-then-guided ~ guided-then-guided : draw")),
