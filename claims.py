@@ -125,7 +125,7 @@ CLAIMS = {
         "LVRPO", "A referee that learns beside the policy is fooled; a frozen one is needed.", ("sem-frozen", "sem-trained"),
         ("draw", "draw/rewards/sem/mean", "layout_entropy", "pairwise_distance", "draw/saturation", "draw/roughness"),
         ("sem-frozen > sem-trained : draw", "sem-trained > sem-frozen : draw/rewards/sem/mean"),
-        "With either referee truth stops rising after 100 steps while layouts become alike; with the one that learns, truth falls in one "
+        "With either referee mean truth stops rising after 100 steps while layouts become alike; with the one that learns, it falls in one "
         "seed of three. It learns by SigLIP's own contrastive loss, so its cosines have a level of their own.", pictured=True),
     "full-rewards": Claim(
         "LVRPO", "Rewards of drawings alone cost understanding, the full set helps it.", ("base", "generation-only", "draw-all", "full"),
@@ -133,7 +133,7 @@ CLAIMS = {
         ("base > generation-only : ask", "base > generation-only : choose", "draw-all > generation-only : ask", "full > base : ask",
          "full > base : choose", "full > base : captions"),
         "generation-only draws for r_sem and r_ins; draw-all adds r_kn; full also answers, thinks and edits, for all rewards. Drawing "
-        "alone costs a few answers of a thousand; full gains in open questions, which it trains, and nowhere else."),
+        "alone costs a few answers of a thousand; of understanding, full gains in open questions, which it trains, and in nothing else."),
     "ins-teaches-space": Claim(
         "LVRPO", "Gains in space come from r_ins.", ("base", "draw-no-ins", "draw-all"), ("draw/position", "draw"),
         ("draw-all > draw-no-ins : draw/position",),
@@ -155,9 +155,9 @@ CLAIMS = {
         "UniGRPO", "The velocity penalty holds variety where nothing or a latent KL does not.", ("velocity", "no-penalty", "latent-kl"),
         ("draw", "draw/reward", "layout_entropy", "pairwise_distance", "draw/saturation", "draw/roughness"),
         tuple(f"velocity > {other} : {key} at draw/reward" for key in ("layout_entropy", "draw") for other in ("no-penalty", "latent-kl")),
-        "Without a penalty layouts become alike and pixels rougher; the latent KL, at lvrpo's weight, holds variety as well as the "
-        "velocity penalty. UniGRPO's own ablation is about a hacked preference model; r_ins cannot be hacked that way, since the truth "
-        "uses the same rules.", pictured=True),
+        "Without a penalty layouts become alike and pixels rougher; between the latent KL, at lvrpo's weight, and the velocity penalty no "
+        "difference can be told. UniGRPO's own ablation is about a hacked preference model; r_ins cannot be hacked that way, since the "
+        "truth uses the same rules.", pictured=True),
     "ratio-norm": Claim(
         "UniGRPO, GRPO-Guard", "RatioNorm evens the ratio's spread over the noisy steps.", ("joint", "ratio-norm-off"),
         ("think", *(f"think/image/{name}/{n}" for name in ("ratio/step_mean", "ratio/step_std", "clip_ratio/step_mean") for n in range(3)),
@@ -212,7 +212,7 @@ CLAIMS = {
         ("unified", "unified-longer", "image-alone", "refined-image", "refined-merged"), ("draw", "choose"),
         ("refined-image > unified-longer : draw", "refined-image > image-alone : draw", "refined-merged > unified-longer : draw",
          "refined-merged > unified-longer : choose"),
-        "The second stage adds to the first, but less than as many steps more of the first would (unified-longer, image-alone). "
+        "The second stage adds to the first, but one stage of as many steps (unified-longer, image-alone) draws no worse. "
         "refined-merged is made from 50 steps of multiple choice besides."),
     "no-guidance": Claim(
         "UniGRPO", "Training without guidance loses nothing under guidance.", ("plain-then-guided", "guided-then-guided"),
