@@ -63,6 +63,13 @@ class PolicyConfig:
         return (self.llm.get("rope_parameters") or {}).get("rope_theta", 10000.0) if theta is None else theta
 
     @property
+    def scale(self) -> str:
+        """The column of a scale table for a policy of this width: everything from 1024 on is BAGEL's."""
+        if not isinstance(self.llm["hidden_size"], int):
+            raise ValueError(f"hidden_size {self.llm['hidden_size']!r} in llm_config.json: must be a whole number")
+        return "bagel" if self.llm["hidden_size"] >= 1024 else "toy"
+
+    @property
     def queries_per_key(self) -> int:
         """H / kv heads."""
         return self.llm["num_attention_heads"] // self.llm["num_key_value_heads"]

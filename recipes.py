@@ -5,18 +5,24 @@ and the flags, of which the later wins.
 """
 
 import argparse
+import math
+import os
 import textwrap
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
+
+import torch
 
 import rewards
-from checkpoint import read_json
-from sample import scale_of
-from tasks import TASKS, rewards_of
-from terminal import Arguments
+from policy import PolicyConfig
+from rewards import REWARDS
+from support.disk import read_json
+from support.run import Ranks
+from support.terminal import Arguments
+from tasks import TASKS, in_use, rewards_of
 
-TOY = Path(__file__).parent / "toy"
+WORLD = Path(__file__).parent / "toy"
 
 
 # What each method sets, at both scales or (toy=, bagel=) at one; the rest is the scale's or Config's default. Behind a value stands whose
@@ -116,15 +122,15 @@ class Config:
     recipe: str
     rows: dict[str, int] = field(default_factory=dict)          # task -> rows a step, a flag each
     weights: dict[str, float] = field(default_factory=dict)     # reward -> weight, a flag each
-    policy: str = option(str(TOY / "policy"), "the policy folder to start from")
+    policy: str = option(str(WORLD / "policy"), "the policy folder to start from")
     prompts: str = option("", "prompts: .jsonl with \"prompt\" (and GenEval's fields), or .txt; without any file: the toy world")
     questions: str = option("", "questions: .jsonl with \"image\" (a path), \"question\", \"answer\"")
     pairs: str = option("", "pairs: .jsonl with \"image\", \"caption\", \"question\", \"answer\", perhaps \"options\"")
-    siglip: str = option(str(TOY / "siglip"), "SigLIP of r_sem, r_dense: a folder or hub name for transformers, or open_clip (hf-hub:...)")
+    siglip: str = option(str(WORLD / "siglip"), "SigLIP of r_sem, r_dense: a folder or hub name for transformers, or open_clip (hf-hub:...)")
     edits: str = option("", "edits: .jsonl with \"image\", \"instruction\", perhaps \"caption\", GenEval's fields, questions")
-    dv: str = option("", "questions of prompts for --dvreward: .jsonl of python tasks.py decompose; else by rule from GenEval's fields")
-    judge: str = option(str(TOY / "judge"), "yes/no judge of r_kn and DVReward: a folder or hub name")
-    captioner: str = option(str(TOY / "captioner"), "BLIP captioner of --recaption: a folder or hub name")
+    dv: str = option("", "questions of prompts for --dvreward: .jsonl of python -m referees.questions; else by rule from GenEval's fields")
+    judge: str = option(str(WORLD / "judge"), "yes/no judge of r_kn and DVReward: a folder or hub name")
+    captioner: str = option(str(WORLD / "captioner"), "BLIP captioner of --recaption: a folder or hub name")
     pref_model: str = option("", "preference model of --pref: a folder or hub name")
     pref_by: Literal["pickscore", "hpsv2", "hpsv3", "unified"] = option("pickscore", "how --pref_model is read")
     text_encoder: str = option("google-bert/bert-base-uncased", "encoder of --recaption_by bertscore: a folder or hub name")
@@ -263,9 +269,9 @@ def parse(argv: list[str] | None = None) -> Config:
         ap.add_argument(f"--{f.name}", help=f.metadata["help"], **kind)
     given = {k: v for k, v in vars(ap.parse_args(argv)).items() if v is not None}
     if given["recipe"] == "pretrain":
-        given.setdefault("out", str(TOY))
+        given.setdefault("out", str(WORLD))
     sizes = Path(given.get("policy", Config.policy)) / "llm_config.json"
-    scale = given.pop("scale", None) or scale_of(read_json(sizes, {}).get("hidden_size", 0))
+    scale = given.pop("scale", None) or PolicyConfig(read_json(sizes, {"hidden_size": 0}), {}).scale
     files = any(given.get(task.file) for task in TASKS.values())       # then a task without data is left out unless it is asked for
     without = {name: 0 for name, task in TASKS.items() if files and not given.get(task.file)}
     chosen = SCALES[scale] | {k: value for k, (value, _) in settings_of(given["recipe"], scale).items()} | without | given
@@ -298,3 +304,80 @@ def recipe_table(scale: str) -> str:
     rows = [[f"`{k}`", *(cell(recipe, k) for recipe in RECIPES)] for k in names if k not in alone]
     lines = [["switch", *RECIPES], ["---"] * (1 + len(RECIPES)), *rows, ["alone", *own]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- what cannot work ----
+
+
+def refusals(cfg, ranks: Ranks):
+    """(whether it is so, what is said of it), one by one: a refusal may presume that those above it are not so."""
+    for f in fields(cfg):
+        value, least, above = getattr(cfg, f.name), f.metadata.get("least"), f.metadata.get("above")
+        yield f.type is float and not math.isfinite(value), f"--{f.name} {value}: must be a finite number"
+        yield f.type in (int, float) and least is not None and value < least, f"--{f.name} {value}: must be at least {least}"
+        yield above is not None and value <= above, f"--{f.name} {value}: must be above {above}"
+        choices = get_args(f.type) if get_origin(f.type) is Literal else ()
+        yield choices and value not in choices, f"--{f.name} {value}: must be one of {', '.join(map(str, choices))}"
+    used = in_use(cfg)
+    yield cfg.group_size < 2, f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare"
+    yield not used, f"nothing to learn from: {', '.join('--' + name for name in TASKS)} are all 0; give one rows and its file"
+    for name, n in cfg.rows.items():
+        cuts, less = ranks.cuts(n), n // ranks.world * ranks.world
+        yield n < 0, f"--{name} {n}: must be at least 0"
+        yield (n and not any(cfg.weights[k] for k in rewards_of(name)) and cfg.recipe != "control",
+               f"--{name} has no reward: give one of {', '.join('--' + k for k in rewards_of(name)) or 'the rewards that read its samples'}"
+               " a weight")
+        yield (n and cfg.group_size % cuts, f"--{name} {n} prompts do not divide over {ranks.world} ranks; {f'{less} or ' if less else ''}"
+               f"{less + ranks.world} would, or a --group_size that is a multiple of {cuts}")
+        yield (n and cfg.experts == "generation" and not TASKS[name].draws,
+               f"--{name} {n} rows teach the understanding expert, which --experts generation freezes; set --{name} 0")
+    for k, w in cfg.weights.items():
+        yield not math.isfinite(w), f"--{k} {w}: must be a finite number"
+        reads = " or ".join(" and ".join(names) for names in REWARDS[k].reads)
+        yield (w and not any(k in rewards_of(name) for name in used),
+               f"--{k} {w} would score nothing: it reads {reads}, which no sample of {', '.join(used)} has")
+    begun = [name for name in used if TASKS[name].begin]
+    yield ((cfg.rectify != "off" or cfg.baseline != "mean") and not begun,
+           f"--rectify {cfg.rectify} --baseline {cfg.baseline} are of refinements, and no task of this run refines; see --reflect")
+    yield (bool(begun) and cfg.normalise == "each",
+           f"--normalise each compares no refinement with its first image; set --{', --'.join(begun)} 0")
+    yield cfg.initial > 1 and not begun, f"--initial {cfg.initial} is of first pictures that are refined; see --reflect"
+    looks = begun or any(TASKS[name].rounds > 1 for name in used)
+    yield cfg.instruction != "neutral" and not looks, f"--instruction {cfg.instruction} is of tasks that look at a picture; see --reflect"
+    asks = cfg.weights["dvreward"] or cfg.weights["tifa"]
+    yield bool(cfg.dv) and not asks, f"--dv {cfg.dv} is of --dvreward and --tifa, of which none has a weight"
+    yield cfg.image_guidance > 1 and cfg.guidance <= 1, f"--image_guidance {cfg.image_guidance:g} acts under --guidance above 1 alone"
+    yield (cfg.train_referee and not (cfg.weights["sem"] or cfg.weights["dense"]),
+           f"--train_referee {cfg.train_referee} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
+    yield unknown_device(cfg.referee_device), f"--referee_device {cfg.referee_device}: no such device here; use cpu or cuda:N"
+    yield cfg.train_referee and cfg.shard, "--train_referee keeps the SigLIP whole on every rank and does not go with --shard"
+    yield cfg.train_referee and cfg.referee_bf16, "--train_referee trains in fp32; give --no-referee_bf16"
+    halves = [name for name in used if TASKS[name].pair]
+    yield (len({cfg.rows[name] for name in halves}) > 1,
+           " and ".join(f"--{name} {cfg.rows[name]}" for name in halves) + " are halves of the same rows; give both one number, or one 0")
+    yield (cfg.guidance_in == "sampling" and cfg.ratio_norm,
+           "--ratio_norm compares means with those of the policy that drew; it does not go with --guidance_in sampling")
+    yield cfg.shard and "RANK" not in os.environ, "--shard cuts the policy over ranks; start with torchrun"
+    own = (Path(cfg.out) / "policy").resolve()
+    yield Path(cfg.policy).resolve() == own, f"--policy {cfg.policy} is where this run would write its own policy; give another --out"
+    yield cfg.sampler == "cps" and cfg.noise_level >= 2, f"--noise_level {cfg.noise_level}: must be below 2 for cps, else std is 0"
+    yield cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, which would never move"
+    yield (cfg.normalise == "each" and cfg.advantage != "group",
+           f"--advantage {cfg.advantage} has no effect where --normalise each divides each reward by its group's std; leave one out")
+    last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
+    yield (not cfg.window_low + cfg.window <= cfg.window_high <= last,
+           f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in {last} noisy steps")
+
+
+def unknown_device(name: str) -> bool:
+    """Whether a device is named that is not here."""
+    kind, _, number = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    return bool(name) and not (kind in ("cpu", "cuda") and (not number or number.isdigit()) and int(number or 0) < count)
+
+
+def check(cfg, ranks: Ranks) -> None:
+    """ValueError, in one line, for what cannot work, before anything is loaded."""
+    for wrong, why in refusals(cfg, ranks):
+        if wrong:
+            raise ValueError(why)

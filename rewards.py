@@ -18,7 +18,6 @@ tensor([1.5000, 0.0000])
 """
 
 import difflib
-import functools
 import math
 import os
 import string
@@ -66,7 +65,7 @@ class Samples:
 Reward = Callable[[Samples], Tensor]
 
 
-class RewardError(RuntimeError):
+class RewardError(ValueError):
     """A reward could not be computed; one line with its name and a prompt."""
 
 
@@ -228,6 +227,27 @@ class Semantic:
         return (images * self.encoder.embed_texts(distinct)[rows]).sum(-1).clamp(-1, 1)       # (N,)
 
 
+@dataclass
+class Instruction:
+    """r_ins: do the objects of the drawn image keep the rules of the prompt's metadata? [LVRPO Sec. 3.2, Eq. 7]
+
+    detector(images (N, 3, H, W), metadata) -> N lists of detections; worth(metadata, detections) -> a number in [0, 1], such as
+    referees.geneval.graded, the mean over clauses of the fraction satisfied.
+    Gamed by whatever fools the detector; graded also by leaving objects out, since a blank image keeps every exclude clause.
+
+    Differs: LVRPO's detector and how its rules combine are not confirmed; several ways are offered.
+    """
+
+    detector: Callable[[Tensor, list[dict]], list[list[dict]]]
+    worth: Callable[[dict, list[dict]], float]
+
+    def __call__(self, samples) -> Tensor:
+        found = self.detector(samples.need("images"), samples.metadata)
+        if len(found) != len(samples.prompts):
+            raise ValueError(f"the detector returned {len(found)} lists for {len(samples.prompts)} images")
+        return torch.tensor([self.worth(*row) for row in zip(samples.metadata, found)])
+
+
 def key_phrases(prompt: str, metadata: dict) -> list[str]:
     """The things a prompt names: "red circle" per include clause, or without clauses the prompt's content words."""
     clauses = metadata.get("include", [])
@@ -387,63 +407,6 @@ class Preference:
 
 # ---- cycle consistency and token matching [CoRL] ----
 
-RELATIONS = ("above", "below", "left of", "right of")
-COUNTED = {"a": "1", "an": "1", "the": "1", **NUMBERS, "1": "1", "2": "2", "3": "3", "4": "4"}
-SMALLER = {"right of": "left of", "below": "above"}             # a relation and the one that says it with the two sides exchanged
-
-
-def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
-    """What a caption of countable things says, as SPICE takes it apart: (object,), (object, attribute or number), (object, relation,
-    object). "two red circles above a square" gives {(circle,), (circle, red), (circle, 2), (square,), (square, above, circle) turned}.
-
-    By rule: phrases of article or number, adjectives and a noun, joined by "and", commas or one of RELATIONS, perhaps behind "a photo of".
-    "right of" and "below" are turned round. A second phrase of the same noun gets a place of its own. ValueError for other captions;
-    strict=False, for what a captioner wrote: a phrase that no rule reads is one thing by its own name, and of several relations none holds.
-    """
-    words = caption.lower().replace(",", " and ").rstrip(" .").split()
-    if words[2:3] == ["of"] and words[1] in ("photo", "picture", "drawing", "image"):
-        words = words[3:]
-    text = " ".join(words)
-    links = [link for link in RELATIONS for _ in range(text.count(f" {link} "))]
-    parts = text.split(f" {links[0]} ") if links else [text]
-    if len(links) > 1 and strict:
-        raise ValueError(f"the caption {caption!r} has several relations, which no rule reads; use --recaption_by jaccard or bertscore")
-    if len(links) > 1:
-        parts, links = [functools.reduce(lambda said, link: said.replace(f" {link} ", " and "), links, text)], []
-    out, names = set(), []
-    for part in parts:
-        names.append([])
-        for phrase in part.split(" and "):
-            name, facts = _phrase(phrase.split(), caption, strict)
-            while (name,) in out:
-                name += "'"
-            names[-1].append(name)
-            out |= {(name,), *((name, fact) for fact in facts)}
-    if links:
-        a, b, link = names[0][-1], names[1][0], links[0]
-        out.add((b, SMALLER[link], a) if link in SMALLER else (a, link, b))
-    return out
-
-
-def _phrase(words: list[str], caption: str, strict: bool) -> tuple[str, list[str]]:
-    """The noun, in the singular, and the attributes of "two red circles"; one of a thing is no attribute."""
-    if (len(words) < 2 or words[0] not in COUNTED) and not strict:
-        return " ".join(words), []
-    if len(words) < 2 or words[0] not in COUNTED:
-        raise ValueError(f"the caption {caption!r} has phrases unlike 'two red circles', which no rule reads; use --recaption_by jaccard "
-                         "or bertscore")
-    number = COUNTED[words[0]]
-    noun = words[-1] if number == "1" else words[-1].removesuffix("s")
-    return noun, words[1:-1] + ([number] if number != "1" else [])
-
-
-def tuple_f1(prompt: str, caption: str) -> float:
-    """F1 of the caption_tuples of a prompt and a captioner's caption, in [0, 1]: SPICE without its parser and its synonyms. What no rule
-    reads in the caption is one more thing that the prompt does not say; in the prompt it is an error."""
-    first, second = caption_tuples(prompt), caption_tuples(caption, strict=False)
-    return 2 * len(first & second) / (len(first) + len(second))
-
-
 def token_f1(a: Tensor, a_mask: Tensor, b: Tensor, b_mask: Tensor) -> Tensor:
     """BERTScore's F1 of token states (N, La, D) and (N, Lb, D) under their masks: (N,) in [-1, 1]. Greedy maxima of the cosine, no idf."""
     recall, precision = _best_matches(a, a_mask, b, b_mask)
@@ -470,16 +433,11 @@ class Recaption:
     Gamed by pictures that the captioner misreads; jaccard also by any picture whose caption shares the small words.
     """
 
-    captioner: object                                           # with captions(images): referees.Captioner
-    how: str = "tuples"
-    encoder: object = None                                      # of "bertscore", with states(texts): referees.TextEncoder
+    captioner: object                                           # with captions(images): referees.captioner.Captioner
+    score: Callable[[list[str], list[str]], Tensor]             # (prompts, captions) -> (N,) in [0, 1]
 
     def __call__(self, samples: Samples) -> Tensor:
-        captions = self.captioner.captions(samples.need("images"))
-        if self.how == "bertscore":
-            return token_f1(*self.encoder.states(samples.prompts), *self.encoder.states(captions)).clamp(0, 1)
-        score_of = {"tuples": tuple_f1, "jaccard": soft_jaccard}[self.how]
-        return torch.tensor([score_of(prompt, caption) for prompt, caption in zip(samples.prompts, captions)])
+        return self.score(samples.prompts, self.captioner.captions(samples.need("images")))
 
 
 def structural_similarity(a: Tensor, b: Tensor, *, window: int = 11, sigma: float = 1.5) -> Tensor:
@@ -544,35 +502,26 @@ class TokenMatch:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of REWARDS: the help of the flag of its weight, the fields of Samples that it reads (one of these sets), how it is built."""
+    """A row of REWARDS: the help of the flag of its weight, and the fields of Samples that it reads (one of these sets)."""
 
     help: str
     reads: tuple[tuple[str, ...], ...]
-    build: Callable[..., Reward]                                # from models.Models
-    loads: str = ""                                             # the settings that name the models that it asks
 
 
-# The sum of a task's rewards adds them in this order. To add a reward, write its function and its row.
+# The sum of a task's rewards adds them in this order. To add a reward, write its function, its row, and its line in
+# referees/build.py.
 REWARDS = {
-    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", (("images",),), lambda m: Semantic(m.encoder), "siglip"),
-    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (("images",), ("sources", "texts")), lambda m: Knowledge(m.judge), "judge"),
-    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (("images",),), lambda m: Dense(m.patches), "siglip"),
-    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (("images",),), lambda m: m.rules,
-                 "detector colors"),
-    "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),),
-                      lambda m: functools.partial(answer_accuracy, graded=m.cfg.open_answers == "graded")),
+    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", (("images",),)),
+    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (("images",), ("sources", "texts"))),
+    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (("images",),)),
+    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (("images",),)),
+    "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),)),
     "format": Entry("think tags of a thought before an image [AlphaGRPO], think and answer tags of an answer [CoRL]",
-                    (("texts", "formats"),), lambda m: think_format),
-    "recaption": Entry("r_cycle, text half: a caption of the image against the prompt [CoRL]", (("images",),),
-                       lambda m: Recaption(m.captioner, m.cfg.recaption_by, m.text_encoder), "captioner"),
-    "likeness": Entry("r_cycle, image half: the image against the row's real one [CoRL]", (("images", "reals"),),
-                      lambda m: Likeness(m.cfg.likeness_by, m.distance)),
-    "dvreward": Entry("DVReward, yes/no questions about the image, one fact each [AlphaGRPO]", (("images",),),
-                      lambda m: Decomposed(m.judge, m.questions, m.cfg.dv_by), "judge"),
-    "tifa": Entry("Soft-TIFA, the judge's probability of the expected answer to each atom [GenEval 2]", (("images",),),
-                  lambda m: SoftTifa(m.judge, m.questions, m.cfg.tifa_by), "judge"),
-    "pref": Entry("a preference model's score of image and prompt [UniGRPO's terminal reward]", (("images",),),
-                  lambda m: Preference(m.preference), "pref_model"),
-    "tim": Entry("R_TIM, token matching of image and prompt in the policy's own states [CoRL]", (("images",),),
-                 lambda m: TokenMatch(m.states)),
+                    (("texts", "formats"),)),
+    "recaption": Entry("r_cycle, text half: a caption of the image against the prompt [CoRL]", (("images",),)),
+    "likeness": Entry("r_cycle, image half: the image against the row's real one [CoRL]", (("images", "reals"),)),
+    "dvreward": Entry("DVReward, yes/no questions about the image, one fact each [AlphaGRPO]", (("images",),)),
+    "tifa": Entry("Soft-TIFA, the judge's probability of the expected answer to each atom [GenEval 2]", (("images",),)),
+    "pref": Entry("a preference model's score of image and prompt [UniGRPO's terminal reward]", (("images",),)),
+    "tim": Entry("R_TIM, token matching of image and prompt in the policy's own states [CoRL]", (("images",),)),
 }

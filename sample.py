@@ -15,14 +15,11 @@ Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M lat
     python sample.py "a red circle and a blue square" --n 8                     # draws a grid into samples.png
     python sample.py "as many circles as a triangle has sides" --think          # writes a thought first
     python sample.py "a blue circle" --n 1 --out one.png && python sample.py "what color is the circle ?" --question one.png
-    python sample.py "three red squares" --refine 3 --select judge              # looks at what it drew and draws it again
     python sample.py "make the sky red" --edit photo.png --policy BAGEL-7B-MoT  # draws an image changed
 """
 
 import argparse
-import io
 import math
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,15 +29,11 @@ import torch
 from torch import Tensor
 
 import flow_grpo
-from checkpoint import load_policy, write_atomic
-from geneval import geneval_check
 from grpo import token_logp
-from pictures import fit_size, read_picture, save_grid, to_bytes
 from policy import Guidance, Policy, guided_velocity
-from referees import load_judge
-from rewards import Knowledge, Samples
-from terminal import Arguments, one_line, the_device, utf8
-from toy import shapes
+from support.checkpoint import load_policy
+from support.pictures import fit_size, read_picture, save_grid
+from support.terminal import Arguments, one_line, the_device, utf8
 
 TOY = Path(__file__).parent / "toy" / "policy"
 # The system prompts that BAGEL was trained with for thinking before an answer and before an image.
@@ -50,17 +43,6 @@ THINK_TO_ANSWER = ("You should first think about the reasoning process in the mi
 THINK_TO_DRAW = ("You should first think about the planning process in the mind and then generate the image. \n"
                  "The planning process is enclosed within <think> </think> tags, i.e. "
                  "<think> planning process here </think> image here")
-
-# Behind an image that is to be refined, by scale. "failed" says of every picture that it failed, as AlphaGRPO's code does.
-LOOK = {
-    "toy": {"neutral": f"{{prompt}} , {shapes.LOOK_AGAIN}", "failed": f"{{prompt}} , {shapes.FAILED}"},
-    "bagel": {
-        "neutral": "The image above was made for this prompt: \"{prompt}\"\nCompare it with the prompt. Say what does not match and how to "
-                   "change it, or that nothing needs to change. Then draw the image that the prompt asks for.",
-        "failed": "The image above was made for this prompt: \"{prompt}\"\nThe attempt failed. Reflect on what went wrong, write an "
-                  "instruction that corrects it, and draw the image again."},
-}
-
 
 # ---- the plan of a trajectory ----
 
@@ -449,41 +431,6 @@ def refine(policy: Policy, prompts: list[str], rounds: int, select: str, value: 
     return out
 
 
-def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
-    """What `refine` selects by: the toy's truth for "oracle", else the judge's yes to "is this <prompt> ?"."""
-    if select == "oracle":
-        known = {m["prompt"]: m for split in ("train", "eval") for m in (*shapes.prompts(split), *shapes.implicit_prompts(split))}
-        if strange := [prompt for prompt in prompts if prompt not in known]:
-            raise ValueError("--select oracle asks the toy's exact detector, which knows the toy's prompts alone, not "
-                             f"{strange[0][:60]!r}; use --select judge")
-        return lambda images: torch.tensor([float(geneval_check(known[prompt], found)[0])
-                                            for prompt, found in zip(prompts, shapes.detect(to_bytes(images)))])
-    knowledge = Knowledge(load_judge(judge, device=device))
-    return lambda images: knowledge(Samples(prompts, [{}] * len(prompts), images=images)).cpu()
-
-
-def save_rounds(rounds: list[Round], select: str, path: str) -> None:
-    """A PNG of every sample's rounds, a row each: what was drawn, what was written before it, its value, and whether it was kept."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    count = len(rounds[0].drawn)
-    figure, axes = plt.subplots(count, len(rounds), figsize=(2.6 * len(rounds), 2.7 * count), squeeze=False, layout="constrained")
-    for k, each in enumerate(rounds):
-        for n, image in enumerate(to_bytes(each.drawn)):
-            kept = torch.equal(each.drawn[n], each.kept[n])
-            axis, told = axes[n, k], each.texts[n] if each.texts else ""
-            axis.imshow(image, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.set_title("\n".join(textwrap.wrap(told, 36)[:4]), fontsize=7, parse_math=False)
-            named = "right" if select == "oracle" else "judge"
-            axis.set_xlabel(f"round {k}: {'kept' if kept else 'not kept'}, {named} {each.worth[n]:.2f}", fontsize=7)
-    held = io.BytesIO()
-    figure.savefig(held, dpi=120, format="png")
-    plt.close(figure)
-    write_atomic(Path(path), held.getvalue())
-
-
 # ---- the command line ----
 
 
@@ -497,13 +444,6 @@ SAMPLING = {
 }
 
 
-def scale_of(width: int) -> str:
-    """The column of a scale table for a policy of this width: everything from 1024 on is BAGEL's."""
-    if not isinstance(width, int):
-        raise ValueError(f"hidden_size {width!r} in llm_config.json: must be a whole number")
-    return "bagel" if width >= 1024 else "toy"
-
-
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(description="Prompt in, PNG grid or answer out.", allow_abbrev=False)
     ap.add_argument("prompt", help="what to draw, what to ask about --question, or how to change --edit")
@@ -512,10 +452,6 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--think", action="store_true", help="write a thought first")
     ap.add_argument("--question", metavar="IMAGE", help="answer the prompt about this image instead of drawing")
     ap.add_argument("--edit", metavar="IMAGE", help="draw this image changed as the prompt says")
-    ap.add_argument("--refine", type=int, metavar="K", help="look at what was drawn and draw again, K times; shows every round")
-    ap.add_argument("--select", choices=["always", "judge", "oracle"],
-                    help="what --refine keeps: the new picture (always), the better by --judge, the new one where the toy's truth says no")
-    ap.add_argument("--judge", help="yes/no judge of --refine: a folder or hub name (the toy's for the toy, PaliGemma 2 for BAGEL)")
     ap.add_argument("--seed", type=int, default=0, help="of noise and texts")
     ap.add_argument("--n", type=int, default=8, help="samples")
     ap.add_argument("--size", type=int, help="pixels per side (32 for the toy, 1024 for BAGEL; an edit keeps the image's size)")
@@ -532,28 +468,21 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(a: argparse.Namespace) -> str:
     """Carry out a parsed command line; returns what to print."""
-    for name, low in dict(n=1, steps=1, size=1, refine=1, seed=0, temperature=0.0, guidance=0.0, image_guidance=0.0).items():
+    for name, low in dict(n=1, steps=1, size=1, seed=0, temperature=0.0, guidance=0.0, image_guidance=0.0).items():
         if (value := getattr(a, name)) is not None and not (math.isfinite(value) and value >= low):
             raise ValueError(f"--{name} {value}: must be a finite number of at least {low:g}")
     if not a.question and (not Path(a.out).parent.is_dir() or Path(a.out).suffix.lower() != ".png"):
         raise ValueError(f"--out {a.out}: must be a .png file in a folder that exists")
     if a.question and a.edit:
         raise ValueError("--question answers and --edit draws; give one of them")
-    if not a.refine and (a.select or a.judge):
-        raise ValueError("--select and --judge are of --refine; give it, or leave them out")
-    a.select = a.select or "always"
-    if a.refine and (a.question or a.edit):
-        raise ValueError("--refine draws the prompt and looks at what it drew; give it without --question and --edit")
     policy, prompt = load_policy(a.policy, device=the_device(), adapter=a.adapter), utf8(a.prompt)
-    scale = SAMPLING[scale_of(policy.config.llm["hidden_size"])]
+    scale = SAMPLING[policy.config.scale]
     system = [Read([THINK_TO_ANSWER if a.question else THINK_TO_DRAW])] if scale["system_prompt"] and a.think else []
     write = Write(scale["tokens"], a.temperature)
     if a.question:
         pixels, _ = read_picture(a.question, policy)
         plan = [*system, See(pixels[None]), Read([prompt]), write]
         return "\n".join(texts_of(policy, sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n if a.temperature else 1)))
-    if a.refine:
-        return refined(policy, prompt, scale, write, a)
     guidance, size, seen = scale["edit" if a.edit else "guidance"], (a.size or scale["size"],) * 2, []
     asked = dict(text_scale=a.guidance, image_scale=a.image_guidance, renorm=a.renorm)
     guidance = replace(guidance, **{k: v for k, v in asked.items() if v is not None})
@@ -565,21 +494,6 @@ def run(a: argparse.Namespace) -> str:
     r = sample_plan(policy, plan, seed=a.seed, step=0, prompts=[0], G=a.n, guidance=guidance if guidance.text_scale > 1 else None)
     save_grid(images_of(policy, r), a.out, columns=min(a.n, 8), zoom=scale["zoom"])
     return "\n".join([*dict.fromkeys(texts_of(policy, r) or []), f"{a.n} images in {a.out}"])
-
-
-def refined(policy: Policy, prompt: str, scale: dict, write: Write, a: argparse.Namespace) -> str:
-    """What --refine does: n samples of one prompt, K rounds each, as one picture."""
-    draw = Draw((a.size or scale["size"],) * 2, flow_grpo.time_grid(a.steps or scale["steps"], scale["shift"]))
-    asked = dict(text_scale=a.guidance, image_scale=a.image_guidance, renorm=a.renorm)
-    both = [replace(scale[which], **{k: v for k, v in asked.items() if v is not None}) for which in ("guidance", "edit")]
-    prompts = [prompt] * a.n
-    rounds = refine(policy, prompts, a.refine, a.select, value_of(a.select, prompts, a.judge or scale["judge"], policy.device),
-                    [write, draw] if a.think else [draw], [write, draw], look=LOOK[scale_of(policy.config.llm["hidden_size"])]["neutral"],
-                    seed=a.seed, guidance=tuple(g if g.text_scale > 1 else None for g in both), system=scale["system_prompt"])
-    save_rounds(rounds, a.select, a.out)
-    told = [f"round {k}: mean {each.value.mean():.3f}" for k, each in enumerate(rounds)]
-    return "\n".join([f"selected by {a.select}; {'truth' if a.select == 'oracle' else 'judge'}: " + ", ".join(told),
-                      f"{a.n} samples in {a.out}"])
 
 
 if __name__ == "__main__":

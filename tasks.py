@@ -10,175 +10,40 @@ rewards read in [0, 1].
 """
 
 import functools
-import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import flow_grpo
-import questions
-from files import READERS, TEXT_OF
-from geneval import geneval_check
-from pictures import read_picture, texture, to_bytes
 from policy import Guidance, Policy
-from rewards import REWARDS, Samples, answer_accuracy, caption_tuples, right_option, think_format
-from sample import (LOOK, THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read, chosen_texts, images_of, sample_plan,
-                    scale_of, subset, texts_of)
-from terminal import Arguments, one_line, say, the_device
+from referees.captions import caption_tuples
+from referees.questions import Questions, with_questions
+from rewards import REWARDS, Samples
+from sample import (THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read,
+    chosen_texts, images_of, sample_plan, subset, texts_of)
+from support.pictures import to_bytes
+from support.rows import (READERS, TEXT_OF, Pool, Row, asked_of, by_tag, captioned, check_rules,
+    edits_of_file, of_file, prompts_of_file)
+from support.terminal import say
+from toy.world import (KINDS, answer_truth, before, choice_question, detect, drawn_truth,
+    edit_parts, edit_truth, held_out_choices, held_out_edits, held_out_prompts,
+    held_out_questions, held_out_reasons, held_out_riddles, kept_tags, open_question,
+    right_diagnoses, right_thoughts, toy_edit, toy_pair, toy_rows, variety)
 from toy import shapes
 
+# Behind an image that is to be refined, by scale. "failed" says of every picture that it failed, as AlphaGRPO's code does.
+LOOK = {
+    "toy": {"neutral": f"{{prompt}} , {shapes.LOOK_AGAIN}", "failed": f"{{prompt}} , {shapes.FAILED}"},
+    "bagel": {
+        "neutral": "The image above was made for this prompt: \"{prompt}\"\nCompare it with the prompt. Say what does not match and how to "
+                   "change it, or that nothing needs to change. Then draw the image that the prompt asks for.",
+        "failed": "The image above was made for this prompt: \"{prompt}\"\nThe attempt failed. Reflect on what went wrong, write an "
+                  "instruction that corrects it, and draw the image again."},
+}
+
 FIRST_DRAWN = 10**6                                             # number of a first picture that is to be refined within its group
-SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards; judges squash to such a square anyway
-
-
-# ---- rows ----
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing that is asked, wherever it comes from."""
-
-    text: str                                                   # the prompt or the question
-    metadata: dict                                              # GenEval format: tag, include, exclude
-    pixels: Tensor | None = None                                # (3, H, W) the given image as the policy reads it
-    source: Tensor | None = None                                # (3, H, W) the given image as rewards read it
-    answer: str | None = None
-    options: list[str] | None = None                            # of a multiple-choice question
-    real: Tensor | None = None                                  # (3, H, W) the real image of a prompt, as rewards read it
-    full: Tensor | None = None                                  # (3, H, W) in [-1, 1] the given image as the autoencoder reads it
-    wanted: str = ""                                            # a caption of the edited image, which rewards read in place of the text
-
-
-Pool = Callable[[tuple, int, range], list[Row]]                 # (random key, rows of the whole step, which of them) -> those rows
-
-
-def prompt_row(metadata: dict) -> Row:
-    return Row(metadata["prompt"], metadata)
-
-
-def by_tag(prompts: list[dict]) -> Pool:
-    """Tags drawn alike, however many prompts each has, then one prompt of the tag."""
-    tagged: dict[str, list] = {}
-    for m in prompts:
-        tagged.setdefault(m.get("tag", ""), []).append(m)
-    groups = list(tagged.values())
-
-    def draw(key: tuple, count: int, mine: range) -> list[Row]:
-        rng = np.random.default_rng(key)
-        turns = rng.permutation(count * len(groups))[:count] % len(groups)
-        rows = [prompt_row(shapes.pick(rng, groups[turn])) for turn in turns]
-        return [rows[i] for i in mine]
-    return draw
-
-
-def question_row(scene: shapes.Scene, question: dict) -> Row:
-    pixels = rendered([scene])[0]
-    return Row(question["question"], {"tag": question["kind"], "include": []}, pixels, pixels * 0.5 + 0.5, question["answer"],
-               question.get("options"))
-
-
-def toy_rows(make: Callable[[np.random.Generator], Row]) -> Pool:
-    """Rows of the toy world, each made from (key, number of the row) by itself."""
-    def draw(key: tuple, count: int, mine: range) -> list[Row]:
-        return [make(np.random.default_rng((*key, i))) for i in mine]
-    return draw
-
-
-def open_question(rng: np.random.Generator) -> Row:
-    scene = shapes.random_scene(rng)
-    return question_row(scene, shapes.make_question(scene, rng))
-
-
-def choice_question(rng: np.random.Generator) -> Row:
-    scene = shapes.random_scene(rng)
-    return question_row(scene, shapes.make_choice(shapes.make_question(scene, rng), rng))
-
-
-def edit_row(scene: shapes.Scene, edit: dict) -> Row:
-    """An edit of shapes.make_edit; its tag is the verb: make, remove or add."""
-    pixels = rendered([scene])[0]
-    both = {"source": shapes.discrete(scene), "target": shapes.discrete(edit["target"])}
-    return Row(edit["instruction"], edit["metadata"] | both | {"tag": edit["instruction"].split()[0]}, pixels, pixels * 0.5 + 0.5,
-               full=pixels, wanted=shapes.describe(edit["target"]))
-
-
-def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
-    while True:
-        scene = shapes.random_scene(rng, split)
-        if any((o.color, o.shape) in shapes.HELD_OUT for o in scene):
-            continue
-        try:
-            return edit_row(scene, shapes.make_edit(scene, rng))
-        except ValueError:                                      # nothing in it can be named or added
-            continue
-
-
-def prompts_of_file(rows: list[dict], policy: Policy) -> Pool:
-    return by_tag(rows)
-
-
-def edits_of_file(rows: list[dict], policy: Policy) -> Pool:
-    """Edits, their images cut to the square in the middle, since one batch of noisy steps has one size."""
-    def read(row: dict) -> Row:
-        pixels, full = read_picture(row["image"], policy, square=True)
-        return Row(row["instruction"], row, pixels, for_rewards(full), full=full, wanted=row.get("caption", ""))
-    return of_file(rows, read)
-
-
-@functools.cache
-def train_prompts() -> dict[str, list[dict]]:
-    return {tag: [m for m in shapes.prompts("train") if m["tag"] == tag] for tag in shapes.TAGS}
-
-
-def toy_pair(rng: np.random.Generator) -> tuple[Row, Row]:
-    """A prompt with a real picture of it, tags alike, and a question about that picture, open or with options."""
-    metadata = shapes.pick(rng, train_prompts()[shapes.pick(rng, shapes.TAGS)])
-    scene = shapes.sample_scene(metadata, rng)
-    question = shapes.make_question(scene, rng)
-    asked = question_row(scene, shapes.make_choice(question, rng) if rng.random() < 0.5 else question)
-    return Row(metadata["prompt"], metadata, real=asked.source), asked
-
-
-def of_file(rows: list[dict], read: Callable[[dict], Row]) -> Pool:
-    """Rows of a file, without repetition in a step where it has enough; images are read when they are drawn."""
-    def draw(key: tuple, count: int, mine: range) -> list[Row]:
-        drawn = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
-        return [read(rows[drawn[i]]) for i in mine]
-    return draw
-
-
-def for_rewards(pixels: Tensor) -> Tensor:
-    return F.interpolate(pixels[None] * 0.5 + 0.5, SOURCE_SIZE, mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-def asked_of(row: dict, policy: Policy, options: bool) -> Row:
-    """A row of a file of questions or pairs as a question, with its options where they are asked for and it has some."""
-    pixels, _ = read_picture(row["image"], policy)
-    listed = row.get("options") if options else None
-    text = row["question"] if not listed else f"{row['question']} {lettered(listed)}"
-    answer = row["answer"] if listed or not row.get("options") else row["options"][right_option(row["answer"], row["options"])]
-    return Row(text, {"tag": row.get("kind", ""), "include": []}, pixels, for_rewards(pixels), answer, listed)
-
-
-def captioned(row: dict, policy: Policy) -> Row:
-    """A row of a file of pairs as a prompt with its real image."""
-    return Row(row["caption"], {"tag": "", "include": [], **row}, real=for_rewards(read_picture(row["image"], policy)[0]))
-
-
-def lettered(options: list[str]) -> str:
-    """"(a) red (b) blue"."""
-    return " ".join(f"({string.ascii_lowercase[i]}) {option}" for i, option in enumerate(options))
-
-
-def rendered(scenes: list[shapes.Scene]) -> Tensor:
-    """Scenes as the policy reads their pictures: (N, 3, 32, 32) in [-1, 1]."""
-    return torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
-
-
 # ---- what a task is ----
 
 
@@ -277,112 +142,7 @@ def first_drawn(policy: Policy, rows: list[Row], choices: Choices, *, seed: int,
     return [replace(row, pixels=p, full=image, source=image * 0.5 + 0.5) for row, p, image in zip(rows, seen, images)], least
 
 
-def drawn_truth(samples: Samples, found: list | None) -> Tensor | None:
-    """1 where GenEval's checker passes what the detector found; unknown without a detector."""
-    if found is None:
-        return None
-    return torch.tensor([float(geneval_check(m, each)[0]) for m, each in zip(samples.metadata, found)])
-
-
-def edit_parts(samples: Samples, found: list, detector) -> dict[str, Tensor]:
-    both = [shapes.edited(m["source"], m["target"], shapes.read(each)) for m, each in zip(samples.metadata, found)]
-    return {"changed": torch.tensor([float(changed) for changed, _ in both]), "kept": torch.tensor([float(kept) for _, kept in both])}
-
-
-def edit_truth(samples: Samples, found: list | None) -> Tensor | None:
-    """1 where the asked change is there and everything else is as it was."""
-    if found is None:
-        return None
-    parts = edit_parts(samples, found, None)
-    return parts["changed"] * parts["kept"]
-
-
-def before(images: str):
-    """What was true of the picture that was refined, and what the refinement made of it."""
-    def parts(samples: Samples, found: list, detector) -> dict[str, Tensor]:
-        first, last = drawn_truth(samples, detector(getattr(samples, images))), drawn_truth(samples, found)
-        return {"initial": first, "repaired": (1 - first) * last, "spoiled": first * (1 - last)}
-    return parts
-
-
-def right_diagnoses(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
-    """Whether the diagnosis names the first thing that is wrong with the picture, or that nothing is."""
-    seen = [shapes.read(each) for each in detect(samples.sources)]
-    said = [f"<think> {shapes.critique(m, objects)} </think> {shapes.explicit(m)}" for m, objects in zip(samples.metadata, seen)]
-    return {"diagnosis": [float(np.mean([a == b for a, b in zip(samples.texts[i:i + G], said[i:i + G])])) for i in range(0, len(said), G)]}
-
-
-def answer_truth(samples: Samples, found: list | None) -> Tensor:
-    return answer_accuracy(samples)
-
-
-def variety(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
-    look = {f"draw/{k}": v.view(-1, G).mean(1).tolist() for k, v in texture(samples.images).items()}           # (prompts,) each
-    return shapes.diversity(to_bytes(samples.images), found, G) | look
-
-
-def right_thoughts(rows: list[Row], samples: Samples, found: list, G: int) -> dict:
-    return {"thought": [float(text == row.metadata["thought"]) for text, row in zip(samples.texts[::G], rows)]}
-
-
-def kept_tags(name: str):
-    return lambda rows, samples, found, G: {name: think_format(samples)[::G].tolist()}
-
-
 # ---- what an evaluation asks ----
-
-PROMPTS_PER_TAG, THOUGHTS, QUESTIONS, EDITS = 32, 96, 1000, 200
-KINDS = ("count", "color", "shape", "exists", "relation")
-
-
-def spaced(rows: list, n: int) -> list:
-    """n rows evenly spaced in the list; all where it has fewer."""
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
-
-
-def held_out_prompts(pairs: bool = False) -> list[Row]:
-    """Evaluation prompts, none of which is trained on: at most PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training
-    (3, 6, 9, 15, 32, 32), or, pairs=True, as many of all tags together that name a pair that training never shows.
-
-    Training has another phrasing of the same meaning, but for three in ten of position and nearly half of color_attr."""
-    pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
-    chosen = spaced(pool, PROMPTS_PER_TAG) if pairs else \
-        [m for tag in shapes.TAGS for m in spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
-    return list(map(prompt_row, chosen))
-
-
-def held_out_riddles(pairs: bool = False) -> list[Row]:
-    """Implicit prompts of the evaluation; there are none of pairs that training never shows."""
-    if pairs:
-        return []
-    return list(map(prompt_row, spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], THOUGHTS)))
-
-
-def held_out_questions(pairs: bool = False, seed: int = 7, choice: bool = False) -> list[Row]:
-    """QUESTIONS scenes that training never asks about, one question each, kinds in turn; with pairs=True half as many, each with a
-    (colour, shape) pair that training never shows. choice: half as many of either, with lettered options."""
-    rng, rows = np.random.default_rng(seed), []
-    while len(rows) < QUESTIONS // (1 + pairs) // (1 + choice):
-        kind, scene = KINDS[len(rows) % len(KINDS)], shapes.random_scene(rng, "eval")
-        if any((o.color, o.shape) in shapes.HELD_OUT for o in scene) == pairs and kind in shapes.question_kinds(scene):
-            question = shapes.make_question(scene, rng, kind, training=False)
-            rows.append(question_row(scene, shapes.make_choice(question, rng) if choice else question))
-    return rows
-
-
-def held_out_choices(pairs: bool = False) -> list[Row]:
-    return [] if pairs else held_out_questions(seed=8, choice=True)
-
-
-def held_out_reasons(pairs: bool = False) -> list[Row]:
-    return [] if pairs else held_out_questions(seed=9)[:QUESTIONS // 2]
-
-
-def held_out_edits(pairs: bool = False, seed: int = 10) -> list[Row]:
-    """EDITS scenes that training never shows, one edit each."""
-    rng = np.random.default_rng(seed)
-    return [] if pairs else [toy_edit(rng, "eval") for _ in range(EDITS)]
-
 
 # The order decides random keys: a new task goes to the end.
 ASKED, REASONED = ("sources", "texts", "answers"), ("sources", "texts", "answers", "options", "formats")
@@ -474,12 +234,12 @@ class Source:
         # Truth and r_ins of one batch share one detection.
         self.detector = functools.lru_cache(maxsize=1)(detect) if toy else None
         self.evaluated = toy                                    # whether there are held-out rows with a known truth
-        self.look = LOOK[scale_of(policy.config.llm["hidden_size"])][cfg.instruction]
-        self.questions = questions.Questions(cfg.dv, toy)
+        self.look = LOOK[policy.config.scale][cfg.instruction]
+        self.questions = Questions(cfg.dv, toy)
         if any(TASKS[name].draws for name in in_use(cfg)):
             check_resolution(cfg.resolution, toy, policy)
         self.pools = {}
-        read = functools.cache(lambda kind: [questions.with_questions(row, files[kind]) for row in READERS[kind](files[kind])])
+        read = functools.cache(lambda kind: [with_questions(row, files[kind]) for row in READERS[kind](files[kind])])
         for name in in_use(cfg):
             task = TASKS[name]
             if not toy and not files[task.file]:
@@ -553,11 +313,6 @@ def measured(name: str, samples: Samples, detector, G: int, whole_groups: bool) 
     return out
 
 
-def detect(images: Tensor) -> list[list[dict]]:
-    """The toy's exact detector on (N, 3, 32, 32) in [0, 1]."""
-    return shapes.detect(to_bytes(images))
-
-
 # ---- what an update is made of ----
 
 
@@ -588,13 +343,6 @@ def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
         raise ValueError(f"--resolution {resolution}: must be a multiple of {side} up to {most}")
 
 
-def check_rules(rows: list[dict], path: str, kind: str) -> None:
-    """ValueError where r_ins has no rule to read."""
-    if bare := [row[TEXT_OF[kind]] for row in rows if not row.get("include") and not row.get("exclude")]:
-        raise ValueError(f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not have, {bare[0][:60]!r} for "
-                         "one; add them, or set --ins 0 and use --sem, --kn or --dvreward")
-
-
 def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
     """ValueError for a text that leaves no room for what is written, or an answer longer than what may be written."""
     room = getattr(cfg, task.writes) if task.writes else 0
@@ -616,18 +364,3 @@ def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
         length = len(policy.tokenizer(answer, add_special_tokens=False).input_ids)
         if task.writes and length > room:
             raise ValueError(f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} lets {room} be written")
-
-
-def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(description="Questions of prompts by a language model, for --dv.", allow_abbrev=False)
-    ap.add_argument("what", choices=["decompose"])
-    ap.add_argument("prompts", help="prompts: .jsonl or .txt, as train.py reads them")
-    ap.add_argument("--llm", required=True, help="a chat model: a folder or hub name, such as Qwen/Qwen3-8B")
-    ap.add_argument("--out", default="questions.jsonl", help="where questions are added; prompts that it has already are not asked again")
-    a = ap.parse_args(argv)
-    with one_line("tasks.py"):
-        questions.main(a.prompts, a.llm, a.out, the_device())
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,8 @@ if __name__ == "__main__":                                      # before torch: 
 
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,19 +32,57 @@ from tqdm import tqdm
 
 import eval as evaluation
 import flow_grpo
-import referees
 import rewards
-from checkpoint import gathered, load_policy, save_adapters, save_policy, trainable
-from grpo import anchored_advantage, group_advantage, grpo_loss, normalised, rectified, variance_share
-from models import Models
+from grpo import (anchored_advantage, group_advantage, grpo_loss, normalised, rectified,
+    variance_share)
 from policy import Policy, adapters_off
-from questions import QUALITY, SEMANTIC
-from recipes import SCALES, Config, parse, recipe_table, resolved
-from run import (Average, Log, Ranks, Run, check, clip_gradients, load_checkpoint, precision, prepared_policy, room_to_gather, run_state,
-                 save_bad_step, save_checkpoint, setup, signals)
-from sample import Rollout, Text, chosen_texts, join, replay_gaps, replay_rollout, sample_plan, unguided
-from tasks import TASKS, Batch, Source, counts, guidance_of, measured, micro_batches, rewards_of, samples_of, token_states
-from terminal import one_line, say
+from recipes import SCALES, Config, check, parse, recipe_table, resolved
+from referees.build import BUILD, Models, referee_bytes
+from referees.questions import QUALITY, SEMANTIC
+from referees.siglip import Learner
+from sample import (Rollout, Text, chosen_texts, join, replay_gaps, replay_rollout, sample_plan,
+    unguided)
+from support.checkpoint import (freeze, gathered, load_policy, reset_adapters, save_adapters,
+    save_policy, shard, trainable)
+from support.memory import check_memory, room_to_gather
+from support.plots import plot
+from support.run import (Average, Log, Ranks, clip_gradients, load_checkpoint, precision,
+    run_state, save_bad_step, save_checkpoint, setup, signals)
+from support.terminal import one_line, say
+from tasks import (TASKS, Batch, Source, counts, guidance_of, in_use, measured, micro_batches,
+    rewards_of, samples_of, token_states)
+
+# ---- what lives through a run ----
+
+
+@dataclass
+class Run:
+    """What lives through a run."""
+
+    cfg: Config
+    ranks: Ranks
+    policy: Policy
+    frozen: Policy | None       # the reference in full training; None where adapters switch off
+    optimizer: torch.optim.Optimizer
+    average: Average
+    source: Source
+    rewards: dict[str, Callable]
+    imitation: object           # of the control; else None
+    log: Log
+    learner: object = None      # Learner of a referee that learns
+    start: int = 0              # first step
+    shown: list = field(default_factory=list)                   # pictures and prompts for the learner, of this step
+    work: list | None = None    # the last step's batches, rollouts and advantages
+    silent: dict = field(default_factory=dict)                  # task -> steps in a row without a signal
+    told: set = field(default_factory=set)                      # tasks of which that was said
+
+    def tell_silence(self, task: str, tied: float) -> None:
+        """Say once that a task had no signal for three steps; tied: the share of its groups whose rewards are all equal."""
+        self.silent[task] = self.silent.get(task, 0) + 1 if tied == 1 else 0
+        if self.silent[task] == 3 and task not in self.told and self.ranks.rank == 0:
+            say(f"warning: --{task} learned nothing for three steps: all samples of each prompt get the same reward")
+            self.told.add(task)
+
 
 # ---- the six phases ----
 
@@ -327,6 +366,22 @@ def self_check(policy: Policy, work: list, cfg: Config) -> dict:
 # ---- what keeps a run alive ----
 
 
+def prepared_policy(cfg, ranks: Ranks, trained: bool = True) -> Policy:
+    """The policy to train, or its frozen reference. Its memory is checked on the meta device, before a weight is read."""
+    def prepare(policy: Policy) -> None:
+        if trained:
+            freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
+        else:
+            policy.requires_grad_(False)
+        if cfg.shard:
+            shard(policy, torch.bfloat16 if cfg.bf16 else None)
+        if trained and ranks.device.type == "cuda":
+            check_memory(policy, cfg, ranks, {name: TASKS[name] for name in in_use(cfg)}, 0 if cfg.referee_device else referee_bytes(cfg))
+    policy = load_policy(cfg.policy, device=ranks.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32, prepare=prepare)
+    reset_adapters(policy, ranks.device, cfg.seed)
+    return policy
+
+
 def begin(cfg: Config, ranks: Ranks) -> Run:
     """Load everything a run needs; with --resume, its last checkpoint too."""
     check(cfg, ranks)
@@ -347,8 +402,8 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     if cfg.recipe == "control":
         from toy.pretrain import Imitation
         imitation = Imitation(policy, cfg.seed, cfg.grad_clip)
-    judges = {k: rewards.REWARDS[k].build(models) for k, w in cfg.weights.items() if w and not imitation}
-    learner = referees.Learner(models.encoder, cfg.train_referee) if cfg.train_referee and not imitation else None
+    judges = {k: BUILD[k](models) for k, w in cfg.weights.items() if w and not imitation}
+    learner = Learner(models.encoder, cfg.train_referee) if cfg.train_referee and not imitation else None
     run = Run(cfg, ranks, policy, frozen, optimizer, Average(policy, cfg.ema), source, judges, imitation, log, learner)
     if cfg.resume:
         run.start = load_checkpoint(Path(cfg.out), run_state(policy, run.average, optimizer, learner))
@@ -368,7 +423,7 @@ def export(run: Run) -> None:
     if run.ranks.rank == 0 and cfg.eval_every and run.log.evaluated:
         before, after = load_policy(cfg.policy, run.ranks.device), load_policy(out / "policy", run.ranks.device)
         evaluation.before_after(before, after, out / "before_after.png")
-        evaluation.plot([run.log.path], out / "curves.png")
+        plot([run.log.path], out / "curves.png", {name: task.title for name, task in TASKS.items()})
         print(evaluation.summary(run.log.path))
     if run.ranks.rank == 0:
         print(f"the policy is in {out / 'policy'}, its log in {run.log.path}")

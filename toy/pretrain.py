@@ -1,5 +1,5 @@
 """How every file of toy is made: `torchrun train.py --recipe pretrain`. Seeds are fixed; progress is printed.
-`python -m toy.pretrain` measures the base and the referees.
+`python -m toy.pretrain` measures the base and the 
 
     tokenizer    the closed vocabulary of shapes.py, one word one token, and BAGEL's four markers
     autoencoder  diffusers' AutoencoderKL, 32x32x3 pixels to 4x4x4, which the policy reads as 4 tokens of 16 features
@@ -25,15 +25,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import flow_grpo
-import geneval
-import referees
-from checkpoint import load_policy, save_policy
-from pictures import to_bytes
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
-from toy import shapes
-from toy.tiny import build_captioner, build_judge, build_siglip
+from referees.captioner import load_captioner
+from referees.geneval import geneval_check
+from referees.judge import load_judge
+from referees.siglip import load_siglip
 from sample import Draw, Read, See, Write, images_of, sample_plan, texts_of
-from tasks import rendered
+from support.checkpoint import load_policy, save_policy
+from support.pictures import to_bytes
+from toy.tiny import build_captioner, build_judge, build_siglip
+from toy.world import rendered
+from toy import shapes
 
 WRONG_CAPTIONS = {tag: 0.5 for tag in shapes.TAGS} | {"position": 0.25, "color_attr": 0.4}
 WRONG_THOUGHTS, WRONG_COUNTS, WRONG_SEEN, WRONG_EDITS, WRONG_REFLECTIONS = 0.5, 0.65, 0.3, 0.4, 0.4
@@ -484,7 +486,7 @@ def referees_report(folder: Path, n: int = 600, seed: int = 11) -> str:
     """How right the referees in `folder` are on `n` new ground-truth pictures of each kind: a line per referee with shares."""
     rng, pool = np.random.default_rng(seed), shapes.prompts("eval") + shapes.implicit_prompts("eval")
     clean = lambda scenes: rendered(scenes) * 0.5 + 0.5
-    siglip, ranks = referees.load_siglip(str(folder / "siglip")), {}
+    siglip, ranks = load_siglip(str(folder / "siglip")), {}
     for tag in shapes.TAGS:
         asked = [shapes.pick(rng, [m for m in pool if m["tag"] == tag]) for _ in range(n)]
         texts = siglip.embed_texts([m["prompt"] for m in asked])                                     # (n, D)
@@ -494,7 +496,7 @@ def referees_report(folder: Path, n: int = 600, seed: int = 11) -> str:
         ranks[tag] = (cosine(right) > cosine(wrong)).tolist()
     told = ["siglip ranks the right picture above a contradicting one: " + ", ".join(f"{k} {share(v)}" for k, v in ranks.items())
             + f"; all {share(sum(ranks.values(), []))}"]
-    judge, shares = referees.load_judge(str(folder / "judge")), {}
+    judge, shares = load_judge(str(folder / "judge")), {}
     prompts = {"": pool}
     rows = {"prompts": [ask_prompt(rng, prompts) for _ in range(n)], "answers": [ask_answer(rng) for _ in range(n)],
             "facts": [ask_fact(rng) for _ in range(n)]}
@@ -507,7 +509,7 @@ def referees_report(folder: Path, n: int = 600, seed: int = 11) -> str:
         for pictures, right in ((clean(scenes), True), (spoiled, False)):
             shares.setdefault(question, []).extend(((judge.yes_probability(pictures, [question] * n) > 0.5) == right).tolist())
     told.append("judge right on " + ", ".join(f"{k}: {share(v)}" for k, v in shares.items()))
-    captioner, scenes = referees.load_captioner(str(folder / "captioner")), [shapes.random_scene(rng, "eval") for _ in range(n)]
+    captioner, scenes = load_captioner(str(folder / "captioner")), [shapes.random_scene(rng, "eval") for _ in range(n)]
     told.append("captioner right: " + share([text == shapes.describe(s) for text, s in zip(captioner.captions(clean(scenes)), scenes)]))
     return "\n".join(told)
 
@@ -524,7 +526,7 @@ def base_report(policy: Policy, n: int = 400, seed: int = 12) -> str:
     for tag, some in by_tag.items():
         prompts = [shapes.pick(rng, some) for _ in range(n)]
         found = drawn(walk(Read([m["prompt"] for m in prompts]), draw))
-        hits[f"draw/{tag}"] = [geneval.geneval_check(m, each)[0] for m, each in zip(prompts, found)]
+        hits[f"draw/{tag}"] = [geneval_check(m, each)[0] for m, each in zip(prompts, found)]
     scenes = [shapes.sample_scene(m, rng) for m in asked]
     meaning = shapes.spelled()
     captions = texts_of(policy, walk(See(rendered(scenes)), Read([shapes.CAPTION] * n), write))
@@ -541,7 +543,7 @@ def base_report(policy: Policy, n: int = 400, seed: int = 12) -> str:
     for name, sources in (("repairs of wrong pictures", wrong), ("repairs of right pictures", scenes)):
         pixels = rendered(sources)
         r = walk(See(pixels, pixels), Read([f"{m['prompt']} , {shapes.LOOK_AGAIN}" for m in asked]), write, draw)
-        hits[name] = [geneval.geneval_check(m, each)[0] for m, each in zip(asked, drawn(r))]
+        hits[name] = [geneval_check(m, each)[0] for m, each in zip(asked, drawn(r))]
         said = [shapes.make_reflection(m, s, rng)["text"] for m, s in zip(asked, sources)]
         hits["diagnoses of" + name.removeprefix("repairs of")] = [a == b for a, b in zip(texts_of(policy, r), said)]
     return "\n".join(f"{name:<28} {share(held)}" for name, held in hits.items())
@@ -587,9 +589,9 @@ def main(folder) -> None:
 def make_referees(folder: Path) -> None:
     """The captioner, the SigLIP and the judge, each from its seed."""
     for seed, name, build, words, load, teach in (
-            (5, "captioner", build_captioner, (), referees.load_captioner, train_captioner),
-            (6, "siglip", build_siglip, (), referees.load_siglip, train_siglip),
-            (7, "judge", build_judge, JUDGE_WORDS, referees.load_judge, train_judge)):
+            (5, "captioner", build_captioner, (), load_captioner, train_captioner),
+            (6, "siglip", build_siglip, (), load_siglip, train_siglip),
+            (7, "judge", build_judge, JUDGE_WORDS, load_judge, train_judge)):
         torch.manual_seed(seed)
         build(folder / name, (*shapes.VOCABULARY, *words))
         referee = load(str(folder / name))

@@ -1,6 +1,6 @@
 """Tiny random models of the published classes, saved as real checkpoints are saved: a SigLIP, a PaliGemma judge, a BLIP captioner."""
 
-from referees import declare_torchvision_ops
+from policy import declare_torchvision_ops
 
 declare_torchvision_ops()  # before anything that imports torchvision
 

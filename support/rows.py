@@ -2,13 +2,23 @@
 right."""
 
 import json
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
 from tqdm import tqdm
 
-from geneval import RELATIONS
-from pictures import open_picture
+from policy import Policy
 from rewards import final_answer, normalise_answer, right_option
+from support.pictures import open_picture, read_picture
+
+
+RELATIONS = ("above", "below", "left of", "right of")
 
 
 def read_lines(path: str) -> list[tuple[int, str]]:
@@ -140,3 +150,99 @@ def read_edits(path: str) -> list[dict]:
 READERS = {"prompts": read_prompts, "questions": read_questions, "pairs": read_pairs, "edits": read_edits}
 # The field of each kind of file that the policy reads as text.
 TEXT_OF = {"prompts": "prompt", "questions": "question", "pairs": "caption", "edits": "instruction"}
+
+
+# ---- rows as tasks ask them ----
+
+SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards; judges squash to such a square anyway
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that is asked, wherever it comes from."""
+
+    text: str                                                   # the prompt or the question
+    metadata: dict                                              # GenEval format: tag, include, exclude
+    pixels: Tensor | None = None                                # (3, H, W) the given image as the policy reads it
+    source: Tensor | None = None                                # (3, H, W) the given image as rewards read it
+    answer: str | None = None
+    options: list[str] | None = None                            # of a multiple-choice question
+    real: Tensor | None = None                                  # (3, H, W) the real image of a prompt, as rewards read it
+    full: Tensor | None = None                                  # (3, H, W) in [-1, 1] the given image as the autoencoder reads it
+    wanted: str = ""                                            # a caption of the edited image, which rewards read in place of the text
+
+Pool = Callable[[tuple, int, range], list[Row]]                 # (random key, rows of the whole step, which of them) -> those rows
+
+
+def prompt_row(metadata: dict) -> Row:
+    return Row(metadata["prompt"], metadata)
+
+
+def pick(rng: np.random.Generator, options):
+    """One of the options, drawn alike."""
+    return options[int(rng.integers(len(options)))]
+
+
+def by_tag(prompts: list[dict]) -> Pool:
+    """Tags drawn alike, however many prompts each has, then one prompt of the tag."""
+    tagged: dict[str, list] = {}
+    for m in prompts:
+        tagged.setdefault(m.get("tag", ""), []).append(m)
+    groups = list(tagged.values())
+
+    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+        rng = np.random.default_rng(key)
+        turns = rng.permutation(count * len(groups))[:count] % len(groups)
+        rows = [prompt_row(pick(rng, groups[turn])) for turn in turns]
+        return [rows[i] for i in mine]
+    return draw
+
+
+def prompts_of_file(rows: list[dict], policy: Policy) -> Pool:
+    return by_tag(rows)
+
+
+def edits_of_file(rows: list[dict], policy: Policy) -> Pool:
+    """Edits, their images cut to the square in the middle, since one batch of noisy steps has one size."""
+    def read(row: dict) -> Row:
+        pixels, full = read_picture(row["image"], policy, square=True)
+        return Row(row["instruction"], row, pixels, for_rewards(full), full=full, wanted=row.get("caption", ""))
+    return of_file(rows, read)
+
+
+def of_file(rows: list[dict], read: Callable[[dict], Row]) -> Pool:
+    """Rows of a file, without repetition in a step where it has enough; images are read when they are drawn."""
+    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+        drawn = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
+        return [read(rows[drawn[i]]) for i in mine]
+    return draw
+
+
+def for_rewards(pixels: Tensor) -> Tensor:
+    return F.interpolate(pixels[None] * 0.5 + 0.5, SOURCE_SIZE, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def asked_of(row: dict, policy: Policy, options: bool) -> Row:
+    """A row of a file of questions or pairs as a question, with its options where they are asked for and it has some."""
+    pixels, _ = read_picture(row["image"], policy)
+    listed = row.get("options") if options else None
+    text = row["question"] if not listed else f"{row['question']} {lettered(listed)}"
+    answer = row["answer"] if listed or not row.get("options") else row["options"][right_option(row["answer"], row["options"])]
+    return Row(text, {"tag": row.get("kind", ""), "include": []}, pixels, for_rewards(pixels), answer, listed)
+
+
+def captioned(row: dict, policy: Policy) -> Row:
+    """A row of a file of pairs as a prompt with its real image."""
+    return Row(row["caption"], {"tag": "", "include": [], **row}, real=for_rewards(read_picture(row["image"], policy)[0]))
+
+
+def lettered(options: list[str]) -> str:
+    """"(a) red (b) blue"."""
+    return " ".join(f"({string.ascii_lowercase[i]}) {option}" for i, option in enumerate(options))
+
+
+def check_rules(rows: list[dict], path: str, kind: str) -> None:
+    """ValueError where r_ins has no rule to read."""
+    if bare := [row[TEXT_OF[kind]] for row in rows if not row.get("include") and not row.get("exclude")]:
+        raise ValueError(f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not have, {bare[0][:60]!r} for "
+                         "one; add them, or set --ins 0 and use --sem, --kn or --dvreward")

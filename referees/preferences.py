@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from referees import Clip, Reading, frozen, load_clip, load_model
+from referees.load import Reading, frozen, load_model
+from referees.siglip import Clip, load_clip
 
 ASK_UNIFIED = ("Judge how well this image fits its caption and how good it looks. Give three scores from 1 to 5, a line each:\n"
                "Alignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z\nCaption: {prompt}")

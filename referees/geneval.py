@@ -4,16 +4,10 @@ Source: GenEval (arXiv 2310.11513) and its code. Torch alone is imported; this f
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+from support.rows import RELATIONS
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")  # GenEval's order in a reason
-RELATIONS = ("above", "below", "left of", "right of")
-
-
 def relative_position(box_a, box_b, *, margin: float = 0.1) -> set[str]:
     """Where box A lies relative to box B, as a subset of RELATIONS; boxes (x1, y1, x2, y2) in pixels, y pointing down. [GenEval]
 
@@ -132,30 +126,6 @@ def flow_grpo_score(metadata: dict, detections: list[dict], **settings) -> float
                 kept = False
         judged.append(things if kept else None)
     return sum(parts) / len(parts) if parts else 0.0
-
-
-@dataclass
-class Instruction:
-    """r_ins: do the objects of the drawn image keep the rules of the prompt's metadata? [LVRPO Sec. 3.2, Eq. 7]
-
-    `detector(images (N, 3, H, W), metadata) -> N lists of detections` as geneval_check reads them.
-    how: "all", {0, 1}: 1 if geneval_check passes. "graded", [0, 1]: the mean over clauses of the fraction satisfied, 1 only if "all" is 1;
-    an include clause counts the right objects among the best `count`, an exclude clause is kept or broken. "flow_grpo": its score.
-    Gamed by whatever fools the detector; graded also by leaving objects out, since a blank image keeps every exclude clause.
-
-    Differs: LVRPO's detector and how its rules combine are not confirmed; several ways are offered.
-    """
-
-    detector: Callable[[Tensor, list[dict]], list[list[dict]]]
-    how: str = "graded"
-    settings: dict = field(default_factory=dict)                # of geneval_clauses: a detector's own thresholds
-
-    def __call__(self, samples) -> Tensor:
-        found = self.detector(samples.need("images"), samples.metadata)
-        if len(found) != len(samples.prompts):
-            raise ValueError(f"the detector returned {len(found)} lists for {len(samples.prompts)} images")
-        worth = {"all": all_of, "graded": graded, "flow_grpo": flow_grpo_score}[self.how]
-        return torch.tensor([worth(*row, **self.settings) for row in zip(samples.metadata, found)])
 
 
 def all_of(metadata: dict, detections: list[dict], **settings) -> float:

@@ -14,8 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from checkpoint import write_atomic
 from policy import Policy
+from support.disk import write_atomic
 
 
 def fit_size(width: int, height: int, longest: int, shortest: int, stride: int, most: int = 14 * 14 * 9 * 1024) -> tuple[int, int]:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geneval import COLORS, ranked
-from referees import Clip, OpenClip, kind_of, load_clip, load_model
+from referees.geneval import COLORS, ranked
+from referees.load import kind_of, load_model
+from referees.siglip import Clip, OpenClip, load_clip
 
 # Names of GenEval that a detector's config may have otherwise: COCO's own, or the older ones of VOC.
 OTHER_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard", "motorcycle": "motorbike",

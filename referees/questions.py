@@ -2,7 +2,7 @@
 
 By rule from GenEval's metadata (`by_rule`), from a file (`Questions`), or by a language model, once and offline:
 
-    python tasks.py decompose prompts.jsonl --llm Qwen/Qwen3-8B --out questions.jsonl
+    python -m referees.questions prompts.jsonl --llm Qwen/Qwen3-8B --out questions.jsonl
 
 A line of such a file is {"prompt", "semantic_questions": [{"question", "tag", "needs"}], "quality_questions": [{"question", "tag"}]}.
 "needs" are the places of earlier semantic questions without whose yes this one has no meaning: is the dog red ? needs is there a dog ?
@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import write_atomic
-from files import parsed, read_json_lines, read_prompts
-from terminal import say
+from support.disk import write_atomic
+from support.rows import parsed, read_json_lines, read_prompts
+from support.terminal import Arguments, one_line, say, the_device
 
 SEMANTIC = ("Style", "Environment", "Viewpoint", "Existence", "Count", "Attribute", "Action", "Spatial", "Text", "Negative")
 QUALITY = ("Geometry", "Anatomy", "Texture", "Coherence", "Lighting", "Physics", "Legibility", "Aesthetics")
@@ -121,7 +121,7 @@ class Questions:
                 raise ValueError(f"prompt {row[text][:60]!r}: its include or exclude is not GenEval's ({what})") from error
         if bare:
             raise ValueError(f"{self.path or '--dvreward'} has no questions for {len(bare)} of {len(rows)} prompts, such as "
-                             f"{[each[:60] for each in bare[:5]]}; make them with python tasks.py decompose, and give them by --dv")
+                             f"{[each[:60] for each in bare[:5]]}; make them with python -m referees.questions, and give them by --dv")
 
 
 def with_questions(row: dict, path: str) -> dict:
@@ -231,7 +231,7 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
     safetensors and without remote code. Errors: see referees.load_model; ValueError for a tokenizer without a chat template."""
     import torch
 
-    from referees import load_language_model
+    from referees.load import load_language_model
     model, tokenizer = load_language_model(path, device=device)
     if not tokenizer.chat_template:
         raise ValueError(f"{path} has no chat template; take a model that was trained to follow instructions")
@@ -249,12 +249,21 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
     return write
 
 
-def main(prompts: str, llm: str, out: str, device) -> None:
-    """What `python tasks.py decompose` does."""
-    read_prompts(prompts)                                       # before a large model is loaded
-    if not Path(out).resolve().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: its folder does not exist")
-    left = decompose(prompts, load_writer(llm, device), llm, out)
-    for each in left:
-        say(f"left out: {each}")
-    print(f"{out} holds the questions; {len(left)} prompts got none")
+def main(argv: list[str] | None = None) -> None:
+    ap = Arguments(prog="referees.questions", description="Questions of prompts by a language model, for --dv.", allow_abbrev=False)
+    ap.add_argument("prompts", help="prompts: .jsonl or .txt, as train.py reads them")
+    ap.add_argument("--llm", required=True, help="a chat model: a folder or hub name, such as Qwen/Qwen3-8B")
+    ap.add_argument("--out", default="questions.jsonl", help="where questions are added; prompts that it has already are not asked again")
+    a = ap.parse_args(argv)
+    with one_line("referees.questions"):
+        read_prompts(a.prompts)                                 # before a large model is loaded
+        if not Path(a.out).resolve().parent.is_dir():
+            raise FileNotFoundError(f"--out {a.out}: its folder does not exist")
+        left = decompose(a.prompts, load_writer(a.llm, the_device()), a.llm, a.out)
+        for each in left:
+            say(f"left out: {each}")
+        print(f"{a.out} holds the questions; {len(left)} prompts got none")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """What the papers claim, put to the test on the toy: arms, three seeds each, a verdict by one rule.
 
-    python eval.py claims --list                             # the table of claims and their arms
-    python eval.py claims ins-teaches-space --seeds 3        # runs what is missing, then the table, the figure and the page
+    python -m studies.claims --list                             # the table of claims and their arms
+    python -m studies.claims ins-teaches-space --seeds 3        # runs what is missing, then the table, the figure and the page
 
 An arm is a run of train.py (or a merge, or an evaluation of an arm's policy) under out/claims/NAME-SEED; arms are shared by claims, and a
 stopped call goes on where it was. Results are kept as JSON in docs/claims/, from which docs/claims.md is written.
@@ -23,19 +23,20 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import write_atomic
-from run import read_log
-from terminal import say
+from support.disk import write_atomic
+from support.plots import save_figure
+from support.run import read_log
+from support.terminal import Arguments, one_line, say
 from toy.shapes import TAGS
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 KEPT, PAGE = ROOT / "docs" / "claims", ROOT / "docs" / "claims.md"
 MARGIN = 0.05                                                   # of truth, which "loses nothing" may lose
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot tell at this size"
 
 PREAMBLE = f"""# Claims in miniature
 
-What the papers say, run again on the toy: `python eval.py claims NAME --seeds 3 --threads 1 --jobs 2`. The arms are shorter than the
+What the papers say, run again on the toy: `python -m studies.claims NAME --seeds 3 --threads 1 --jobs 2`. The arms are shorter than the
 recipes' runs. Nothing is tuned per arm; the recipes were tuned as they are.
 
 **The rule.** `a > b in x` is the difference of x between two arms, paired by seed, ± its standard error over seeds. It holds above two
@@ -58,8 +59,8 @@ ALPHA = "--recipe alphagrpo --steps 60"
 REFLECT = "--recipe alphagrpo_reflect --steps 60"
 CORL = "--recipe corl --eval_every 50"
 
-# {other} is the policy of another arm with the same seed. A line that starts with "merge" is checkpoint.py's, with "eval" or "refine"
-# eval.py's.
+# {other} is the policy of another arm with the same seed. A line that starts with "merge" is support.merge's, with "eval"
+# eval.py's, with "refine" studies.refinement's.
 ARMS = {
     "base": "--recipe lvrpo --steps 0",
     "full": "--recipe lvrpo --steps 50",
@@ -253,9 +254,9 @@ def commands(arm: str, seed: int, out: Path) -> list[list[str]]:
         str(folder_of(part.strip("{}"), seed, out) / "policy") if part.startswith("{") else part for part in ARMS[arm].split()]
     table = ["--out", str(folder / "table.json")]
     if flags[0] in ("eval", "refine"):
-        return [["eval.py", *(["refine"] if flags[0] == "refine" else []), "--policy", *flags[1:], *table]]
+        return [[*(["-m", "studies.refinement"] if flags[0] == "refine" else ["eval.py"]), "--policy", *flags[1:], *table]]
     if flags[0] == "merge":
-        return [["checkpoint.py", *flags, "--out", str(folder / "policy")], ["eval.py", "--policy", str(folder / "policy"), *table]]
+        return [["-m", "support.merge", *flags[1:], "--out", str(folder / "policy")], ["eval.py", "--policy", str(folder / "policy"), *table]]
     stopped = any((folder / name).exists() for name in ("checkpoint.safetensors", "checkpoint"))
     go_on = ["--resume"] if stopped and says_so(folder / "begun.txt", arm) else []
     look = [] if "--eval_every" in flags else ["--eval_every", "25"]
@@ -466,8 +467,6 @@ def section(result: dict) -> list[str]:
 def figure(result: dict, out: Path, pictures: dict[str, Path]) -> None:
     """A panel per measure: arms over steps, the mean over seeds as a line, each seed as a dot; what is known at the end alone as dots.
     Below, the pictures that are given, by arm."""
-    import io
-
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -502,10 +501,7 @@ def figure(result: dict, out: Path, pictures: dict[str, Path]) -> None:
     for axis, (name, path) in zip(axes[-1], pictures.items()):
         axis.imshow(plt.imread(path))
         axis.set_title(f"{name}: drawn at the end", fontsize=9)
-    held = io.BytesIO()
-    figure.savefig(held, dpi=90, format="png")
-    plt.close(figure)
-    write_atomic(out, held.getvalue())
+    save_figure(figure, out, dpi=90)
 
 
 def last_pictures(claim: Claim, out: Path) -> dict[str, Path]:
@@ -539,7 +535,7 @@ def listed() -> str:
     return "\n".join([*lines, *(f"{name:<22} {paper}: {says} Not run: {why}." for name, (paper, says, why) in NOT_RUN.items())])
 
 
-def main(names: list[str], seeds: int, threads: int, jobs: int, out: Path, kept: Path = KEPT, write_page: bool = True) -> str:
+def test_claims(names: list[str], seeds: int, threads: int, jobs: int, out: Path, kept: Path = KEPT, write_page: bool = True) -> str:
     """Run what is missing, keep results and figures, write the page; returns what to print. ValueError for an unknown name."""
     if unknown := [name for name in names if name not in CLAIMS]:
         raise ValueError(f"no claim is called {', '.join(unknown)}; the claims are {', '.join(CLAIMS)}")
@@ -564,3 +560,20 @@ def main(names: list[str], seeds: int, threads: int, jobs: int, out: Path, kept:
     if write_page:
         write_atomic(PAGE, page().encode())
     return "\n".join([*told, *(f"died: {why}" for why in died)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = Arguments(prog="studies.claims", description="The papers' claims, tested on the toy.", allow_abbrev=False)
+    ap.add_argument("names", nargs="*", help="claims to test, by name; all without one")
+    ap.add_argument("--list", action="store_true", help="print the claims, run nothing")
+    ap.add_argument("--seeds", type=int, default=3, help="of each arm")
+    ap.add_argument("--threads", type=int, default=1, help="of each run")
+    ap.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    ap.add_argument("--out", type=Path, default=Path("out/claims"), help="the folder of the arms")
+    a = ap.parse_args(argv)
+    with one_line("studies.claims"):
+        print(listed() if a.list else test_claims(a.names, a.seeds, a.threads, a.jobs, a.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,8 @@
 """What it costs: the speed ratios of sharing, batching and caching; seconds and memory at BAGEL's size.
 
-    python bench.py                                          # what sharing, batching and caching save, as ratios in one run
-    python bench.py memory                                   # GB per GPU that training BAGEL's sizes needs, computed
-    python bench.py rewards                                  # milliseconds per image of each reward; takes train.py's flags
-    python bench.py --policy 7b                              # a policy of BAGEL's size: images, tokens, one update on this GPU
+    python -m studies.bench                                          # what sharing, batching and caching save, as ratios in one run
+    python -m studies.bench memory                                   # GB per GPU that training BAGEL's sizes needs, computed
+    python -m studies.bench rewards                                  # milliseconds per image of each reward; takes train.py's flags
 
 The plain ways stand here beside the fast ones, as their oracles.
 """
@@ -16,25 +15,24 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import flow_grpo
-import rewards
-import train
-from checkpoint import freeze, load_policy, read_json
 from eval import SHIFT, SIZE
 from grpo import token_logp
-from models import Models
-from policy import Guidance, Policy, PolicyConfig
-from questions import Questions
-from rewards import Samples
-from sample import TOY, Draw, Read, Text, Write, images_of, replay_rollout, sample_plan, scale_of
-from run import Ranks, memory, peak
-from tasks import Batch, Choices, detect, prompt_row
-from terminal import Arguments, one_line, the_device
+from policy import Policy, PolicyConfig
+from recipes import parse
+from referees.build import BUILD, LOADS, Models, referee_bytes
+from referees.questions import Questions
+from rewards import REWARDS, Samples, score
+from sample import TOY, Draw, Read, Text, replay_rollout, sample_plan
+from support.checkpoint import freeze, load_policy
+from support.memory import memory, peak
+from support.terminal import Arguments, one_line, the_device
+from tasks import TASKS, in_use
+from toy.world import detect
 from toy import shapes
 
 
@@ -183,81 +181,6 @@ def release_on_meta(tokenizer) -> Policy:
         return Policy(PolicyConfig(llm, vit), tokenizer)
 
 
-def random_release(device) -> Policy:
-    """The release's sizes with random weights: 29 GB in bf16, for measuring only. ValueError without a GPU."""
-    if device.type != "cuda":
-        raise ValueError("--policy 7b measures 29 GB of weights on a GPU, and PyTorch finds none")
-    release = release_on_meta(load_policy(TOY).tokenizer).bfloat16().to_empty(device=device).requires_grad_(False).eval()
-    with torch.no_grad():
-        for name, p in release.named_parameters():
-            p.fill_(1.0) if "norm" in name and name.endswith("weight") else p.normal_(std=0.02)
-        for name in ("latent_positions", "vit_positions"):
-            getattr(release, name).normal_(std=0.02)
-    return release
-
-
-def ceilings(device, dtype) -> tuple[float, float]:
-    """Measured best of five: (products of square matrices in FLOP/s, copies of memory in bytes/s, read and written)."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product = min(timed(device, lambda: a @ b)[0] for _ in range(6))
-    big = torch.empty(side * side * 4, device=device, dtype=dtype)
-    copy = min(timed(device, lambda: big.clone())[0] for _ in range(6))
-    return 2 * side**3 / product, 2 * big.numel() * big.element_size() / copy
-
-
-def bench_release(policy: Policy, *, size: int = 512, steps: int = 49, batches: tuple[int, ...] = (1, 4, 16), words: int = 256,
-                  G: int = 8) -> str:
-    """Markdown rows of a large policy: text to image by batch (the batch of one is the official order), one UniGRPO update with adapters,
-    text decoding. FLOP of a replay: 2 per weight and token forward, 2 backward (adapters need no gradient of the frozen weights), and the
-    attention's; recomputation is not counted as useful."""
-    device, c = policy.device, policy.config.llm
-    rows, prompt = ["| what | seconds | rate | peak GB |", "|---|---|---|---|"], "a red circle left of a blue square"
-    flops, bandwidth = ceilings(device, policy.embed.weight.dtype)
-    rows.append(f"| ceilings | | {flops / 1e12:.1f} TFLOP/s of products, {bandwidth / 1e9:.0f} GB/s of copies | |")
-    times, guidance, alone = flow_grpo.time_grid(steps, 3.0), Guidance(4.0), None
-    plan = [Read([prompt]), Draw((size, size), times)]
-    sample_plan(policy, [Read([prompt]), Draw((size, size), times[[0, -1]])], seed=0, step=0, prompts=[0], G=1)              # warm-up
-    for n in batches:
-        seconds, peak, _ = timed(device, lambda: images_of(policy, sample_plan(policy, plan, seed=0, step=0, prompts=[0], G=n,
-                                                                               guidance=guidance)))
-        alone = alone or seconds / n
-        rows.append(f"| text to image, {size} px, {steps} steps, guidance 4, batch {n} | {seconds:.2f} | "
-                    f"{60 * n / seconds:.1f} images/min, "
-                    f"{alone * n / seconds:.2f}x one by one | {peak:.1f} |")
-    with torch.no_grad(), never_ends(policy):
-        _, context = policy.append_text(policy.empty(16), *policy.encode_text([prompt] * 16))
-        uniforms = torch.rand(16, words, generator=torch.Generator().manual_seed(0)).to(device)
-        policy.sample_text(context, uniforms[:, :4])
-        seconds, peak, _ = timed(device, lambda: policy.sample_text(context, uniforms))
-    expert = lambda e: sum(p.numel() for block in policy.blocks for p in block.experts[e].parameters())
-    read = (expert(0) + policy.head.weight.numel()) * policy.head.weight.element_size()
-    rows.append(f"| text, batch 16, {words} tokens | {seconds:.2f} | {16 * words / seconds:.0f} tokens/s, weights read at "
-                f"{read * words / seconds / bandwidth:.0%} of the copies' rate | {peak:.1f} |")
-    cfg = train.parse(["--recipe", "unigrpo", "--scale", "bagel", "--think", "1", "--ask", "0", "--group_size", str(G),
-                       "--think_tokens", str(words), "--resolution", str(size), "--micro", str(G), "--epochs", "1", "--no-system_prompt",
-                       "--prompts", "-"])
-    understanding, generation, head = expert(0), expert(1), policy.head.weight.numel()
-    freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6)
-    draw = Draw((size, size), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), (0, cfg.window), cfg.noise_level, cfg.sampler)
-    batch = Batch("think", 0, [prompt_row({"prompt": prompt})], Choices(Write(words), Write(1), draw), [0], range(G))
-    with never_ends(policy):
-        seconds, peak, r = timed(device, lambda: train.act(policy, batch, cfg))
-    rows.append(f"| UniGRPO, G={G}: rollout of {words} tokens and {cfg.denoise_steps} steps | {seconds:.2f} | | {peak:.1f} |")
-    adv, ranks = torch.linspace(-1, 1, G, device=device), Ranks(0, 1, device)
-    for i in range(2):                                          # the first warms up
-        seconds, peak, _ = timed(device, lambda: train.update_phase(policy, None, optimizer, [(batch, r, adv)], cfg, ranks))
-    step, _, _ = timed(device, optimizer.step)
-    L, M = r.segments[0].tokens.shape[1] + words + 2, policy.latent_grid((size, size), 1)[0].shape[1]
-    attention = 4 * c["num_hidden_layers"] * c["hidden_size"] * (L * L / 2 + cfg.window * M * (L + M))
-    forward = 2 * (understanding * L + head * words + generation * cfg.window * M) + attention
-    useful = G * forward * (2 + 1)                              # forward, backward, and the reference's forward
-    rows.append(f"| UniGRPO, G={G}: replay, backward, reference, optimiser ({step:.2f} s of it) | {seconds:.2f} | "
-                f"{useful / seconds / flops:.0%} of the products' ceiling | {peak:.1f} |")
-    return "\n".join(rows)
-
-
 def memory_table() -> str:
     """Markdown rows: what `run.memory` computes on the release's sizes, GB on each GPU: UniGRPO by what is trained, then adapters under
     the other recipes that draw. 4 prompts on each GPU."""
@@ -265,10 +188,10 @@ def memory_table() -> str:
     rows = ["| trained | pixels | GPUs | kept | rollout | replay | peak |", "|---|---|---|---|---|---|---|"]
 
     def row(name: str, pixels: int, world: int, flags: list[str]) -> str:
-        cfg = train.parse(["--scale", "bagel", "--prompts", "-", "--resolution", str(pixels), *flags])
+        cfg = parse(["--scale", "bagel", "--prompts", "-", "--resolution", str(pixels), *flags])
         policy = release_on_meta(tokenizer)
         freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
-        need = memory(policy, cfg, world)
+        need = memory(policy, cfg, world, {name: TASKS[name] for name in in_use(cfg)}, referee_bytes(cfg))
         kept = sum(v for k, v in need.items() if k not in ("rollout", "replay"))
         told = [f"{gb:.0f}" for gb in (kept, need["rollout"], need["replay"], peak(need))]
         return f"| {name} | {pixels} | {world} | {' | '.join(told)} |"
@@ -288,7 +211,7 @@ def bench_rewards(flags: list[str], images: int = 32) -> str:
     """Markdown: seconds to load and milliseconds per image of each reward of drawn images that train.py's flags give a weight (on the toy,
     without flags, all that it can ask), on random pictures; least of three calls. Rewards that share a model load it once."""
     toy = ["--likeness", "1", "--recaption", "1", "--dvreward", "1", "--tifa", "1", "--dense", "1", "--pair_image", "1"]
-    cfg, device = train.parse(flags or toy), the_device()
+    cfg, device = parse(flags or toy), the_device()
     exact = None if cfg.detector else detect                    # the toy's; BAGEL's scale has one by name
     first, second = ("circle", "square") if exact else ("cat", "dog")
     named = {"tag": "two_object", "include": [{"class": first, "count": 1, "color": "red"}, {"class": second, "count": 1}]}
@@ -297,44 +220,39 @@ def bench_rewards(flags: list[str], images: int = 32) -> str:
     models = Models(cfg, device, exact, [named], questions=Questions(cfg.dv, True))
     rows = ["| reward | model | seconds to load | ms per image |", "|---|---|---|---|"]
     for name, weight in cfg.weights.items():
-        entry = rewards.REWARDS[name]
+        entry = REWARDS[name]
         if not weight or not any(set(read) <= {"images", "reals"} for read in entry.reads) or name == "tim":  # tim asks the policy
             continue
         start = time.perf_counter()
-        reward = entry.build(models)
-        rewards.score({name: reward}, samples)
+        reward = BUILD[name](models)
+        score({name: reward}, samples)
         load, each = time.perf_counter() - start, []
         for _ in range(3):
             start = time.perf_counter()
-            rewards.score({name: reward}, samples)              # to the CPU, so that what was started has ended
+            score({name: reward}, samples)              # to the CPU, so that what was started has ended
             each.append(time.perf_counter() - start)
-        asked = [] if exact and name == "ins" else entry.loads.split()
+        asked = [] if exact and name == "ins" else LOADS.get(name, "").split()
         model = ", ".join(str(getattr(cfg, key)).removeprefix(f"{TOY.parents[1]}/") for key in asked)
         rows.append(f"| `{name}` | {model or '-'} | {load:.2f} | {min(each) / images * 1000:.2f} |")
     return "\n".join(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(description="Measure speed and memory; rewards take train.py's flags.", allow_abbrev=False)
+    ap = Arguments(prog="studies.bench", description="Measure speed and memory; rewards take train.py's flags.", allow_abbrev=False)
     ap.add_argument("what", nargs="?", default="speed", choices=["speed", "memory", "rewards"])
-    ap.add_argument("--policy", default=str(TOY), help='a policy folder, or "7b": the release\'s sizes with random weights')
+    ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--variant", help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["rewards"]:
-        with one_line("bench.py"):
+        with one_line("studies.bench"):
             print(bench_rewards(argv[1:]))
         return
     a = ap.parse_args(argv)
-    device = the_device()
-    with one_line("bench.py"):
+    with one_line("studies.bench"):
         if a.what == "memory":
             print(memory_table())
         elif a.variant:
             print(json.dumps(bench_variant(a.variant, a.policy)))
-        elif a.policy == "7b":
-            print(bench_release(random_release(device)))
-        elif scale_of(read_json(Path(a.policy) / "llm_config.json").get("hidden_size", 0)) == "bagel":
-            print(bench_release(load_policy(a.policy, device=device).requires_grad_(False)))
         else:
             print(bench(a.policy))
 

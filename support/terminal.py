@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from rewards import RewardError
-
 
 def the_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +90,7 @@ def one_line(program: str):
         end(program, "interrupted", 130)
     except torch.cuda.OutOfMemoryError as error:
         end(program, f"{first_line(error)}; try fewer samples at once")
-    except (ValueError, OSError, FloatingPointError, RewardError, MemoryError, RecursionError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RecursionError) as error:
         end(program, first_line(error))
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):

@@ -13,11 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -28,14 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from checkpoint import (FLOATS, UNREADABLE, Refusing, finite, freeze, load_policy, placed, reset_adapters, save_tensors, shard, trainable,
-                        whole, write_atomic)
-from pictures import fit_size
-from policy import Policy
-from referees import numbers_in
-from rewards import REWARDS
-from tasks import TASKS, Source, in_use, rewards_of
-from terminal import say
+from support.checkpoint import FLOATS, UNREADABLE, finite, placed, save_tensors, trainable, whole
+from support.disk import Refusing, write_atomic
+from support.terminal import say
 
 
 # ---- ranks ----
@@ -121,193 +114,12 @@ def setup() -> Ranks:
     return Ranks(rank, world, device)
 
 
-# ---- refusals ----
-
-
-def refusals(cfg, ranks: Ranks):
-    """(whether it is so, what is said of it), one by one: a refusal may presume that those above it are not so."""
-    for f in fields(cfg):
-        value, least, above = getattr(cfg, f.name), f.metadata.get("least"), f.metadata.get("above")
-        yield f.type is float and not math.isfinite(value), f"--{f.name} {value}: must be a finite number"
-        yield f.type in (int, float) and least is not None and value < least, f"--{f.name} {value}: must be at least {least}"
-        yield above is not None and value <= above, f"--{f.name} {value}: must be above {above}"
-        choices = get_args(f.type) if get_origin(f.type) is Literal else ()
-        yield choices and value not in choices, f"--{f.name} {value}: must be one of {', '.join(map(str, choices))}"
-    used = in_use(cfg)
-    yield cfg.group_size < 2, f"--group_size {cfg.group_size}: a group needs at least 2 samples to compare"
-    yield not used, f"nothing to learn from: {', '.join('--' + name for name in TASKS)} are all 0; give one rows and its file"
-    for name, n in cfg.rows.items():
-        cuts, less = ranks.cuts(n), n // ranks.world * ranks.world
-        yield n < 0, f"--{name} {n}: must be at least 0"
-        yield (n and not any(cfg.weights[k] for k in rewards_of(name)) and cfg.recipe != "control",
-               f"--{name} has no reward: give one of {', '.join('--' + k for k in rewards_of(name)) or 'the rewards that read its samples'}"
-               " a weight")
-        yield (n and cfg.group_size % cuts, f"--{name} {n} prompts do not divide over {ranks.world} ranks; {f'{less} or ' if less else ''}"
-               f"{less + ranks.world} would, or a --group_size that is a multiple of {cuts}")
-        yield (n and cfg.experts == "generation" and not TASKS[name].draws,
-               f"--{name} {n} rows teach the understanding expert, which --experts generation freezes; set --{name} 0")
-    for k, w in cfg.weights.items():
-        yield not math.isfinite(w), f"--{k} {w}: must be a finite number"
-        reads = " or ".join(" and ".join(names) for names in REWARDS[k].reads)
-        yield (w and not any(k in rewards_of(name) for name in used),
-               f"--{k} {w} would score nothing: it reads {reads}, which no sample of {', '.join(used)} has")
-    begun = [name for name in used if TASKS[name].begin]
-    yield ((cfg.rectify != "off" or cfg.baseline != "mean") and not begun,
-           f"--rectify {cfg.rectify} --baseline {cfg.baseline} are of refinements, and no task of this run refines; see --reflect")
-    yield (bool(begun) and cfg.normalise == "each",
-           f"--normalise each compares no refinement with its first image; set --{', --'.join(begun)} 0")
-    yield cfg.initial > 1 and not begun, f"--initial {cfg.initial} is of first pictures that are refined; see --reflect"
-    looks = begun or any(TASKS[name].rounds > 1 for name in used)
-    yield cfg.instruction != "neutral" and not looks, f"--instruction {cfg.instruction} is of tasks that look at a picture; see --reflect"
-    asks = cfg.weights["dvreward"] or cfg.weights["tifa"]
-    yield bool(cfg.dv) and not asks, f"--dv {cfg.dv} is of --dvreward and --tifa, of which none has a weight"
-    yield cfg.image_guidance > 1 and cfg.guidance <= 1, f"--image_guidance {cfg.image_guidance:g} acts under --guidance above 1 alone"
-    yield (cfg.train_referee and not (cfg.weights["sem"] or cfg.weights["dense"]),
-           f"--train_referee {cfg.train_referee} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
-    yield unknown_device(cfg.referee_device), f"--referee_device {cfg.referee_device}: no such device here; use cpu or cuda:N"
-    yield cfg.train_referee and cfg.shard, "--train_referee keeps the SigLIP whole on every rank and does not go with --shard"
-    yield cfg.train_referee and cfg.referee_bf16, "--train_referee trains in fp32; give --no-referee_bf16"
-    halves = [name for name in used if TASKS[name].pair]
-    yield (len({cfg.rows[name] for name in halves}) > 1,
-           " and ".join(f"--{name} {cfg.rows[name]}" for name in halves) + " are halves of the same rows; give both one number, or one 0")
-    yield (cfg.guidance_in == "sampling" and cfg.ratio_norm,
-           "--ratio_norm compares means with those of the policy that drew; it does not go with --guidance_in sampling")
-    yield cfg.shard and "RANK" not in os.environ, "--shard cuts the policy over ranks; start with torchrun"
-    own = (Path(cfg.out) / "policy").resolve()
-    yield Path(cfg.policy).resolve() == own, f"--policy {cfg.policy} is where this run would write its own policy; give another --out"
-    yield cfg.sampler == "cps" and cfg.noise_level >= 2, f"--noise_level {cfg.noise_level}: must be below 2 for cps, else std is 0"
-    yield cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, which would never move"
-    yield (cfg.normalise == "each" and cfg.advantage != "group",
-           f"--advantage {cfg.advantage} has no effect where --normalise each divides each reward by its group's std; leave one out")
-    last = cfg.denoise_steps - (cfg.sampler == "cps")           # cps has no noise in its last step
-    yield (not cfg.window_low + cfg.window <= cfg.window_high <= last,
-           f"--window {cfg.window} in --window_low {cfg.window_low} to --window_high {cfg.window_high} does not fit in {last} noisy steps")
-
-
-def unknown_device(name: str) -> bool:
-    """Whether a device is named that is not here."""
-    kind, _, number = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    return bool(name) and not (kind in ("cpu", "cuda") and (not number or number.isdigit()) and int(number or 0) < count)
-
-
-def check(cfg, ranks: Ranks) -> None:
-    """ValueError, in one line, for what cannot work, before anything is loaded."""
-    for wrong, why in refusals(cfg, ranks):
-        if wrong:
-            raise ValueError(why)
-
-
 # ---- memory ----
-
-
-def memory(policy: Policy, cfg, world: int) -> dict[str, float]:
-    """What a run needs on each GPU, in GB (1e9 bytes), computed from counts of numbers; `policy` may be on the meta device.
-
-    Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
-    reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
-    replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
-    activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered
-    blocks of a sharded policy. Images that are given or read back stand among the text's tokens, a question's at the ViT's full size.
-    Referees count where their weights lie here already, and are on the policy's device. Not counted: activations of referees and of the
-    autoencoder, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
-    """
-    c, byte, used = policy.config.llm, 2 if cfg.bf16 else 4, [TASKS[name] for name in in_use(cfg)]
-    D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
-    cut = world if cfg.shard and not policy.sharded else 1      # of a policy that is not cut yet, nearly everything will be
-    held_here = lambda p: p.to_local().numel() if isinstance(p, DTensor) else p.numel() / cut
-    held = sum(held_here(p) for p in policy.parameters())
-    trained = sum(held_here(p) for p in policy.parameters() if p.requires_grad)
-    two = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters()) if cfg.shard else 0
-    drawn = [cfg.rows[name] * cfg.group_size // world for name in in_use(cfg)]
-    most = max(min(n, max(cfg.rollout_batch, cfg.group_size) if cfg.rollout_batch else n) for n in drawn)
-    micro = max(min(n, cfg.micro or n) for n in drawn)
-    M = (cfg.resolution // policy.config.stride) ** 2 + 2 if any(task.draws for task in used) else 0
-    written = max(getattr(cfg, task.writes) if task.writes else 0 for task in used)
-    system = 160 if cfg.system_prompt and any(task.draws and task.writes for task in used) else 0
-    L = max(tokens_before(policy, cfg, task, M) for task in used) + system
-    cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
-    block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
-    mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees
-    rounds = 1 if cfg.segments else max(task.rounds for task in used)       # images and texts that one backward holds
-    noisy = cfg.window * M * rounds                             # tokens of a sample's noisy steps, which a replay reads in one call
-    inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
-    words = rounds * written * V * (byte + 12)                  # bytes of a sample's logits
-    out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
-           "reference": held * byte if cfg.needs_reference and not cfg.lora else 0,
-           "referees": 0 if cfg.referee_device else referees_of(cfg),
-           "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
-           "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + words) + two}
-    return {k: v / 1e9 for k, v in out.items()}
-
-
-def tokens_before(policy: Policy, cfg, task, M: int) -> int:
-    """Most tokens that a task's trajectory reads before its last segment, with 64 for what it is asked; M of a drawn image."""
-    stride, (longest, shortest, step) = policy.config.vit["patch_size"], policy.config.vit_resize
-    w, h = fit_size(cfg.resolution, cfg.resolution, longest, shortest, step)
-    image = M + (w // stride) * (h // stride) + 2               # read back, or changed: latents and ViT patches
-    given = image if task.sees else (longest // stride) ** 2 + 2 if "sources" in task.gives else 0
-    return task.rounds * (64 + (getattr(cfg, task.writes) if task.writes else 0)) + (task.rounds - 1) * image + given
-
-
-def referees_of(cfg) -> float:
-    """Bytes of the weights of referees that lie here; one that learns holds gradients and moments too."""
-    learning = 12 * numbers_in(cfg.siglip) if cfg.train_referee else 0
-    return (2 if cfg.referee_bf16 else 4) * sum(map(numbers_in, asked_models(cfg))) + learning
-
-
-def asked_models(cfg) -> set[str]:
-    """Folders or hub names of the models that a run's rewards ask."""
-    names = {name for k, w in cfg.weights.items() if w for name in REWARDS[k].loads.split()}
-    return {getattr(cfg, name) for name in names} - {""}
-
-
-def peak(need: dict[str, float]) -> float:
-    """GB at the worst moment: rollout and replay do not meet."""
-    return sum(v for k, v in need.items() if k not in ("rollout", "replay")) + max(need["rollout"], need["replay"])
-
-
-def check_memory(policy: Policy, cfg, ranks: Ranks) -> None:
-    """ValueError before anything is read where the GPU cannot hold the run, with settings that it would hold."""
-    has, need = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9, memory(policy, cfg, ranks.world)
-    if peak(need) <= has:
-        return
-    changes = [dict(micro=1), dict(rollout_batch=cfg.group_size), dict(micro=1, rollout_batch=cfg.group_size),
-               dict(think_tokens=64, micro=1)]
-    fits = [c for c in changes if peak(memory(policy, replace(cfg, **c), ranks.world)) <= has]
-    otherwise = "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
-    hint = " ".join(f"--{k} {v}" for k, v in fits[0].items()) if fits else otherwise
-    told = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if v >= 0.05)
-    raise ValueError(f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {told}; try {hint}")
-
-
-def room_to_gather(device: torch.device) -> float | None:
-    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU, or held by PyTorch without
-    use; None, any number, on a CPU."""
-    if device.type != "cuda":
-        return None
-    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2
 
 
 def precision(cfg, device: torch.device):
     """bf16 autocast where it is asked for: of the policy's own calls, not of losses and rewards."""
     return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else nullcontext()
-
-
-def prepared_policy(cfg, ranks: Ranks, trained: bool = True) -> Policy:
-    """The policy to train, or its frozen reference. Its memory is checked on the meta device, before a weight is read."""
-    def prepare(policy: Policy) -> None:
-        if trained:
-            freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
-        else:
-            policy.requires_grad_(False)
-        if cfg.shard:
-            shard(policy, torch.bfloat16 if cfg.bf16 else None)
-        if trained and ranks.device.type == "cuda":
-            check_memory(policy, cfg, ranks)
-    policy = load_policy(cfg.policy, device=ranks.device, dtype=torch.bfloat16 if cfg.bf16 else torch.float32, prepare=prepare)
-    reset_adapters(policy, ranks.device, cfg.seed)
-    return policy
 
 
 # ---- the log ----
@@ -611,35 +423,3 @@ def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list
     save_tensors(tensors, path)
     good = [p for p in (out / "checkpoint.safetensors", out / "checkpoint") if p.exists()]
     return f"Last good checkpoint: {good[0] if good else 'none yet'}. The weights and the batch of this step are in {path}"
-
-
-# ---- the whole ----
-
-
-@dataclass
-class Run:
-    """What lives through a run."""
-
-    cfg: object                 # recipes.Config
-    ranks: Ranks
-    policy: Policy
-    frozen: Policy | None       # the reference in full training; None where adapters switch off
-    optimizer: torch.optim.Optimizer
-    average: Average
-    source: Source
-    rewards: dict[str, Callable]
-    imitation: object           # of the control; else None
-    log: Log
-    learner: object = None      # referees.Learner of a referee that learns
-    start: int = 0              # first step
-    shown: list = field(default_factory=list)                   # pictures and prompts for the learner, of this step
-    work: list | None = None    # the last step's batches, rollouts and advantages
-    silent: dict = field(default_factory=dict)                  # task -> steps in a row without a signal
-    told: set = field(default_factory=set)                      # tasks of which that was said
-
-    def tell_silence(self, task: str, tied: float) -> None:
-        """Say once that a task had no signal for three steps; tied: the share of its groups whose rewards are all equal."""
-        self.silent[task] = self.silent.get(task, 0) + 1 if tied == 1 else 0
-        if self.silent[task] == 3 and task not in self.told and self.ranks.rank == 0:
-            say(f"warning: --{task} learned nothing for three steps: all samples of each prompt get the same reward")
-            self.told.add(task)
