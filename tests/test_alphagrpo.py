@@ -11,21 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from referees import judge
+from referees import questions
+from grpo import anchored_advantage, group_advantage, rectified
+from policy import Guidance
+from recipes import check, parse
+from referees.questions import (PHOTO_QUALITY, TOY_QUALITY, Question, Questions, by_rule,
+    decompose, of_answer, questions_of_row)
+from rewards import Decomposed, Samples, aggregate
+from sample import TOY, Draw, Write, refine, replay_rollout, sample_plan, subset
+from support.checkpoint import load_policy
+from support.memory import memory
+from support.run import Ranks
+from toy import world
+from support import rows
+from studies import refinement
 import eval as evaluation
 import flow_grpo
-import questions
-import referees
 import sample
 import tasks
 import train
-from checkpoint import load_policy
-from grpo import anchored_advantage, group_advantage, rectified
-from policy import Guidance
-from questions import PHOTO_QUALITY, TOY_QUALITY, Question, Questions, by_rule, decompose, of_answer, questions_of_row
-from recipes import parse
-from rewards import Decomposed, Samples, aggregate
-from run import Ranks, check, memory
-from sample import TOY, Draw, Write, refine, replay_rollout, sample_plan, subset
 from toy import shapes
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -159,20 +164,20 @@ def test_the_rule_asks_what_metadata_say_and_nothing_twice():
 
 
 def test_every_toy_prompt_is_decomposed_into_questions_that_its_judge_can_read():
-    judge = referees.load_judge(str(TOY.parent / "judge"))
+    judge = judge.load_judge(str(TOY.parent / "judge"))
     known, ask = set(judge.tokenizer.get_vocab()), Questions("", toy=True)
-    pool = shapes.prompts("train") + shapes.implicit_prompts("eval") + [tasks.toy_edit(np.random.default_rng(i)).metadata for i in range(30)]
+    pool = shapes.prompts("train") + shapes.implicit_prompts("eval") + [world.toy_edit(np.random.default_rng(i)).metadata for i in range(30)]
     for m in pool:
         for q in ask(m["prompt"], m):
             assert set(q.text.split()) <= known, q.text
 
 
 def test_the_toys_judge_prefers_the_right_picture():
-    rng, judge = np.random.default_rng(0), referees.load_judge(str(TOY.parent / "judge"))
+    rng, judge = np.random.default_rng(0), judge.load_judge(str(TOY.parent / "judge"))
     asked = [shapes.pick(rng, shapes.prompts("eval")) for _ in range(60)]
     reward, values = Decomposed(judge, Questions("", toy=True)), []
     for some in (asked, [shapes.wrong_metadata(m, rng) for m in asked]):
-        images = tasks.rendered([shapes.sample_scene(m, rng, training=False) for m in some]) * 0.5 + 0.5
+        images = world.rendered([shapes.sample_scene(m, rng, training=False) for m in some]) * 0.5 + 0.5
         values.append(reward(Samples([m["prompt"] for m in asked], asked, images=images)))
     assert (values[0] > values[1]).float().mean() > 0.95
 
@@ -277,7 +282,7 @@ def test_a_real_language_model_is_asked_through_its_chat_template(tmp_path):
     assert len(write(["a red circle", "two"], 0.0)) == 2 and write(["a red circle"], 0.0) == write(["a red circle"], 0.0)
     (tmp_path / "p.txt").write_text("a circle\n")
     with pytest.raises(SystemExit) as error:
-        tasks.main(["decompose", str(tmp_path / "p.txt"), "--llm", str(tmp_path / "llm"), "--out", str(tmp_path / "q.jsonl")])
+        questions.main(["decompose", str(tmp_path / "p.txt"), "--llm", str(tmp_path / "llm"), "--out", str(tmp_path / "q.jsonl")])
     assert "gave no valid questions for any of 1 prompts in 5 tries each" in str(error.value)
 
 
@@ -285,9 +290,9 @@ def test_a_real_language_model_is_asked_through_its_chat_template(tmp_path):
 
 
 def test_all_questions_of_an_image_are_answered_as_one_by_one_and_it_is_encoded_once(monkeypatch):
-    judge = referees.load_judge(str(TOY.parent / "judge"), batch_size=4)
-    images, counted, features = torch.rand(3, 3, 32, 32), [], referees.Judge.features
-    monkeypatch.setattr(referees.Judge, "features", lambda self, x: counted.append(len(x)) or features(self, x))
+    judge = judge.load_judge(str(TOY.parent / "judge"), batch_size=4)
+    images, counted, features = torch.rand(3, 3, 32, 32), [], judge.Judge.features
+    monkeypatch.setattr(judge.Judge, "features", lambda self, x: counted.append(len(x)) or features(self, x))
     asked = ["is there a circle ?", "is the picture clean ?", "are there three squares ?", "is this a red circle ?", "are the shapes whole ?"]
     of = [0, 0, 2, 1, 2]
     together = judge.yes_probability(images, asked, of)
@@ -300,12 +305,12 @@ def test_spellings_of_yes_are_found_in_the_tokenizer_and_counted_once():
     words = {"yes": 3, "Yes": 4, " yes": 5, " Yes": 4, "no": 0}
     tokenizer = lambda text, add_special_tokens: SimpleNamespace(input_ids=[words[text]] if text in words else [8, 9])  # noqa: E731
     tokenizer.unk_token_id = 0
-    assert referees.spellings(tokenizer, "yes") == [3, 5, 4] and referees.spellings(tokenizer, "no") == []
+    assert judge.spellings(tokenizer, "yes") == [3, 5, 4] and judge.spellings(tokenizer, "no") == []
 
 
 def test_a_judge_that_does_not_think_of_yes_and_no_is_reported(monkeypatch):
-    judge = referees.load_judge(str(TOY.parent / "judge"))
-    monkeypatch.setattr(referees.Judge, "next_logits", lambda self, seen, asked: torch.zeros(len(asked), 50).index_fill(1, torch.tensor([40]), 30.0))
+    judge = judge.load_judge(str(TOY.parent / "judge"))
+    monkeypatch.setattr(judge.Judge, "next_logits", lambda self, seen, asked: torch.zeros(len(asked), 50).index_fill(1, torch.tensor([40]), 30.0))
     with pytest.raises(ValueError, match="the judge puts .* of its probability on yes and no"):
         judge.yes_probability(torch.rand(1, 3, 32, 32), ["is there a circle ?"])
 
@@ -316,7 +321,7 @@ def test_a_judge_that_does_not_think_of_yes_and_no_is_reported(monkeypatch):
 @given(st.integers(0, 10**6))
 def test_an_edit_is_true_of_its_target_and_false_of_its_source(seed):
     rng = np.random.default_rng(seed)
-    m = tasks.toy_edit(rng).metadata
+    m = world.toy_edit(rng).metadata
     assert shapes.edited(m["source"], m["target"], m["target"]) == (True, True)
     changed, kept = shapes.edited(m["source"], m["target"], m["source"])
     assert not changed and kept
@@ -369,7 +374,7 @@ def test_images_of_mixed_sizes_are_refused():
 def laid_out(policy, name, guidance=None, G=3):
     """A rollout of a task of the toy in training, two prompts of different length."""
     cfg = parse(["--recipe", "lvrpo", "--window", "2"])
-    task, choices = tasks.TASKS[name], tasks.choices_of(cfg, sample.LOOK["toy"]["neutral"], (0, 2), (1, 3))
+    task, choices = tasks.TASKS[name], tasks.choices_of(cfg, tasks.LOOK["toy"]["neutral"], (0, 2), (1, 3))
     rows = [task.toy()((3, 0, 1), 8, range(8))[i] for i in (0, 5)]
     if task.begin:
         rows, _ = task.begin(policy, rows, choices, seed=0, step=0, index=[0, 1], n=1)
@@ -474,7 +479,7 @@ def test_guidance_in_training_is_the_policys_mean_in_rollout_and_replay(tmp_path
 
 
 def test_the_lowest_of_the_first_pictures_is_refined(policy):
-    rows = [tasks.prompt_row(m) for m in PROMPTS]
+    rows = [rows.prompt_row(m) for m in PROMPTS]
     choices = tasks.choices_of(parse([]), "{prompt}", (0, 3))
     seen = []
 
@@ -571,7 +576,7 @@ def test_memory_counts_images_that_are_read_and_the_referees(policy):
     assert need["unigrpo"]["referees"] == 0
     rounds = [memory(policy, parse(["--recipe", "unigrpo_rounds", *more]), 1)["replay"] for more in ([], ["--segments"])]
     assert rounds[0] > rounds[1] > 0                            # both images' noisy steps at once, or one image's
-    numbers = sum(p.numel() for p in referees.load_judge(str(TOY.parent / "judge")).model.parameters())
+    numbers = sum(p.numel() for p in judge.load_judge(str(TOY.parent / "judge")).model.parameters())
     assert need["alphagrpo_reflect"]["referees"] == pytest.approx(4e-9 * numbers, rel=0.1)
     plain = memory(policy, parse(["--recipe", "alphagrpo", "--think", "24"]), 1)
     assert need["alphagrpo_reflect"]["rollout"] > plain["rollout"]
@@ -583,12 +588,12 @@ def test_memory_counts_images_that_are_read_and_the_referees(policy):
 def refined(policy, select, value, rounds=2):
     draw = Draw((32, 32), flow_grpo.time_grid(4, 2.0))
     return refine(policy, [m["prompt"] for m in PROMPTS] * 2, rounds, select, value, [draw], [Write(24, 0.0), draw],
-                  look=sample.LOOK["toy"]["neutral"], seed=0)
+                  look=tasks.LOOK["toy"]["neutral"], seed=0)
 
 
 def test_refinement_by_the_judge_never_lowers_its_score_and_always_takes_the_new(policy):
     prompts = [m["prompt"] for m in PROMPTS] * 2
-    judged = sample.value_of("judge", prompts, str(TOY.parent / "judge"), "cpu")
+    judged = refinement.value_of("judge", prompts, str(TOY.parent / "judge"), "cpu")
     rounds = refined(policy, "judge", judged)
     for old, new in zip(rounds, rounds[1:]):
         assert (new.value >= old.value).all() and torch.allclose(judged(new.kept), new.value, atol=1e-5)
@@ -632,8 +637,8 @@ def test_a_policy_that_cannot_see_is_refused(tmp_path):
 def test_refinement_is_compared_with_drawing_as_many_pictures(monkeypatch, policy, tmp_path):
     monkeypatch.setattr(tasks, "PROMPTS_PER_TAG", 1)
     monkeypatch.setattr(evaluation, "ODE_STEPS", 2)
-    table = evaluation.refinement(policy, str(TOY.parent / "judge"), rounds=1, samples=2)
+    table = refinement.refinement(policy, str(TOY.parent / "judge"), rounds=1, samples=2)
     assert set(table) == {"refine, always", "refine, judge", "refine, oracle", "best, judge", "best, oracle"}
     assert all(len(each) == 2 and each[0] == table["refine, always"][0] for each in table.values())
     assert table["best, oracle"][1] >= table["best, judge"][1] and table["refine, oracle"][1] >= table["refine, oracle"][0]
-    assert evaluation.print_refinement(table).count("\n") == 3
+    assert refinement.print_refinement(table).count("\n") == 3

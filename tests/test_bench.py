@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import bench
-from checkpoint import load_policy
+from studies import bench
 from sample import TOY
+from support.checkpoint import load_policy
 
 
 @pytest.mark.parametrize("name", [f"{what}-{way}" for what in bench.BENCHES for way in ("plain", "shared")])

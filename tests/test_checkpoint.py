@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
-from bench import release_on_meta
-from checkpoint import load_adapters, load_policy, read_json, release_ae_name, release_name, save_adapters, save_policy, save_tensors, write_atomic
-from run import load_checkpoint, save_checkpoint
 from policy import LoRA, PolicyConfig, adapters, add_lora
+from studies.bench import release_on_meta
+from support.checkpoint import (load_adapters, load_policy, release_ae_name, release_name,
+    save_adapters, save_policy, save_tensors)
+from support.disk import read_json, write_atomic
+from support.run import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "bagel_tiny"

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-import claims
+from studies import claims
 import eval as evaluation
-from recipes import parse
-from run import Ranks, check
+from recipes import check, parse
+from support.run import Ranks
 
 TWO = "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --kn 0 --draw 2 --group_size 2 --steps 2"
 

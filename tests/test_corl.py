@@ -12,20 +12,21 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-import files
-import geneval
-import referees
+from referees import captions
+from grpo import group_advantage
+from policy import Guidance
+from recipes import check, parse
+from rewards import Samples
+from sample import replay_gaps, replay_rollout, sample_plan, unguided
+from studies.geneval import geneval
+from support.run import Ranks
+from support import pictures
+from support import rows as files
 import rewards as R
 import tasks
 import recipes
 import train
-from grpo import group_advantage
-from policy import Guidance
-from rewards import Samples
-from run import Ranks, check
-from sample import replay_gaps, replay_rollout, sample_plan, unguided
 from toy import shapes, tiny
-from recipes import parse
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = ["--recipe", "corl", "--pair_image", "3", "--pair_text", "3", "--group_size", "4", "--steps", "1", "--eval_every", "0"]
@@ -96,40 +97,40 @@ def test_graded_answers_are_a_setting_of_open_questions_alone():
     ("a square right of a circle", {("circle",), ("square",), ("circle", "left of", "square")}),
     ("a circle below a square", {("circle",), ("square",), ("square", "above", "circle")})])
 def test_a_caption_is_taken_apart_by_rule(caption, tuples):
-    assert R.caption_tuples(caption) == tuples
+    assert captions.caption_tuples(caption) == tuples
 
 
 @pytest.mark.parametrize("caption", ["dogs running", "circle", "", "red circles", "a circle left of a square above a triangle"])
 def test_a_caption_that_no_rule_reads_is_refused(caption):
     with pytest.raises(ValueError, match="--recaption_by"):
-        R.caption_tuples(caption)
+        captions.caption_tuples(caption)
 
 
 @given(st.lists(st.tuples(ADJECTIVES, NOUNS), min_size=1, max_size=4, unique_by=lambda pair: pair[1]), st.randoms())
 def test_tuple_f1_is_1_in_any_order_symmetric_and_falls_when_an_object_is_left_out(things, random):
     say = lambda some: " and ".join(f"a {a} {n}" for a, n in some)
     mixed = random.sample(things, len(things))
-    assert R.tuple_f1(say(things), say(mixed)) == 1
+    assert captions.tuple_f1(say(things), say(mixed)) == 1
     if len(things) > 1:
-        less = R.tuple_f1(say(things), say(things[1:]))
-        assert 0 < less < 1 and less == R.tuple_f1(say(things[1:]), say(things))
+        less = captions.tuple_f1(say(things), say(things[1:]))
+        assert 0 < less < 1 and less == captions.tuple_f1(say(things[1:]), say(things))
 
 
 @pytest.mark.parametrize("caption, score", [
     ("a red circle", 1), ("circle orange circle and a red circle", 4 / 5), ("", 0), ("a red circle left of a square above a dog", 4 / 6)])
 def test_what_no_rule_reads_in_a_captioners_caption_is_a_thing_that_the_prompt_does_not_say(caption, score):
     """A captioner stammers before a spoiled picture; that must neither stop a run nor help the picture."""
-    assert R.tuple_f1("a red circle", caption) == pytest.approx(score)
+    assert captions.tuple_f1("a red circle", caption) == pytest.approx(score)
     with pytest.raises(ValueError, match="--recaption_by"):
-        R.tuple_f1("red circle", caption)
+        captions.tuple_f1("red circle", caption)
 
 
 def test_every_caption_of_the_toy_can_be_held_against_every_prompt():
     rng = np.random.default_rng(0)
     for m in shapes.prompts("train")[::7]:
         scene = shapes.sample_scene(m, rng)
-        assert 0 < R.tuple_f1(m["prompt"], shapes.describe(scene)) <= 1
-        assert R.tuple_f1(m["prompt"], shapes.describe(shapes.sample_scene(shapes.wrong_metadata(m, rng), rng))) < 1
+        assert 0 < captions.tuple_f1(m["prompt"], shapes.describe(scene)) <= 1
+        assert captions.tuple_f1(m["prompt"], shapes.describe(shapes.sample_scene(shapes.wrong_metadata(m, rng), rng))) < 1
 
 
 def test_the_rows_own_picture_earns_1_under_a_right_captioner_and_less_when_an_object_is_removed():
@@ -191,7 +192,7 @@ def test_lpips_is_asked_for_its_distance_and_says_what_is_missing(monkeypatch):
     assert R.Likeness("lpips", lambda a, b: torch.tensor([0.25, 3.0]))(drawn("ab", images_of(2), images_of(2))).tolist() == [0.75, 0.0]
     monkeypatch.setitem(__import__("sys").modules, "lpips", None)
     with pytest.raises(ValueError, match="pip install lpips; or use --likeness_by ssim"):
-        referees.load_lpips()
+        captioner.load_lpips()
 
 
 # ---- token matching ----
@@ -253,7 +254,7 @@ def captioner(tmp_path_factory):
 
 def test_captions_are_those_of_the_published_class_one_by_one(captioner):
     """A greedy loop by hand over the decoder, from the begin token to the separator."""
-    ours, images = referees.load_captioner(captioner, batch_size=2), images_of(3)
+    ours, images = captioner.load_captioner(captioner, batch_size=2), images_of(3)
     model, text = ours.model, ours.model.config.text_config
     for caption, image in zip(ours.captions(images), images):
         vision = model.vision_model(pixel_values=(image[None] - 0.5) / 0.5)[0]
@@ -281,7 +282,7 @@ def bert(tmp_path_factory):
 
 @pytest.mark.parametrize("layer", [0, 1, -1])
 def test_token_states_are_the_named_layers_without_special_tokens(bert, layer):
-    ours, texts = referees.load_text_encoder(bert, layer=layer, batch_size=2), ["a circle", "three red squares", "a"]
+    ours, texts = captioner.load_text_encoder(bert, layer=layer, batch_size=2), ["a circle", "three red squares", "a"]
     states, mask = ours.states(texts)
     for state, seen, text in zip(states, mask, texts):
         ids = ours.tokenizer(text, return_tensors="pt").input_ids
@@ -290,7 +291,7 @@ def test_token_states_are_the_named_layers_without_special_tokens(bert, layer):
 
 
 def test_recaptions_by_token_states_are_the_f1_of_prompt_and_caption(bert):
-    encoder, said = referees.load_text_encoder(bert), ["a red circle", "two squares", "a circle"]
+    encoder, said = captioner.load_text_encoder(bert), ["a red circle", "two squares", "a circle"]
     reward = R.Recaption(SimpleNamespace(captions=lambda images: said), "bertscore", encoder)
     scores = reward(drawn(["a red circle", "a circle and a square", "three triangles"], images_of(3)))
     alone = [R.token_f1(*encoder.states([a]), *encoder.states([b])).item() for a, b in
@@ -300,10 +301,10 @@ def test_recaptions_by_token_states_are_the_f1_of_prompt_and_caption(bert):
 
 def test_models_of_another_class_a_layer_too_many_and_names_that_are_not_there_are_one_line(captioner, bert, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for load, path, words in ((referees.load_captioner, bert, "holds a bert model, expected blip"),
-                              (referees.load_text_encoder, captioner, "holds a blip model, expected bert"),
-                              (lambda path: referees.load_text_encoder(path, layer=3), bert, "has layers 0 .the embeddings. to 2, not 3"),
-                              (referees.load_captioner, "out/captioner", "no such folder; as a hub name it is looked for in")):
+    for load, path, words in ((captioner.load_captioner, bert, "holds a bert model, expected blip"),
+                              (captioner.load_text_encoder, captioner, "holds a blip model, expected bert"),
+                              (lambda path: captioner.load_text_encoder(path, layer=3), bert, "has layers 0 .the embeddings. to 2, not 3"),
+                              (captioner.load_captioner, "out/captioner", "no such folder; as a hub name it is looked for in")):
         with pytest.raises((ValueError, OSError), match=words) as error:
             load(path)
         assert "\n" not in str(error.value)
@@ -351,7 +352,7 @@ def test_the_halves_of_a_row_are_about_one_picture(run):
     assert (image.task, text.task) == ("pair_image", "pair_text") and len(image.rows) == len(text.rows) == 3
     for a, b in zip(image.rows, text.rows):
         assert torch.equal(a.real, b.source) and a.text == a.metadata["prompt"] and b.answer and a.pixels is None
-        assert geneval.geneval_check(a.metadata, shapes.detect(tasks.to_bytes(a.real[None]))[0])[0]
+        assert geneval.geneval_check(a.metadata, shapes.detect(pictures.to_bytes(a.real[None]))[0])[0]
     assert not set(image.index) & set(text.index)
 
 
@@ -442,8 +443,8 @@ def test_guidance_that_the_likelihood_leaves_out_is_scored_without_it_and_said(t
     assert stats["pair_image/guidance"] > 1e-3 and "what is trained is not what draws" in capsys.readouterr().err
     both = parse([*SMALL, *more])
     r = train.act(run.policy, batch, both)
-    assert r.guidance == train.guidance_of(both, False) and max(gap for _, gap in replay_gaps(run.policy, r)) < 1e-4
-    assert unguided(run.policy, r).guidance is None and train.guidance_of(parse(SMALL), False) is None
+    assert r.guidance == tasks.guidance_of(both, False) and max(gap for _, gap in replay_gaps(run.policy, r)) < 1e-4
+    assert unguided(run.policy, r).guidance is None and tasks.guidance_of(parse(SMALL), False) is None
 
 
 def test_the_checks_of_a_run_pass_for_every_recipe():

@@ -7,15 +7,22 @@ import numpy as np
 import pytest
 import torch
 
+from eval import summary
+from toy import world
+from studies import reward_truth
+import sample
+from support import plots
 import eval as evaluation
 import tasks
-from checkpoint import load_policy
-from eval import answered, evaluate, markdown_row, mean_and_error, plot, summary
-from run import read_log
+from eval import answered, evaluate, markdown_row, mean_and_error
 from rewards import Samples
-from pictures import to_bytes
 from sample import TOY
-from tasks import TASKS, drawn_truth, held_out_prompts, held_out_questions, held_out_riddles, spaced
+from support.checkpoint import load_policy
+from support.pictures import to_bytes
+from support.plots import plot
+from support.run import read_log
+from tasks import TASKS
+from toy.world import drawn_truth, held_out_prompts, held_out_questions, held_out_riddles, spaced
 from toy import shapes
 
 
@@ -36,7 +43,7 @@ def test_held_out_questions_are_about_evaluation_scenes_and_cover_the_kinds(monk
         assert all(shapes.scene_split(s) == "eval" for s, _ in asked)
         assert all(any((o.color, o.shape) in shapes.HELD_OUT for o in s) == pairs for s, _ in asked)
         kinds = [q["kind"] for _, q in asked]
-        assert {kinds.count(k) for k in tasks.KINDS} == {len(asked) // len(tasks.KINDS)}
+        assert {kinds.count(k) for k in world.KINDS} == {len(asked) // len(world.KINDS)}
 
 
 def painted(rows, scene_of, G=1):
@@ -50,7 +57,7 @@ def test_truth_is_one_on_scenes_that_satisfy_the_prompt_and_zero_on_wrong_ones()
     rng, rows = np.random.default_rng(0), held_out_prompts()
     right = painted(rows, lambda m: shapes.sample_scene(m, rng, training=False))
     wrong = painted(rows, lambda m: shapes.sample_scene(shapes.wrong_metadata(m, rng), rng, training=False))
-    assert drawn_truth(right, tasks.detect(right.images)).min() == 1.0 and drawn_truth(wrong, tasks.detect(wrong.images)).max() == 0.0
+    assert drawn_truth(right, world.detect(right.images)).min() == 1.0 and drawn_truth(wrong, world.detect(wrong.images)).max() == 0.0
     assert drawn_truth(right, None) is None
 
 
@@ -115,8 +122,8 @@ def test_every_reward_of_pictures_is_held_against_the_truth(monkeypatch, tmp_pat
 
 def test_correlation_is_pearsons_and_unknown_of_what_does_not_vary():
     a = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
-    assert evaluation.correlation(a, 3 * a - 1) == pytest.approx(1) and math.isnan(evaluation.correlation(a, torch.ones(4)))
-    assert evaluation.correlation(a, torch.tensor([1.0, 0, 1, 0]).double()) == pytest.approx(np.corrcoef(a, [1, 0, 1, 0])[0, 1])
+    assert reward_truth.correlation(a, 3 * a - 1) == pytest.approx(1) and math.isnan(reward_truth.correlation(a, torch.ones(4)))
+    assert reward_truth.correlation(a, torch.tensor([1.0, 0, 1, 0]).double()) == pytest.approx(np.corrcoef(a, [1, 0, 1, 0])[0, 1])
 
 
 def test_genevals_folders_are_drawn_judged_and_gone_on_with(tmp_path, capsys, monkeypatch):
@@ -131,7 +138,7 @@ def test_genevals_folders_are_drawn_judged_and_gone_on_with(tmp_path, capsys, mo
     assert [each["filename"] for each in results[:3]] == ["00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png"]
     kept = (tmp_path / "g" / "00001" / "samples" / "0001.png").read_bytes()
     (tmp_path / "g" / "00001" / "samples" / "0001.png").unlink()
-    drawn, real = [], evaluation.sample_plan
+    drawn, real = [], sample.sample_plan
     monkeypatch.setattr(evaluation, "sample_plan", lambda *a, **k: drawn.append(k["prompts"]) or real(*a, **k))
     evaluation.main(flags)
     assert drawn == [[1]] and (tmp_path / "g" / "00001" / "samples" / "0001.png").read_bytes() == kept
@@ -241,7 +248,7 @@ def test_rows_of_a_log_need_not_hold_the_same_keys(tmp_path):
     log = write_log(tmp_path / "a.jsonl", HEAD, looks[0], *rows, looks[1])
     plot([log, write_log(tmp_path / "b.jsonl", HEAD, looks[1])], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists() and "draw" in summary(log)
-    at, reward = evaluation.rewards_over(rows)
+    at, reward = plots.rewards_over(rows)
     assert at == [1 / 60, 2 / 60, 3 / 60] and list(reward) == [1.0, 1.0, 1.0]
 
 

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 import eval as evaluation
 import sample
 import train
-from run import Log, Owner, differences, read_rows, signals
-from terminal import Terminal, one_line
-from run import Ranks
 from recipes import parse
+from support.run import Log, Owner, Ranks, differences, read_rows, signals
+from support.terminal import Terminal, one_line
 
 ROOT = Path(train.__file__).parent
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -18,11 +18,10 @@ from torch.distributions import Normal, kl_divergence
 
 import flow_grpo
 import grpo
-from flow_grpo import (
-    LOG_RATIO_BOUND, Replay, Trajectory, bounded_exp, clipped_surrogate, draw_window, flow_grpo_loss, gaussian_logp, log_ratio,
-    normalised_log_ratio, replay, replay_of, rollout, select, shared_noise, step_sigma, step_weights, time_grid, transition,
-    transition_kl, velocity_mse,
-)
+from flow_grpo import (Replay, Trajectory, draw_window, flow_grpo_loss, gaussian_logp, log_ratio,
+    normalised_log_ratio, replay, replay_of, rollout, select, shared_noise, step_sigma,
+    step_weights, time_grid, transition, transition_kl, velocity_mse)
+from grpo import LOG_RATIO_BOUND, bounded_exp, clipped_surrogate
 
 GOLDEN = Path(__file__).parent / "golden" / "flow_steps"
 CASES = json.loads((GOLDEN / "flow_steps.json").read_text())

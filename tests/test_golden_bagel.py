@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flow_grpo import rollout, time_grid
-from checkpoint import load_policy, release_name
-from policy import Guidance, grid_ids, guided_velocity, own_attention, patchify, sincos_table, unpatchify
-from pictures import fit_image, fit_size, to_tensor
+from policy import (Guidance, grid_ids, guided_velocity, own_attention, patchify, sincos_table,
+    unpatchify)
+from support.checkpoint import load_policy, release_name
+from support.pictures import fit_image, fit_size, to_tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 CASES = json.loads((GOLDEN / "cases.json").read_text())

@@ -25,10 +25,8 @@ from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
 
 import grpo
-from grpo import (
-    LOG_RATIO_BOUND, average, bounded_exp, clipped_surrogate, group_advantage, grpo_loss, importance_ratio, kl_k3, loss_stats,
-    token_logp,
-)
+from grpo import (LOG_RATIO_BOUND, average, bounded_exp, clipped_surrogate, group_advantage,
+    grpo_loss, importance_ratio, kl_k3, loss_stats, token_logp)
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES = json.loads((GOLDEN / "grpo_losses" / "losses.json").read_text())

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from checkpoint import MERGES, average_merge, gaussian_merge, inverse_norm_merge, load_policy, merge, save_adapters, save_policy
+from support import merge
 from policy import LoRA, add_lora
+from support.checkpoint import load_policy, save_adapters, save_policy
+from support.merge import MERGES, average_merge, gaussian_merge, inverse_norm_merge, merge
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "bagel_tiny"
@@ -120,8 +121,8 @@ def test_adapters_merge_by_their_dense_changes_also_with_a_whole_policy(tmp_path
 
 def test_a_merge_holds_one_tensor_at_a_time_and_is_stored_as_safetensors_stores(tmp_path, monkeypatch):
     a, b, live = moved(tmp_path / "a", 1), moved(tmp_path / "b", 2), []
-    whole = checkpoint.MERGES["average"]
-    monkeypatch.setitem(checkpoint.MERGES, "average", lambda x, y, bound: live.append(x.numel()) or whole(x, y))
+    whole = merge.MERGES["average"]
+    monkeypatch.setitem(merge.MERGES, "average", lambda x, y, bound: live.append(x.numel()) or whole(x, y))
     merge(a, b, GOLDEN, tmp_path / "c", "average")
     got = load_file(tmp_path / "c" / "ema.safetensors")
     assert sorted(live) == sorted(x.numel() for x in got.values())

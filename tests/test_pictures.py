@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from checkpoint import load_policy
-from pictures import as_shown, fit_image, fit_size, open_picture, read_picture, save_grid, texture, to_tensor
+from support.checkpoint import load_policy
+from support.pictures import (as_shown, fit_image, fit_size, open_picture, read_picture,
+    save_grid, texture, to_tensor)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(8, 0)                         # dark left, bright right

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import load_policy
+from grpo import token_logp
 from policy import Guidance, LoRA, RMSNorm, adapters_off, add_lora, guided_velocity, own_attention
 from sample import TOY
-from grpo import token_logp
+from support.checkpoint import load_policy
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 SIZE = (16, 24)                                                 # 2 x 3 latent tokens of 8 pixels

@@ -6,17 +6,18 @@ import pytest
 import torch
 from pretend import DEVICE, Literals, PretendDevice
 
-import bench
+import recipes
+from studies import bench
 import eval as evaluation
 import flow_grpo
 import sample
 import tasks
 import train
-from checkpoint import load_policy
-from run import load_checkpoint, run_state
 from policy import Guidance
-from sample import TOY, Draw, Read, See, Write, images_of, replay_rollout, sample_plan, subset, texts_of
-from run import Ranks
+from sample import (TOY, Draw, Read, See, Write, images_of, replay_rollout, sample_plan, subset,
+    texts_of)
+from support.checkpoint import load_policy
+from support.run import Ranks, load_checkpoint, run_state
 
 GOLDEN = evaluation.Path(__file__).parent / "golden" / "bagel_tiny"
 THERE = Ranks(0, 1, DEVICE)
@@ -59,7 +60,7 @@ def few(monkeypatch):
     ["--dense", "1", "--format", "1", "--normalise", "each", "--rollout_batch", "2", "--density", "sum", "--kl_correction", "--adv_clamp", "5",
      "--text_average", "constant", "--text_ratio", "sequence", "--text_delta", "3", "--sampler", "sde", "--image_clip", "1"]])
 def test_every_task_samples_scores_and_learns(tmp_path, more):
-    run = train.begin(train.parse([*SMALL, *more, "--out", str(tmp_path)]), THERE)
+    run = train.begin(recipes.parse([*SMALL, *more, "--out", str(tmp_path)]), THERE)
     stats = train.one_step(run, 0)
     assert stats["grad_norm"] > 0 and {p.device for p in run.policy.parameters()} == {DEVICE}
     train.keep(run, 1)
@@ -68,8 +69,8 @@ def test_every_task_samples_scores_and_learns(tmp_path, more):
 
 def test_a_run_evaluates_saves_resumes_and_exports(tmp_path, few):
     more = ["--draw", "0", "--ask", "0", "--kn", "0", "--sem", "0", "--out", str(tmp_path)]
-    train.train(train.parse([*SMALL, *more, "--steps", "1", "--eval_every", "0"]), THERE)
-    train.train(train.parse([*SMALL, *more, "--steps", "2", "--eval_every", "2", "--resume"]), THERE)
+    train.train(recipes.parse([*SMALL, *more, "--steps", "1", "--eval_every", "0"]), THERE)
+    train.train(recipes.parse([*SMALL, *more, "--steps", "2", "--eval_every", "2", "--resume"]), THERE)
     assert [r["step"] for r in records(tmp_path) if "loss" in r] == [0, 1] and len([r for r in records(tmp_path) if "eval" in r]) == 2
     assert load_policy(tmp_path / "policy", device=DEVICE).embed.weight.device == DEVICE
 

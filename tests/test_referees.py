@@ -11,16 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import detectors
-import geneval
-import preferences
-import questions
+from referees import detectors
+from referees import judge
+from referees import preferences
+from referees import questions
+from referees import siglip
+import rewards
+from studies.geneval import geneval
+from support.run import Ranks
+import sample
 import recipes
-import referees
 import rewards as R
 import tiny_referees as tiny
 import train
-from run import Ranks
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
 CAT = {"include": [{"class": "cat", "count": 1}]}
@@ -179,7 +182,7 @@ def test_a_detector_that_sees_what_each_of_genevals_prompts_says_passes_all():
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 553
     for how in ("all", "graded", "flow_grpo"):
-        reward = geneval.Instruction(lambda images, metadata: [drawn_as_said(m) for m in metadata], how)
+        reward = rewards.Instruction(lambda images, metadata: [drawn_as_said(m) for m in metadata], how)
         samples = R.Samples([row["prompt"] for row in rows], rows, images=torch.zeros(553, 3, 1, 1))
         assert reward(samples).eq(1).all()
 
@@ -223,7 +226,7 @@ def test_a_mask2former_of_an_older_transformers_loads(folders, tmp_path):
 @pytest.mark.parametrize("name", ["qwen", "qwen3", "internvl"])
 def test_a_chat_judge_reads_what_its_own_processor_lays_out(folders, name):
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    judge, x = referees.load_judge(str(folders / name)), images(2)
+    judge, x = judge.load_judge(str(folders / name)), images(2)
     model, processor = (auto.from_pretrained(folders / name) for auto in (AutoModelForImageTextToText, AutoProcessor))
     words = processor.tokenizer
     for n, question in enumerate(("is there a cat ?", "is there a red dog in the image ?")):
@@ -239,7 +242,7 @@ def test_a_chat_judge_reads_what_its_own_processor_lays_out(folders, name):
 
 @pytest.mark.parametrize("name", ["qwen", "qwen3", "internvl"])
 def test_a_chat_judges_answer_does_not_depend_on_longer_rows_beside_it(folders, name):
-    judge, x = referees.load_judge(str(folders / name)), images(3)
+    judge, x = judge.load_judge(str(folders / name)), images(3)
     asked = ["no ?", "is there a red dog in the image of a computer mouse ?", "how many ?", "is there a cat ?"]
     whole = judge.yes_probability(x, asked, [0, 0, 2, 1])
     alone = [judge.yes_probability(x[n:n + 1], [question]).item() for n, question in zip((0, 0, 2, 1), asked)]
@@ -247,7 +250,7 @@ def test_a_chat_judges_answer_does_not_depend_on_longer_rows_beside_it(folders, 
 
 
 def test_a_question_cannot_bring_the_judges_own_markers(folders):
-    judge = referees.load_judge(str(folders / "qwen"))
+    judge = judge.load_judge(str(folders / "qwen"))
     assert judge.row("a <|image_pad|> cat") == judge.row("a cat") and judge.row("a cat").count("<|image_pad|>") == 1
 
 
@@ -255,14 +258,14 @@ def test_a_judge_that_thinks_first_or_has_no_chat_template_is_refused(folders, t
     torch.manual_seed(0)
     tiny.build_qwen(tmp_path / "thinks", template=tiny.CHAT + "{{ '<think>\n' }}")
     with pytest.raises(ValueError, match="made to think before it answers"):
-        referees.load_judge(str(tmp_path / "thinks"))
+        judge.load_judge(str(tmp_path / "thinks"))
     tiny.build_qwen(tmp_path / "bare", template=None)
     with pytest.raises(ValueError, match="has no chat template"):
-        referees.load_judge(str(tmp_path / "bare"))
+        judge.load_judge(str(tmp_path / "bare"))
 
 
 def test_a_chat_judge_is_told_how_to_answer_by_what_is_expected(folders, monkeypatch):
-    judge, asked = referees.load_judge(str(folders / "qwen")), []
+    judge, asked = judge.load_judge(str(folders / "qwen")), []
     real = judge.next_logits
     monkeypatch.setattr(judge, "next_logits", lambda seen, questions: asked.extend(questions) or real(seen, questions))
     judge.answer_probability(images(1), ["how many ?", "is there a cat ?"], ["two", "Yes"], [0, 0])
@@ -295,9 +298,9 @@ def test_soft_tifa_is_the_mean_over_atoms_of_the_expected_answers():
 
 
 def test_a_count_is_expected_as_word_or_digit(folders):
-    judge = referees.load_judge(str(folders / "qwen"))
+    judge = judge.load_judge(str(folders / "qwen"))
     words = judge.tokenizer
-    assert referees.spelled(words, "two") == [words.convert_tokens_to_ids("two")]             # this tokenizer has no digits
+    assert judge.spelled(words, "two") == [words.convert_tokens_to_ids("two")]             # this tokenizer has no digits
     with pytest.raises(ValueError, match="no token that says 'seven'"):
         judge.answer_probability(images(1), ["how many ?"], ["seven"], [0])
 
@@ -389,7 +392,7 @@ def test_a_preference_needs_a_model_of_its_kind(folders):
 
 def test_a_naflex_siglip_is_the_cosine_of_the_plain_model_and_processor(folders):
     from transformers import AutoModel, Siglip2ImageProcessor
-    siglip, x = referees.load_siglip(str(folders / "naflex")), images(2, (24, 48))
+    siglip, x = siglip.load_siglip(str(folders / "naflex")), images(2, (24, 48))
     model, processor = AutoModel.from_pretrained(folders / "naflex"), Siglip2ImageProcessor.from_pretrained(folders / "naflex")
     given = processor([x[0]], do_rescale=False, return_tensors="pt")
     with torch.no_grad():
@@ -401,8 +404,8 @@ def test_a_naflex_siglip_is_the_cosine_of_the_plain_model_and_processor(folders)
 
 
 def test_a_learning_siglip_comes_to_like_the_pictures_it_is_shown(folders):
-    siglip, x, prompts = referees.load_siglip(str(folders / "naflex")), images(4), ["a cat", "a red dog", "a cat", "two dog"]
-    learner, samples = referees.Learner(siglip, 1e-3), R.Samples(prompts, [{}] * 4, images=x)
+    siglip, x, prompts = siglip.load_siglip(str(folders / "naflex")), images(4), ["a cat", "a red dog", "a cat", "two dog"]
+    learner, samples = siglip.Learner(siglip, 1e-3), R.Samples(prompts, [{}] * 4, images=x)
     before, first = R.Semantic(siglip)(samples).mean(), {k: v.clone() for k, v in siglip.model.state_dict().items()}
     gradients = []
     for size in (4, 3):                                         # in parts the gradient is that of the whole
@@ -448,7 +451,7 @@ def test_a_referee_that_learns_is_kept_and_resumed_bit_for_bit(tmp_path):
     train.train(recipes.parse([*flags, *parts, "--resume"]), ALONE)
     a, b = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    first = load_file(Path(recipes.TOY) / "siglip" / "model.safetensors")
+    first = load_file(Path(sample.TOY) / "siglip" / "model.safetensors")
     assert not torch.equal(a["referee.vision_model.head.probe"], first["vision_model.head.probe"])
 
 
@@ -467,7 +470,7 @@ def test_a_checkpoint_that_asks_for_code_of_its_own_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}))
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ValueError, match="cannot be loaded"):
-        referees.load_judge(str(tmp_path))
+        judge.load_judge(str(tmp_path))
 
 
 def test_a_score_that_is_not_finite_is_named_with_reward_prompt_and_sample():
@@ -482,13 +485,13 @@ def test_a_score_that_is_not_finite_is_named_with_reward_prompt_and_sample():
 def asked(folders, name):
     """(a reward, the model that it asks) on the tiny models."""
     if name in ("qwen", "qwen3", "internvl"):
-        judge = referees.load_judge(str(folders / name))
+        judge = judge.load_judge(str(folders / name))
         return R.Knowledge(judge), judge.model
     if name == "tifa":
-        judge = referees.load_judge(str(folders / "qwen"))
+        judge = judge.load_judge(str(folders / "qwen"))
         return R.SoftTifa(judge, lambda prompt, metadata: [questions.Question(f"is there {prompt} ?", "Existence")]), judge.model
     if name == "naflex":
-        siglip = referees.load_siglip(str(folders / name))
+        siglip = siglip.load_siglip(str(folders / name))
         return R.Semantic(siglip), siglip.model
     made = preferences.load_preference(str(folders / ("hpsv3" if name == "hpsv3" else "clip")), name)
     return R.Preference(made), made.model if name == "hpsv3" else made.clip.model

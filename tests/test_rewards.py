@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from referees import captions
+from studies.geneval import geneval
 from toy.tiny import build_judge, build_siglip
+import policy
+import rewards
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import geneval
 import grpo
-import referees as M
 import rewards as R
 
 CHECKS = json.loads((Path(__file__).parent / "golden" / "geneval_checks" / "checks.json").read_text())
@@ -50,18 +52,18 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def siglip(folders):
-    return M.load_siglip(folders["siglip"], batch_size=3)
+    return siglip.load_siglip(folders["siglip"], batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def judge(folders):
-    return M.load_judge(folders["judge"], batch_size=3)
+    return judge.load_judge(folders["judge"], batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def open_clip_folder(tmp_path_factory):
     """A random two-tower model with CLIP's byte-pair tokenizer, which open_clip carries, saved as the hub stores one."""
-    M.declare_torchvision_ops()
+    policy.declare_torchvision_ops()
     import open_clip
     folder = tmp_path_factory.mktemp("open_clip")
     tower = {"layers": 2, "width": 32}
@@ -113,7 +115,7 @@ def specifications(draw):
         if draw(st.booleans()):
             clause["color"] = draw(st.sampled_from(COLORS))
         if i and draw(st.booleans()):
-            clause["position"] = [draw(st.sampled_from(geneval.RELATIONS)), draw(st.integers(0, i - 1))]
+            clause["position"] = [draw(st.sampled_from(captions.RELATIONS)), draw(st.integers(0, i - 1))]
         include.append(clause)
     limits = st.fixed_dictionaries({"class": st.sampled_from(CLASSES), "count": st.integers(1, 3)})
     tag = draw(st.sampled_from(["counting", "position"]))
@@ -124,8 +126,8 @@ def specifications(draw):
 @settings(max_examples=400)
 def test_the_graded_instruction_reward_is_1_exactly_where_all_of_is_1_and_lies_between_0_and_1(metadata, scene):
     samples = R.Samples(prompts=["p"], metadata=[metadata], images=torch.rand(1, 3, 8, 8))
-    strict = geneval.Instruction(lambda images, metadata: [scene], "all")(samples)
-    graded = geneval.Instruction(lambda images, metadata: [scene])(samples)
+    strict = rewards.Instruction(lambda images, metadata: [scene], "all")(samples)
+    graded = rewards.Instruction(lambda images, metadata: [scene])(samples)
     assert strict.item() == geneval.geneval_check(metadata, scene)[0]
     assert (graded.item() == 1.0) == (strict.item() == 1.0)
     assert 0.0 <= graded.item() <= 1.0
@@ -142,7 +144,7 @@ def test_the_graded_reward_is_the_mean_over_clauses_of_the_fraction_of_right_obj
                 "exclude": [{"class": "circle", "count": 5}]}
     rows = [["circle", 0, 0, 1, 1, 0.9, "red"], ["circle", 0, 0, 1, 1, 0.8, "blue"], ["circle", 0, 0, 1, 1, 0.7, "red"]]
     samples = R.Samples(prompts=["p"], metadata=[metadata], images=torch.rand(1, 3, 8, 8))
-    graded = geneval.Instruction(lambda images, metadata: [detections(rows)])(samples)
+    graded = rewards.Instruction(lambda images, metadata: [detections(rows)])(samples)
     assert graded.item() == pytest.approx((2 / 4 + 0 + 1) / 3)
 
 
@@ -167,7 +169,7 @@ def test_one_wrong_target_or_a_wrong_colour_is_not_forgiven_by_a_right_target():
 
 def test_a_detector_that_loses_an_image_is_refused():
     with pytest.raises(ValueError, match="detector returned 1"):
-        geneval.Instruction(lambda images, metadata: [[]])(drawn(["a", "b"]))
+        rewards.Instruction(lambda images, metadata: [[]])(drawn(["a", "b"]))
 
 
 def test_a_relation_to_no_required_object_holds():
@@ -257,7 +259,7 @@ def test_the_semantic_reward_is_the_cosine_of_the_plain_model_and_processor(sigl
 def test_siglip_texts_reach_the_tokenizer_in_lower_case_and_leave_it_at_full_length(siglip):
     seen = []
     listen = lambda texts, **how: seen.extend(texts) or siglip.tokenizer(texts, **how)  # noqa: E731
-    spy = M.Siglip(siglip.model, listen, siglip.image_processor)
+    spy = siglip.Siglip(siglip.model, listen, siglip.image_processor)
     assert spy.tokens(["A Red Circle", "red " * 99]).shape == (2, 24)
     assert seen[0] == "a red circle"
 
@@ -338,11 +340,11 @@ def test_a_judge_whose_tokenizer_does_not_know_yes_and_no_is_refused(judge):
     spelled = functools.partial(lambda inner, text, **kw: inner(text if text.strip().lower() != "no" else "no yes", **kw), tokenizer)
     spelled.unk_token_id = tokenizer.unk_token_id
     with pytest.raises(ValueError, match="yes and no"):
-        M.Judge(judge.model, spelled, judge.image_processor)
+        judge.Judge(judge.model, spelled, judge.image_processor)
 
 
 def test_a_judge_can_be_trained_by_cross_entropy_on_its_yes_and_no_logits(folders):
-    model = copy.deepcopy(M.load_judge(folders["judge"]))
+    model = copy.deepcopy(judge.load_judge(folders["judge"]))
     model.model.requires_grad_(True)
     images = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)])
     optimiser = torch.optim.Adam(model.model.parameters(), 3e-3)
@@ -356,7 +358,7 @@ def test_a_judge_can_be_trained_by_cross_entropy_on_its_yes_and_no_logits(folder
 
 def model_rewards(siglip, judge, open_clip_folder):
     return {"sem": R.Semantic(siglip), "dense": R.Dense(siglip), "kn": R.Knowledge(judge),
-            "clip": R.Semantic(M.load_open_clip(open_clip_folder, batch_size=3))}
+            "clip": R.Semantic(siglip.load_open_clip(open_clip_folder, batch_size=3))}
 
 
 def test_a_score_does_not_depend_on_the_neighbours_in_the_batch(siglip, judge, open_clip_folder):
@@ -387,8 +389,8 @@ def test_scoring_never_changes_a_referee_nor_lets_a_gradient_into_it(siglip, jud
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-REFEREES = {"siglip": (M.load_siglip, "model.safetensors"), "judge": (M.load_judge, "model.safetensors"),
-            "open_clip": (M.load_open_clip, "open_clip_model.safetensors")}
+REFEREES = {"siglip": (siglip.load_siglip, "model.safetensors"), "judge": (judge.load_judge, "model.safetensors"),
+            "open_clip": (siglip.load_open_clip, "open_clip_model.safetensors")}
 
 
 @pytest.fixture
@@ -428,9 +430,9 @@ def test_a_referee_whose_weights_are_not_exactly_those_of_its_config_is_refused(
 def test_a_referee_that_overflows_its_dtype_is_refused(folders, tmp_path):
     shutil.copytree(folders["siglip"], tmp_path / "s")
     with_weights("siglip", lambda t, k: t[k].fill_(1e5))(tmp_path / "s")
-    M.load_siglip(str(tmp_path / "s"))
+    siglip.load_siglip(str(tmp_path / "s"))
     with pytest.raises(ValueError, match="not_finite"):
-        M.load_siglip(str(tmp_path / "s"), dtype=torch.float16)
+        siglip.load_siglip(str(tmp_path / "s"), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind in ("siglip", "judge") for name in (
@@ -486,11 +488,11 @@ def test_an_open_clip_reward_is_the_cosine_of_the_plain_model_transform_and_toke
     pixels = torch.stack([transform(Image.fromarray(image.numpy())) for image in images])
     with torch.no_grad():
         plain = torch.cosine_similarity(model.eval().encode_image(pixels), model.encode_text(tokenizer(PROMPTS)))
-    ours = R.Semantic(M.load_open_clip(open_clip_folder))(drawn(images=images.permute(0, 3, 1, 2) / 255.0))
+    ours = R.Semantic(siglip.load_open_clip(open_clip_folder))(drawn(images=images.permute(0, 3, 1, 2) / 255.0))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind, load", [("siglip", M.load_siglip), ("judge", M.load_judge)])
+@pytest.mark.parametrize("kind, load", [("siglip", siglip.load_siglip), ("judge", judge.load_judge)])
 def test_a_pickle_checkpoint_is_refused(folders, tmp_path, kind, load):
     for file in Path(folders[kind]).iterdir():
         if file.suffix != ".safetensors":
@@ -503,14 +505,14 @@ def test_a_pickle_checkpoint_is_refused(folders, tmp_path, kind, load):
 def test_an_open_clip_pickle_checkpoint_is_refused(open_clip_folder, tmp_path):
     config = Path(open_clip_folder, "open_clip_config.json")
     (tmp_path / config.name).write_bytes(config.read_bytes())
-    torch.save(M.load_open_clip(open_clip_folder).model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    torch.save(siglip.load_open_clip(open_clip_folder).model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
-        M.load_open_clip(str(tmp_path))
+        siglip.load_open_clip(str(tmp_path))
 
 
 def test_a_folder_with_another_kind_of_model_is_refused(folders):
     with pytest.raises(ValueError, match="paligemma"):
-        M.load_siglip(folders["judge"])
+        siglip.load_siglip(folders["judge"])
 
 
 def broken(samples):

@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from sample import main
 import flow_grpo
-from bench import plain_replay, plain_text
-from checkpoint import load_policy
 from policy import Guidance, guided_velocity
-from sample import (TOY, Draw, Picture, Read, Reader, See, Text, Write, generators, images_of, join, main,
-                    read_picture, replay_rollout, sample_plan, save_grid, subset, texts_of)
+from sample import (TOY, Draw, Picture, Read, Reader, See, Text, Write, generators, images_of,
+    join, replay_rollout, sample_plan, subset, texts_of)
+from studies.bench import plain_replay, plain_text
+from support.checkpoint import load_policy
+from support.pictures import read_picture, save_grid
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 DRAW = Draw((16, 24), flow_grpo.time_grid(6, 2.0), (1, 4), 0.8, "cps")

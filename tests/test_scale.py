@@ -15,14 +15,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-import recipes
+import sample
 import train
-from bench import release_on_meta
-from checkpoint import freeze, load_adapters, load_policy, merged_state, release_name, save_policy, save_tensors
 from policy import Policy, PolicyConfig, adapters, add_lora
-from sample import Draw, Read, images_of, sample_plan, scale_of
-from run import Ranks, check_memory, memory, peak
 from recipes import parse
+from sample import Draw, Read, images_of, sample_plan
+from studies.bench import release_on_meta
+from support.checkpoint import (freeze, load_adapters, load_policy, merged_state, release_name,
+    save_policy, save_tensors)
+from support.memory import check_memory, memory, peak
+from support.run import Ranks
 
 ROOT = Path(train.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
@@ -56,7 +58,7 @@ def arguments(folder, out, recipe, *more):
     """Two steps at the scale of BAGEL, shrunk to this folder."""
     tasks = {"lvrpo": ["--draw", 2, "--think", 2, "--ask", 2], "unigrpo": ["--think", 4], "unigrpo_rounds": ["--rounds", 2],
              "alphagrpo_reflect": ["--reflect", 2, "--dvreward", 0, "--window", 3, "--window_high", 5]}[recipe]
-    toy = recipes.TOY
+    toy = sample.TOY
     return [str(x) for x in ("--recipe", recipe, "--scale", "bagel", "--policy", folder, "--prompts", folder / "p.txt", "--questions",
                              folder / "q.jsonl", *tasks, "--siglip", toy / "siglip", "--judge", toy / "judge", "--resolution", 16,
                              "--think_tokens", 5, "--answer_tokens", 3, "--group_size", 4, "--denoise_steps", 6, "--epochs", 1, "--steps", 2,
@@ -70,7 +72,7 @@ def arguments(folder, out, recipe, *more):
 def launched(world, runs):
     """Several runs by `world` ranks of one torchrun, which starts once, beside what the with-block does."""
     script = Path(runs[0][runs[0].index("--out") + 1]).parent / f"several_{world}.py"
-    script.write_text("import json, run, sys, train\nfor argv in json.loads(sys.argv[1]):\n    train.train(train.parse(argv), run.setup())\n"
+    script.write_text("import json, run, sys, train\nfor argv in json.loads(sys.argv[1]):\n    train.train(recipes.parse(argv), run.setup())\n"
                       "train.dist.destroy_process_group()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script), json.dumps(runs)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

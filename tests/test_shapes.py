@@ -9,10 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from toy import shapes
-from toy.shapes import (CAPTION, CELLS, COLORS, FAILED, HELD_OUT, LETTERS, LOOK_AGAIN, SHAPES, TAGS, THINK, VOCABULARY, Object, answers_of,
-                    components, damaged, degrade, describe, detect, discrete, diversity, implicit_prompts, layout, make_choice, make_edit,
-                    make_question, make_reflection, prompts, question_kinds, random_scene, read, render, sample_scene, satisfies,
-                    scene_split, stated, wrong_answer, wrong_metadata, wrong_thought)
+from referees.geneval import COLORS
+from toy.shapes import (CAPTION, CELLS, FAILED, HELD_OUT, LETTERS, LOOK_AGAIN, SHAPES, TAGS,
+    THINK, VOCABULARY, Object, answers_of, components, damaged, degrade, describe, discrete,
+    diversity, implicit_prompts, layout, make_choice, make_edit, make_question, make_reflection,
+    prompts, question_kinds, random_scene, read, render, sample_scene, satisfies, scene_split,
+    stated, wrong_answer, wrong_metadata, wrong_thought)
+from toy.world import detect
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 SPLITS = ("train", "eval")

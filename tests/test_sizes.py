@@ -8,8 +8,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from plain_bagel import Plain
 
-from checkpoint import load_policy, save_policy
 from policy import Guidance, Policy, PolicyConfig, guided_velocity
+from support.checkpoint import load_policy, save_policy
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 N = 3

@@ -12,15 +12,15 @@ from PIL import Image
 
 import recipes
 import rewards
-import run
+from support import run
 import tasks
 import train
-from checkpoint import load_policy
+from recipes import check, parse
 from sample import TOY
-from files import read_prompts, read_questions
-from tasks import Source, by_tag
-from run import Ranks, check
-from recipes import parse
+from support.checkpoint import load_policy
+from support.rows import by_tag, read_prompts, read_questions
+from support.run import Ranks
+from tasks import Source
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,20 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import files
+from referees import siglip
+from support import checkpoint
+from grpo import group_advantage, grpo_loss
+from recipes import Config, check, parse
+from referees.build import Models
+from sample import Text, replay_rollout, sample_plan
+from support.checkpoint import load_policy
+from support.run import Average, Ranks, signals
+from support import rows as files
 import flow_grpo
 import grpo
-import referees
 import rewards
 import tasks
 from toy import shapes
 import train
-from grpo import group_advantage, grpo_loss
-from checkpoint import load_policy
-from sample import Text, replay_rollout, sample_plan
-from run import Average, Ranks, check, signals
-from models import Models
-from recipes import Config, parse
 
 ROOT = Path(train.__file__).parent
 GENEVAL = ROOT.parent / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
@@ -66,7 +67,7 @@ def gradients(tmp_path, *more):
     """The gradients of step 0, before the clip."""
     run = train.begin(small(tmp_path, "--grad_clip", 1e9, "--lr_understanding", 0, "--lr_generation", 0, *more), ALONE)
     train.one_step(run, 0)
-    return {n: p.grad for n, p in train.trainable(run.policy).items() if p.grad is not None}
+    return {n: p.grad for n, p in checkpoint.trainable(run.policy).items() if p.grad is not None}
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
@@ -270,7 +271,7 @@ def test_the_image_text_referee_is_read_by_transformers_or_by_open_clip(tmp_path
     judge = ("load_judge", "j", 3)
     assert asked == [("load_open_clip", str(tmp_path), 3), judge, ("load_open_clip", "hf-hub:timm/ViT-B-16-SigLIP2", 3), judge,
                      ("load_siglip", "google/siglip2-so400m-patch14-384", 3), judge]
-    monkeypatch.setattr(referees, "load_open_clip", lambda path, **settings: referees.OpenClip(None, None))
+    monkeypatch.setattr(referees, "load_open_clip", lambda path, **settings: siglip.OpenClip(None, None))
     with pytest.raises(ValueError, match="--dense reads patches"):
         rewards.REWARDS["dense"].build(Models(small(tmp_path, "--siglip", tmp_path, "--dense", 1), "cpu"))
 
@@ -497,10 +498,10 @@ def test_losses_are_averaged_over_sampled_tokens_and_noisy_steps(tmp_path):
     run = train.begin(small(tmp_path), ALONE)
     train.one_step(run, 0)
     for batch, r, _ in run.work:
-        text, image = train.counts(r, "token", 9).tolist()
+        text, image = tasks.counts(r, "token", 9).tolist()
         chosen = [s.chosen for s in r.segments if isinstance(s, Text) and s.chosen is not None]
         assert text == (0 if batch.task == "draw" else chosen[0].sum().item())
-        assert train.counts(r, "sequence", 9).tolist() == [0 if batch.task == "draw" else 8, image]
+        assert tasks.counts(r, "sequence", 9).tolist() == [0 if batch.task == "draw" else 8, image]
         assert image == (0 if batch.task == "ask" else 8 * run.cfg.window)
 
 
@@ -572,7 +573,7 @@ def test_the_control_imitates_with_the_optimiser_and_the_clip_of_the_run(tmp_pat
     monkeypatch.setattr(pretrain, "Corpus", lambda policy, seed: corpus(policy, seed, pictures=96, thoughts=64, scenes=64, edits=96))
     run = train.begin(small(tmp_path, "--recipe", "control", "--grad_clip", 1e-3), ALONE)
     stats = train.one_step(run, 0)
-    grads = torch.stack([p.grad.norm() for p in train.trainable(run.policy).values() if p.grad is not None])
+    grads = torch.stack([p.grad.norm() for p in checkpoint.trainable(run.policy).values() if p.grad is not None])
     assert run.frozen is None and stats["loss"] > 0 and grads.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
@@ -673,5 +674,5 @@ def test_both_signals_are_noted_and_the_old_handlers_come_back():
 def test_every_rank_keeps_its_own_bad_step(tmp_path):
     run = train.begin(small(tmp_path), ALONE)
     for rank in (0, 1):
-        train.save_bad_step(tmp_path, rank, run.policy, 3, None)
+        run.save_bad_step(tmp_path, rank, run.policy, 3, None)
     assert sorted(p.name for p in tmp_path.glob("bad_step_*")) == ["bad_step_0.safetensors", "bad_step_1.safetensors"]

@@ -1,6 +1,6 @@
 """Tiny random models of the published classes that reward real pictures, saved as their checkpoints are saved."""
 
-from detectors import NoLoss
+from referees.detectors import NoLoss
 from toy.tiny import word_tokenizer
 
 from pytest import MonkeyPatch
