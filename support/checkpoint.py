@@ -20,13 +20,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from policy import (GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy, PolicyConfig,
     adapters, add_lora, declare_torchvision_ops)
-from support.disk import Refusing, read_json, replaced, write_atomic
+from support.disk import one_line_error, read_json, replacing, write_atomic
 
 
 # ---- files ----
@@ -43,7 +42,7 @@ def open_tensors(folder: Path, stem: str) -> dict:
         raise ValueError(f"{index} has no weight_map of keys to names of files beside it")
     opened = {}
     for file in [single] if single.exists() else [folder / f for f in sorted(set(shard.values()))]:
-        with Refusing(f"{file} cannot be read as safetensors, download it again", (SafetensorError, OSError)):
+        with one_line_error(f"{file} cannot be read as safetensors, download it again", (SafetensorError, OSError)):
             handle = safe_open(file, framework="pt")
         held = set(handle.keys())
         own = held if single.exists() else {k for k, f in shard.items() if f == file.name}
@@ -55,7 +54,6 @@ def open_tensors(folder: Path, stem: str) -> dict:
     return opened
 
 
-UNREADABLE = (CheckpointException, SafetensorError, ValueError, KeyError)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -97,14 +95,14 @@ def assign(module: nn.Module, folder: Path, stem: str, names: dict[str, str], dt
         kind = torch.float32 if name in masters else dtype or stored
         if not finite(value, kind):
             raise ValueError(f"{file}: {key} holds numbers that are not finite in {kind}")
-        state[name] = placed(value, want[name]).to(device=device, dtype=kind)
+        state[name] = shard_like(value, want[name]).to(device=device, dtype=kind)
     module.load_state_dict(state, strict=False, assign=True)
     return stored
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file so that the path always holds a whole file: the old one or the new one."""
-    with replaced(path) as file:
+    with replacing(path) as file:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
 
 
@@ -156,7 +154,7 @@ def load_policy(folder: str | Path, device="cpu", dtype: torch.dtype | None = No
     read = lambda name, default=None: read_json(folder / f"{name}_config.json", default)
     config = PolicyConfig(read("llm"), read("vit"), RELEASE_BAGEL | read("bagel", {}), read("ae", RELEASE_AE))
     tokenizer = load_tokenizer(folder)
-    with Refusing(f"a config file of {folder} lacks a field or holds what cannot be", (KeyError, TypeError, RuntimeError)):
+    with one_line_error(f"a config file of {folder} lacks a field or holds what cannot be", (KeyError, TypeError, RuntimeError)):
         for wrong, why in faults(config):
             if wrong:
                 raise ValueError(why)
@@ -261,7 +259,7 @@ def load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
     told = read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder", {})
     wanted = f"the tokenizer files of {folder} (tokenizer_config.json; vocab.json and merges.txt, or tokenizer.json) are missing or damaged"
-    with Refusing(wanted, (ValueError, OSError, AttributeError, TypeError, KeyError, IndexError, RecursionError, ImportError)):
+    with one_line_error(wanted, (ValueError, OSError, AttributeError, TypeError, KeyError, IndexError, RecursionError, ImportError)):
         if empty := [n for n in TOKENIZER_FILES if (folder / n).is_file() and not (folder / n).stat().st_size]:
             raise ValueError(f"{empty[0]} is empty")            # merges.txt would be read as no merges
         tokenizer = AutoTokenizer.from_pretrained(folder.resolve())
@@ -290,7 +288,7 @@ def reset_adapters(policy: Policy, device, seed: int = 0) -> None:
     for i, m in enumerate(adapters(policy).values()):
         A = torch.randn(m.A.shape, generator=torch.Generator().manual_seed(seed * 100_003 + i)) / m.rank
         for name, value in (("A", A), ("B", torch.zeros(m.B.shape))):
-            setattr(m, name, nn.Parameter(placed(value, getattr(m, name)).to(device)))
+            setattr(m, name, nn.Parameter(shard_like(value, getattr(m, name)).to(device)))
 
 
 def merged_state(policy: Policy):
@@ -300,9 +298,9 @@ def merged_state(policy: Policy):
     for name, value in policy.state_dict().items():
         if name.endswith((".A", ".B")):
             continue
-        value = whole(value)
+        value = full_tensor(value)
         if m := held.get(name):
-            value = value.float() + m.alpha / m.rank * whole(m.B.detach()) @ whole(m.A.detach())
+            value = value.float() + m.alpha / m.rank * full_tensor(m.B.detach()) @ full_tensor(m.A.detach())
         yield name.replace(".base.", "."), value.to(policy.stored or value.dtype)
 
 
@@ -312,7 +310,7 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
     held = adapters(policy)
     if not held:
         raise ValueError("the policy has no adapters to save; it was trained whole")
-    tensors = {f"base_model.model.{release_name(f'{n}.weight').removesuffix('.weight')}.lora_{k}.weight": whole(getattr(m, k)).cpu()
+    tensors = {f"base_model.model.{release_name(f'{n}.weight').removesuffix('.weight')}.lora_{k}.weight": full_tensor(getattr(m, k)).cpu()
                for n, m in held.items() for k in "AB"}
     if policy.sharded and dist.get_rank():
         return
@@ -341,7 +339,7 @@ def check_adapter(config: dict, modules: set[str]) -> None:
         raise ValueError(f"it lacks the numbers r, a whole one above 0, and lora_alpha; they are {r!r} and {alpha!r}")
     for name, said in (("target_modules", config.get("target_modules")), ("exclude_modules", config.get("exclude_modules") or None)):
         if said not in (None, "all-linear"):
-            with Refusing(f"{name} {said!r}", (TypeError, re.error)):
+            with one_line_error(f"{name} {said!r}", (TypeError, re.error)):
                 fits = lambda m: re.fullmatch(said, m) if isinstance(said, str) else any(f".{m}".endswith(f".{t}") for t in said)
                 hit = set(filter(fits, modules))
             if wrong := sorted(modules - hit if name == "target_modules" else hit):
@@ -352,7 +350,7 @@ def load_adapters(policy: Policy, folder: str | Path) -> Policy:
     """Put the adapters of a folder of `save_adapters`, or of peft, on the policy, in place; config, keys and shapes are checked."""
     path = Path(folder) / "adapter_config.json"
     config, files = read_json(path), open_tensors(Path(folder), "adapter_model")
-    with Refusing(f"{path}", (ValueError,)):
+    with one_line_error(f"{path}", (ValueError,)):
         check_adapter(config, {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in files})
     experts = tuple(e for e in (UNDERSTANDING, GENERATION) if any(("_moe_gen" in k) == e for k in files))
     times = math.sqrt(config["r"]) if config.get("use_rslora") else 1.0     # peft then divides alpha by sqrt(r), LoRA always by r
@@ -384,7 +382,7 @@ def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
 
 
 @contextmanager
-def gathered(policy: Policy, room: float | None = None):
+def keep_gathered(policy: Policy, room: float | None = None):
     """Keep parameters whole once gathered, for the many calls of a rollout, if they need at most `room` bytes (None: any number) on
     every rank."""
     parts = [m for m in policy.modules() if isinstance(m, FSDPModule)]
@@ -402,12 +400,12 @@ def gathered(policy: Policy, room: float | None = None):
             m.reshard()
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """The full tensor of a sharded one, gathered from all ranks; x itself otherwise."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def placed(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a full tensor, sharded as `like` is; the value itself where it is not."""
     if not isinstance(like, DTensor):
         return value

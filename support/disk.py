@@ -1,37 +1,55 @@
-"""Files whole or not at all, and errors of reading them in one line."""
+"""Files that are written whole or not at all, and reading errors that fit in one line."""
 
 import json
 import os
 import shutil
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+# What json, safetensors, tokenizers, transformers and torch were seen to raise at files that are missing, damaged or of something else.
+LIBRARY_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+    SafetensorError, StrictDataclassError, CheckpointException)
 
-@dataclass
-class Refusing(AbstractContextManager):
-    """Inside, an error of these kinds becomes a ValueError in one line, `what`: the error. So does a bare Exception, which tokenizers
-    raises and which an except clause could catch only together with all others."""
 
-    what: str
-    kinds: tuple
+class one_line_error(AbstractContextManager):
+    """Inside, an error that a library raises at a file becomes one line, `what: the error`.
+
+    It is an OSError if it was one, else a ValueError. `what` names the file or folder. A bare Exception is caught
+    too, because tokenizers raises it and no except clause could catch it alone. torch.OutOfMemoryError passes.
+    """
+
+    def __init__(self, what: str, kinds: tuple[type, ...] = LIBRARY_ERRORS):
+        self.what, self.kinds = what, kinds
 
     def __exit__(self, kind, error, trace):
-        if kind is Exception or isinstance(error, self.kinds):
-            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error     # of the ranks'
-            raise ValueError(f"{self.what}: {' '.join(str(first).split())[:300]}") from error
+        expected = kind is Exception or isinstance(error, self.kinds)
+        if not expected or isinstance(error, torch.OutOfMemoryError):
+            return
+        if isinstance(error, CheckpointException):              # it holds the errors of all ranks
+            error = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, (OSError, ValueError)):        # a KeyError's text is the key alone
+            reason = f"{type(error).__name__}: {reason}"
+        found = OSError if isinstance(error, OSError) else ValueError
+        raise found(f"{self.what}: {reason}") from error
 
 
 def read_json(path: Path, default: dict | None = None) -> dict:
-    """The JSON object in a file; `default` where the file is missing and there is one. Errors: ValueError, FileNotFoundError."""
+    """The JSON object in a file, or `default` if the file is missing.
+
+    Errors: FileNotFoundError if it is missing and there is no default; ValueError if it holds anything else.
+    """
     if not path.exists():
         if default is None:
             raise FileNotFoundError(f"{path} is missing; every folder of a policy, or of adapters, has that file")
         return dict(default)
-    with Refusing(f"{path} is not JSON", (ValueError, RecursionError)):
+    with one_line_error(f"{path} is not JSON"):
         content = json.loads(path.read_text(encoding="utf-8-sig"))          # some editors put a byte order mark first
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, must hold a JSON object")
@@ -39,20 +57,23 @@ def read_json(path: Path, default: dict | None = None) -> dict:
 
 
 @contextmanager
-def replaced(path: Path):
-    """Inside, a file to write; then it takes the place of `path`, whole or not at all, with the mode that the umask gives. It lies in a
-    folder of a fixed name, so that the next save clears away what a kill leaves. Errors: OSError in one line."""
+def replacing(path: Path):
+    """Yield a scratch file to write; on leaving it replaces `path`, with the mode that the umask gives.
+
+    The scratch file lies in a folder of a fixed name, so that the next save clears away what a kill leaves.
+    Errors: OSError in one line.
+    """
     scratch = path.with_name(f"{path.name}.tmp")
     file = scratch / path.name
     try:
-        scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         file.touch()
         mode = file.stat().st_mode
         yield file
         file.chmod(mode)                                        # safetensors makes its files private
         os.replace(file, path)
-    except (SafetensorError, OSError) as error:                 # a full disk may be either
+    except (SafetensorError, OSError) as error:                 # a full disk may raise either
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -60,5 +81,5 @@ def replaced(path: Path):
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    with replaced(path) as file:
+    with replacing(path) as file:
         file.write_bytes(content)

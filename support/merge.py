@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from support.checkpoint import FLOATS, check_adapter, finite, open_tensors
-from support.disk import Refusing, read_json, replaced
+from support.disk import one_line_error, read_json, replacing
 from support.terminal import Arguments, one_line
 
 
@@ -48,7 +48,7 @@ def changes_of(folder: Path, base: dict):
     if (folder / "adapter_config.json").exists():
         config, files = read_json(folder / "adapter_config.json"), open_tensors(folder, "adapter_model")
         stems = {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in files}
-        with Refusing(f"{folder / 'adapter_config.json'}", (ValueError,)):
+        with one_line_error(f"{folder / 'adapter_config.json'}", (ValueError,)):
             check_adapter(config, stems)
         factor = lambda key, side: f"base_model.model.{key.removesuffix('.weight')}.lora_{side}.weight"
         has = {f"{stem}.weight": (shape(files, factor(stem, "B"))[0], shape(files, factor(stem, "A"))[1]) for stem in sorted(stems)}
@@ -88,7 +88,7 @@ def merge(first: Path, second: Path, base: Path, out: Path, how: str = "gaussian
     save_stream({key: files[key].get_slice(key) for key in sorted(files)}, merged, out / "ema.safetensors")
     for path in sorted(base.iterdir()):
         if path.suffix in (".json", ".txt") and not path.name.startswith("ema.") or path.name.startswith("ae."):
-            with replaced(out / path.name) as part:
+            with replacing(out / path.name) as part:
                 shutil.copyfile(path, part)
 
 
@@ -101,7 +101,7 @@ def save_stream(slices: dict, value, path: Path) -> None:
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with replaced(path) as part, open(part, "wb") as file:
+    with replacing(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in slices:
             file.write(value(key).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
