@@ -55,11 +55,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _reduce(x: Tensor, reduce: str, *, keep: int) -> Tensor:
+def _reduce(x: Tensor, density: str, *, keep: int) -> Tensor:
     """Mean or sum over all dimensions but the first `keep`."""
-    if reduce not in ("mean", "sum"):
-        raise ValueError(f'reduce is "{reduce}", expected "mean" or "sum"')
-    return x.flatten(keep).mean(-1) if reduce == "mean" else x.flatten(keep).sum(-1)
+    if density not in ("mean", "sum", "squared_error"):
+        raise ValueError(f'density is "{density}", expected "mean", "sum" or "squared_error"')
+    return x.flatten(keep).sum(-1) if density == "sum" else x.flatten(keep).mean(-1)
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:
@@ -83,52 +83,50 @@ def step_sigma(t: Tensor | float, t_next: Tensor | float, noise_level: float) ->
 
 
 def transition(
-    x: Tensor, v: Tensor, t: Tensor | float, t_next: Tensor | float, *, noise_level: float, kind: str = "sde"
+    x: Tensor, v: Tensor, t: Tensor | float, t_next: Tensor | float, *, noise_level: float, sampler: str = "sde"
 ) -> tuple[Tensor, Tensor]:
     """The Gaussian of one step, x_next ~ Normal(mean, std).  x, v (N, ...) -> mean (N, ...), std 0-dim
     "sde":   mean = x + (v + sigma^2/(2t) * noise_hat) dt, std = sigma * sqrt(-dt), sigma of step_sigma  [Flow-GRPO]
     "dance": the same with sigma = noise_level at every t  [DanceGRPO]
     "cps":   mean = (1-t_next) data_hat + sqrt(t_next^2 - std^2) noise_hat, std = t_next * sin(noise_level * pi/2)  [Flow-CPS]
     sigma^2/(2t) * noise_hat is -sigma^2/2 times the score and keeps the ODE's marginals as dt -> 0. "cps" keeps the coefficients
-    of data and noise at any dt, but loses spread over very many steps. noise_level 0 is the ODE's Euler step, std 0, in any kind.
-    Errors: ValueError when kind is unknown, noise_level is negative, or above 2 for "cps", whose sine is negative there.
+    of data and noise at any dt, but loses spread over very many steps. noise_level 0 is the ODE's Euler step, std 0, in any sampler.
+    Errors: ValueError when sampler is unknown, noise_level is negative, or above 2 for "cps", whose sine is negative there.
     Differs: std is the transition's; the published "sde" returns sigma, without sqrt(-dt)."""
-    if kind not in ("sde", "dance", "cps"):
-        raise ValueError(f'transition: kind is "{kind}", expected "sde", "dance" or "cps"')
-    if noise_level < 0 or (kind == "cps" and noise_level > 2):
+    if sampler not in ("sde", "dance", "cps"):
+        raise ValueError(f'transition: sampler is "{sampler}", expected "sde", "dance" or "cps"')
+    if noise_level < 0 or (sampler == "cps" and noise_level > 2):
         raise ValueError(f'transition: noise_level is {noise_level}, expected at least 0, and at most 2 for "cps"')
     x, v = _wide(x), _wide(v)
     t, t_next = (torch.as_tensor(s, dtype=x.dtype, device=x.device) for s in (t, t_next))
     dt = t_next - t
     noise_hat = x + (1 - t) * v                                                   # (N, ...)
-    if kind == "cps":
+    if sampler == "cps":
         data_hat = x - t * v                                                      # (N, ...)
         angle = noise_level * math.pi / 2
         # t_next * |cos| is sqrt(t_next^2 - std^2) without its cancellation.
         return (1 - t_next) * data_hat + t_next * abs(math.cos(angle)) * noise_hat, t_next * math.sin(angle)
-    sigma = step_sigma(t, t_next, noise_level) if kind == "sde" else torch.full_like(t, noise_level)
+    sigma = step_sigma(t, t_next, noise_level) if sampler == "sde" else torch.full_like(t, noise_level)
     return x + (v + sigma**2 / (2 * t) * noise_hat) * dt, sigma * torch.sqrt(-dt)
 
 
 def gaussian_logp(
-    x: Tensor, mean: Tensor, std: Tensor | float, *, reduce: str = "mean", normaliser: bool = True, scaled: bool = True
+    x: Tensor, mean: Tensor, std: Tensor | float, *, density: str = "mean"
 ) -> Tensor:
     """Log-density of x under Normal(mean, std), reduced over each sample's entries.  x, mean (N, ...), std 0-dim -> (N,)
-    `reduce`: "sum" over entries is the density; "mean" raises ratios to the power 1/D for D entries, as the published clip ranges
-    (1e-3 to 1e-6) presume. `normaliser`: adds -log(std) - log(2 pi)/2 per entry; it cancels in ratios, and AlphaGRPO drops it.
-    `scaled`: False drops 1/(2 std^2); with normaliser=False it leaves -(x-mean)^2, Flow-CPS's published score, no density.
-    Errors: ValueError when std is not positive, since an ODE step has no density, or reduce is unknown."""
+    `density`: "sum" over entries is the density; "mean" raises ratios to the power 1/D for D entries, as the published clip ranges
+    (1e-3 to 1e-6) presume; "squared_error" is the mean of -(x-mean)^2, Flow-CPS's published score, no density.
+    Errors: ValueError when std is not positive, since an ODE step has no density, or density is unknown."""
     x, mean = _wide(x), _wide(mean)
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
     if not std > 0:
         raise ValueError(f"gaussian_logp: std is {std.item():g}, and an ODE step (noise_level 0; cps at t_next 0) has no density; "
                          "expected std > 0")
     logp = -((x - mean) ** 2)                                                     # (N, ...)
-    if scaled:
+    if density != "squared_error":
         logp = logp / (2 * std**2)
-    if normaliser:
         logp = logp - std.log() - 0.5 * math.log(2 * math.pi)
-    return _reduce(logp, reduce, keep=1)
+    return _reduce(logp, density, keep=1)
 
 
 def draw_window(size: int, low: int, high: int, *, seed: int, step: int) -> tuple[int, int]:
@@ -152,16 +150,14 @@ class Trajectory:
     """N samples and what it takes to score them again. fp32, or float64 if the initial noise was."""
     times: Tensor                     # (K+1,) from at most 1 to 0
     window: tuple[int, int]           # (start, stop) of the W noisy steps
-    kind: str                         # "sde", "cps" or "dance", see transition
+    sampler: str                      # "sde", "cps" or "dance", see transition
     noise_level: float                # as in transition
     latents: Tensor                   # (N, W+1, ...) into every noisy step and out of the last
     means: Tensor                     # (N, W, ...) under the policy that sampled
     std: Tensor                       # (W,) transition std
     logp: Tensor                      # (N, W) under the policy that sampled
     data: Tensor                      # (N, ...) final sample
-    reduce: str = "mean"              # this and the next two: how logp was scored, see gaussian_logp
-    normaliser: bool = True
-    scaled: bool = True
+    density: str = "mean"             # how logp was scored, see gaussian_logp
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ class Replay:
 @torch.no_grad()
 def rollout(
     velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, times: Tensor, *, window: tuple[int, int], noise_level: float,
-    kind: str = "sde", step_noise: Tensor | None = None, reduce: str = "mean", normaliser: bool = True, scaled: bool = True
+    sampler: str = "sde", step_noise: Tensor | None = None, density: str = "mean"
 ) -> Trajectory:
     """Sample from `noise` (N, ...) at times[0] to data at times[-1] = 0, (K+1,): noisy steps in the window, ODE steps elsewhere.
     `velocity` is called once a step as f(x (N, ...), t 0-dim) -> (N, ...). `step_noise` (W, N, ...), standard normal, is the
@@ -198,19 +194,19 @@ def rollout(
         if start <= i < stop:
             w = i - start
             latents[:, w] = x
-            mean, std[w] = transition(x, v, t, t_next, noise_level=noise_level, kind=kind)
+            mean, std[w] = transition(x, v, t, t_next, noise_level=noise_level, sampler=sampler)
             x = mean + std[w] * _wide(step_noise[w])
             means[:, w], latents[:, w + 1] = mean, x
-            logp[:, w] = gaussian_logp(x, mean, std[w], reduce=reduce, normaliser=normaliser, scaled=scaled)
+            logp[:, w] = gaussian_logp(x, mean, std[w], density=density)
         else:
-            x, _ = transition(x, v, t, t_next, noise_level=0.0, kind=kind)
+            x, _ = transition(x, v, t, t_next, noise_level=0.0, sampler=sampler)
         finite.append(x.isfinite().all())
     finite = torch.stack(finite).tolist()                                         # (K+1,) read once: reading waits for a GPU
     if not all(finite):
         i = finite.index(False)
         where = "the initial noise is not finite" if i == 0 else f"latents are not finite after step {i - 1} of 0..{len(times) - 2}"
         raise FloatingPointError(f"rollout: {where}, expected finite noise, step_noise and velocities")
-    return Trajectory(times, (start, stop), kind, noise_level, latents, means, std, logp, x, reduce, normaliser, scaled)
+    return Trajectory(times, (start, stop), sampler, noise_level, latents, means, std, logp, x, density)
 
 
 def checked_times(times: Tensor) -> Tensor:
@@ -260,10 +256,10 @@ def replay_of(v: Tensor, trajectory: Trajectory, *, steps: tuple[int, ...] | Non
     for w, v_w in zip(steps, v.unbind(1)):
         # Contiguous as in the rollout: for another memory layout a kernel may round otherwise.
         x, x_next = trajectory.latents[:, w].contiguous(), trajectory.latents[:, w + 1]
-        mean, std = transition(x, v_w.contiguous(), times[w], times[w + 1], noise_level=trajectory.noise_level, kind=trajectory.kind)
+        mean, std = transition(x, v_w.contiguous(), times[w], times[w + 1], noise_level=trajectory.noise_level,
+                               sampler=trajectory.sampler)
         means.append(mean)                                                        # (N, ...)
-        logps.append(gaussian_logp(x_next, mean, std, reduce=trajectory.reduce, normaliser=trajectory.normaliser,
-                                   scaled=trajectory.scaled))                     # (N,)
+        logps.append(gaussian_logp(x_next, mean, std, density=trajectory.density))  # (N,)
     return Replay(steps, torch.stack(logps, 1), torch.stack(means, 1), v)
 
 
@@ -295,16 +291,16 @@ def log_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
     return logp - logp_old.detach()
 
 
-def normalised_log_ratio(x_next: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor, *, reduce: str = "mean") -> Tensor:
+def normalised_log_ratio(x_next: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor, *, density: str = "mean") -> Tensor:
     """GRPO-Guard's RatioNorm of each sample and step.  x_next, mean, mean_old (N, W, ...), std (W,) -> (N, W)  [UniGRPO Eq. 5]
     std * (log_ratio + |dmu|^2 / (2 std^2)), dmu = mean_old - mean, both terms reduced alike. On samples of the old policy
     log_ratio has expectation -|dmu|^2 / (2 std^2), so the upper clip seldom acts, and spread |dmu| / std; this has expectation 0
-    and spread |dmu|, which still grows with |dt| (see step_weights). Inserting the true density (whatever `scaled` was) leaves
+    and spread |dmu|, which still grows with |dt| (see step_weights). Inserting the true density (whatever `density` is) leaves
     -dmu . (x_next - mean_old) / std, which has the same value and gradient without a difference of log-densities.
     Differs: GRPO-Guard's script takes |dmu|^2 over the whole batch, by a reduction over an empty list of dimensions."""
     x_next, mean, mean_old = _wide(x_next), _wide(mean), _wide(mean_old).detach()
     std = std.to(mean).view(-1, *[1] * (mean.dim() - 2))                          # (W, 1, ...)
-    return _reduce((mean - mean_old) * (x_next - mean_old) / std, reduce, keep=2)
+    return _reduce((mean - mean_old) * (x_next - mean_old) / std, density, keep=2)
 
 
 def step_weights(times: Tensor, window: tuple[int, int], *, normalise: bool = False) -> Tensor:
@@ -315,18 +311,19 @@ def step_weights(times: Tensor, window: tuple[int, int], *, normalise: bool = Fa
     return weights / weights.mean() if normalise else weights
 
 
-def transition_kl(mean: Tensor, mean_ref: Tensor, std: Tensor, *, reduce: str = "mean") -> Tensor:
+def transition_kl(mean: Tensor, mean_ref: Tensor, std: Tensor, *, density: str = "mean") -> Tensor:
     """KL of Normal(mean, std) from Normal(mean_ref, std), |mean - mean_ref|^2 / (2 std^2).  (N, W, ...), std (W,) -> (N, W)
     "sum" is the KL, "mean" divides it by the number of entries; "sde": |dt|/2 * (sigma (1-t)/(2t) + 1/sigma)^2 * |v - v_ref|^2.
     Differs: Flow-GRPO's code divides by 2 sigma^2 without |dt|, which is this KL times |dt|."""
     mean = _wide(mean)                                                            # (N, W, ...)
     std = std.to(mean).view(-1, *[1] * (mean.dim() - 2))                          # (W, 1, ...)
-    return _reduce((mean - _wide(mean_ref)) ** 2 / (2 * std**2), reduce, keep=2)
+    return _reduce((mean - _wide(mean_ref)) ** 2 / (2 * std**2), density, keep=2)
 
 
-def velocity_mse(v: Tensor, v_ref: Tensor, *, reduce: str = "mean") -> Tensor:
-    """|v - v_ref|^2 [UniGRPO Eq. 8, whose weight of 1.5e-5 suggests "sum"; it does not say].  (N, W, ...) -> (N, W)"""
-    return _reduce((_wide(v) - _wide(v_ref)) ** 2, reduce, keep=2)
+def velocity_mse(v: Tensor, v_ref: Tensor) -> Tensor:
+    """Mean of (v - v_ref)^2 over entries [UniGRPO Eq. 8].  (N, W, ...) -> (N, W)
+    Differs: UniGRPO does not say how it reduces |v - v_ref|^2; its weight of 1.5e-5 suggests the sum."""
+    return _reduce((_wide(v) - _wide(v_ref)) ** 2, "mean", keep=2)
 
 
 def clipped_surrogate(ratio: Tensor, adv: Tensor, *, low: float, high: float, delta: float | None = None) -> Tensor:
@@ -344,14 +341,14 @@ def clipped_surrogate(ratio: Tensor, adv: Tensor, *, low: float, high: float, de
 def flow_grpo_loss(
     replayed: Replay, trajectory: Trajectory, adv: Tensor, *, total: float | Tensor, low: float, high: float,
     ratio_norm: bool = False, weights: Tensor | None = None, reference: Replay | None = None, kl_beta: float = 0.0,
-    mse_weight: float = 0.0, mse_reduce: str = "mean"
+    mse_weight: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """FlowGRPO's loss of a micro-batch and its diagnostics: sum of clipped surrogates and penalties, divided by total.
     adv (N,) holds at all steps of its sample. `total` is counted over the whole optimisation step, all micro-batches, subsets of
     steps and ranks: samples x steps for the mean over steps (UniGRPO Eq. 6), samples for the sum over steps (AlphaGRPO).
     `low`, `high`: see clipped_surrogate. `ratio_norm`: normalised_log_ratio in place of log_ratio. `weights` (W,): of the
     surrogate, see step_weights. `reference`: the same steps under the frozen policy, for kl_beta * transition_kl, reduced as logp
-    is, and mse_weight * velocity_mse, reduced by `mse_reduce`; its means enter the stats as "kl" and "velocity_mse".
+    is, and mse_weight * velocity_mse; their means enter the stats as "kl" and "velocity_mse".
     A ratio is at most exp(20), see bounded_exp: no log-ratio, -inf included, makes loss, gradient or stats infinite or NaN.
     Errors: ValueError when shapes do not fit, total is not positive, a number is negative, or a penalty lacks its reference."""
     steps = list(replayed.steps)
@@ -368,14 +365,14 @@ def flow_grpo_loss(
     means, std, adv = trajectory.means[:, steps], trajectory.std[steps], adv.detach()[:, None]
     x_next = trajectory.latents[:, 1:][:, steps]                                  # (N, S, ...)
     plain = log_ratio(replayed.logp, trajectory.logp[:, steps])                   # (N, S)
-    scored = normalised_log_ratio(x_next, replayed.mean, means, std, reduce=trajectory.reduce) if ratio_norm else plain
+    scored = normalised_log_ratio(x_next, replayed.mean, means, std, density=trajectory.density) if ratio_norm else plain
     ratio = bounded_exp(scored)                                                   # (N, S)
     loss = clipped_surrogate(ratio, adv, low=low, high=high)                      # (N, S)
     loss = loss if weights is None else loss * weights.to(loss)[steps]
     stats = flow_loss_stats(ratio, plain, adv, low=low, high=high)
     if reference is not None:
-        kl = transition_kl(replayed.mean, reference.mean.detach(), std, reduce=trajectory.reduce)
-        mse = velocity_mse(replayed.v, reference.v.detach(), reduce=mse_reduce)
+        kl = transition_kl(replayed.mean, reference.mean.detach(), std, density=trajectory.density)
+        mse = velocity_mse(replayed.v, reference.v.detach())
         loss = loss + kl_beta * kl + mse_weight * mse                             # (N, S)
         stats |= {"kl": kl.detach().mean(), "velocity_mse": mse.detach().mean()}
     return loss.sum() / total, stats

@@ -72,7 +72,7 @@ def group_advantage(
     return adv if clamp is None else adv.clamp(-clamp, clamp)
 
 
-def rectified(reward: Tensor, initial: Tensor, G: int, how: str = "group") -> Tensor:
+def rectify(reward: Tensor, initial: Tensor, G: int, how: str = "group") -> Tensor:
     """False-positive rectification of the rewards of refinements, (N,) -> (N,): whoever does not improve on the initial reward, (N,),
     takes a floor, so that being the least bad of a failed group earns nothing. [AlphaGRPO]
 
@@ -81,25 +81,12 @@ def rectified(reward: Tensor, initial: Tensor, G: int, how: str = "group") -> Te
     "off" changes nothing. Errors: ValueError for another name.
     """
     if how not in ("off", "group", "initial"):
-        raise ValueError(f'rectified: how is "{how}", expected "group", "initial" or "off"')
+        raise ValueError(f'rectify: how is "{how}", expected "group", "initial" or "off"')
     groups, floor = reward.view(-1, G), initial.to(reward).view(-1, G)                       # (B, G)
     if how == "off":
         return reward
     lowest = floor if how == "initial" else groups.amin(1, keepdim=True).expand_as(groups)
     return torch.where(groups > floor, groups, lowest).flatten()
-
-
-def anchored_advantage(reward: Tensor, initial: Tensor, G: int, *, clamp: float | None = None) -> Tensor:
-    """Advantage of refinements over the better of the initial reward and the group's mean, (N,), (N,) -> (N,). [AlphaGRPO's code]
-
-    b = max(initial, mean of the group), (r - b) / sqrt(mean of the group's (r - b)^2 + 1e-8): who does not beat the picture that was to be
-    refined is pushed down, all of a failed group too. Errors: see group_advantage.
-    """
-    group_advantage(reward, G)                                                               # for its refusals
-    r = reward.to(torch.promote_types(reward.dtype, torch.float32)).view(-1, G)              # (B, G)
-    above = r - torch.maximum(initial.to(r).view(-1, G), r.mean(1, keepdim=True))            # (B, G)
-    adv = (above / (above.square().mean(1, keepdim=True) + 1e-8).sqrt()).flatten()           # (N,)
-    return adv if clamp is None else adv.clamp(-clamp, clamp)
 
 
 def _centred(components: dict[str, Tensor], G: int) -> dict[str, Tensor]:
@@ -114,7 +101,7 @@ def _centred(components: dict[str, Tensor], G: int) -> dict[str, Tensor]:
     return centred
 
 
-def normalised(components: dict[str, Tensor], G: int, std: str = "population") -> dict[str, Tensor]:
+def normalise_each(components: dict[str, Tensor], G: int, std: str = "population") -> dict[str, Tensor]:
     """Every component (N,) centred within its groups of G and divided by their std + 1e-4; exactly 0 in a tied group. std: "population"
     divides squares by n, "unbiased" by n - 1, as CoRL's code does.
 

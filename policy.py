@@ -180,7 +180,7 @@ class Expert(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))                                    # (N, L, D)
 
 
-def behind(past: Tensor, own: Tensor, length: int) -> Tensor:
+def append_keys(past: Tensor, own: Tensor, length: int) -> Tensor:
     """Keys (or values) own (N*R, kv, L, d) behind past (N, kv, S, d), every row of it shared by R rows -> (N*R, kv, S+L = length, d).
     Where past has room for them behind its S, they are written there, and the result is past itself."""
     if past.shape[2] >= length:
@@ -208,7 +208,7 @@ class Block(nn.Module):
         q, k, v = (torch.cat(z, dim=2) for z in zip(*[e.project(x) for e, x in active]))           # (N, H or kv, L, d)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         length = allowed.shape[-1]                                                                 # S+L
-        keys, values = behind(past_k, k, length), behind(past_v, v, length)                        # (N, kv, S+L or more, d)
+        keys, values = append_keys(past_k, k, length), append_keys(past_v, v, length)                        # (N, kv, S+L or more, d)
         # The heads that share keys are more queries to them: no key is copied for them, and every kernel that takes a mask can be used.
         q = rearrange(q, "n (h r) l d -> n h (r l) d", h=v.shape[1])                               # (N, kv, H/kv*L, d)
         a = F.scaled_dot_product_attention(q, keys[:, :, :length], values[:, :, :length], attn_mask=allowed)
