@@ -6,99 +6,131 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from support.checkpoint import FLOATS, check_adapter, finite, open_tensors
-from support.disk import one_line_error, read_json, replacing
+
+from support.checkpoint import FLOATS, adapter_key, all_finite, open_adapters, open_tensors
+from support.disk import replacing
 from support.terminal import Arguments, one_line
 
 
 def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
     """The merged change of one tensor from two policies' changes of it. [CoRL's code, after arXiv:2501.10661]
 
-    Changes look Gaussian, and what was learned sits in their outliers. Inside mean +- bound * std, with the mean of both means and the
-    smaller of both (unbiased) stds, changes are averaged; outside each is added whole. A large bound is the average, bound 0 the sum, and
-    two equal changes are averaged inside but doubled outside. Symmetric; scales with the changes. A tensor that one policy left as it was,
-    or of one element, has no window: the sum.
+    Changes look Gaussian, and what was learned sits in their outliers. Inside mean +- bound * std, with the mean of
+    both means and the smaller of both (unbiased) stds, changes are averaged; outside, each is added whole. A large
+    bound is the average, bound 0 the sum; two equal changes are averaged inside but doubled outside. Symmetric;
+    scales with the changes. A tensor that one policy left as it was, or of one element, has no window: the sum.
     """
-    mean, spread = (first.mean() + second.mean()) / 2, torch.minimum(first.std(), second.std()) if first.numel() > 1 else 0.0
+    mean, spread = (first.mean() + second.mean()) / 2, 0.0
+    if first.numel() > 1:
+        spread = torch.minimum(first.std(), second.std())
     low, high = mean - bound * spread, mean + bound * spread
-    part = lambda change: torch.where((low < change) & (change < high), 0.5, 1.0) * change
-    return part(first) + part(second)
+    merged = 0
+    for change in (first, second):
+        inside = (low < change) & (change < high)
+        merged = merged + torch.where(inside, 0.5, 1.0) * change
+    return merged
 
 
 def average_merge(first: Tensor, second: Tensor, bound: float = 0.0) -> Tensor:
     return (first + second) / 2
 
 
-def inverse_norm_merge(first: Tensor, second: Tensor, bound: float = 0.0) -> Tensor:
-    """Changes weighed by the inverse of their norms [CoRL's code]; 0 where one of them is 0, which is the limit."""
-    one, two = first.norm(), second.norm()
-    return (two * first + one * second) / (one + two).clamp(min=torch.finfo(first.dtype).tiny)
-
-MERGES = {"gaussian": gaussian_merge, "average": average_merge, "inverse_norm": inverse_norm_merge}
+MERGES = {"gaussian": gaussian_merge, "average": average_merge}
 
 
-def changes_of(folder: Path, base: dict):
-    """key -> fp32 change of that tensor of the base, of a policy folder, or of a folder of adapters, whose dense change is alpha/r B A.
-    ValueError, naming the first, for tensors that the base does not have, or not in that shape."""
-    shape = lambda files, key: tuple(files[key].get_slice(key).get_shape())
+def changes_of(folder: Path, base: dict) -> Callable[[str], Tensor]:
+    """A function key -> fp32 change of that tensor of the base, by a policy folder or a folder of adapters.
+
+    Errors: ValueError, which names the first, for tensors that the base does not have, or not in that shape.
+    """
     if (folder / "adapter_config.json").exists():
-        config, files = read_json(folder / "adapter_config.json"), open_tensors(folder, "adapter_model")
-        stems = {k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in files}
-        with one_line_error(f"{folder / 'adapter_config.json'}", (ValueError,)):
-            check_adapter(config, stems)
-        factor = lambda key, side: f"base_model.model.{key.removesuffix('.weight')}.lora_{side}.weight"
-        has = {f"{stem}.weight": (shape(files, factor(stem, "B"))[0], shape(files, factor(stem, "A"))[1]) for stem in sorted(stems)}
-        scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-        read = lambda key, side: files[factor(key, side)].get_tensor(factor(key, side)).float()
-        change = lambda key: scale * read(key, "B") @ read(key, "A") if key in has else torch.zeros(shape(base, key))
+        shapes, change = adapter_changes(folder, base)
     else:
-        files = open_tensors(folder, "ema")
-        has = {key: shape(files, key) for key in sorted(files)}
-        change = lambda key: files[key].get_tensor(key).float() - base[key].get_tensor(key).float()
-        if missing := sorted(base.keys() - has.keys()):
-            raise ValueError(f"{folder} has no {missing[0]}, which the base has")
-    for key, held in has.items():
-        if key not in base or held != shape(base, key):
-            raise ValueError(f"{folder}: {key} has shape {held}, the base {shape(base, key) if key in base else 'has no such tensor'}")
+        shapes, change = policy_changes(folder, base)
+    for key, shape in shapes.items():
+        own = shape_of(base, key) if key in base else "no such tensor"
+        if shape != own:
+            raise ValueError(f"{folder}: {key} has shape {shape}, the base has {own}")
     return change
 
 
+def shape_of(opened: dict, key: str) -> tuple[int, ...]:
+    return tuple(opened[key].get_slice(key).get_shape())
+
+
+def policy_changes(folder: Path, base: dict) -> tuple[dict, Callable[[str], Tensor]]:
+    """(key -> shape, key -> change) of a policy folder."""
+    opened = open_tensors(folder, "ema")
+    for key in sorted(base.keys() - opened.keys()):
+        raise ValueError(f"{folder} has no {key}, which the base has")
+
+    def change(key: str) -> Tensor:
+        return opened[key].get_tensor(key).float() - base[key].get_tensor(key).float()
+
+    return {key: shape_of(opened, key) for key in sorted(opened)}, change
+
+
+def adapter_changes(folder: Path, base: dict) -> tuple[dict, Callable[[str], Tensor]]:
+    """(key -> shape, key -> change) of the weights that a folder of adapters changes; the change is alpha/rank B A."""
+    rank, alpha, opened = open_adapters(folder)
+    stems = sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in opened})
+    shapes = {}
+    for weight in (f"{stem}.weight" for stem in stems):
+        rows, columns = shape_of(opened, adapter_key(weight, "B"))[0], shape_of(opened, adapter_key(weight, "A"))[1]
+        shapes[weight] = (rows, columns)
+
+    def change(key: str) -> Tensor:
+        if key not in shapes:
+            return torch.zeros(shape_of(base, key))
+        A, B = (opened[name].get_tensor(name).float() for name in (adapter_key(key, "A"), adapter_key(key, "B")))
+        return alpha / rank * B @ A
+
+    return shapes, change
+
+
 def merge(first: Path, second: Path, base: Path, out: Path, how: str = "gaussian", bound: float = 2.0) -> None:
-    """Write the policy folder `out`: the base and the merged changes of two policies, or adapters, that were trained from it. One tensor
-    is in memory at a time, so that two 7B policies merge on any machine; what is not trained is the base's."""
-    files = open_tensors(base, "ema")
-    one, two = (changes_of(folder, files) for folder in (first, second))
+    """Write the policy folder `out`: the base and the merged changes of two policies, or adapters, trained from it.
+
+    One tensor is in memory at a time, so that two 7B policies merge on any machine. What is not trained is the base's.
+    """
+    opened = open_tensors(base, "ema")
+    change_one, change_two = changes_of(first, opened), changes_of(second, opened)
     if not bound >= 0:
         raise ValueError(f"--bound {bound}: must be at least 0")
     if out.resolve() in (first.resolve(), second.resolve(), base.resolve()):
         raise ValueError(f"{out} is one of the folders that are merged; give another --out")
     out.mkdir(parents=True, exist_ok=True)
 
-    def merged(key: str) -> Tensor:
-        own = files[key].get_tensor(key)
-        value = (own.float() + MERGES[how](one(key), two(key), bound)).to(own.dtype)
-        if not finite(value):
+    def merge_tensor(key: str) -> Tensor:
+        own = opened[key].get_tensor(key)
+        change = MERGES[how](change_one(key), change_two(key), bound)
+        value = (own.float() + change).to(own.dtype)
+        if not all_finite(value):
             raise ValueError(f"{key} is not finite after merging; are {first} and {second} whole?")
         return value
 
-    save_stream({key: files[key].get_slice(key) for key in sorted(files)}, merged, out / "ema.safetensors")
+    slices = {key: opened[key].get_slice(key) for key in sorted(opened)}
+    save_stream(slices, merge_tensor, out / "ema.safetensors")
     for path in sorted(base.iterdir()):
-        if path.suffix in (".json", ".txt") and not path.name.startswith("ema.") or path.name.startswith("ae."):
-            with replacing(out / path.name) as part:
-                shutil.copyfile(path, part)
+        small = path.suffix in (".json", ".txt") and not path.name.startswith("ema.")
+        if small or path.name.startswith("ae."):
+            with replacing(out / path.name) as file:
+                shutil.copyfile(path, file)
 
 
-def save_stream(slices: dict, value, path: Path) -> None:
-    """Write a safetensors file tensor by tensor: the header from slices, key -> shape and dtype, then value(key) in that order."""
-    header, at = {}, 0
-    for key, held in slices.items():
-        size = math.prod(held.get_shape()) * FLOATS[held.get_dtype()].itemsize
-        header[key] = dict(dtype=held.get_dtype(), shape=held.get_shape(), data_offsets=[at, at + size])
-        at += size
+def save_stream(slices: dict, value: Callable[[str], Tensor], path: Path) -> None:
+    """Write a safetensors file tensor by tensor: the header from key -> slice, then value(key) in that order."""
+    header, start = {}, 0
+    for key, tensor in slices.items():
+        dtype, shape = tensor.get_dtype(), tensor.get_shape()
+        end = start + math.prod(shape) * FLOATS[dtype].itemsize
+        header[key] = dict(dtype=dtype, shape=shape, data_offsets=[start, end])
+        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as part, open(part, "wb") as file:
@@ -108,7 +140,7 @@ def save_stream(slices: dict, value, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="support.merge", description="merge two policies that were trained from one base", allow_abbrev=False)
+    ap = Arguments(prog="support.merge", description="merge two policies that were trained from one base")
     ap.add_argument("policies", nargs=2, type=Path, help="two policy folders, or folders of adapters")
     ap.add_argument("--base", type=Path, required=True, help="the policy folder that both were trained from")
     ap.add_argument("--out", type=Path, required=True, help="the policy folder to write")
