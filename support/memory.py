@@ -1,85 +1,131 @@
-"""What a run needs on a GPU, before a weight is read."""
+"""What a run needs on a GPU, computed before a weight is read."""
 
 from dataclasses import replace
 
 import torch
 from torch.distributed.tensor import DTensor
+
 from policy import Policy
 from support.pictures import fit_size
 from support.run import Ranks
 
 
-def memory(policy: Policy, cfg, world: int, tasks: dict, referees: float = 0) -> dict[str, float]:
-    """What a run needs on each GPU, in GB (1e9 bytes), computed from counts of numbers; `policy` may be on the meta device.
+def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) -> dict[str, float]:
+    """What a run needs on each GPU, in GB (1e9 bytes), from counts of numbers; the policy may be on the meta device.
 
-    Kept all the time: weights (fp32 where trained, else as computed), gradients, AdamW's moments and the average (fp32), a frozen
-    reference. In turn: a rollout (the text's keys and values twice, while they grow; one block's activations of an image step) and a
-    replay of one micro-batch (every block's input where activations are checkpointed, else about twelve of its width; one block's
-    activations, of all noisy steps at once; the logits and three fp32 copies); the mask of who sees whom; either holds two gathered
-    blocks of a sharded policy. Images that are given or read back stand among the text's tokens, a question's at the ViT's full size.
-    Referees count where their weights lie here already, and are on the policy's device. Not counted: activations of referees and of the
-    autoencoder, what the allocator loses, and the whole weights that a sharded rollout keeps only where they fit.
+    Kept all the time: weights (fp32 if trained), gradients, AdamW's moments, the average, a frozen reference and the
+    referees, whose bytes are given. In turn: a rollout, and the replay of one micro-batch. A rollout holds the text's
+    keys and values twice while they grow, and one block's activations of an image step. A replay holds every block's
+    input (about twelve times as much without checkpointing), one block's activations of all noisy steps at once, and
+    the logits with three copies in fp32. Both hold two gathered blocks of a sharded policy.
+    Left out: activations of referees and of the autoencoder, what the allocator loses, and the whole weights that a
+    sharded rollout keeps only if they fit.
     """
-    c, byte, used = policy.config.llm, 2 if cfg.bf16 else 4, list(tasks.values())
-    D, I, layers, V = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
-    cut = world if cfg.shard and not policy.sharded else 1      # of a policy that is not cut yet, nearly everything will be
-    held_here = lambda p: p.to_local().numel() if isinstance(p, DTensor) else p.numel() / cut
-    held = sum(held_here(p) for p in policy.parameters())
-    trained = sum(held_here(p) for p in policy.parameters() if p.requires_grad)
-    two = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters()) if cfg.shard else 0
-    drawn = [cfg.rows[name] * cfg.group_size // world for name in tasks]
-    most = max(min(n, max(cfg.rollout_batch, cfg.group_size) if cfg.rollout_batch else n) for n in drawn)
-    micro = max(min(n, cfg.micro or n) for n in drawn)
-    M = (cfg.resolution // policy.config.stride) ** 2 + 2 if any(task.draws for task in used) else 0
-    written = max(getattr(cfg, task.writes) if task.writes else 0 for task in used)
-    system = 160 if cfg.system_prompt and any(task.draws and task.writes for task in used) else 0
-    L = max(tokens_before(policy, cfg, task, M) for task in used) + system
-    cache = 2 * layers * c["num_key_value_heads"] * policy.config.head_dim * byte                # bytes of a token's keys and values
-    block = ((5 if cfg.lora else 3) * I + 8 * D) * byte                                          # bytes of a token inside a block
-    mask = 3 * policy.config.queries_per_key * (L + M)                                           # bytes of a query: whom it sees
-    rounds = 1 if cfg.segments else max(task.rounds for task in used)       # images and texts that one backward holds
-    noisy = cfg.window * M * rounds                             # tokens of a sample's noisy steps, which a replay reads in one call
-    inputs = layers * D * 4 * (1 if cfg.checkpointing else 12)
-    words = rounds * written * V * (byte + 12)                  # bytes of a sample's logits
-    out = {"weights": trained * 4 + (held - trained) * byte, "gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4,
-           "reference": held * byte if cfg.needs_reference and not cfg.lora else 0,
-           "referees": referees,
-           "rollout": most * (2 * L * cache + max(M, 1) * block + max(M, L) * mask) + two,
-           "replay": micro * (3 * L * cache + (noisy + L) * inputs + max(noisy, L) * (block + mask) + words) + two}
-    return {k: v / 1e9 for k, v in out.items()}
+    llm, byte = policy.config.llm, 2 if cfg.bf16 else 4
+    width, layers = llm["hidden_size"], llm["num_hidden_layers"]
+    weights, trained = 0, 0                                     # numbers on this rank
+    for p in policy.parameters():
+        weights += numbers_here(p)
+        trained += numbers_here(p) if p.requires_grad else 0
+    gathered = 0
+    if cfg.shard:
+        gathered = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters())
+    if cfg.shard and not policy.sharded:                        # nearly everything will be cut over the ranks
+        weights, trained = weights / world, trained / world
+    need = {"weights": trained * 4 + (weights - trained) * byte}
+    need |= {"gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4}
+    need["reference"] = weights * byte if cfg.needs_reference and not cfg.lora else 0
+    need["referees"] = referees
+
+    # Samples at once.
+    samples = max(cfg.rows[task.name] for task in tasks) * cfg.group_size // world
+    micro = min(samples, cfg.micro or samples)
+    if cfg.rollout_batch:
+        samples = min(samples, max(cfg.rollout_batch, cfg.group_size))
+
+    # Tokens of a sample.
+    image = 0
+    if any(task.draws for task in tasks):
+        image = (cfg.resolution // policy.config.stride) ** 2 + 2
+    context = max(tokens_before(policy, cfg, task, image) for task in tasks)
+    rounds = max(task.rounds for task in tasks)                 # texts and images that one backward holds
+    noisy = rounds * cfg.window * image                         # of all noisy steps, which a replay reads in one call
+    written = rounds * max(tokens_written(cfg, task) for task in tasks)
+
+    # Bytes of a token.
+    cache = 2 * layers * llm["num_key_value_heads"] * policy.config.head_dim * byte     # keys and values
+    inputs = layers * width * 4 * (1 if cfg.checkpointing else 12)
+    block = ((5 if cfg.lora else 3) * llm["intermediate_size"] + 8 * width) * byte
+    mask = 3 * policy.config.queries_per_key * (context + image)                        # which tokens it sees
+    logits = llm["vocab_size"] * (byte + 12)
+
+    rollout = 2 * context * cache + max(image, 1) * block + max(image, context) * mask
+    replay = 3 * context * cache + (noisy + context) * inputs
+    replay += max(noisy, context) * (block + mask) + written * logits
+    need["rollout"] = samples * rollout + gathered
+    need["replay"] = micro * replay + gathered
+    return {name: size / 1e9 for name, size in need.items()}
 
 
-def tokens_before(policy: Policy, cfg, task, M: int) -> int:
-    """Most tokens that a task's trajectory reads before its last segment, with 64 for what it is asked; M of a drawn image."""
-    stride, (longest, shortest, step) = policy.config.vit["patch_size"], policy.config.vit_resize
-    w, h = fit_size(cfg.resolution, cfg.resolution, longest, shortest, step)
-    image = M + (w // stride) * (h // stride) + 2               # read back, or changed: latents and ViT patches
-    given = image if task.sees else (longest // stride) ** 2 + 2 if "sources" in task.gives else 0
-    return task.rounds * (64 + (getattr(cfg, task.writes) if task.writes else 0)) + (task.rounds - 1) * image + given
+def numbers_here(p: torch.Tensor) -> int:
+    """How many of a parameter's numbers lie on this rank."""
+    return p.to_local().numel() if isinstance(p, DTensor) else p.numel()
+
+
+def tokens_written(cfg, task) -> int:
+    return getattr(cfg, task.writes) if task.writes else 0
+
+
+def tokens_before(policy: Policy, cfg, task, drawn: int) -> int:
+    """The most tokens that a trajectory reads before its last segment; drawn: tokens of a drawn image.
+
+    A prompt or a question counts 64. An image that is given or read back stands among the text's tokens, a question's
+    image at the ViT's full size.
+    """
+    config, prompt, system = policy.config, 64, 0
+    patch, (longest, shortest, stride) = config.vit["patch_size"], config.vit_resize
+    w, h = fit_size(cfg.resolution, cfg.resolution, longest, shortest, stride)
+    read_back = drawn + (w // patch) * (h // patch) + 2         # latents and ViT patches
+    given = 0
+    if task.sees:
+        given = read_back
+    elif "sources" in task.gives:
+        given = (longest // patch) ** 2 + 2
+    if config.scale == "bagel" and task.draws and task.writes:
+        system = 160                                            # BAGEL's think prompt
+    texts = task.rounds * (prompt + tokens_written(cfg, task))
+    return system + texts + (task.rounds - 1) * read_back + given
 
 
 def peak(need: dict[str, float]) -> float:
-    """GB at the worst moment: rollout and replay do not meet."""
-    return sum(v for k, v in need.items() if k not in ("rollout", "replay")) + max(need["rollout"], need["replay"])
+    """GB at the worst moment: rollout and replay never run at the same time."""
+    kept = sum(size for name, size in need.items() if name not in ("rollout", "replay"))
+    return kept + max(need["rollout"], need["replay"])
 
 
-def check_memory(policy: Policy, cfg, ranks: Ranks, tasks: dict, referees: float) -> None:
-    """ValueError before anything is read where the GPU cannot hold the run, with settings that it would hold."""
-    has, need = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9, memory(policy, cfg, ranks.world, tasks, referees)
+def check_memory(policy: Policy, cfg, ranks: Ranks, tasks: list, referees: float) -> None:
+    """ValueError if the GPU cannot hold the run, with settings that it would hold."""
+    has = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
+    need = memory(policy, cfg, ranks.world, tasks, referees)
     if peak(need) <= has:
         return
-    changes = [dict(micro=1), dict(rollout_batch=cfg.group_size), dict(micro=1, rollout_batch=cfg.group_size),
-               dict(think_tokens=64, micro=1)]
-    fits = [c for c in changes if peak(memory(policy, replace(cfg, **c), ranks.world, tasks, referees)) <= has]
-    otherwise = "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
-    hint = " ".join(f"--{k} {v}" for k, v in fits[0].items()) if fits else otherwise
-    told = ", ".join(f"{k} {v:.1f}" for k, v in need.items() if v >= 0.05)
-    raise ValueError(f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {told}; try {hint}")
+    hint = "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
+    few = dict(rollout_batch=cfg.group_size)
+    for change in (dict(micro=1), few, few | dict(micro=1), dict(think_tokens=64, micro=1)):
+        if peak(memory(policy, replace(cfg, **change), ranks.world, tasks, referees)) <= has:
+            hint = " ".join(f"--{name} {value}" for name, value in change.items())
+            break
+    sizes = ", ".join(f"{name} {size:.1f}" for name, size in need.items() if size >= 0.05)
+    raise ValueError(f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {sizes}; try {hint}")
 
 
 def room_to_gather(device: torch.device) -> float | None:
-    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU, or held by PyTorch without
-    use; None, any number, on a CPU."""
+    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU.
+
+    What PyTorch reserved without using it is free too. None, which is any number, on a CPU.
+    """
     if device.type != "cuda":
         return None
-    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (free + unused) / 2

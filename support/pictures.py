@@ -6,7 +6,6 @@ Pixels that the policy reads are (3, H, W) in [-1, 1]; images that are written a
 import io
 import struct
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,53 +14,40 @@ from einops import rearrange
 from torch import Tensor
 
 from policy import Policy
-from support.disk import write_atomic
+from support.disk import LIBRARY_ERRORS, one_line_error, write_atomic
+
+MOST_PIXELS = 14 * 14 * 9 * 1024                                # of an input image, by the official rule
 
 
-def fit_size(width: int, height: int, longest: int, shortest: int, stride: int, most: int = 14 * 14 * 9 * 1024) -> tuple[int, int]:
-    """BAGEL's resize rule: the (width, height), multiples of stride, that an input image is brought to before it is read."""
-    snap = lambda n: max(stride, int(round(n / stride) * stride))
-    scaled = lambda w, h, s: (snap(round(w * s)), snap(round(h * s)))
+def fit_size(width: int, height: int, longest: int, shortest: int, stride: int) -> tuple[int, int]:
+    """The (width, height), multiples of stride, to which an input image is resized before it is read. [BAGEL's code]"""
     scale = max(min(longest / max(width, height), 1.0), shortest / min(width, height))
-    w, h = scaled(width, height, scale)
-    if w * h > most:
-        w, h = scaled(w, h, most / (w * h))                     # of areas, applied to sides, as the official rule has it
+    w, h = scale_size(width, height, scale, stride)
+    if w * h > MOST_PIXELS:
+        w, h = scale_size(w, h, MOST_PIXELS / (w * h), stride)  # a ratio of areas applied to sides, as official
     if max(w, h) > longest:
-        w, h = scaled(w, h, longest / max(w, h))
+        w, h = scale_size(w, h, longest / max(w, h), stride)
     return w, h
 
 
-def of_eight_bits(image):
-    """A decoded PIL image -> (the same in mode L, RGB or CMYK, its alpha channel or None). ValueError where white could be any number."""
-    alpha, grey = None, image.mode in ("1", "L", "LA")
-    if image.mode[0] in "IF":                                   # I;16, I, F, of which PIL would cut off what is above 255
-        raise ValueError(f"its greys (mode {image.mode}) have more than 8 bits, and it is not said which of them is white; save it with 8")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa"):
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    image = image if image.mode == "CMYK" else image.convert("RGB")
-    return image.convert("L") if grey else image, alpha
-
-
-# What EXIF calls the orientation -> PIL's Image.Transpose that turns the picture upright.
-UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+def scale_size(width: int, height: int, scale: float, stride: int) -> tuple[int, int]:
+    w, h = (max(stride, round(round(side * scale) / stride) * stride) for side in (width, height))
+    return w, h
 
 
 def as_shown(image):
-    """A decoded PIL image -> RGB as viewers show it: upright, in sRGB, on white. As they do, it passes over EXIF and colour profiles that
-    are damaged."""
-    from PIL import Image, ImageCms
-    profile, turn = image.info.get("icc_profile"), None
-    with suppress(SyntaxError, ValueError, TypeError, struct.error):
-        turn = UPRIGHT.get(image.getexif().get(0x0112))
-    image, alpha = of_eight_bits(image)
-    if profile:
-        with suppress(OSError, ImageCms.PyCMSError, ImportError):           # ImportError: PIL was built without LittleCMS
-            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            image = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image.convert("RGB"), mask=alpha)
-    return white if turn is None else white.transpose(turn)
+    """A decoded PIL image -> RGB as viewers show it: upright, and on white where it is transparent.
+
+    Errors: ValueError for greys of more than 8 bits, of which the file does not say which one is white.
+    """
+    from PIL import Image, ImageOps
+    if image.mode[0] in "IF":
+        raise ValueError(f"its greys (mode {image.mode}) have more than 8 bits; save it with 8")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def fit_image(image, longest: int, shortest: int, stride: int):
@@ -77,48 +63,47 @@ def to_tensor(image) -> Tensor:
     return raw.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
 
 
-def open_picture(path: str, verify: bool = False):
-    """The picture in a file, all of it, as it is shown: a PIL image in RGB. ValueError or FileNotFoundError, in one line, for what is none.
-    verify=True is the check before a run: it decodes all of the file as well, but a JPEG into an eighth of its size."""
+def open_picture(path: str):
+    """The picture in a file as it is shown: a PIL image in RGB, with all of the file decoded.
+
+    Errors: OSError or ValueError, in one line, for a file that is missing, damaged or no picture.
+    """
     from PIL import Image
-    # What PIL was seen to raise for damaged files of its formats.
-    errors = (OSError, SyntaxError, ValueError, RuntimeError, TypeError, IndexError, AttributeError, MemoryError, struct.error,
-              Image.DecompressionBombError)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # of many pixels, odd metadata, odd palettes
-            with Image.open(path) as image:
-                image.verify()                                  # the checksums of a PNG, which decoding passes over
-            with Image.open(path) as image:
-                if verify:
-                    image.draft(None, (1, 1))
-                image.load()
-                if min(image.size) < 1:
-                    raise ValueError("it has no pixels")
-                return as_shown(image)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"image {path} does not exist") from error
-    except errors as error:
-        raise ValueError(f"image {path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+    errors = (*LIBRARY_ERRORS, SyntaxError, MemoryError, struct.error, Image.DecompressionBombError)
+    with one_line_error(f"image {path} cannot be read", errors), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                         # of many pixels, odd metadata, odd palettes
+        with Image.open(path) as image:
+            image.verify()                                      # the checksums of a PNG, which decoding ignores
+        with Image.open(path) as image:
+            image.load()
+            if min(image.size) < 1:
+                raise ValueError("it has no pixels")
+            return as_shown(image)
 
 
 def read_picture(path: str, policy: Policy, square: bool = False) -> tuple[Tensor, Tensor]:
-    """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each. The ViT's is made of the other, as
-    BAGEL does. square: the square in its middle alone."""
+    """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each.
+
+    The ViT's image is made from the autoencoder's, as BAGEL does. square: read only the square in the middle.
+    """
     image = open_picture(path)
     if square:
         side = min(image.size)
-        left, top = ((n - side) // 2 for n in image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
     source = fit_image(image, *policy.config.vae_resize)
     return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
 
 
 def texture(images: Tensor) -> dict[str, Tensor]:
-    """What pixels are like, of images (N, 3, H, W) in [0, 1], (N,) each in [0, 1]: saturation, the mean range of a pixel's channels;
-    roughness, the mean step between neighbouring pixels. Both rise where a policy games a reward by glaring colours, noise or a grid."""
-    across, down = images.diff(dim=3).abs().mean((1, 2, 3)), images.diff(dim=2).abs().mean((1, 2, 3))
-    return {"saturation": (images.amax(1) - images.amin(1)).mean((1, 2)), "roughness": (across + down) / 2}
+    """Saturation and roughness of images (N, 3, H, W) in [0, 1], each (N,) in [0, 1].
+
+    Saturation is the mean range of a pixel's channels, roughness the mean step between neighbouring pixels. Both rise
+    when a policy games a reward by glaring colours, noise or a grid.
+    """
+    across, down = (images.diff(dim=dim).abs().mean((1, 2, 3)) for dim in (3, 2))
+    saturation = (images.amax(1) - images.amin(1)).mean((1, 2))
+    return {"saturation": saturation, "roughness": (across + down) / 2}
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -127,12 +112,18 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
-    """Write (N, 3, H, W) in [0, 1] as one PNG, row by row, with a thin gap. FloatingPointError for pixels that are not finite."""
+    """Write (N, 3, H, W) in [0, 1] as one PNG, row by row, with a thin gap.
+
+    Errors: FloatingPointError for pixels that are not finite, which 8 bits would make black.
+    """
     from PIL import Image
-    if not (sound := images.isfinite().flatten(1).all(1)).all():            # 8 bits would make the others black
-        raise FloatingPointError(f"{path} is not written: {int((~sound).sum())} of {len(images)} images hold pixels that are not finite")
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise FloatingPointError(f"{path} is not written: {bad} of {len(images)} images hold pixels that are not finite")
     cells = to_bytes(images).repeat(zoom, 1).repeat(zoom, 2)
     cells = np.pad(cells, ((0, -len(cells) % columns), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    grid = rearrange(cells, "(r c) h w k -> (r h) (c w) k", c=columns)[:-2, :-2]
     png = io.BytesIO()
-    Image.fromarray(rearrange(cells, "(r c) h w k -> (r h) (c w) k", c=columns)[:-2, :-2]).save(png, "PNG")
+    Image.fromarray(grid).save(png, "PNG")
     write_atomic(Path(path), png.getvalue())

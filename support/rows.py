@@ -1,248 +1,295 @@
-"""Rows of files: prompts, questions, pairs. What a file says is either honoured or refused, with the file, the line and what would be
-right."""
+"""Rows of files: prompts, questions, edits. A file is either honoured or refused, with its line and what would be right."""
 
 import json
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
-
 from tqdm import tqdm
 
 from policy import Policy
 from rewards import final_answer, normalise_answer, right_option
+from support.disk import one_line_error
 from support.pictures import open_picture, read_picture
-
 
 RELATIONS = ("above", "below", "left of", "right of")
 
 
+# "class" is no name in Python, hence the call.
+Clause = TypedDict("Clause", {
+    "class": str,                                               # what to look for, "dog"
+    "count": int,                                               # how many of it; 1 if a file does not say
+    "color": NotRequired[str],
+    "position": NotRequired[tuple[str, int]]})                  # a relation to the clause of that number
+Clause.__doc__ = "One thing that a picture must show, or must not. [GenEval]"
+
+
+class Metadata(TypedDict):
+    """What a picture of a prompt must show, in the format of GenEval's files."""
+
+    tag: str                                                    # the kind of prompt, "counting"; "" if unknown
+    include: list[Clause]
+    exclude: NotRequired[list[Clause]]
+    prompt: NotRequired[str]
+
+
+# ---- reading files ----
+
+
 def read_lines(path: str) -> list[tuple[int, str]]:
-    """(number from 1, line) of a UTF-8 file's lines that are not blank, without a byte order mark; ValueError where there are none."""
+    """(number from 1, line) of the lines of a UTF-8 file that are not blank, without a byte order mark.
+
+    Errors: FileNotFoundError; ValueError for a file that is not UTF-8 or has no such line.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"file {path} does not exist")
-    raw = Path(path).read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw:
-        raise ValueError(f"file {path} is UTF-16 or binary, must be UTF-8 text; save it as UTF-8")
-    try:
-        lines = raw.decode("utf-8-sig").replace("\r\n", "\n").split("\n")      # str.splitlines would cut at U+2028 too
-    except UnicodeDecodeError as error:
-        raise ValueError(f"file {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    if not any(line.strip() for line in lines):
+    with one_line_error(f"file {path} is not UTF-8 text, save it as UTF-8"):
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    lines = text.replace("\r\n", "\n").split("\n")              # str.splitlines would cut at U+2028 too
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise ValueError(f"file {path} is empty; it must hold one entry a line")
-    return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-
-
-def parsed(line: str):
-    """The JSON value of a line; ValueError where it is none."""
-    try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+    return numbered
 
 
 def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
     """JSON objects, one a line, each with the needed text fields, none of them empty; errors name file and line."""
     rows = []
     for number, line in read_lines(path):
-        try:
-            row = parsed(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a JSON object ({getattr(error, 'msg', error)}); each line must be one") from error
-        if not isinstance(row, dict) or (missing := [k for k in needed if not isinstance(row.get(k), str) or not row[k].strip()]):
-            raise ValueError(f"{path}:{number}: must be an object with the text fields {list(needed)}"
-                             + (f", lacks {missing}" if isinstance(row, dict) else ", one a line"))
-        if any("\ud800" <= c <= "\udfff" for k in needed for c in row[k]):
-            raise ValueError(f"{path}:{number}: holds half of a surrogate pair, which is no text")
+        with one_line_error(f"{path}:{number}: not a JSON object; each line must be one"):
+            row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: must be an object with the text fields {list(needed)}, one a line")
+        if missing := [name for name in needed if not has_text(row, name)]:
+            raise ValueError(f"{path}:{number}: must have the text fields {list(needed)}, lacks {missing}")
         rows.append(row)
     return rows
 
 
-def read_prompts(path: str) -> list[dict]:
-    """Prompts as metadata: JSON lines of GenEval's format in a .jsonl (or .json) file, else plain text in a .txt file or one without an
-    ending. The name decides; a file whose content says otherwise is refused."""
+def has_text(row: dict, name: str) -> bool:
+    return isinstance(row.get(name), str) and bool(row[name].strip())
+
+
+def read_prompts(path: str) -> list[Metadata]:
+    """Prompts: GenEval's JSON lines in a .jsonl (.json, .ndjson) file, plain text in a .txt file or one without an ending.
+
+    The ending decides, and a file whose content says otherwise is refused.
+    """
     ending = Path(path).suffix.lower()
     if ending in (".jsonl", ".json", ".ndjson"):
-        rows = [{"tag": "", "include": [], **row} for row in read_json_lines(path, ("prompt",))]
-        for row in rows:
-            check_objects(path, row, row["prompt"])
-        return rows
+        return [with_clauses(path, row, row["prompt"]) for row in read_json_lines(path, ("prompt",))]
     if ending not in (".txt", ""):
-        raise ValueError(f"file {path}: its ending {ending} says neither .jsonl (JSON objects) nor .txt (plain text); rename it")
-    lines = read_lines(path)
-    for number, line in lines:
-        if line.lstrip()[0] in "{[" and is_json(line):
-            raise ValueError(f"{path}:{number}: JSON in a file that its name calls plain text; name it .jsonl, one object a line")
-    return [{"tag": "", "include": [], "prompt": line.strip()} for _, line in lines]
-
-
-def check_objects(path: str, row: dict, text: str) -> None:
-    """ValueError where GenEval's fields of a row are not lists of objects with a class, perhaps a count and a relation to another."""
-    both = [row["include"], row.get("exclude", [])]
-    objects = [clause for clauses in both for clause in (clauses if isinstance(clauses, list) else [None])]
-    counted = lambda n: type(n) is int and n >= 1
-    whole = lambda c: isinstance(c, dict) and isinstance(c.get("class"), str) and counted(c.get("count", 1))
-    related = lambda c: isinstance(c, list) and len(c) == 2 and c[0] in RELATIONS and type(c[1]) is int
-    if not isinstance(row["tag"], str) or not all(whole(c) and ("position" not in c or related(c["position"])) for c in objects):
-        raise ValueError(f"{path}: prompt {text[:60]!r}: tag must be text, include and exclude lists of objects with a class, a count "
-                         "of at least 1 and perhaps a position, such as [\"left of\", 0]")
-    for clause in objects:                                      # a thing is one thing where nothing is said
-        clause.setdefault("count", 1)
+        raise ValueError(f"file {path}: its ending {ending} must be .jsonl (JSON objects) or .txt (plain text)")
+    prompts = []
+    for number, line in read_lines(path):
+        if is_json(line):
+            raise ValueError(f"{path}:{number}: JSON in a file that its ending calls plain text; "
+                             "name it .jsonl, one object a line")
+        prompts.append(Metadata(tag="", include=[], prompt=line.strip()))
+    return prompts
 
 
 def is_json(line: str) -> bool:
+    """Whether a line holds a JSON object or list, or opens one as the first line of an indented file does."""
     try:
-        return isinstance(parsed(line), dict | list)
+        return isinstance(json.loads(line), dict | list)
     except ValueError:
-        return line.strip() in ("{", "[")                       # the first line of an indented file
+        return line.strip() in ("{", "[")
 
 
-TAGS_OF_ANSWERS = ("<think>", "</think>", "<answer>", "</answer>")
+def with_clauses(path: str, row: dict, text: str) -> dict:
+    """A row with all of GenEval's fields. Errors: ValueError for fields of another form."""
+    row = {"tag": "", "include": [], **row}
+    for name in ("include", "exclude"):
+        clauses = row.get(name, [])
+        if not isinstance(row["tag"], str) or not isinstance(clauses, list) or not all(map(is_clause, clauses)):
+            raise ValueError(f"{path}: prompt {text[:60]!r}: tag must be text, include and exclude lists of objects with "
+                             "a class, a count of at least 1 and perhaps a position, such as [\"left of\", 0]")
+        for clause in clauses:
+            clause.setdefault("count", 1)
+    return row
 
 
-def read_questions(path: str, needed: tuple[str, ...] = ("image", "question", "answer")) -> list[dict]:
-    """Rows image, question, answer, perhaps options, one of which the answer names by its letter or text; image paths are relative to the
-    file. Every image is decoded once and every answer can be earned."""
-    rows = [{**row, "image": str(Path(path).parent / row["image"])} for row in read_json_lines(path, needed)]
+def is_clause(clause) -> bool:
+    """Whether a value that was read is a Clause, perhaps without a count."""
+    if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
+        return False
+    count, position = clause.get("count", 1), clause.get("position", [RELATIONS[0], 0])
+    if type(count) is not int or count < 1 or not isinstance(position, list) or len(position) != 2:
+        return False
+    relation, other = position
+    return relation in RELATIONS and type(other) is int
+
+
+def read_questions(path: str) -> list[dict]:
+    """Rows image, question, answer, perhaps options, one of which the answer names by its letter or its text.
+
+    A row that has a caption too serves pairs. Image paths are relative to the file. Every image is decoded once, and
+    every answer can be earned.
+    """
+    rows = read_json_lines(path, ("image", "question", "answer"))
     check_images(path, rows)
     for row in rows:
-        where, row["answer"] = f"{path}: question {row['question'][:60]!r}", final_answer(row["answer"])    # R1-like data have it in tags
-        if not normalise_answer(row["answer"]) or any(tag in row["answer"] for tag in TAGS_OF_ANSWERS):
-            raise ValueError(f"{where}: the answer {row['answer'][:60]!r} is empty or holds tags, so that no text can earn it")
-        if options := row.get("options"):
-            if not isinstance(options, list) or len(options) > 26 or not all(isinstance(o, str) and normalise_answer(o) for o in options):
-                raise ValueError(f"{where}: options must be a list of at most 26 texts")
-            try:
-                right_option(row["answer"], options)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+        row["answer"] = final_answer(row["answer"])             # R1-like data have it in tags
+        with one_line_error(f"{path}: question {row['question'][:60]!r}", (ValueError,)):
+            check_answer(row)
     return rows
+
+
+def check_answer(row: dict) -> None:
+    answer, options = row["answer"], row.get("options") or []
+    tags = [tag for tag in ("<think>", "</think>", "<answer>", "</answer>") if tag in answer]
+    if tags or not normalise_answer(answer):
+        raise ValueError(f"the answer {answer[:60]!r} is empty or holds tags, so that no text can earn it")
+    listed = isinstance(options, list) and len(options) <= 26
+    if not listed or not all(isinstance(option, str) and normalise_answer(option) for option in options):
+        raise ValueError("options must be a list of at most 26 texts")
+    if options:
+        right_option(answer, options)
 
 
 def check_images(path: str, rows: list[dict]) -> None:
-    """Every image exists and can be decoded."""
-    if gone := [row["image"] for row in rows if not Path(row["image"]).is_file()]:
-        raise FileNotFoundError(f"{path}: {len(gone)} images do not exist: {gone[:3]}")
+    """Make the rows' image paths relative to the file, and decode every image once."""
+    for row in rows:
+        row["image"] = str(Path(path).parent / row["image"])
     images = list(dict.fromkeys(row["image"] for row in rows))
     for image in tqdm(images, desc="checking images", disable=len(images) < 1000):
-        open_picture(image, verify=True)
-
-
-def read_pairs(path: str) -> list[dict]:
-    """Rows image, caption, question, answer, perhaps options."""
-    return read_questions(path, ("image", "caption", "question", "answer"))
+        open_picture(image)
 
 
 def read_edits(path: str) -> list[dict]:
-    """Rows image, instruction, perhaps caption (of the edited image), GenEval's include and exclude, and questions of questions.py."""
-    rows = [{"tag": "", "include": [], **row, "image": str(Path(path).parent / row["image"])}
-            for row in read_json_lines(path, ("image", "instruction"))]
+    """Rows image, instruction, perhaps a caption of the edited image, GenEval's clauses, and questions of questions.py."""
+    rows = [with_clauses(path, row, row["instruction"]) for row in read_json_lines(path, ("image", "instruction"))]
     check_images(path, rows)
-    for row in rows:
-        check_objects(path, row, row["instruction"])
     return rows
 
 
-READERS = {"prompts": read_prompts, "questions": read_questions, "pairs": read_pairs, "edits": read_edits}
-# The field of each kind of file that the policy reads as text.
-TEXT_OF = {"prompts": "prompt", "questions": "question", "pairs": "caption", "edits": "instruction"}
+READERS = {"prompts": read_prompts, "questions": read_questions, "edits": read_edits}
+
+
+def check_rules(rows: list[dict], path: str, text: str) -> None:
+    """ValueError for rows without clauses, which r_ins could not judge; text: the field that names a row."""
+    bare = [row[text] for row in rows if not row.get("include") and not row.get("exclude")]
+    if bare:
+        raise ValueError(f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not have, such as "
+                         f"{bare[0][:60]!r}; add them, or set --ins 0 and use --sem, --kn or --dvreward")
 
 
 # ---- rows as tasks ask them ----
 
-SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards; judges squash to such a square anyway
+SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards, which squash it anyway
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that is asked, wherever it comes from."""
+    """One thing that is asked, whatever it comes from."""
 
     text: str                                                   # the prompt or the question
-    metadata: dict                                              # GenEval format: tag, include, exclude
+    metadata: Metadata
     pixels: Tensor | None = None                                # (3, H, W) the given image as the policy reads it
     source: Tensor | None = None                                # (3, H, W) the given image as rewards read it
     answer: str | None = None
     options: list[str] | None = None                            # of a multiple-choice question
-    real: Tensor | None = None                                  # (3, H, W) the real image of a prompt, as rewards read it
-    full: Tensor | None = None                                  # (3, H, W) in [-1, 1] the given image as the autoencoder reads it
-    wanted: str = ""                                            # a caption of the edited image, which rewards read in place of the text
-
-Pool = Callable[[tuple, int, range], list[Row]]                 # (random key, rows of the whole step, which of them) -> those rows
+    real: Tensor | None = None                                  # (3, H, W) the real image of a prompt, for rewards
+    full: Tensor | None = None                                  # (3, H, W) in [-1, 1], for the autoencoder
+    wanted: str = ""                                            # a caption of the edited image; rewards read it as text
 
 
-def prompt_row(metadata: dict) -> Row:
+# (random key, number of rows of the whole step, which of them) -> those rows
+Pool = Callable[[tuple, int, range], list[Row]]
+
+
+def prompt_row(metadata: Metadata) -> Row:
     return Row(metadata["prompt"], metadata)
 
 
 def pick(rng: np.random.Generator, options):
-    """One of the options, drawn alike."""
+    """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
-def by_tag(prompts: list[dict]) -> Pool:
-    """Tags drawn alike, however many prompts each has, then one prompt of the tag."""
-    tagged: dict[str, list] = {}
-    for m in prompts:
-        tagged.setdefault(m.get("tag", ""), []).append(m)
-    groups = list(tagged.values())
+def pool_by_tag(prompts: list[Metadata]) -> Pool:
+    """Tags in turn, whatever number of prompts each has, then one prompt of the tag."""
+    groups: dict[str, list] = {}
+    for metadata in prompts:
+        groups.setdefault(metadata.get("tag", ""), []).append(metadata)
+    groups = list(groups.values())
 
     def draw(key: tuple, count: int, mine: range) -> list[Row]:
         rng = np.random.default_rng(key)
         turns = rng.permutation(count * len(groups))[:count] % len(groups)
         rows = [prompt_row(pick(rng, groups[turn])) for turn in turns]
         return [rows[i] for i in mine]
+
+    return draw
+
+
+def pool_of(rows: list[dict], read: Callable[[dict], Row]) -> Pool:
+    """Rows of a file, none twice in a step if it has enough; their images are read when they are drawn."""
+    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+        chosen = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
+        return [read(rows[chosen[i]]) for i in mine]
+
     return draw
 
 
 def prompts_of_file(rows: list[dict], policy: Policy) -> Pool:
-    return by_tag(rows)
+    return pool_by_tag(rows)
+
+
+def questions_of_file(rows: list[dict], policy: Policy) -> Pool:
+    """Open questions; the answer to one that has options is the right option's text."""
+    return pool_of(rows, lambda row: question_row(row, policy, with_options=False))
+
+
+def choices_of_file(rows: list[dict], policy: Policy) -> Pool:
+    """Questions with their options, if they have some."""
+    return pool_of(rows, lambda row: question_row(row, policy, with_options=True))
+
+
+def captions_of_file(rows: list[dict], policy: Policy) -> Pool:
+    """Captions as prompts, with their real images."""
+    return pool_of(rows, lambda row: caption_row(row, policy))
 
 
 def edits_of_file(rows: list[dict], policy: Policy) -> Pool:
-    """Edits, their images cut to the square in the middle, since one batch of noisy steps has one size."""
-    def read(row: dict) -> Row:
-        pixels, full = read_picture(row["image"], policy, square=True)
-        return Row(row["instruction"], row, pixels, for_rewards(full), full=full, wanted=row.get("caption", ""))
-    return of_file(rows, read)
+    """Edits of the square in the middle of each image, because one batch of noisy steps has one size."""
+    return pool_of(rows, lambda row: edit_row(row, policy))
 
 
-def of_file(rows: list[dict], read: Callable[[dict], Row]) -> Pool:
-    """Rows of a file, without repetition in a step where it has enough; images are read when they are drawn."""
-    def draw(key: tuple, count: int, mine: range) -> list[Row]:
-        drawn = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
-        return [read(rows[drawn[i]]) for i in mine]
-    return draw
-
-
-def for_rewards(pixels: Tensor) -> Tensor:
-    return F.interpolate(pixels[None] * 0.5 + 0.5, SOURCE_SIZE, mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-def asked_of(row: dict, policy: Policy, options: bool) -> Row:
-    """A row of a file of questions or pairs as a question, with its options where they are asked for and it has some."""
+def question_row(row: dict, policy: Policy, with_options: bool) -> Row:
     pixels, _ = read_picture(row["image"], policy)
-    listed = row.get("options") if options else None
-    text = row["question"] if not listed else f"{row['question']} {lettered(listed)}"
-    answer = row["answer"] if listed or not row.get("options") else row["options"][right_option(row["answer"], row["options"])]
-    return Row(text, {"tag": row.get("kind", ""), "include": []}, pixels, for_rewards(pixels), answer, listed)
+    text, answer, options = row["question"], row["answer"], row.get("options")
+    if options and with_options:
+        text = f"{text} {letter_options(options)}"
+    elif options:
+        answer, options = options[right_option(answer, options)], None
+    metadata = Metadata(tag=row.get("kind", ""), include=[])
+    return Row(text, metadata, pixels, reward_pixels(pixels), answer, options or None)
 
 
-def captioned(row: dict, policy: Policy) -> Row:
-    """A row of a file of pairs as a prompt with its real image."""
-    return Row(row["caption"], {"tag": "", "include": [], **row}, real=for_rewards(read_picture(row["image"], policy)[0]))
+def caption_row(row: dict, policy: Policy) -> Row:
+    pixels, _ = read_picture(row["image"], policy)
+    return Row(row["caption"], {"tag": "", "include": [], **row}, real=reward_pixels(pixels))
 
 
-def lettered(options: list[str]) -> str:
+def edit_row(row: dict, policy: Policy) -> Row:
+    pixels, full = read_picture(row["image"], policy, square=True)
+    wanted = row.get("caption", "")
+    return Row(row["instruction"], row, pixels, reward_pixels(full), full=full, wanted=wanted)
+
+
+def reward_pixels(pixels: Tensor) -> Tensor:
+    """(3, H, W) in [-1, 1] -> (3, *SOURCE_SIZE) in [0, 1]."""
+    resized = F.interpolate(pixels[None] * 0.5 + 0.5, SOURCE_SIZE, mode="bicubic", antialias=True)
+    return resized[0].clamp(0, 1)
+
+
+def letter_options(options: list[str]) -> str:
     """"(a) red (b) blue"."""
-    return " ".join(f"({string.ascii_lowercase[i]}) {option}" for i, option in enumerate(options))
-
-
-def check_rules(rows: list[dict], path: str, kind: str) -> None:
-    """ValueError where r_ins has no rule to read."""
-    if bare := [row[TEXT_OF[kind]] for row in rows if not row.get("include") and not row.get("exclude")]:
-        raise ValueError(f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not have, {bare[0][:60]!r} for "
-                         "one; add them, or set --ins 0 and use --sem, --kn or --dvreward")
+    return " ".join(f"({letter}) {option}" for letter, option in zip(string.ascii_lowercase, options))

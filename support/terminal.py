@@ -1,7 +1,4 @@
-"""The command lines of all programs: errors in one line, output that nobody may read, the device.
-
-A run must not die of its progress bar, and what a person can mend must not end in a traceback.
-"""
+"""The command lines of all programs: errors in one line, output that nobody may read, the device."""
 
 import argparse
 import os
@@ -18,58 +15,53 @@ def the_device() -> torch.device:
 
 
 class Terminal:
-    """A stream whose failed writes cost nothing: where the reader of a pipe, the terminal or the disk behind it is gone, all further
-    output goes to the null device. A run must not die of its progress bar."""
+    """A stream whose failed writes cost nothing, because a run must not die of its progress bar.
+
+    Once a write fails (a closed pipe, a terminal that is gone, a full disk), all output goes to the null device.
+    Characters that the terminal does not know are written with backslashes.
+    """
 
     def __init__(self, stream):
         self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        return self.tried(lambda: self.stream.write(text)) or len(text)
+        try:
+            self.stream.write(text)
+        except OSError:
+            self.silence()
+        return len(text)
 
     def flush(self) -> None:
-        self.tried(self.stream.flush)
-
-    def tried(self, work):
         try:
-            return work()
-        except UnicodeEncodeError as error:                     # a terminal that is not UTF-8
-            return self.stream.write(error.object.encode("ascii", "backslashreplace").decode())
+            self.stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.silence()
+
+    def silence(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class Defaults(argparse.HelpFormatter):
-    """Help that ends in the default, where there is one to tell."""
+    """Help that ends in the default, if there is one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, "", argparse.SUPPRESS) else f"{action.help} (default: %(default)s)"
+        silent = action.default in (None, False, "", argparse.SUPPRESS)
+        return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
 class Arguments(argparse.ArgumentParser):
-    """A command line whose errors are one line."""
+    """A command line whose errors are one line, and whose flags are written in full."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=Defaults, **settings)
+        super().__init__(**{"formatter_class": Defaults, "allow_abbrev": False, **settings})
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-    def parse_args(self, argv=None):
-        for word in sys.argv[1:] if argv is None else argv:
-            try:
-                utf8(word)
-            except ValueError:
-                self.error(f"{ascii(word)} is not UTF-8 text")
-        return super().parse_args(argv)
-
-
-def utf8(word: str) -> str:
-    """A word of the command line as UTF-8, also where the locale is not and Python kept its bytes apart; ValueError for other bytes."""
-    return word.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 def say(text: str) -> None:
@@ -80,7 +72,7 @@ def say(text: str) -> None:
 @contextmanager
 def one_line(program: str):
     """Inside, what a person can mend ends as one line, `program: what is wrong`, and exit status 1; Ctrl-C as 130."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")     # its warnings tell a user of ours nothing to do
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")    # nothing in its warnings can be acted on here
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Terminal, streams)
     try:
@@ -93,7 +85,7 @@ def one_line(program: str):
     except (ValueError, OSError, FloatingPointError, MemoryError, RecursionError) as error:
         end(program, first_line(error))
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         end(program, "another rank stopped, and so does this one")
     finally:
@@ -105,10 +97,11 @@ def first_line(error: Exception) -> str:
 
 
 def end(program: str, why: str, status: int = 1) -> None:
+    """Leave with one line; one of several ranks at once, because leaving in order would wait for the others."""
     if status == 1 and not dist.is_initialized():
         sys.exit(f"{program}: {why}")
-    sys.stderr.write(f"{program}: {why}\n")                     # in one piece, since ranks share the stream
+    sys.stderr.write(f"{program}: {why}\n")                     # in one piece: ranks share the stream
     sys.stderr.flush()
     if dist.is_initialized():
-        os._exit(status)                                        # leaving the group in order would wait for ranks that wait for this one
+        os._exit(status)
     sys.exit(status)
