@@ -1,48 +1,49 @@
-"""Frozen models that rewards ask: SigLIP, open_clip, a yes/no judge, a captioner; and the language model that writes questions.
+"""Loads the frozen models that rewards ask, and holds what they share.
 
-`load_*` reads a model from a local folder or hub name through transformers or open_clip, from safetensors and without remote code, and
-refuses weights that are damaged or not exactly the config's. No file of ours is imported here: this one can be copied beside rewards.py,
-or alone.
+A model is read from a local folder or hub name through transformers, from safetensors and without
+remote code. Weights that are damaged, or not exactly those of the config, are refused.
 
-Notation: N images (N, 3, H, W) in [0, 1], P patches, D embedding width.
+Notation: N images (N, 3, H, W) in [0, 1].
 """
 
-import contextlib
 import math
-import re
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from policy import declare_torchvision_ops
+from support.disk import one_line_error
 
 
-@dataclass
-class Reading(contextlib.AbstractContextManager):
-    """A context in which what the libraries raise at missing, damaged or other files is one line: an OSError where it was one, else a
-    ValueError. tokenizers raises Exception itself, which an except clause could catch only together with all others."""
-    path: str
-
-    def __exit__(self, kind, error, trace):
-        from huggingface_hub.constants import HF_HUB_CACHE
-        from huggingface_hub.errors import StrictDataclassError as Strict
-        from safetensors import SafetensorError
-        known = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError, SafetensorError, Strict)
-        if isinstance(error, torch.OutOfMemoryError):
-            return
-        if kind is Exception or isinstance(error, known):
-            where = "" if Path(self.path).is_dir() else f" (no such folder; as a hub name it is looked for in {HF_HUB_CACHE} and online)"
-            files = "config, safetensors, tokenizer, preprocessor files"
-            what = f"{self.path} cannot be loaded, must be a folder or hub name with {files}{where}: "
-            raise (OSError if isinstance(error, OSError) else ValueError)(what + " ".join(str(error).split())[:300]) from error
+def loading_errors(path: str) -> one_line_error:
+    """A context in which what libraries raise at the files of a model becomes one line."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    files = "config, safetensors, tokenizer, preprocessor files"
+    what = f"{path} cannot be loaded, must be a folder or hub name with {files}"
+    if not Path(path).is_dir():
+        what += f" (no such folder; as a hub name it is looked for in {HF_HUB_CACHE} and online)"
+    return one_line_error(what)
 
 
-def frozen(model: torch.nn.Module, device, **faulty) -> torch.nn.Module:
-    faulty["not_finite"] = [n for n, x in model.state_dict().items() if x.numel() and not torch.stack(x.aminmax()).isfinite().all()]
-    if wrong := {what: sorted(map(str, keys))[:4] for what, keys in faulty.items() if keys}:
-        raise ValueError(f"its weights are not those of its config: {wrong}")
+def freeze_model(model: torch.nn.Module, device, **mismatches) -> torch.nn.Module:
+    """The model on its device, in eval mode, without gradients.
+
+    mismatches: kind -> keys in which weights and config differ. Errors: ValueError if there are
+    any, or a weight is not finite.
+    """
+    not_finite = []
+    for name, x in model.state_dict().items():
+        if x.numel() and not torch.stack(x.aminmax()).isfinite().all():
+            not_finite.append(name)
+    faults = {}
+    for kind, keys in {**mismatches, "not_finite": not_finite}.items():
+        if keys:
+            faults[kind] = sorted(map(str, keys))[:4]
+    if faults:
+        raise ValueError(f"its weights are not those of its config: {faults}")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -50,68 +51,77 @@ def kind_of(path: str) -> str:
     """The model_type of a local folder or hub name. Errors: as load_model's."""
     declare_torchvision_ops()
     import transformers
-    with Reading(path):
+    with loading_errors(path):
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
 
 
 def load_model(auto_class: str, model_types: tuple[str, ...], path: str, device, dtype=torch.float32,
-               parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor"), harmless: str = "$."):
-    """(frozen model, *parts) of a local folder or hub name by transformers' auto classes, without remote code. No model_types: any.
-    harmless: a pattern of keys that an older transformers stored, or does not store, and that no output depends on.
-    Errors: OSError for missing files, ValueError for another kind of model and for weights that are damaged or not exactly the config's:
-    transformers would draw some."""
-    declare_torchvision_ops()
+               parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor")) -> tuple:
+    """(frozen model, *parts) of a local folder or hub name, by the names of transformers' auto
+    classes.
+
+    model_types: those that are accepted, none for any.
+    Errors, in one line: OSError for missing files; ValueError for another kind of model, and for
+    weights that are damaged or not exactly the config's, which transformers would draw at random.
+    """
+    kind = kind_of(path)
     import transformers
-    transformers.utils.logging.disable_progress_bar()           # of the loading of weights, a bar per referee
-    read = lambda auto: auto.from_pretrained(path, trust_remote_code=False)  # noqa: E731
-    with Reading(path):
-        found = read(transformers.AutoConfig).model_type
-        if model_types and found not in model_types:
-            raise ValueError(f"it holds a {found} model, expected {' or '.join(model_types)}")
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        info = {what: [key for key in keys if not re.search(harmless, str(key))] for what, keys in info.items()}
-        return frozen(model, device, **info), *(read(getattr(transformers, part)) for part in parts)
+    transformers.utils.logging.disable_progress_bar()           # one bar per model says nothing
+    with loading_errors(path):
+        if model_types and kind not in model_types:
+            raise ValueError(f"it holds a {kind} model, expected {' or '.join(model_types)}")
+        model, mismatches = getattr(transformers, auto_class).from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, dtype=dtype,
+            output_loading_info=True, ignore_mismatched_sizes=True)
+        out = [freeze_model(model, device, **mismatches)]
+        for part in parts:
+            out.append(getattr(transformers, part).from_pretrained(path, trust_remote_code=False))
+    return tuple(out)
 
 
 def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Tensor:
-    """(N, 3, H, W) in [0, 1] -> (N, 3, *size) as a vision tower reads it: antialiased resize, no crop, then (x - mean) / std."""
+    """Images as a vision tower reads them, (N, 3, *size): antialiased resize, no crop,
+    normalised."""
     x = images.float()
     if x.shape[-2:] != tuple(size):
-        x = F.interpolate(x, size=tuple(size), mode=mode, antialias=True, align_corners=False).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (mean, std))
+        x = F.interpolate(x, size=tuple(size), mode=mode, antialias=True, align_corners=False)
+        x = x.clamp(0, 1)
+    mean = torch.tensor(mean, device=x.device).view(-1, 1, 1)
+    std = torch.tensor(std, device=x.device).view(-1, 1, 1)
     return (x - mean) / std
 
 
-def processor_pixels(images: Tensor, model, processor) -> Tensor:
-    """What transformers' image processor would hand to the model, without its detour through 8 bits."""
-    size, mode = (processor.size["height"], processor.size["width"]), {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
-    return to_pixels(images.to(model.device), size, mode, processor.image_mean, processor.image_std).to(model.dtype)
+def processor_pixels(images: Tensor, model, processor, size: tuple[int, int] | None = None) -> Tensor:
+    """What transformers' image processor would give the model, without its detour through 8
+    bits."""
+    size = size or (processor.size["height"], processor.size["width"])
+    mode = {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
+    mean, std = processor.image_mean, processor.image_std
+    return to_pixels(images.to(model.device), size, mode, mean, std).to(model.dtype)
 
 
-def _batched(function, batch_size: int, *columns) -> Tensor:
-    """`function` on slices of at most `batch_size` rows of all columns, joined again."""
-    starts = range(0, len(columns[0]), batch_size)
-    return torch.cat([function(*(column[i:i + batch_size] for column in columns)) for i in starts])
-
-
-def load_language_model(path: str, *, device="cpu"):
-    """(frozen model, tokenizer) of any causal language model of transformers, in bf16 where there is a GPU. Errors: see load_model."""
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return load_model("AutoModelForCausalLM", (), path, device, dtype, ("AutoTokenizer",))
+def in_batches(function: Callable, batch_size: int, *columns) -> Tensor:
+    """function(*columns) on at most `batch_size` rows of all columns at once, concatenated."""
+    out = []
+    for i in range(0, len(columns[0]), batch_size):
+        out.append(function(*(column[i:i + batch_size] for column in columns)))
+    return torch.cat(out)
 
 
 def numbers_in(path: str) -> int:
-    """How many numbers the safetensors of a folder, or of a hub name that was fetched before, hold; 0 where none lies here."""
+    """How many numbers the safetensors of a folder hold, or of a hub name in the cache; else 0."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from safetensors import safe_open
     try:
-        folder = path if Path(path).is_dir() else snapshot_download(path.removeprefix("hf-hub:"), local_files_only=True)
+        folder = path
+        if not Path(path).is_dir():
+            folder = snapshot_download(path.removeprefix("hf-hub:"), local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
         return 0
     total = 0
     for file in Path(folder).glob("*.safetensors"):
-        with Reading(path), safe_open(file, framework="pt") as held:
-            total += sum(math.prod(held.get_slice(key).get_shape()) for key in held.keys())
+        with loading_errors(path), safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():
+                total += math.prod(tensors.get_slice(key).get_shape())
     return total

@@ -1,15 +1,19 @@
-"""Questions of a prompt: what a yes/no judge is asked about a picture, one fact each, so that "yes" is good. [AlphaGRPO's decomposition]
+"""What a yes/no judge is asked about a picture, one fact each, so that "yes" is good. [AlphaGRPO's
+decomposition]
 
-By rule from GenEval's metadata (`by_rule`), from a file (`Questions`), or by a language model, once and offline:
+Questions come from GenEval's metadata by rule (`questions_by_rule`), or with the rows of a file. A
+language model adds them to prompts, once and offline:
 
-    python -m referees.questions prompts.jsonl --llm Qwen/Qwen3-8B --out questions.jsonl
+    python -m referees.questions prompts.jsonl --llm Qwen/Qwen3-8B --out with_questions.jsonl
 
-A line of such a file is {"prompt", "semantic_questions": [{"question", "tag", "needs"}], "quality_questions": [{"question", "tag"}]}.
-"needs" are the places of earlier semantic questions without whose yes this one has no meaning: is the dog red ? needs is there a dog ?
+writes the rows of prompts.jsonl, each with its questions, as a file for --prompts. A row brings
+"semantic_questions": [{"question", "tag", "needs"}] and "quality_questions": [{"question", "tag"}].
+"needs" are the places of earlier semantic questions without whose yes this one has no meaning: is
+the dog red ? needs is there a dog ?
 
-Differs from AlphaGRPO's code: its files have no "needs" (they are read, as if nothing depended), it asks one model to write, a second time
-to check and a third time to tag each question, and its quality questions are a call of their own; here one answer holds all and is
-checked by rule.
+Differs from AlphaGRPO's code: its files have no "needs" (they are read, as if nothing depended). It
+asks one model to write, a second time to check and a third time to tag each question, and its
+quality questions are a call of their own; here one answer holds all and is checked by rule.
 """
 
 import hashlib
@@ -20,18 +24,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from rewards import NUMBER_WORDS
 from support.disk import write_atomic
-from support.rows import parsed, read_json_lines, read_prompts
+from support.rows import Metadata, read_json_lines, read_prompts
 from support.terminal import Arguments, one_line, say, the_device
 
-SEMANTIC = ("Style", "Environment", "Viewpoint", "Existence", "Count", "Attribute", "Action", "Spatial", "Text", "Negative")
+SEMANTIC = ("Style", "Environment", "Viewpoint", "Existence", "Count", "Attribute", "Action", "Spatial", "Text",
+            "Negative")
 QUALITY = ("Geometry", "Anatomy", "Texture", "Coherence", "Lighting", "Physics", "Legibility", "Aesthetics")
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing that a judge is asked; `needs`: places of the questions of the same prompt without whose yes it scores 0."""
+    """One thing that a judge is asked; it scores 0 without a yes to the questions at the places
+    `needs`."""
 
     text: str
     tag: str
@@ -39,200 +45,236 @@ class Question:
     needs: tuple[int, ...] = ()
 
 
-# Of the quality of a toy picture, and of any other.
-TOY_QUALITY = (Question("is the picture clean ?", "Texture", True), Question("are the shapes whole ?", "Geometry", True))
-PHOTO_QUALITY = (Question("Is the picture free of noise, smears and other artefacts?", "Texture", True),
-                 Question("Does everything in the picture have its whole, natural form?", "Geometry", True))
+TOY_QUALITY = (
+    Question("is the picture clean ?", "Texture", True),
+    Question("are the shapes whole ?", "Geometry", True))
+PHOTO_QUALITY = (
+    Question("Is the picture free of noise, smears and other artefacts?", "Texture", True),
+    Question("Does everything in the picture have its whole, natural form?", "Geometry", True))
 
 
 def article(words: str) -> str:
-    return ("an " if words[:1].lower() in tuple("aeiou") else "a ") + words
+    return f"an {words}" if words[:1].lower() in tuple("aeiou") else f"a {words}"
 
 
 def plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+    return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
 
 
-def by_rule(metadata: dict, quality: tuple[Question, ...]) -> list[Question]:
-    """The questions of GenEval's include and exclude clauses: existence, number, colour and relation of each object, and that nothing is
-    there that is excluded and not included; then those of `quality`. ValueError for metadata without include clauses."""
+def questions_by_rule(prompt: str, metadata: Metadata, quality: tuple[Question, ...]) -> list[Question]:
+    """The questions of GenEval's clauses, then those of `quality`, none of them twice.
+
+    Of each include clause: existence, number, colour and relation. Of each exclude clause whose
+    class
+    is not included: that there is none. Errors: ValueError without include clauses, and for a
+    relation to no earlier clause.
+    """
     if not metadata.get("include"):
-        raise ValueError(f"prompt {metadata.get('prompt', '')[:60]!r} has no objects to ask about; give its questions by --dv")
-    asked, existence, totals = [], [], {}
+        raise ValueError(f"prompt {prompt[:60]!r} has no objects to ask about; give its questions with its row")
+    asked, existence, totals = {}, [], {}
 
     def ask(text: str, tag: str, *needs: int) -> int:
-        if text not in (texts := [question.text for question in asked]):
-            asked.append(Question(text, tag, needs=needs))
-            return len(texts)
-        return texts.index(text)
+        """The place of a question, which is added if it is new."""
+        asked.setdefault(text, Question(text, tag, needs=needs))
+        return list(asked).index(text)
 
     for clause in metadata["include"]:
         totals[clause["class"]] = totals.get(clause["class"], 0) + clause["count"]
     for clause in metadata["include"]:
-        name, color, count = clause["class"], clause.get("color"), totals[clause["class"]]
+        name, count = clause["class"], totals[clause["class"]]
         there = ask(f"is there {article(name)} ?", "Existence")
-        existence.append(there)
-        many = f"are there {NUMBER_WORDS[count] if count < len(NUMBER_WORDS) else count} {plural(name)} ?"
-        ask(f"is there one {name} ?" if count == 1 else many, "Count", there)
-        if color:
-            ask(f"is the {name} {color} ?" if count == 1 else f"is there {article(f'{color} {name}')} ?", "Attribute", there)
+        if count == 1:
+            ask(f"is there one {name} ?", "Count", there)
+        else:
+            number = NUMBER_WORDS[count] if count < len(NUMBER_WORDS) else count
+            ask(f"are there {number} {plural(name)} ?", "Count", there)
+        if color := clause.get("color"):
+            colored = f"is there {article(f'{color} {name}')} ?"
+            ask(f"is the {name} {color} ?" if count == 1 else colored, "Attribute", there)
         if "position" in clause:
             relation, target = clause["position"]
+            if not 0 <= target < len(existence):
+                raise ValueError(f"prompt {prompt[:60]!r}: position {clause['position']} of {name} names no "
+                                 "earlier include clause")
             other = metadata["include"][target]["class"]
             ask(f"is the {name} {relation} the {other} ?", "Spatial", there, existence[target])
-    for clause in metadata.get("exclude", ()):
+        existence.append(there)
+    for clause in metadata.get("exclude", []):
         if clause["class"] not in totals:
             ask(f"are there zero {plural(clause['class'])} ?", "Negative")
-    return asked + list(quality)
+    return [*asked.values(), *quality]
 
 
+@dataclass
 class Questions:
-    """The questions of a row, (prompt, metadata) -> list[Question]: those in its own metadata, those of a file of decompositions, or those
-    of the rule; `toy` says which quality questions the rule adds."""
+    """(prompt, metadata) -> the questions that its row brings, or else those of the rule.
 
-    def __init__(self, path: str, toy: bool):
-        self.path, self.quality = path, TOY_QUALITY if toy else PHOTO_QUALITY
-        self.of_file = {row["prompt"]: questions_of_row(row, path) for row in read_json_lines(path, ("prompt",))} if path else {}
-        self.made: dict[str, list[Question]] = {}
+    toy: which questions of quality the rule adds.
+    """
 
-    def __call__(self, prompt: str, metadata: dict) -> list[Question]:
+    toy: bool
+
+    def __call__(self, prompt: str, metadata: Metadata) -> list[Question]:
         if "questions" in metadata:
             return metadata["questions"]
-        for text in (prompt, metadata.get("instruction")):      # an edit is known by its caption or its instruction
-            if text in self.of_file:
-                return self.of_file[text]
-        key = json.dumps([prompt, metadata.get("include"), metadata.get("exclude")])
-        if key not in self.made:
-            self.made[key] = by_rule({"prompt": prompt, **metadata}, self.quality)
-        return self.made[key]
+        return questions_by_rule(prompt, metadata, TOY_QUALITY if self.toy else PHOTO_QUALITY)
 
     def check(self, rows: list[dict], text: str = "prompt") -> None:
-        """ValueError, with the first five, where rows of a file have no questions."""
+        """ValueError, with the first five, if rows of a file have no questions; `text` names what
+        they ask."""
         bare = []
         for row in rows:
-            read = row.get("caption") or row[text]              # what the reward is given
-            if not ({"questions", "include"} & {k for k, v in row.items() if v} or {read, row.get("instruction")} & self.of_file.keys()):
-                bare.append(row[text])
-                continue
-            try:
-                self(read, row)
-            except (KeyError, TypeError, IndexError, AttributeError) as error:
-                what = f"{type(error).__name__}: {error}"
-                raise ValueError(f"prompt {row[text][:60]!r}: its include or exclude is not GenEval's ({what})") from error
+            if "questions" in row or row.get("include"):
+                self(row[text], row)
+            else:
+                bare.append(row[text][:60])
         if bare:
-            raise ValueError(f"{self.path or '--dvreward'} has no questions for {len(bare)} of {len(rows)} prompts, such as "
-                             f"{[each[:60] for each in bare[:5]]}; make them with python -m referees.questions, and give them by --dv")
+            raise ValueError(f"--dvreward has no questions for {len(bare)} of {len(rows)} rows, such as {bare[:5]}; "
+                             "add them with python -m referees.questions")
+
+
+# ---- questions that rows bring ----
 
 
 def with_questions(row: dict, path: str) -> dict:
-    """A row of any file; where it brings decomposed questions of its own, they are read into "questions", which means nothing else."""
-    row = {k: v for k, v in row.items() if k != "questions"}
-    return row | {"questions": questions_of_row(row, path)} if "semantic_questions" in row or "quality_questions" in row else row
+    """A row of any file, the questions that it brings read into "questions", which means nothing
+    else."""
+    row = {key: value for key, value in row.items() if key != "questions"}
+    if "semantic_questions" in row or "quality_questions" in row:
+        row["questions"] = questions_of_row(row, path)
+    return row
 
 
 def questions_of_row(row: dict, path: str) -> list[Question]:
-    """The questions of a line of a file; plain strings in place of objects are read too, as AlphaGRPO's scorer does."""
-    out, where = [], f"{path}: prompt {str(row.get('prompt', row.get('instruction')))[:60]!r}"
-    for half, tags in (("semantic_questions", SEMANTIC), ("quality_questions", QUALITY)):
-        listed, first = row.get(half), len(out)
-        if not isinstance(listed, list) or not listed:
-            raise ValueError(f"{where}: {half} must be a list of at least one question")
-        for i, each in enumerate(listed):
-            each = {"question": each} if isinstance(each, str) else each
-            text, tag = (each.get("question"), each.get("tag", tags[3])) if isinstance(each, dict) else (None, None)
-            needs = (each.get("needs") or []) if isinstance(each, dict) else []
-            tag = next((t for t in tags if isinstance(tag, str) and t.lower() == tag.lower()), None)
-            if not isinstance(text, str) or not text.strip() or tag is None or any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError(f"{where}: {half}[{i}] must have a text \"question\" and a \"tag\" of {tags}")
-            if not isinstance(needs, list) or first and needs or not all(type(n) is int and 0 <= n < i for n in needs):
-                raise ValueError(f"{where}: {half}[{i}]: \"needs\" must be places of earlier semantic questions")
-            out.append(Question(text.strip(), tag, bool(first), tuple(needs)))
-    return out
+    """The questions that a row brings. A plain string is read too, as AlphaGRPO's scorer does.
+
+    Errors: ValueError, with the file and the prompt.
+    """
+    questions = []
+    for half in ("semantic_questions", "quality_questions"):
+        where = f"{path}: prompt {str(row.get('prompt', row.get('instruction')))[:60]!r}: {half}"
+        if not isinstance(row.get(half), list) or not row[half]:
+            raise ValueError(f"{where} must be a list of at least one question")
+        for i, item in enumerate(row[half]):
+            questions.append(read_question(item, i, half == "quality_questions", f"{where}[{i}]"))
+    return questions
 
 
-# ---- by a language model ----
+def read_question(item, place: int, quality: bool, where: str) -> Question:
+    """One question of a file, at its place in its half. Errors: ValueError."""
+    tags, tag = (QUALITY, "Coherence") if quality else (SEMANTIC, "Existence")
+    if isinstance(item, str):
+        item = {"question": item}
+    if not isinstance(item, dict) or not isinstance(item.get("question"), str) or not item["question"].strip():
+        raise ValueError(f"{where} must have a text \"question\"")
+    tag = str(item.get("tag", tag)).capitalize()
+    if tag not in tags:
+        raise ValueError(f"{where} must have a \"tag\" of {tags}")
+    needs = item.get("needs") or []
+    earlier = () if quality else range(place)
+    if not isinstance(needs, list) or any(type(n) is not int or n not in earlier for n in needs):
+        raise ValueError(f"{where}: \"needs\" must be places of earlier semantic questions")
+    return Question(item["question"].strip(), tag, quality, tuple(needs))
+
+
+# ---- questions by a language model ----
 
 ASK = """Take the prompt of an image apart into yes/no questions by which the finished image is checked.
 
 Answer with one JSON object and nothing else:
-{{"semantic_questions": [{{"question": "...", "tag": "...", "needs": [0]}}], "quality_questions": [{{"question": "...", "tag": "..."}}]}}
+{{"semantic_questions": [{{"question": "...", "tag": "...", "needs": [0]}}], \
+"quality_questions": [{{"question": "...", "tag": "..."}}]}}
 
-Semantic questions: one fact of the prompt each, only what must be there, nothing that the prompt does not say; "yes" means that the image
-keeps it. "tag" is one of {semantic}. "needs" lists the places, counted from 0, of earlier semantic questions that must be true for this
-one to have a meaning: ask first whether a thing is there, then of its number, attributes and place.
-Quality questions: two to four about how well the image is made, each about one aspect, none that the prompt contradicts. "tag" is one of
-{quality}.
+Semantic questions: one fact of the prompt each, only what must be there, nothing that the prompt does not
+say; "yes" means that the image keeps it. "tag" is one of {semantic}. "needs" lists the places, counted
+from 0, of earlier semantic questions that must be true for this one to have a meaning: ask first whether
+a thing is there, then about its number, attributes and place.
+Quality questions: two to four about how well the image is made, each about one aspect, none that the
+prompt contradicts. "tag" is one of {quality}.
 
 Prompt: {prompt}"""
 
 
-def decompose(path: str, write: Callable[[list[str], float], list[str]], model: str, out: str, batch: int = 8, tries: int = 5) -> list[str]:
-    """Ask a language model for the questions of every prompt of a file and add them to `out`, a line each, as they come; returns the
-    prompts that got none, each with the reason. What `out` has of the same prompt, model and instruction is not asked again.
+def decompose(path: str, write: Callable[[list[str], float], list[str]], model: str, out: Path,
+              batch: int = 8, tries: int = 5) -> list[str]:
+    """Add the rows of a file of prompts to `out`, each with questions by a language model, as they
+    come.
 
-    write(requests, temperature) -> answers. ValueError where no prompt at all gets questions.
+    write(requests, temperature) -> answers. A row that `out` already has, with the same model and
+    instruction, is not asked again. Returns the prompts that got no questions, each with the
+    reason.
+    Errors: ValueError if no prompt at all gets questions.
     """
-    prompts = list(dict.fromkeys(row["prompt"] for row in read_prompts(path)))
-    hashed = {p: hashlib.sha256(json.dumps([p, model, ASK]).encode()).hexdigest()[:16] for p in prompts}
-    done = finished(Path(out))
-    open_prompts, reasons = [p for p in prompts if hashed[p] not in done], {}
-    asked = len(open_prompts)
-    with tqdm(total=asked, desc="decomposing") as bar, open(out, "a", encoding="utf-8") as file:
+    rows = {}
+    for row in read_prompts(path):
+        key = json.dumps([row, model, ASK], sort_keys=True)
+        rows[hashlib.sha256(key.encode()).hexdigest()[:16]] = row
+    done = finished_rows(out)
+    waiting, reasons = [key for key in rows if key not in done], {}
+    asked = len(waiting)
+    with tqdm(total=asked, desc="decomposing") as bar, out.open("a", encoding="utf-8") as file:
         for attempt in range(tries):
-            left = []
-            for i in range(0, len(open_prompts), batch):
-                some = open_prompts[i:i + batch]
-                requests = [ASK.format(semantic=", ".join(SEMANTIC), quality=", ".join(QUALITY), prompt=p) for p in some]
-                for prompt, answer in zip(some, write(requests, 0.0 if attempt == 0 else 0.7)):
+            failed = []
+            for i in range(0, len(waiting), batch):
+                keys = waiting[i:i + batch]
+                prompts = [rows[key]["prompt"] for key in keys]
+                answers = write([request_for(prompt) for prompt in prompts], 0.7 if attempt else 0.0)
+                for key, prompt, answer in zip(keys, prompts, answers):
                     try:
-                        row = {"prompt": prompt, "hash": hashed[prompt], **of_answer(prompt, answer)}
+                        questions = read_answer(prompt, answer)
                     except ValueError as error:
-                        reasons[prompt] = str(error)
-                        left.append(prompt)
+                        reasons[key] = str(error)
+                        failed.append(key)
                         continue
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps({**rows[key], **questions, "hash": key}) + "\n")
                     file.flush()
                     bar.update()
-            open_prompts = left
-    if asked and len(open_prompts) == asked:
-        raise ValueError(f"{model} gave no valid questions for any of {asked} prompts in {tries} tries each; the last reason: "
-                         f"{reasons[open_prompts[-1]]}")
-    return [f"{prompt}: {reasons[prompt]}" for prompt in open_prompts]
+            waiting = failed
+    if asked and len(waiting) == asked:
+        raise ValueError(f"{model} gave no valid questions for any of {asked} prompts in {tries} tries each; "
+                         f"the last reason: {reasons[waiting[-1]]}")
+    return [f"{rows[key]['prompt']}: {reasons[key]}" for key in waiting]
 
 
-def finished(out: Path) -> set[str]:
-    """The hashes that an earlier run finished; a line that a kill has cut is taken out of the file."""
-    kept, hashes = [], set()
-    lines = out.read_bytes().split(b"\n") if out.exists() else []
-    for line in filter(None, lines):
-        try:
-            hashes.add(parsed(line.decode()).get("hash"))
-        except (ValueError, AttributeError):
-            continue
-        kept.append(line + b"\n")
-    if lines and b"".join(kept) != b"\n".join(lines):
-        write_atomic(out, b"".join(kept))
-    return hashes
+def finished_rows(out: Path) -> set[str]:
+    """The hashes of the rows that an earlier run wrote; a last line that a kill has cut is taken
+    out."""
+    text = out.read_text(encoding="utf-8") if out.exists() else ""
+    whole = text[:text.rfind("\n") + 1]
+    if whole != text:
+        write_atomic(out, whole.encode())
+    return {row.get("hash") for row in read_json_lines(str(out), ("prompt",))} if whole else set()
 
 
-def of_answer(prompt: str, answer: str) -> dict:
-    """The two lists of questions in a model's answer, validated; ValueError, with what is wrong, where it is no such JSON."""
+def request_for(prompt: str) -> str:
+    return ASK.format(semantic=", ".join(SEMANTIC), quality=", ".join(QUALITY), prompt=prompt)
+
+
+def read_answer(prompt: str, answer: str) -> dict:
+    """The two lists of questions in a model's answer. Errors: ValueError with what is wrong."""
     try:
-        found = parsed(answer[answer.index("{"):answer.rindex("}") + 1])
-    except ValueError as error:
+        found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"invalid JSON ({getattr(error, 'msg', error)})") from error
-    asked = questions_of_row({**found, "prompt": prompt}, "the answer")
-    return {"semantic_questions": [dict(question=q.text, tag=q.tag, needs=list(q.needs)) for q in asked if not q.quality],
-            "quality_questions": [dict(question=q.text, tag=q.tag) for q in asked if q.quality]}
+    semantic, quality = [], []
+    for q in questions_of_row({**found, "prompt": prompt}, "the answer"):
+        if q.quality:
+            quality.append({"question": q.text, "tag": q.tag})
+        else:
+            semantic.append({"question": q.text, "tag": q.tag, "needs": list(q.needs)})
+    return {"semantic_questions": semantic, "quality_questions": quality}
 
 
 def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], float], list[str]]:
-    """decompose's `write` by a chat model of transformers (AutoModelForCausalLM and its chat template), such as Qwen/Qwen3-8B, from
-    safetensors and without remote code. Errors: see referees.load_model; ValueError for a tokenizer without a chat template."""
+    """decompose's `write` by a chat model of transformers, such as Qwen/Qwen3-8B.
+
+    Errors: see referees.load.load_model; ValueError for a tokenizer without a chat template.
+    """
     import torch
 
-    from referees.load import load_language_model
-    model, tokenizer = load_language_model(path, device=device)
+    from referees.load import load_model
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    model, tokenizer = load_model("AutoModelForCausalLM", (), path, device, dtype, ("AutoTokenizer",))
     if not tokenizer.chat_template:
         raise ValueError(f"{path} has no chat template; take a model that was trained to follow instructions")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -240,29 +282,38 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
 
     @torch.no_grad()
     def write(requests: list[str], temperature: float) -> list[str]:
-        chats = [tokenizer.apply_chat_template([{"role": "user", "content": r}], tokenize=False, add_generation_prompt=True,
-                                               enable_thinking=False) for r in requests]
-        ids = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
+        chats = []
+        for request in requests:
+            turns = [{"role": "user", "content": request}]
+            chats.append(tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+        given = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        given = given.to(model.device)
         sampling = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
-        tokens = model.generate(**ids, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **sampling)
-        return tokenizer.batch_decode(tokens[:, ids.input_ids.shape[1]:], skip_special_tokens=True)
+        tokens = model.generate(**given, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **sampling)
+        return tokenizer.batch_decode(tokens[:, given.input_ids.shape[1]:], skip_special_tokens=True)
+
     return write
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="referees.questions", description="Questions of prompts by a language model, for --dv.", allow_abbrev=False)
+    ap = Arguments(prog="referees.questions", allow_abbrev=False,
+                   description="Add questions by a language model to prompts, for --dvreward.")
     ap.add_argument("prompts", help="prompts: .jsonl or .txt, as train.py reads them")
     ap.add_argument("--llm", required=True, help="a chat model: a folder or hub name, such as Qwen/Qwen3-8B")
-    ap.add_argument("--out", default="questions.jsonl", help="where questions are added; prompts that it has already are not asked again")
+    ap.add_argument("--out", type=Path, default=Path("with_questions.jsonl"),
+                    help="where the rows are added with their questions; rows that it has are not asked again")
     a = ap.parse_args(argv)
     with one_line("referees.questions"):
         read_prompts(a.prompts)                                 # before a large model is loaded
-        if not Path(a.out).resolve().parent.is_dir():
+        if not a.out.resolve().parent.is_dir():
             raise FileNotFoundError(f"--out {a.out}: its folder does not exist")
+        if a.out.resolve() == Path(a.prompts).resolve():
+            raise ValueError(f"--out {a.out} is the file of prompts; give another")
         left = decompose(a.prompts, load_writer(a.llm, the_device()), a.llm, a.out)
-        for each in left:
-            say(f"left out: {each}")
-        print(f"{a.out} holds the questions; {len(left)} prompts got none")
+        for prompt in left:
+            say(f"left out: {prompt}")
+        print(f"{a.out} holds the prompts with their questions; {len(left)} got none")
 
 
 if __name__ == "__main__":
