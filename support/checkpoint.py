@@ -42,18 +42,13 @@ def open_tensors(folder: Path, stem: str) -> dict:
         file = open_file(single)
         return {key: file for key in file.keys()}
     if not index.exists():
-        pickles = sorted(p.name for p in folder.glob("*.*") if p.suffix in (".pt", ".bin", ".pth", ".ckpt"))
-        found = f"; it holds {pickles}, and pickled weights are not read" if pickles else ""
-        raise FileNotFoundError(f"{folder} has no {single.name}{found}; convert the weights to safetensors")
+        raise FileNotFoundError(f"{folder} has no {single.name}; pickled weights are not read, convert them to safetensors")
     with one_line_error(f"{index} cannot be followed"):
         file_of = dict(read_json(index)["weight_map"])
         shards = {name: open_file(folder / name) for name in sorted(set(file_of.values()))}
     stored = {(key, name) for name, file in shards.items() for key in file.keys()}
-    absent = sorted(file_of.items() - stored)
-    unlisted = sorted((key, name) for key, name in stored if key not in file_of)
-    if absent or unlisted:
-        key, name = (absent + unlisted)[0]
-        raise ValueError(f"{index} and {name} disagree: {key} is in only one of them; download both again")
+    for key, name in sorted(stored ^ file_of.items()):
+        raise ValueError(f"{index} and {name} disagree on {key}, which is in only one of them; download both again")
     return {key: shards[name] for key, name in file_of.items()}
 
 
@@ -73,50 +68,32 @@ def all_finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     return bool(extremes.to(dtype or x.dtype).isfinite().all())
 
 
-def stored_dtype(file: Path, opened: dict) -> torch.dtype:
-    """The dtype of most of the numbers in a file. Errors: ValueError for a tensor that is not of floats."""
-    numbers = {}                                                # dtype -> how many numbers have it
-    for key, handle in opened.items():
-        tensor = handle.get_slice(key)
-        name = tensor.get_dtype()
-        if name not in FLOATS:
-            raise ValueError(f"{file}: {key} has dtype {name}, must be one of {list(FLOATS)}")
-        numbers[name] = numbers.get(name, 0) + math.prod(tensor.get_shape())
-    return FLOATS[max(numbers, key=numbers.get)]
-
-
 def assign(
-    module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=(), tied=None
+    module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=()
 ) -> torch.dtype:
-    """Give `module` the tensors of a file one by one, and return the dtype of most of the file's numbers.
+    """Give `module` the tensors of a file one by one, and return the dtype of the file's first.
 
-    names: key in the file -> name in the module. dtype: of the module; None keeps the file's. masters: names that
-    become fp32. tied: key -> the key that is read in its place if the file lacks it, and that it must equal if not.
-    Errors: ValueError for keys, shapes and dtypes that do not fit, and for numbers that are not finite.
+    names: key in the file -> name in the module. dtype: of the module; None keeps that first one's. masters: names that
+    become fp32. Errors: ValueError for keys, shapes and dtypes that do not fit, and for numbers that are not finite.
     """
-    opened, file, tied = open_tensors(folder, stem), folder / f"{stem}.safetensors", tied or {}
-    source = {key: key for key in names}                        # the key to read
-    source |= {key: other for key, other in tied.items() if key not in opened}
-    missing = sorted(set(source.values()) - opened.keys())
-    extra = sorted(opened.keys() - set(source.values()))
+    opened, file = open_tensors(folder, stem), folder / f"{stem}.safetensors"
+    missing, extra = sorted(names.keys() - opened.keys()), sorted(opened.keys() - names.keys())
     if missing or extra:
         raise ValueError(f"{file}: {len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}")
-    for key, other in tied.items():
-        if key in opened and not torch.equal(opened[key].get_tensor(key), opened[other].get_tensor(other)):
-            raise ValueError(f"{file}: {key} differs from {other}, but tie_word_embeddings is true; set it to false")
-    stored, wanted, state = stored_dtype(file, opened), module.state_dict(), {}
+    wanted, state, stored = module.state_dict(), {}, None
     for key, name in names.items():
-        value = opened[source[key]].get_tensor(source[key])
-        if source[key] != key:
-            value = value.clone()                               # tied weights become two
-        if value.shape[2:] == (1, 1) and wanted[name].ndim == 2:
+        value, place = opened[key].get_tensor(key), wanted[name]
+        if value.dtype not in FLOATS.values():
+            raise ValueError(f"{file}: {key} has dtype {value.dtype}, must be one of {list(FLOATS)}")
+        stored = stored or value.dtype                          # the embedding is first, and most of the numbers
+        if value.shape[2:] == (1, 1) and place.ndim == 2:
             value = value.flatten(1)                            # the autoencoder's 1x1 convolutions
-        if value.shape != wanted[name].shape:
-            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(wanted[name].shape)}")
+        if value.shape != place.shape:
+            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(place.shape)}")
         target = torch.float32 if name in masters else dtype or stored
         if not all_finite(value, target):
             raise ValueError(f"{file}: {key} holds numbers that are not finite in {target}")
-        state[name] = shard_like(value, wanted[name]).to(device=device, dtype=target)
+        state[name] = shard_like(value, place).to(device=device, dtype=target)
     module.load_state_dict(state, strict=False, assign=True)
     return stored
 
@@ -172,9 +149,6 @@ def release_ae_name(name: str, levels: int) -> str:
     return name
 
 
-HEAD, EMBEDDING = release_name("head.weight"), release_name("embed.weight")
-
-
 def load_policy(
     folder: str | Path, device="cpu", dtype: torch.dtype | None = None, prepare=None, adapter: str | Path = ""
 ) -> Policy:
@@ -204,8 +178,7 @@ def load_policy(
     own = [name for name in policy.state_dict() if not name.startswith("autoencoder.") and not name.endswith((".A", ".B"))]
     names = {release_name(name): name for name in own}
     ae_names = {release_ae_name(name, len(config.ae["ch_mult"])): name for name in policy.autoencoder.state_dict()}
-    tied = {HEAD: EMBEDDING} if llm.get("tie_word_embeddings") else {}
-    policy.stored = assign(policy, folder, "ema", names, dtype, device, masters, tied)
+    policy.stored = assign(policy, folder, "ema", names, dtype, device, masters)
     assign(policy.autoencoder, folder, "ae", ae_names, None, device)
     reset_adapters(policy, device)
     if adapter:
@@ -226,10 +199,7 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
     if not writes:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    llm = dict(config.llm)
-    if llm.get("tie_word_embeddings") and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
-        llm["tie_word_embeddings"] = False
-    for name, content in dict(llm=llm, vit=config.vit, bagel=config.bagel, ae=config.ae).items():
+    for name, content in dict(llm=config.llm, vit=config.vit, bagel=config.bagel, ae=config.ae).items():
         write_atomic(folder / f"{name}_config.json", json.dumps(content, indent=2).encode())
     save_tensors(tensors, folder / "ema.safetensors")
     ae = {}
@@ -249,7 +219,7 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
 # Fields that change what is computed, and the one value of each that is implemented; a field that is absent means it.
 IMPLEMENTED = {
     "llm": dict(model_type="qwen2", hidden_act="silu", attention_bias=True, qkv_bias=True, mlp_bias=False, qk_norm=True,
-                is_causal=True, use_sliding_window=False, use_mrope=False, partial_rotary_factor=1.0,
+                is_causal=True, tie_word_embeddings=False, use_sliding_window=False, use_mrope=False, partial_rotary_factor=1.0,
                 quantization_config=None),
     "vit": dict(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", rope=False, quantization_config=None),
     "bagel": dict(connector_act="gelu_pytorch_tanh", interpolate_pos=False, vit_select_layer=-2, vit_rope=False),
@@ -258,7 +228,7 @@ IMPLEMENTED = {
 
 def check_config(config: PolicyConfig) -> None:
     """ValueError for a field that would change what is computed and is not implemented."""
-    llm, vit, ae = config.llm, config.vit, config.ae
+    llm = config.llm
     by_size = dict(head_dim=config.head_dim, layer_types=["full_attention"] * llm["num_hidden_layers"])
     for file, fields in (IMPLEMENTED | {"llm": IMPLEMENTED["llm"] | by_size}).items():
         for name, only in fields.items():
@@ -271,15 +241,13 @@ def check_config(config: PolicyConfig) -> None:
             if value not in (None, rotation.get(name)):
                 raise ValueError(f"llm_config.json: {name} {value!r} in {home} is not implemented, only the default "
                                  f"rotation with rope_theta {config.rope_theta!r}")
-    heads, levels = llm["num_attention_heads"], len(ae["ch_mult"])
-    for right, rule in (
-        (llm["hidden_size"] % (2 * heads) == 0, "llm_config.json: hidden_size must be an even multiple of num_attention_heads"),
-        (heads % llm["num_key_value_heads"] == 0, "llm_config.json: num_attention_heads must be a multiple of num_key_value_heads"),
-        (vit["hidden_size"] % vit["num_attention_heads"] == 0, "vit_config.json: hidden_size must be a multiple of num_attention_heads"),
-        (ae["downsample"] == 2 ** (levels - 1), "ae_config.json: downsample must be 2 per level of ch_mult but the last"),
+    for file, whole, part in (
+        ("llm", "hidden_size", "num_attention_heads"), ("llm", "num_attention_heads", "num_key_value_heads"),
+        ("vit", "hidden_size", "num_attention_heads"),
     ):
-        if not right:
-            raise ValueError(rule)
+        fields = getattr(config, file)
+        if fields[whole] % fields[part]:
+            raise ValueError(f"{file}_config.json: {whole} {fields[whole]} must be a multiple of {part} {fields[part]}")
 
 
 TOKENIZER_FILES = (
@@ -325,7 +293,7 @@ def tokenizer_files(tokenizer) -> dict[str, bytes]:
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.name in TOKENIZER_FILES}
 
 
 # ---- adapters ----

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from policy import Policy
 from support.pictures import fit_size
@@ -23,15 +22,12 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     """
     llm, byte = policy.config.llm, 2 if cfg.bf16 else 4
     width, layers = llm["hidden_size"], llm["num_hidden_layers"]
-    weights, trained = 0, 0                                     # numbers on this rank
-    for p in policy.parameters():
-        weights += numbers_here(p)
-        trained += numbers_here(p) if p.requires_grad else 0
+    cut = world if cfg.shard else 1                             # nearly everything is cut over the ranks
+    weights = sum(p.numel() for p in policy.parameters()) / cut                         # numbers on one rank
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad) / cut
     gathered = 0
     if cfg.shard:
         gathered = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters())
-    if cfg.shard and not policy.sharded:                        # nearly everything will be cut over the ranks
-        weights, trained = weights / world, trained / world
     need = {"weights": trained * 4 + (weights - trained) * byte}
     need |= {"gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4}
     need["reference"] = weights * byte if cfg.needs_reference and not cfg.lora else 0
@@ -65,11 +61,6 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     need["rollout"] = samples * rollout + gathered
     need["replay"] = micro * replay + gathered
     return {name: size / 1e9 for name, size in need.items()}
-
-
-def numbers_here(p: torch.Tensor) -> int:
-    """How many of a parameter's numbers lie on this rank."""
-    return p.to_local().numel() if isinstance(p, DTensor) else p.numel()
 
 
 def tokens_written(cfg, task) -> int:

@@ -43,54 +43,35 @@ def average_merge(first: Tensor, second: Tensor, bound: float = 0.0) -> Tensor:
 MERGES = {"gaussian": gaussian_merge, "average": average_merge}
 
 
-def changes_of(folder: Path, base: dict) -> Callable[[str], Tensor]:
-    """A function key -> fp32 change of that tensor of the base, by a policy folder or a folder of adapters.
+def changes_of(folder: Path, base: dict) -> Callable[[str, Tensor], Tensor]:
+    """A function (key, the base's tensor) -> fp32 change of it, by a policy folder or a folder of adapters.
 
-    Errors: ValueError, which names the first, for tensors that the base does not have, or not in that shape.
+    Errors: ValueError for tensors that the base does not have, or not in that shape, and for missing ones.
     """
     if (folder / "adapter_config.json").exists():
-        shapes, change = adapter_changes(folder, base)
+        rank, alpha, opened = open_adapters(folder)
+        stems = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in opened}
+        keys = {f"{stem}.weight" for stem in stems}
     else:
-        shapes, change = policy_changes(folder, base)
-    for key, shape in shapes.items():
-        own = shape_of(base, key) if key in base else "no such tensor"
-        if shape != own:
-            raise ValueError(f"{folder}: {key} has shape {shape}, the base has {own}")
+        rank, opened = 0, open_tensors(folder, "ema")
+        keys = opened.keys()
+    differ = keys - base.keys() if rank else keys ^ base.keys()
+    if differ:
+        raise ValueError(f"{folder} and the base do not fit: {min(differ)} is in only one of them")
+
+    def change(key: str, own: Tensor) -> Tensor:
+        if key not in keys:
+            return torch.zeros_like(own)
+        if rank:
+            A, B = (opened[adapter_key(key, factor)].get_tensor(adapter_key(key, factor)) for factor in "AB")
+            value = alpha / rank * B.float() @ A.float()
+        else:
+            value = opened[key].get_tensor(key).float()
+        if value.shape != own.shape:
+            raise ValueError(f"{folder}: {key} has shape {tuple(value.shape)}, the base {tuple(own.shape)}")
+        return value if rank else value - own
+
     return change
-
-
-def shape_of(opened: dict, key: str) -> tuple[int, ...]:
-    return tuple(opened[key].get_slice(key).get_shape())
-
-
-def policy_changes(folder: Path, base: dict) -> tuple[dict, Callable[[str], Tensor]]:
-    """(key -> shape, key -> change) of a policy folder."""
-    opened = open_tensors(folder, "ema")
-    for key in sorted(base.keys() - opened.keys()):
-        raise ValueError(f"{folder} has no {key}, which the base has")
-
-    def change(key: str) -> Tensor:
-        return opened[key].get_tensor(key).float() - base[key].get_tensor(key).float()
-
-    return {key: shape_of(opened, key) for key in sorted(opened)}, change
-
-
-def adapter_changes(folder: Path, base: dict) -> tuple[dict, Callable[[str], Tensor]]:
-    """(key -> shape, key -> change) of the weights that a folder of adapters changes; the change is alpha/rank B A."""
-    rank, alpha, opened = open_adapters(folder)
-    stems = sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in opened})
-    shapes = {}
-    for weight in (f"{stem}.weight" for stem in stems):
-        rows, columns = shape_of(opened, adapter_key(weight, "B"))[0], shape_of(opened, adapter_key(weight, "A"))[1]
-        shapes[weight] = (rows, columns)
-
-    def change(key: str) -> Tensor:
-        if key not in shapes:
-            return torch.zeros(shape_of(base, key))
-        A, B = (opened[name].get_tensor(name).float() for name in (adapter_key(key, "A"), adapter_key(key, "B")))
-        return alpha / rank * B @ A
-
-    return shapes, change
 
 
 def merge(first: Path, second: Path, base: Path, out: Path, how: str = "gaussian", bound: float = 2.0) -> None:
@@ -100,16 +81,15 @@ def merge(first: Path, second: Path, base: Path, out: Path, how: str = "gaussian
     """
     opened = open_tensors(base, "ema")
     change_one, change_two = changes_of(first, opened), changes_of(second, opened)
-    if not bound >= 0:
-        raise ValueError(f"--bound {bound}: must be at least 0")
     if out.resolve() in (first.resolve(), second.resolve(), base.resolve()):
         raise ValueError(f"{out} is one of the folders that are merged; give another --out")
     out.mkdir(parents=True, exist_ok=True)
 
     def merge_tensor(key: str) -> Tensor:
-        own = opened[key].get_tensor(key)
-        change = MERGES[how](change_one(key), change_two(key), bound)
-        value = (own.float() + change).to(own.dtype)
+        stored = opened[key].get_tensor(key)
+        own = stored.float()
+        change = MERGES[how](change_one(key, own), change_two(key, own), bound)
+        value = (own + change).to(stored.dtype)
         if not all_finite(value):
             raise ValueError(f"{key} is not finite after merging; are {first} and {second} whole?")
         return value

@@ -70,7 +70,7 @@ def open_picture(path: str):
     """
     from PIL import Image
     errors = (*LIBRARY_ERRORS, SyntaxError, MemoryError, struct.error, Image.DecompressionBombError)
-    with one_line_error(f"image {path} cannot be read", errors), warnings.catch_warnings():
+    with one_line_error(f"image {path[:200]} cannot be read", errors), warnings.catch_warnings():
         warnings.simplefilter("ignore")                         # of many pixels, odd metadata, odd palettes
         with Image.open(path) as image:
             image.verify()                                      # the checksums of a PNG, which decoding ignores

@@ -3,14 +3,14 @@
 import json
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from policy import Policy
 from rewards import final_answer, normalise_answer, right_option
@@ -63,10 +63,8 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in read_lines(path):
         with one_line_error(f"{path}:{number}: not a JSON object; each line must be one"):
             row = json.loads(line)
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not all(has_text(row, name) for name in needed):
             raise ValueError(f"{path}:{number}: must be an object with the text fields {list(needed)}, one a line")
-        if missing := [name for name in needed if not has_text(row, name)]:
-            raise ValueError(f"{path}:{number}: must have the text fields {list(needed)}, lacks {missing}")
         rows.append(row)
     return rows
 
@@ -105,25 +103,16 @@ def is_json(line: str) -> bool:
 def with_clauses(path: str, row: dict, text: str) -> dict:
     """A row with all of GenEval's fields. Errors: ValueError for fields of another form."""
     row = {"tag": "", "include": [], **row}
-    for name in ("include", "exclude"):
-        clauses = row.get(name, [])
-        if not isinstance(row["tag"], str) or not isinstance(clauses, list) or not all(map(is_clause, clauses)):
-            raise ValueError(f"{path}: prompt {text[:60]!r}: tag must be text, include and exclude lists of objects with "
-                             "a class, a count of at least 1 and perhaps a position, such as [\"left of\", 0]")
-        for clause in clauses:
+    wanted = "a text as tag; include and exclude of objects with a class, a count of at least 1, perhaps a position"
+    with one_line_error(f"{path}: {text[:60]!r} must have {wanted} such as [\"left of\", 0]"):
+        for clause in [*row["include"], *row.get("exclude", [])]:
             clause.setdefault("count", 1)
+            relation, other = clause.get("position", (RELATIONS[0], 0))
+            texts = isinstance(clause["class"], str) and isinstance(row["tag"], str)
+            numbers = type(clause["count"]) is int and type(other) is int
+            if not texts or not numbers or clause["count"] < 1 or relation not in RELATIONS:
+                raise ValueError(f"not {clause}")
     return row
-
-
-def is_clause(clause) -> bool:
-    """Whether a value that was read is a Clause, perhaps without a count."""
-    if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
-        return False
-    count, position = clause.get("count", 1), clause.get("position", [RELATIONS[0], 0])
-    if type(count) is not int or count < 1 or not isinstance(position, list) or len(position) != 2:
-        return False
-    relation, other = position
-    return relation in RELATIONS and type(other) is int
 
 
 def read_questions(path: str) -> list[dict]:
@@ -136,7 +125,7 @@ def read_questions(path: str) -> list[dict]:
     check_images(path, rows)
     for row in rows:
         row["answer"] = final_answer(row["answer"])             # R1-like data have it in tags
-        with one_line_error(f"{path}: question {row['question'][:60]!r}", (ValueError,)):
+        with one_line_error(f"{path}: question {row['question'][:60]!r}"):
             check_answer(row)
     return rows
 
@@ -146,9 +135,8 @@ def check_answer(row: dict) -> None:
     tags = [tag for tag in ("<think>", "</think>", "<answer>", "</answer>") if tag in answer]
     if tags or not normalise_answer(answer):
         raise ValueError(f"the answer {answer[:60]!r} is empty or holds tags, so that no text can earn it")
-    listed = isinstance(options, list) and len(options) <= 26
-    if not listed or not all(isinstance(option, str) and normalise_answer(option) for option in options):
-        raise ValueError("options must be a list of at most 26 texts")
+    if not isinstance(options, list):
+        raise ValueError("options must be a list of texts")
     if options:
         right_option(answer, options)
 
@@ -157,8 +145,7 @@ def check_images(path: str, rows: list[dict]) -> None:
     """Make the rows' image paths relative to the file, and decode every image once."""
     for row in rows:
         row["image"] = str(Path(path).parent / row["image"])
-    images = list(dict.fromkeys(row["image"] for row in rows))
-    for image in tqdm(images, desc="checking images", disable=len(images) < 1000):
+    for image in dict.fromkeys(row["image"] for row in rows):
         open_picture(image)
 
 
@@ -229,11 +216,11 @@ def pool_by_tag(prompts: list[Metadata]) -> Pool:
     return draw
 
 
-def pool_of(rows: list[dict], read: Callable[[dict], Row]) -> Pool:
+def pool_of(rows: list[dict], policy: Policy, read: Callable[[dict, Policy], Row]) -> Pool:
     """Rows of a file, none twice in a step if it has enough; their images are read when they are drawn."""
     def draw(key: tuple, count: int, mine: range) -> list[Row]:
         chosen = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
-        return [read(rows[chosen[i]]) for i in mine]
+        return [read(rows[chosen[i]], policy) for i in mine]
 
     return draw
 
@@ -242,46 +229,41 @@ def prompts_of_file(rows: list[dict], policy: Policy) -> Pool:
     return pool_by_tag(rows)
 
 
-def questions_of_file(rows: list[dict], policy: Policy) -> Pool:
-    """Open questions; the answer to one that has options is the right option's text."""
-    return pool_of(rows, lambda row: question_row(row, policy, with_options=False))
-
-
-def choices_of_file(rows: list[dict], policy: Policy) -> Pool:
-    """Questions with their options, if they have some."""
-    return pool_of(rows, lambda row: question_row(row, policy, with_options=True))
-
-
-def captions_of_file(rows: list[dict], policy: Policy) -> Pool:
-    """Captions as prompts, with their real images."""
-    return pool_of(rows, lambda row: caption_row(row, policy))
-
-
-def edits_of_file(rows: list[dict], policy: Policy) -> Pool:
-    """Edits of the square in the middle of each image, because one batch of noisy steps has one size."""
-    return pool_of(rows, lambda row: edit_row(row, policy))
-
-
-def question_row(row: dict, policy: Policy, with_options: bool) -> Row:
+def question_row(row: dict, policy: Policy) -> Row:
+    """An open question; the answer to one that has options is the right option's text."""
     pixels, _ = read_picture(row["image"], policy)
-    text, answer, options = row["question"], row["answer"], row.get("options")
-    if options and with_options:
-        text = f"{text} {letter_options(options)}"
-    elif options:
-        answer, options = options[right_option(answer, options)], None
-    metadata = Metadata(tag=row.get("kind", ""), include=[])
-    return Row(text, metadata, pixels, reward_pixels(pixels), answer, options or None)
+    answer, metadata = row["answer"], Metadata(tag=row.get("kind", ""), include=[])
+    if row.get("options"):
+        answer = row["options"][right_option(answer, row["options"])]
+    return Row(row["question"], metadata, pixels, reward_pixels(pixels), answer)
+
+
+def choice_row(row: dict, policy: Policy) -> Row:
+    """A question with its options, if it has some."""
+    options = row.get("options")
+    if not options:
+        return question_row(row, policy)
+    text = f"{row['question']} {letter_options(options)}"
+    return replace(question_row(row, policy), text=text, answer=row["answer"], options=options)
 
 
 def caption_row(row: dict, policy: Policy) -> Row:
+    """A caption as a prompt, with its real image."""
     pixels, _ = read_picture(row["image"], policy)
     return Row(row["caption"], {"tag": "", "include": [], **row}, real=reward_pixels(pixels))
 
 
 def edit_row(row: dict, policy: Policy) -> Row:
+    """An edit of the square in the middle of an image, because one batch of noisy steps has one size."""
     pixels, full = read_picture(row["image"], policy, square=True)
     wanted = row.get("caption", "")
     return Row(row["instruction"], row, pixels, reward_pixels(full), full=full, wanted=wanted)
+
+
+questions_of_file = partial(pool_of, read=question_row)
+choices_of_file = partial(pool_of, read=choice_row)
+captions_of_file = partial(pool_of, read=caption_row)
+edits_of_file = partial(pool_of, read=edit_row)
 
 
 def reward_pixels(pixels: Tensor) -> Tensor:
