@@ -17,10 +17,10 @@ from support.pictures import texture, to_bytes
 from support.rows import Pool, Row, prompt_row
 
 
-def question_row(scene: shapes.Scene, question: dict) -> Row:
-    pixels = rendered([scene])[0]
-    return Row(question["question"], {"tag": question["kind"], "include": []}, pixels, pixels * 0.5 + 0.5, question["answer"],
-               question.get("options"))
+def question_row(scene: shapes.Scene, question: shapes.Question) -> Row:
+    pixels = render_pixels([scene])[0]
+    return Row(question.text, {"tag": question.kind, "include": []}, pixels, pixels * 0.5 + 0.5, question.answer,
+               question.options)
 
 
 def toy_rows(make: Callable[[np.random.Generator], Row]) -> Pool:
@@ -40,12 +40,12 @@ def choice_question(rng: np.random.Generator) -> Row:
     return question_row(scene, shapes.make_choice(shapes.make_question(scene, rng), rng))
 
 
-def edit_row(scene: shapes.Scene, edit: dict) -> Row:
+def edit_row(scene: shapes.Scene, edit: shapes.Edit) -> Row:
     """An edit of shapes.make_edit; its tag is the verb: make, remove or add."""
-    pixels = rendered([scene])[0]
-    both = {"source": shapes.discrete(scene), "target": shapes.discrete(edit["target"])}
-    return Row(edit["instruction"], edit["metadata"] | both | {"tag": edit["instruction"].split()[0]}, pixels, pixels * 0.5 + 0.5,
-               full=pixels, wanted=shapes.describe(edit["target"]))
+    pixels = render_pixels([scene])[0]
+    both = {"source": shapes.discrete(scene), "target": shapes.discrete(edit.target)}
+    return Row(edit.instruction, edit.metadata | both | {"tag": edit.instruction.split()[0]}, pixels, pixels * 0.5 + 0.5,
+               full=pixels, wanted=shapes.describe(edit.target))
 
 
 def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
@@ -73,7 +73,7 @@ def toy_pair(rng: np.random.Generator) -> tuple[Row, Row]:
     return Row(metadata["prompt"], metadata, real=asked.source), asked
 
 
-def rendered(scenes: list[shapes.Scene]) -> Tensor:
+def render_pixels(scenes: list[shapes.Scene]) -> Tensor:
     """Scenes as the policy reads their pictures: (N, 3, 32, 32) in [-1, 1]."""
     return torch.from_numpy(np.stack([shapes.render(s) for s in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -86,7 +86,7 @@ def drawn_truth(samples: Samples, found: list | None) -> Tensor | None:
 
 
 def edit_parts(samples: Samples, found: list, detector) -> dict[str, Tensor]:
-    both = [shapes.edited(m["source"], m["target"], shapes.read(each)) for m, each in zip(samples.metadata, found)]
+    both = [shapes.judge_edit(m["source"], m["target"], shapes.read(each)) for m, each in zip(samples.metadata, found)]
     return {"changed": torch.tensor([float(changed) for changed, _ in both]), "kept": torch.tensor([float(kept) for _, kept in both])}
 
 
@@ -98,7 +98,7 @@ def edit_truth(samples: Samples, found: list | None) -> Tensor | None:
     return parts["changed"] * parts["kept"]
 
 
-def before(images: str):
+def compare_with_first(images: str):
     """What was true of the picture that was refined, and what the refinement made of it."""
     def parts(samples: Samples, found: list, detector) -> dict[str, Tensor]:
         first, last = drawn_truth(samples, detector(getattr(samples, images))), drawn_truth(samples, found)
@@ -126,7 +126,7 @@ def right_thoughts(rows: list[Row], samples: Samples, found: list, G: int) -> di
     return {"thought": [float(text == row.metadata["thought"]) for text, row in zip(samples.texts[::G], rows)]}
 
 
-def kept_tags(name: str):
+def format_kept(name: str):
     return lambda rows, samples, found, G: {name: think_format(samples)[::G].tolist()}
 
 PROMPTS_PER_TAG, THOUGHTS, QUESTIONS, EDITS = 32, 96, 1000, 200
@@ -134,8 +134,8 @@ PROMPTS_PER_TAG, THOUGHTS, QUESTIONS, EDITS = 32, 96, 1000, 200
 KINDS = ("count", "color", "shape", "exists", "relation")
 
 
-def spaced(rows: list, n: int) -> list:
-    """n rows evenly spaced in the list; all where it has fewer."""
+def evenly_spaced(rows: list, n: int) -> list:
+    """n rows evenly evenly_spaced in the list; all where it has fewer."""
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
 
 
@@ -145,8 +145,8 @@ def held_out_prompts(pairs: bool = False) -> list[Row]:
 
     Training has another phrasing of the same meaning, but for three in ten of position and nearly half of color_attr."""
     pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
-    chosen = spaced(pool, PROMPTS_PER_TAG) if pairs else \
-        [m for tag in shapes.TAGS for m in spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
+    chosen = evenly_spaced(pool, PROMPTS_PER_TAG) if pairs else \
+        [m for tag in shapes.TAGS for m in evenly_spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)]
     return list(map(prompt_row, chosen))
 
 
@@ -154,7 +154,7 @@ def held_out_riddles(pairs: bool = False) -> list[Row]:
     """Implicit prompts of the evaluation; there are none of pairs that training never shows."""
     if pairs:
         return []
-    return list(map(prompt_row, spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], THOUGHTS)))
+    return list(map(prompt_row, evenly_spaced([m for m in shapes.implicit_prompts("eval") if "held_out" not in m], THOUGHTS)))
 
 
 def held_out_questions(pairs: bool = False, seed: int = 7, choice: bool = False) -> list[Row]:
