@@ -1,7 +1,7 @@
-"""Refinement against drawing more, and what it looks like.
+"""Refinement against drawing anew, as a table, or as a picture of one prompt's rounds.
 
-    python -m studies.refinement --policy out/policy         # rounds of refinement against the best of as many new pictures
-    python -m studies.refinement "three red squares" --select judge      # one prompt: looks at what it drew and draws it again
+    python -m studies.refinement --policy out/policy                     # truth by pictures drawn
+    python -m studies.refinement "three red squares" --select judge      # draws, looks, draws again
 """
 
 import json
@@ -13,124 +13,176 @@ import torch
 from torch import Tensor
 
 import flow_grpo
-
-from toy import shapes
-from eval import mean_and_error, plain_choices, policy_of
+from eval import load_toy_policy, mean_and_error, mean_of_groups
 from policy import Policy
+from recipes import number
 from referees.geneval import geneval_check
 from referees.judge import load_judge
 from rewards import Knowledge, Samples
 from sample import SAMPLING, TOY, Draw, Read, Round, Write, images_of, refine, sample_plan
+from studies.tables import markdown_table
 from support.checkpoint import load_policy
 from support.disk import write_atomic
-from support.plots import save_figure
 from support.pictures import to_bytes
-from support.terminal import Arguments, one_line, the_device, utf8
-from tasks import LOOK, TASKS
+from support.plots import save_figure
+from support.terminal import Arguments, one_line, the_device
+from tasks import TASKS, WORDING
+from toy import shapes
+from toy.world import detect
 
 
-def refinement(policy: Policy, judge: str, rounds: int = 3, samples: int = 4, seed: int = 1234) -> dict[str, list[tuple[float, float]]]:
-    """Truth after 0..rounds rounds of refinement, and of the best of as many pictures drawn anew, name -> (mean, standard error) each.
+def plain_draw(policy: Policy) -> Draw:
+    """How a person's samples are drawn at the policy's scale, without noisy steps."""
+    scale = SAMPLING[policy.config.scale]
+    return Draw((scale["size"],) * 2, flow_grpo.time_grid(scale["steps"], scale["shift"]))
 
-    `refine, always|judge|oracle`: sample.refine with each way of selecting; `best, judge|oracle`: of the first 1..rounds + 1 pictures the
-    one that the judge prefers, or any that is right. Held-out prompts, `samples` each, ODE, neutral instruction, greedy diagnoses. The
-    judge is asked one question about the whole prompt."""
-    rows, choices = TASKS["draw"].held_out(False), plain_choices()
-    prompts = [row.text for row in rows for _ in range(samples)]
-    truth, judged = (value_of(select, prompts, judge, policy.device) for select in ("oracle", "judge"))
-    told = lambda right: mean_and_error(right.view(len(rows), samples).mean(1).numpy())
+
+def refine_prompts(
+    policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable, seed: int
+) -> list[Round]:
+    """sample.refine with greedy diagnoses and the policy's own wording."""
+    scale, wording = SAMPLING[policy.config.scale], WORDING[policy.config.scale]
+    draw, write = plain_draw(policy), Write(scale["tokens"], temperature=0.0)
+    guidance = [each if each.text_scale > 1 else None for each in (scale["guidance"], scale["edit"])]
+    return refine(
+        policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
+        guidance=tuple(guidance), system=wording.system_prompt)
+
+
+def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
+    """What pictures (N, 3, H, W) of the prompts are worth, (N,): for "oracle" 1 if the toy's exact
+    detector finds what is asked, else the judge's yes to "is this <prompt> ?".
+
+    Errors: ValueError for a prompt that is not the toy's.
+    """
+    if select != "oracle":
+        knowledge, rows = Knowledge(load_judge(judge, device=device)), [{}] * len(prompts)
+        return lambda images: knowledge(Samples(prompts, rows, images=images)).cpu()
+    known = {}
+    for split in ("train", "eval"):
+        for metadata in (*shapes.prompts(split), *shapes.implicit_prompts(split)):
+            known[metadata["prompt"]] = metadata
+    if strange := [prompt for prompt in prompts if prompt not in known]:
+        raise ValueError("--select oracle asks the toy's exact detector, which knows only the toy's "
+                         f"prompts, not {strange[0][:60]!r}; use --select judge")
+
+    def truth(images: Tensor) -> Tensor:
+        verdicts = [geneval_check(known[p], found)[0] for p, found in zip(prompts, detect(images))]
+        return torch.tensor(verdicts).float()
+    return truth
+
+
+# ---- the table ----
+
+
+def refinement_table(
+    policy: Policy, judge: str, rounds: int = 3, samples: int = 4, seed: int = 1234
+) -> dict[str, list[tuple[float, float]]]:
+    """Truth by the number of pictures drawn, 1..rounds + 1: name -> (mean, standard error) each.
+
+    `refine, always|judge|oracle`: sample.refine with each way of selecting. `best, judge|oracle`:
+    of as many pictures drawn anew, the one that the judge prefers, or any that is right. Held-out
+    prompts, `samples` of each; the judge is asked one question about the whole prompt.
+    """
+    prompts = [row.text for row in TASKS["draw"].held_out(False) for _ in range(samples)]
+    truth = value_of("oracle", prompts, judge, policy.device)
+    judged = value_of("judge", prompts, judge, policy.device)
+
+    def share(right: Tensor) -> tuple[float, float]:
+        return mean_and_error(mean_of_groups(right, samples))
+
     table = {}
     for select in ("always", "judge", "oracle"):
         value = judged if select == "judge" else truth
-        done = refine(policy, prompts, rounds, select, value, [choices.draw], [choices.think, choices.draw], look=choices.look, seed=seed)
-        table[f"refine, {select}"] = [told(truth(each.kept) if select == "judge" else each.value) for each in done]
-    walk = lambda k: sample_plan(policy, [Read(prompts), choices.draw], seed=seed, step=k, prompts=list(range(len(prompts))), G=1)
-    drawn = [images_of(policy, walk(k)) for k in range(rounds + 1)]
-    right, score = (torch.stack([value(images) for images in drawn]) for value in (truth, judged))             # (rounds+1, N)
-    table["best, judge"] = [told(right[:k].gather(0, score[:k].argmax(0, keepdim=True))[0]) for k in range(1, rounds + 2)]
-    table["best, oracle"] = [told(right[:k].amax(0)) for k in range(1, rounds + 2)]
+        done = refine_prompts(policy, prompts, rounds, select, value, seed)
+        table[f"refine, {select}"] = [share(truth(each.kept)) for each in done]
+    table["best, judge"], table["best, oracle"] = [], []
+    plan, index, right, score = [Read(prompts), plain_draw(policy)], list(range(len(prompts))), [], []
+    for step in range(rounds + 1):
+        rollout = sample_plan(policy, plan, seed=seed, step=step, prompts=index, G=1)
+        images = images_of(policy, rollout)
+        right.append(truth(images))                                                        # (N,)
+        score.append(judged(images))
+        best = torch.stack(score).argmax(0, keepdim=True)                                  # (1, N)
+        table["best, judge"].append(share(torch.stack(right).gather(0, best)))
+        table["best, oracle"].append(share(torch.stack(right).amax(0)))
     return table
 
 
 def print_refinement(table: dict[str, list[tuple[float, float]]]) -> str:
     """The table in markdown, a row per number of pictures drawn."""
-    lines = [f"| pictures drawn | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
-    return "\n".join([*lines, *(f"| {k} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in each) + " |"
-                                for k, each in enumerate(zip(*table.values()), 1))])
+    rows = []
+    for drawn, cells in enumerate(zip(*table.values()), start=1):
+        rows.append([f"{drawn}", *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)])
+    return "\n".join(markdown_table(["pictures drawn", *table], rows))
 
 
-def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
-    """What `refine` selects by: the toy's truth for "oracle", else the judge's yes to "is this <prompt> ?"."""
-    if select == "oracle":
-        known = {m["prompt"]: m for split in ("train", "eval") for m in (*shapes.prompts(split), *shapes.implicit_prompts(split))}
-        if strange := [prompt for prompt in prompts if prompt not in known]:
-            raise ValueError("--select oracle asks the toy's exact detector, which knows the toy's prompts alone, not "
-                             f"{strange[0][:60]!r}; use --select judge")
-        return lambda images: torch.tensor([float(geneval_check(known[prompt], found)[0])
-                                            for prompt, found in zip(prompts, shapes.detect(to_bytes(images)))])
-    knowledge = Knowledge(load_judge(judge, device=device))
-    return lambda images: knowledge(Samples(prompts, [{}] * len(prompts), images=images)).cpu()
+# ---- the picture ----
 
 
-def save_rounds(rounds: list[Round], select: str, path: str) -> None:
-    """A PNG of every sample's rounds, a row each: what was drawn, what was written before it, its value, and whether it was kept."""
+def save_rounds(rounds: list[Round], select: str, out: Path) -> None:
+    """A PNG with a row per sample: what each round drew, what was written before it, its value, and
+    whether it was kept."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    count = len(rounds[0].drawn)
-    figure, axes = plt.subplots(count, len(rounds), figsize=(2.6 * len(rounds), 2.7 * count), squeeze=False, layout="constrained")
+    count, name = len(rounds[0].drawn), "right" if select == "oracle" else "judge"
+    figure, axes = plt.subplots(
+        count, len(rounds), figsize=(2.6 * len(rounds), 2.7 * count), squeeze=False,
+        layout="constrained")
     for k, each in enumerate(rounds):
         for n, image in enumerate(to_bytes(each.drawn)):
-            kept = torch.equal(each.drawn[n], each.kept[n])
-            axis, told = axes[n, k], each.texts[n] if each.texts else ""
+            axis, text = axes[n, k], each.texts[n] if each.texts else ""
+            kept = "kept" if torch.equal(each.drawn[n], each.kept[n]) else "not kept"
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            axis.set_title("\n".join(textwrap.wrap(told, 36)[:4]), fontsize=7, parse_math=False)
-            named = "right" if select == "oracle" else "judge"
-            axis.set_xlabel(f"round {k}: {'kept' if kept else 'not kept'}, {named} {each.worth[n]:.2f}", fontsize=7)
-    save_figure(figure, Path(path), dpi=120)
+            lines = textwrap.wrap(text, 36)[:4]
+            axis.set_title("\n".join(lines), fontsize=7, parse_math=False)
+            axis.set_xlabel(f"round {k}: {kept}, {name} {each.worth[n]:.2f}", fontsize=7)
+    save_figure(figure, out, dpi=120)
 
 
-def table_of(a) -> str:
-    """The table of a policy, written to a file and as text."""
-    table, out = refinement(policy_of(a.policy, a.adapter), a.judge or SAMPLING["toy"]["judge"], a.rounds, seed=a.seed), Path(a.out or "refine.json")
-    write_atomic(out, json.dumps({"policy": a.policy, "seed": a.seed, "table": table}, indent=1).encode())
-    return f"{print_refinement(table)}\nwritten to {out}"
-
-
-def picture_of(a) -> str:
-    """n samples of one prompt, --rounds rounds each, as one picture."""
-    policy, out = load_policy(a.policy, device=the_device(), adapter=a.adapter), a.out or "samples.png"
-    scale = SAMPLING[policy.config.scale]
-    write, draw = Write(scale["tokens"], 0.0), Draw((scale["size"],) * 2, flow_grpo.time_grid(scale["steps"], scale["shift"]))
-    prompts, both = [utf8(a.prompt)] * a.n, [scale["guidance"], scale["edit"]]
-    rounds = refine(policy, prompts, a.rounds, a.select, value_of(a.select, prompts, a.judge or scale["judge"], policy.device), [draw],
-                    [write, draw], look=LOOK[policy.config.scale]["neutral"], seed=a.seed,
-                    guidance=tuple(g if g.text_scale > 1 else None for g in both), system=scale["system_prompt"])
-    save_rounds(rounds, a.select, out)
-    told = [f"round {k}: mean {each.value.mean():.3f}" for k, each in enumerate(rounds)]
-    return "\n".join([f"selected by {a.select}; {'truth' if a.select == 'oracle' else 'judge'}: " + ", ".join(told),
-                      f"{a.n} samples in {out}"])
+# ---- the command line ----
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="studies.refinement", description="Refinement: a picture of one prompt's rounds, or a table.", allow_abbrev=False)
-    ap.add_argument("prompt", nargs="?", help="what to draw; without one: the table on held-out prompts of the toy")
+    ap = Arguments(prog="studies.refinement", allow_abbrev=False,
+                   description="Refinement: a picture of one prompt's rounds, or a table.")
+    ap.add_argument("prompt", nargs="?", help="what to draw; without one: a table on held-out rows")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
-    ap.add_argument("--judge", default="", help="yes/no judge: a folder or hub name (the toy's for the toy, PaliGemma 2 for BAGEL)")
+    ap.add_argument("--judge", default="", help="yes/no judge: a folder or hub name; default: the "
+                    "toy's for the toy, PaliGemma 2 for BAGEL")
     ap.add_argument("--select", choices=["always", "judge", "oracle"], default="always",
-                    help="what is kept: the new picture, the better by --judge, the new one where the toy's truth says no")
-    ap.add_argument("--rounds", type=int, default=3, help="how often what was drawn is looked at and drawn again")
-    ap.add_argument("--n", type=int, default=4, help="samples of the prompt")
-    ap.add_argument("--seed", type=int, default=1234, help="of noise and texts")
-    ap.add_argument("--out", default="", help="samples.png, or refine.json")
+                    help="which picture is kept: the new one, the one that the judge prefers, or "
+                         "the new one if the old one is wrong by the toy's truth")
+    ap.add_argument("--rounds", type=number(int, 1, None), default=3, help="times it draws again")
+    ap.add_argument("--n", type=number(int, 1, None), default=4, help="samples of the prompt")
+    ap.add_argument("--seed", type=number(int, 0, None), default=1234, help="of noise and texts")
+    ap.add_argument("--out", type=Path, help="the file; default: refine.png, or refine.json")
     a = ap.parse_args(argv)
     with one_line("studies.refinement"):
-        for name, least in (("rounds", 1), ("n", 1), ("seed", 0)):
-            if getattr(a, name) < least:
-                raise ValueError(f"--{name} {getattr(a, name)}: must be at least {least}")
-        print(picture_of(a) if a.prompt else table_of(a))
+        print(run_picture(a) if a.prompt else run_table(a))
+
+
+def run_table(a) -> str:
+    policy, out = load_toy_policy(a.policy, a.adapter), a.out or Path("refine.json")
+    table = refinement_table(policy, a.judge or SAMPLING["toy"]["judge"], a.rounds, seed=a.seed)
+    result = {"policy": a.policy, "seed": a.seed, "table": table}
+    write_atomic(out, json.dumps(result, indent=1).encode())
+    return f"{print_refinement(table)}\nwritten to {out}"
+
+
+def run_picture(a) -> str:
+    policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
+    prompts, out = [a.prompt] * a.n, a.out or Path("refine.png")
+    judge = a.judge or SAMPLING[policy.config.scale]["judge"]
+    value = value_of(a.select, prompts, judge, policy.device)
+    rounds = refine_prompts(policy, prompts, a.rounds, a.select, value, a.seed)
+    save_rounds(rounds, a.select, out)
+    name = "truth" if a.select == "oracle" else "judge"
+    means = [f"round {k}: mean {each.value.mean():.3f}" for k, each in enumerate(rounds)]
+    return f"selected by {a.select}; {name}: {', '.join(means)}\n{a.n} samples in {out}"
 
 
 if __name__ == "__main__":

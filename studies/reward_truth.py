@@ -1,119 +1,157 @@
-"""Which reward can be trusted: each against the truth.
+"""Which reward can be trusted: each reward of pictures against the truth.
 
-    python -m studies.reward_truth --policy out/policy       # base and policy
+    python -m studies.reward_truth --policy out/policy       # the base and a policy
 """
 
 import json
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from toy import shapes
-from eval import answered, policy_of
+from eval import load_toy_policy, sample_task
 from grpo import variance_share
 from policy import Policy
 from recipes import parse
-from referees.build import BUILD, Models
+from referees.build import build_rewards
 from referees.questions import Questions
 from rewards import REWARDS, Samples, score
 from sample import TOY
+from studies.tables import markdown_table
 from support.disk import write_atomic
 from support.pictures import to_bytes
 from support.plots import save_figure
 from support.terminal import Arguments, one_line
 from tasks import TASKS, token_states
-from toy.world import detect, rendered
+from toy import shapes
+from toy.world import detect, render_pixels
+
+COLUMNS = ("overall", "in_group", "share", "ms")
 
 
-def reward_study(policy: Policy, seed: int = 1234) -> tuple[dict[str, dict[str, float]], dict[str, Tensor], Samples, Tensor]:
-    """Each reward of drawn images on held-out prompts (8 samples each, with a picture of the prompt as the real one): name -> its
-    correlation with the exact truth over all samples (`overall`) and within the groups of a prompt, which is all that a group advantage
-    sees (`in_group`); its share of the summed reward's variance within groups, all weights 1 (`share`); milliseconds per image. Beside
-    the table the scores, the samples and their truth. tim compares the states of the policy itself."""
-    rng, task = np.random.default_rng(seed), TASKS["draw"]
-    rows = [replace(row, real=rendered([shapes.sample_scene(row.metadata, rng)])[0] * 0.5 + 0.5) for row in task.held_out(False)]
-    samples = answered(policy, task, rows, seed)
-    truth, G = task.truth(samples, detect(samples.images)).double(), task.samples
-    cfg = parse(["--recipe", "lvrpo"])
-    states = token_states(lambda: nullcontext(policy), nullcontext, cfg.referee_batch)
-    models = Models(cfg, policy.device, detect, (), states, Questions("", True))
-    table, scores = {}, {}
-    for name, entry in REWARDS.items():
-        if name == "pref" or not any(set(read) <= {"images", "reals"} for read in entry.reads):     # no preference model knows the toy
-            continue
-        reward = BUILD[name](models)
-        score({name: reward}, samples_at(samples, slice(0, G)))                       # loads, and warms up
+def held_out_samples(policy: Policy, seed: int) -> tuple[Samples, Tensor]:
+    """Samples of held-out prompts, 8 of each, with a picture of the prompt as the real one, and
+    their truth (N,)."""
+    rng, task, rows = np.random.default_rng(seed), TASKS["draw"], []
+    for row in task.held_out(False):
+        real = render_pixels([shapes.sample_scene(row.metadata, rng)])[0] * 0.5 + 0.5
+        rows.append(replace(row, real=real))
+    samples = sample_task(policy, task, rows, seed, task.samples)
+    return samples, task.truth(samples, detect(samples.images)).double()
+
+
+def score_samples(policy: Policy, samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """name -> scores (N,), and milliseconds per picture, of every reward of pictures that the toy
+    can ask. tim compares the states of the policy itself."""
+    names = [name for name, entry in REWARDS.items() if name != "pref"      # no such model knows the toy
+             and any(set(fields) <= {"images", "reals"} for fields in entry.reads)]
+    flags = ["--pair_image", "1"]
+    for name in names:
+        flags += [f"--{name}", "1"]
+    rewards = build_rewards(
+        parse(flags), policy.device, detector=detect, rows=[], questions=Questions(True),
+        states=token_states(lambda: nullcontext(policy), nullcontext, 512))
+    some = {name: column[:8] for name, column in vars(samples).items() if column is not None}
+    scores, times = {}, {}
+    for name in names:
+        score({name: rewards[name]}, Samples(**some))           # warms up
         start = time.perf_counter()
-        scores[name] = score({name: reward}, samples)[name]                           # (N,)
-        table[name] = {"ms": (time.perf_counter() - start) / len(truth) * 1000}
-    share = variance_share(scores, {name: 1.0 for name in scores}, G)
-    for name, value in scores.items():
-        inside = lambda x: (x.double().view(-1, G) - x.double().view(-1, G).mean(1, keepdim=True)).flatten()  # noqa: E731
-        table[name] |= {"overall": correlation(value.double(), truth), "in_group": correlation(inside(value), inside(truth)),
-                        "share": share[name]}
-    return table, scores, samples, truth
+        scores |= score({name: rewards[name]}, samples)
+        times[name] = (time.perf_counter() - start) / len(samples.prompts) * 1000
+    return scores, times
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of two (N,); nan where one does not vary."""
-    a, b = a - a.mean(), b - b.mean()
-    size = (a.norm() * b.norm()).item()
-    return (a @ b).item() / size if size else float("nan")
+def centre(values: Tensor, G: int) -> Tensor:
+    """(N,) less the mean of each group of G: all that a group advantage sees."""
+    groups = values.double().view(-1, G)
+    return (groups - groups.mean(1, keepdim=True)).flatten()
 
 
-def samples_at(samples: Samples, rows: slice) -> Samples:
-    """Some rows of samples."""
-    return Samples(*(None if column is None else column[rows] for column in vars(samples).values()))
+def correlation(a: Tensor, b: Tensor) -> float | None:
+    """Pearson's correlation of two (N,); None if one of them does not vary."""
+    value = torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].item()
+    return value if math.isfinite(value) else None
 
 
-def print_rewards(studies: dict[str, dict]) -> str:
-    """Markdown: a row per reward, the columns of each policy beside each other."""
-    columns = ["overall", "in_group", "share", "ms"]
-    head = "| reward | " + " | ".join(f"{policy}: {column}" for policy in studies for column in columns) + " |"
-    line = lambda name: " | ".join(f"{table[name][column]:.3f}" for table in studies.values() for column in columns)  # noqa: E731
-    names = list(next(iter(studies.values())))
-    return "\n".join([head, "|---" * (1 + len(columns) * len(studies)) + "|", *(f"| `{name}` | {line(name)} |" for name in names)])
+def truth_table(scores: dict[str, Tensor], times: dict[str, float], truth: Tensor, G: int) -> dict:
+    """name -> its correlation with the truth over all samples ("overall") and within groups
+    ("in_group"), its share of the variance within groups if all rewards were added up ("share"),
+    and milliseconds per picture ("ms")."""
+    share, table = variance_share(scores, {name: 1.0 for name in scores}, G), {}
+    for name, values in scores.items():
+        inside = correlation(centre(values, G), centre(truth, G))
+        row = correlation(values, truth), inside, share[name], times[name]
+        table[name] = dict(zip(COLUMNS, row))
+    return table
 
 
-def best_and_worst(scores: dict[str, Tensor], samples: Samples, truth: Tensor, out: Path, count: int = 8) -> None:
-    """A row per reward: the pictures that it likes most, left, and least, right; a green bar marks what is true. Rewards differ in level
-    between prompts, so each score is taken from its group's mean."""
+def print_rewards(tables: dict[str, dict]) -> str:
+    """Markdown: a row per reward, the columns of each policy."""
+    head = ["reward", *(f"{policy}: {column}" for policy in tables for column in COLUMNS)]
+    rows = []
+    for name in next(iter(tables.values())):
+        cells = [table[name][column] for table in tables.values() for column in COLUMNS]
+        rows.append([f"`{name}`", *("-" if x is None else f"{x:.3f}" for x in cells)])
+    return "\n".join(markdown_table(head, rows))
+
+
+def best_and_worst(
+    scores: dict[str, Tensor], samples: Samples, truth: Tensor, G: int, out: Path, count: int = 8
+) -> None:
+    """A PNG with a row per reward: the pictures that it likes most, left, and least, right.
+
+    A green bar marks what is true. Rewards differ in level between prompts, so that each score is
+    taken from its group's mean.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    G, images = TASKS["draw"].samples, to_bytes(samples.images)
-    widths = [1] * count + [0.4] + [1] * count
-    figure, axes = plt.subplots(len(scores), len(widths), figsize=(12, 0.95 * len(scores)), width_ratios=widths, squeeze=False)
+    images, widths = to_bytes(samples.images), [1] * count + [0.4] + [1] * count
+    figure, axes = plt.subplots(len(scores), len(widths), figsize=(12, 0.95 * len(scores)),
+                                width_ratios=widths, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for line, (name, value) in enumerate(scores.items()):
-        order = (value.view(-1, G) - value.view(-1, G).mean(1, keepdim=True)).flatten().argsort(descending=True, stable=True).tolist()
-        axes[line, 0].set_title(name, fontsize=8, loc="left", pad=2)
-        for place, n in [*enumerate(order[:count]), *enumerate(order[-count:], count + 1)]:
-            axes[line, place].imshow(images[n], interpolation="nearest")
-            axes[line, place].plot([0, 31], [32.6, 32.6], color="tab:green" if truth[n] else "tab:red", linewidth=3, clip_on=False)
+    for line, (name, values) in zip(axes, scores.items()):
+        order = centre(values, G).argsort(descending=True, stable=True).tolist()
+        line[0].set_title(name, fontsize=8, loc="left", pad=2)
+        for axis, n in zip([*line[:count], *line[-count:]], order[:count] + order[-count:]):
+            color = "tab:green" if truth[n] else "tab:red"
+            axis.imshow(images[n], interpolation="nearest")
+            axis.plot([0, 31], [32.6, 32.6], color=color, linewidth=3, clip_on=False)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.96, wspace=0.06, hspace=0.35)
     save_figure(figure, out, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="studies.reward_truth", description="Each reward against the truth.", allow_abbrev=False)
-    ap.add_argument("--policy", default=str(TOY), help="a policy folder")
+    ap = Arguments(prog="studies.reward_truth", description="Each reward against the truth.")
+    ap.add_argument("--policy", default=str(TOY), help="a policy folder, shown after the base")
     ap.add_argument("--seed", type=int, default=1234, help="of held-out pictures and noise")
-    ap.add_argument("--out", type=Path, default=Path("rewards.json"), help="the tables as JSON; the picture stands beside it")
+    ap.add_argument("--out", type=Path, default=Path("rewards.json"), help="the tables; a picture "
+                    "of the same name shows what each reward likes")
     a = ap.parse_args(argv)
     with one_line("studies.reward_truth"):
-        studies = {}
-        for name, folder in {"base": str(TOY), "policy": a.policy}.items():
-            if name == "base" or folder != str(TOY):
-                studies[name], *last = reward_study(policy_of(folder), a.seed)
-        best_and_worst(*last, a.out.with_suffix(".png"))
-        write_atomic(a.out, json.dumps({"policy": a.policy, "seed": a.seed, "tables": studies}, indent=1).replace("NaN", "null").encode())
-        print(f"{print_rewards(studies)}\nwritten to {a.out}, best and worst pictures to {a.out.with_suffix('.png')}")
+        print(run(a))
+
+
+def run(a) -> str:
+    """Measure the base and the policy; returns what to print."""
+    tables, G = {}, TASKS["draw"].samples
+    folders = {"base": str(TOY), "policy": a.policy} if a.policy != str(TOY) else {"base": str(TOY)}
+    for name, folder in folders.items():
+        policy = load_toy_policy(folder)
+        samples, truth = held_out_samples(policy, a.seed)
+        scores, times = score_samples(policy, samples)
+        tables[name] = truth_table(scores, times, truth, G)
+    picture = a.out.with_suffix(".png")
+    best_and_worst(scores, samples, truth, G, picture)
+    result = {"policy": a.policy, "seed": a.seed, "tables": tables}
+    write_atomic(a.out, json.dumps(result, indent=1).encode())
+    return f"{print_rewards(tables)}\nwritten to {a.out}, best and worst pictures to {picture}"
 
 
 if __name__ == "__main__":
