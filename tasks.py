@@ -1,12 +1,13 @@
-"""What is asked of the policy: each task's layout, rewards and truth, and where its rows come from.
+"""The table of tasks: what is asked of the policy, and what its samples hold.
 
-A task is one entry of TASKS: its plan (what a trajectory is made of), what its samples hold (which decides the rewards that can score
-them), its exact truth, and how its rows are drawn from the toy world or from a file. The loop, the checks before a run, the memory
-estimate, the evaluation and the plots walk the table; none of them knows a task by name. To add a task, add its entry here and give it a
-number of rows a step in a recipe of recipes.py, or by its flag.
+A task is one entry of TASKS: its layout (what a trajectory is made of), what its samples give
+(which decides the rewards that can score them), its exact truth, and where its rows come from. The
+loop, the checks before a run, the memory estimate, the evaluation and the plots walk the table;
+none of them knows a task by name. To add a task, add its entry here and give it a number of rows a
+step, in a recipe of recipes.py or by its flag.
 
-Legend: B rows of a task and step, G samples of each, N = B*G prompt-major. Pixels that the policy reads are in [-1, 1], images that
-rewards read in [0, 1].
+Legend: B rows of a task and step, G samples of each, N = B*G prompt-major. Pixels that the policy
+reads are in [-1, 1], images that rewards read in [0, 1].
 """
 
 import functools
@@ -21,73 +22,111 @@ from policy import Guidance, Policy
 from referees.captions import caption_tuples
 from referees.questions import Questions, with_questions
 from rewards import REWARDS, Samples
-from sample import (THINK_TO_DRAW, Draw, Picture, Read, Rollout, See, Write, as_read,
-    chosen_texts, images_of, sample_plan, subset, texts_of)
+from sample import (
+    SAMPLING, THINK_TO_DRAW, Draw, Read, Rollout, See, Write, chosen_pictures, chosen_texts,
+    images_of, sample_plan, subset, texts_of, vit_pixels)
 from support.pictures import to_bytes
-from support.rows import (READERS, TEXT_OF, Pool, Row, asked_of, by_tag, captioned, check_rules,
-    edits_of_file, of_file, prompts_of_file)
+from support.rows import (
+    READERS, Pool, Row, captions_of_file, check_rules, choices_of_file, edits_of_file, pool_by_tag,
+    prompts_of_file, questions_of_file)
 from support.terminal import say
-from toy.world import (KINDS, answer_truth, before, choice_question, detect, drawn_truth,
-    edit_parts, edit_truth, held_out_choices, held_out_edits, held_out_prompts,
-    held_out_questions, held_out_reasons, held_out_riddles, kept_tags, open_question,
-    right_diagnoses, right_thoughts, toy_edit, toy_pair, toy_rows, variety)
 from toy import shapes
+from toy.world import (
+    KINDS, answer_truth, choice_question, compare_with_first, detect, drawn_truth, edit_parts,
+    edit_truth, held_out_choices, held_out_edits, held_out_prompts, held_out_questions,
+    held_out_reasons, held_out_riddles, format_kept, open_question, right_diagnoses, right_thoughts,
+    toy_edit, toy_pair, toy_rows, variety)
 
-# Behind an image that is to be refined, by scale. "failed" says of every picture that it failed, as AlphaGRPO's code does.
-LOOK = {
-    "toy": {"neutral": f"{{prompt}} , {shapes.LOOK_AGAIN}", "failed": f"{{prompt}} , {shapes.FAILED}"},
-    "bagel": {
-        "neutral": "The image above was made for this prompt: \"{prompt}\"\nCompare it with the prompt. Say what does not match and how to "
-                   "change it, or that nothing needs to change. Then draw the image that the prompt asks for.",
-        "failed": "The image above was made for this prompt: \"{prompt}\"\nThe attempt failed. Reflect on what went wrong, write an "
-                  "instruction that corrects it, and draw the image again."},
-}
+IMAGE_GUIDANCE = (
+    2.0  # of an edit or a refinement drawn with guidance, as BAGEL and AlphaGRPO have it
+)
+FIRST_PICTURES = 10**6  # number, within its group, of the first picture to refine
 
-FIRST_DRAWN = 10**6                                             # number of a first picture that is to be refined within its group
+
 # ---- what a task is ----
 
 
 @dataclass(frozen=True)
+class Wording:
+    """What the policy is told around a row's own text."""
+
+    look: str  # the instruction after an image that is to be refined
+    request: str  # after a question: answer it in <think> and <answer> tags
+    system_prompt: bool                         # whether BAGEL's think prompt comes first
+
+
+WORDING = {
+    "toy": Wording(
+        look=f"{{prompt}} , {shapes.LOOK_AGAIN}", request=shapes.THINK, system_prompt=False),
+    "bagel": Wording(
+        look="The image above was made for this prompt: \"{prompt}\"\nCompare it with the prompt. "
+        "Say what does not match "
+        "and how to change it, or that nothing needs to change. Then draw the image that the "
+        "prompt asks for.",
+        request="First reason inside <think> </think> tags, then give the final answer inside "
+        "<answer> </answer> tags.",
+        system_prompt=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Choices:
-    """How the policy makes its choices: what it may write and how it draws."""
+    """How the policy makes its choices: what it may write, how it draws, and what it is told."""
 
     think: Write
     answer: Write
     draw: Draw
-    system_prompt: bool = False                                 # BAGEL's think prompt before the user's
-    request: str = ""                                           # behind a question that asks for <think>..</think><answer>..</answer>
-    again: Draw | None = None                                   # the second image of several rounds, with a window of its own
-    look: str = LOOK["toy"]["neutral"]                          # the instruction behind an image that is to be refined
+    wording: Wording
+    again: Draw | None = None  # the second image of two rounds, with its own window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One entry of TASKS."""
 
-    title: str                                                  # in plots and tables
-    help: str                                                   # of its flag, the number of rows a step
-    plan: Callable[[list[Row], Choices], list]                  # what a trajectory is made of
-    gives: tuple[str, ...]                                      # the fields of rewards.Samples that its samples have
-    truth: Callable[[Samples, list | None], Tensor | None]      # (N,) in [0, 1] from samples and detections; None where it is unknown
-    toy: Callable[[], Pool]
-    file: str                                                   # the Config field that names its file: prompts, questions, pairs, edits
-    pool: Callable[[list[dict], Policy], Pool]                  # of the rows of that file
-    writes: str = ""                                            # the Config field of the most tokens that it writes
-    held_out: Callable[[bool], list[Row]] | None = None         # rows of the evaluation; True: of pairs that training never shows
-    samples: int = 1                                            # of each row in an evaluation
-    tags: tuple[str, ...] = ()                                  # that an evaluation tells apart
-    mean_of_tags: bool = False                                  # its headline weighs tags alike, as GenEval does, else rows
-    also: Callable[[list[Row], Samples, list, int], dict] | None = None     # beside its truth: name -> one per row, or a number
-    form: str = ""                                              # the tags that its texts are asked for: "thought" or "answer"
-    pair: str = ""                                              # "image" or "text": which half of a pair it is; halves share their rows
-    parts: Callable[[Samples, list, Callable], dict] | None = None  # logged beside truth: samples, detections, detector -> name -> (N,)
-    begin: Callable | None = None                               # what its rows need of the policy before they are asked; see first_drawn
-    sees: bool = False                                          # whether what is drawn is an image changed
-    rounds: int = 1                                             # how often it draws
+    name: str                                   # of its flag, the number of rows a step
+    title: str                                  # in plots and tables
+    help: str                                   # of its flag
+    plan: Callable[[list[Row], Choices], list]  # what a trajectory is made of
+    gives: tuple[str, ...]  # the fields of rewards.Samples that its samples have
+    # Samples and detections -> (N,) in [0, 1]; None if it is unknown.
+    truth: Callable[[Samples, list | None], Tensor | None]
+    toy: Callable[[], Pool]                     # rows of the toy world
+    file: str  # the setting that names its file: prompts, questions, edits
+    text: str                                   # the field of a file's row that the policy reads
+    pool: Callable[[list[dict], Policy], Pool]  # rows of that file
+    writes: str = ""                            # the setting that bounds the tokens that it writes
+    form: str = ""  # the tags that its texts are asked for: "thought", "answer"
+    pair: str = ""                              # "image" or "text": which half of a pair it is
+    sees: bool = False                          # whether it draws an image changed
+    refines: bool = False                       # whether it refines a picture that is drawn first
+    rounds: int = 1                             # how often it draws
+    # Logged with truth: samples, detections, detector -> name -> (N,).
+    parts: Callable[[Samples, list, Callable], dict] | None = None
+    # Rows of the evaluation; True: of (colour, shape) pairs that training never shows.
+    held_out: Callable[[bool], list[Row]] | None = None
+    samples: int = 1                            # of each row in an evaluation
+    tags: tuple[str, ...] = ()                  # that an evaluation tells apart
+    mean_of_tags: bool = False  # whether its headline weighs tags alike, as GenEval does
+    # Evaluated with truth: rows, samples, detections, G -> name -> one per row.
+    also: Callable[[list[Row], Samples, list, int], dict] | None = None
 
     @property
     def draws(self) -> bool:
         return "images" in self.gives
+
+
+# ---- layouts ----
+
+
+def think_prompt(rows: list[Row], choices: Choices) -> list:
+    """BAGEL's system prompt for drawing after a thought, at BAGEL's scale."""
+    return [Read([THINK_TO_DRAW] * len(rows))] if choices.wording.system_prompt else []
+
+
+def look_again(rows: list[Row], choices: Choices) -> Read:
+    return Read([choices.wording.look.format(prompt=row.text) for row in rows])
 
 
 def draw_plan(rows: list[Row], choices: Choices) -> list:
@@ -95,8 +134,8 @@ def draw_plan(rows: list[Row], choices: Choices) -> list:
 
 
 def think_plan(rows: list[Row], choices: Choices) -> list:
-    system = [Read([THINK_TO_DRAW] * len(rows))] if choices.system_prompt else []
-    return [*system, Read([row.text for row in rows]), choices.think, choices.draw]
+    return [
+        *think_prompt(rows, choices), Read([row.text for row in rows]), choices.think, choices.draw]
 
 
 def ask_plan(rows: list[Row], choices: Choices) -> list:
@@ -104,94 +143,151 @@ def ask_plan(rows: list[Row], choices: Choices) -> list:
 
 
 def reason_plan(rows: list[Row], choices: Choices) -> list:
-    return [See([row.pixels for row in rows]), Read([f"{row.text} {choices.request}" for row in rows]), choices.think]
+    texts = [f"{row.text} {choices.wording.request}" for row in rows]
+    return [See([row.pixels for row in rows]), Read(texts), choices.think]
 
 
 def edit_plan(rows: list[Row], choices: Choices) -> list:
-    return [See([row.pixels for row in rows], [row.full for row in rows]), Read([row.text for row in rows]), choices.draw]
+    image = See([row.pixels for row in rows], [row.full for row in rows])
+    return [image, Read([row.text for row in rows]), choices.draw]
 
 
 def reflect_plan(rows: list[Row], choices: Choices) -> list:
-    system = [Read([THINK_TO_DRAW] * len(rows))] if choices.system_prompt else []
-    return [*system, See([row.pixels for row in rows], [row.full for row in rows]),
-            Read([choices.look.format(prompt=row.text) for row in rows]), choices.think, choices.draw]
+    image = See([row.pixels for row in rows], [row.full for row in rows])
+    return [
+        *think_prompt(rows, choices), image, look_again(rows, choices), choices.think, choices.draw]
 
 
 def rounds_plan(rows: list[Row], choices: Choices) -> list:
-    look = Read([choices.look.format(prompt=row.text) for row in rows])
-    return [*think_plan(rows, choices), look, choices.think, choices.again or choices.draw]
+    return [
+        *think_plan(rows, choices), look_again(rows, choices), choices.think,
+        choices.again or choices.draw]
 
 
 @torch.no_grad()
-def first_drawn(policy: Policy, rows: list[Row], choices: Choices, *, seed: int, step: int, index: list[int], n: int,
-                value: Callable[[Samples], Tensor] | None = None, guidance=None) -> tuple[list[Row], Tensor | None]:
-    """Rows with the picture that is to be refined, and its value (B,): of `n` that the policy draws of the prompt, by the ODE and without
-    a thought, the one of least value [AlphaGRPO]; without `value` there must be one, and None comes back.
+def first_pictures(
+    policy: Policy, rows: list[Row], choices: Choices, *, seed: int, step: int, index: list[int],
+    n: int, value: Callable[[Samples], Tensor] | None = None, guidance: Guidance | None = None
+) -> tuple[list[Row], Tensor | None]:
+    """Rows with the picture that is to be refined, and its value (B,). [AlphaGRPO]
 
-    The samples are numbered behind those of any group, so that they share no noise with the refinements."""
-    draw = Draw(choices.draw.size, choices.draw.times)
-    r = sample_plan(policy, draw_plan(rows, Choices(choices.think, choices.answer, draw)), seed=seed, step=step, prompts=index, G=n,
-                    first=FIRST_DRAWN, guidance=guidance)
-    samples = samples_of(policy, TASKS["draw"], rows, r)
-    images, worst, least = samples.images, torch.arange(len(rows)) * n, None                                  # (B*n, 3, H, W)
+    The policy draws n pictures of each prompt, by the ODE and without a thought; the one of least
+    value is refined. Without `value` n must be 1, and None comes back. The samples' numbers start
+    beyond those of any group, so that they share no noise with the refinements.
+    """
+    plain = replace(choices, draw=Draw(choices.draw.size, choices.draw.times))
+    rollout = sample_plan(
+        policy, draw_plan(rows, plain), seed=seed, step=step, prompts=index, G=n,
+        first_sample=FIRST_PICTURES, guidance=guidance)
+    samples = samples_of(policy, TASKS["draw"], rows, rollout)
+    worst, least = torch.arange(len(rows)) * n, None                                # (B,)
     if value is not None:
-        least, place = value(samples).view(-1, n).min(1)                                                       # (B,)
+        least, place = value(samples).view(-1, n).min(1)                            # (B,)
         worst = worst + place
-    images = images[worst.to(images.device)] * 2 - 1
-    seen = as_read(policy, images)
-    return [replace(row, pixels=p, full=image, source=image * 0.5 + 0.5) for row, p, image in zip(rows, seen, images)], least
+    images = samples.images[worst.to(samples.images.device)] * 2 - 1                # (B, 3, H, W)
+    drawn = []
+    for row, pixels, image in zip(rows, vit_pixels(policy, images), images):
+        drawn.append(replace(row, pixels=pixels, full=image, source=image * 0.5 + 0.5))
+    return drawn, least
 
 
-# ---- what an evaluation asks ----
+# ---- the table ----
 
-# The order decides random keys: a new task goes to the end.
-ASKED, REASONED = ("sources", "texts", "answers"), ("sources", "texts", "answers", "options", "formats")
-TASKS = {
-    "draw": Task("text to image", "prompts a step that are drawn at once", draw_plan, ("images",), drawn_truth,
-                 lambda: by_tag(shapes.prompts("train")), "prompts", prompts_of_file, held_out=held_out_prompts, samples=8,
-                 tags=shapes.TAGS, mean_of_tags=True, also=variety),
-    "think": Task("think, then draw", "prompts a step that are thought about, then drawn", think_plan, ("texts", "images", "formats"),
-                  drawn_truth, lambda: by_tag(shapes.implicit_prompts("train")), "prompts", prompts_of_file, "think_tokens",
-                  held_out=held_out_riddles, samples=4, also=right_thoughts, form="thought"),
-    "ask": Task("open questions", "questions a step", ask_plan, ASKED, answer_truth, lambda: toy_rows(open_question), "questions",
-                lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=False)), "answer_tokens",
-                held_out=held_out_questions, tags=KINDS),
-    "choose": Task("multiple choice", "multiple-choice questions a step, answered with a thought, in tags", reason_plan, REASONED,
-                   answer_truth, lambda: toy_rows(choice_question), "questions",
-                   lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=True)), "think_tokens",
-                   held_out=held_out_choices, tags=KINDS, also=kept_tags("choose/format"), form="answer"),
-    "reason": Task("open questions with a thought", "open questions a step, answered with a thought, in tags", reason_plan, REASONED,
-                   answer_truth, lambda: toy_rows(open_question), "questions",
-                   lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=False)), "think_tokens",
-                   held_out=held_out_reasons, tags=KINDS, also=kept_tags("reason/format"), form="answer"),
-    "pair_image": Task("pairs, image half", "image halves of pairs a step: captions that are drawn", draw_plan, ("images", "reals"),
-                       drawn_truth, lambda: toy_rows(lambda rng: toy_pair(rng)[0]), "pairs",
-                       lambda rows, policy: of_file(rows, lambda row: captioned(row, policy)), pair="image"),
-    "pair_text": Task("pairs, text half", "text halves of pairs a step: questions about the same rows' real images", reason_plan, REASONED,
-                      answer_truth, lambda: toy_rows(lambda rng: toy_pair(rng)[1]), "pairs",
-                      lambda rows, policy: of_file(rows, lambda row: asked_of(row, policy, options=True)), "think_tokens", form="answer",
-                      pair="text"),
-    "edit": Task("edits", "edits a step", edit_plan, ("images", "sources"), edit_truth, lambda: toy_rows(toy_edit), "edits", edits_of_file,
-                 held_out=held_out_edits, samples=2, tags=("make", "remove", "add"), parts=edit_parts, sees=True),
-    "reflect": Task("refinements", "prompts a step whose first picture is looked at and drawn again", reflect_plan, ("images",),
-                    drawn_truth, lambda: by_tag(shapes.prompts("train")), "prompts", prompts_of_file, "think_tokens",
-                    held_out=held_out_prompts, samples=4, tags=shapes.TAGS, also=right_diagnoses, parts=before("sources"),
-                    begin=first_drawn, sees=True),
-    "rounds": Task("two rounds", "prompts a step that are thought about, drawn, looked at and drawn again", rounds_plan,
-                   ("texts", "images", "formats"), drawn_truth, lambda: by_tag(shapes.implicit_prompts("train")), "prompts",
-                   prompts_of_file, "think_tokens", held_out=held_out_riddles, samples=4, form="thought", parts=before("earlier"),
-                   rounds=2),
-}
+ASKED, REASONED = (
+    ("sources", "texts", "answers"), ("sources", "texts", "answers", "options", "formats"))
 
 
-def rewards_of(name: str) -> list[str]:
+# The order decides random keys: a task that is added goes to the end.
+TABLE = (
+    Task(
+        name="draw", title="text to image", help="prompts a step that are drawn at once",
+        plan=draw_plan, gives=("images",), truth=drawn_truth,
+        toy=lambda: pool_by_tag(shapes.prompts("train")), file="prompts", text="prompt",
+        pool=prompts_of_file, held_out=held_out_prompts, samples=8, tags=shapes.TAGS,
+        mean_of_tags=True, also=variety),
+    Task(
+        name="think", title="think, then draw",
+        help="prompts a step that are thought about, then drawn", plan=think_plan,
+        gives=("texts", "images", "formats"), truth=drawn_truth, writes="think_tokens",
+        form="thought", toy=lambda: pool_by_tag(shapes.implicit_prompts("train")), file="prompts",
+        text="prompt", pool=prompts_of_file, held_out=held_out_riddles, samples=4,
+        also=right_thoughts),
+    Task(
+        name="ask", title="open questions", help="questions a step", plan=ask_plan, gives=ASKED,
+        truth=answer_truth, writes="answer_tokens", toy=lambda: toy_rows(open_question),
+        file="questions", text="question", pool=questions_of_file, held_out=held_out_questions,
+        tags=KINDS),
+    Task(
+        name="choose", title="multiple choice",
+        help="multiple-choice questions a step, answered with a thought, in tags", plan=reason_plan,
+        gives=REASONED, truth=answer_truth, writes="think_tokens", form="answer",
+        toy=lambda: toy_rows(choice_question), file="questions", text="question",
+        pool=choices_of_file, held_out=held_out_choices, tags=KINDS,
+        also=format_kept("choose/format")),
+    Task(
+        name="reason", title="open questions with a thought",
+        help="open questions a step, answered with a thought, in tags", plan=reason_plan,
+        gives=REASONED, truth=answer_truth, writes="think_tokens", form="answer",
+        toy=lambda: toy_rows(open_question), file="questions", text="question",
+        pool=questions_of_file, held_out=held_out_reasons, tags=KINDS,
+        also=format_kept("reason/format")),
+    Task(
+        name="pair_image", title="pairs, image half",
+        help="image halves of pairs a step: captions that are drawn", plan=draw_plan,
+        gives=("images", "reals"), truth=drawn_truth, pair="image",
+        toy=lambda: toy_rows(lambda rng: toy_pair(rng)[0]), file="questions", text="caption",
+        pool=captions_of_file),
+    Task(
+        name="pair_text", title="pairs, text half",
+        help="text halves of pairs a step: questions about the same rows' real images",
+        plan=reason_plan, gives=REASONED, truth=answer_truth, writes="think_tokens", form="answer",
+        pair="text", toy=lambda: toy_rows(lambda rng: toy_pair(rng)[1]), file="questions",
+        text="question", pool=choices_of_file),
+    Task(
+        name="edit", title="edits", help="edits a step", plan=edit_plan,
+        gives=("images", "sources"), truth=edit_truth, parts=edit_parts, sees=True,
+        toy=lambda: toy_rows(toy_edit), file="edits", text="instruction", pool=edits_of_file,
+        held_out=held_out_edits, samples=2, tags=("make", "remove", "add")),
+    Task(
+        name="reflect", title="refinements",
+        help="prompts a step whose first picture is looked at and drawn again", plan=reflect_plan,
+        gives=("images",), truth=drawn_truth, writes="think_tokens", sees=True, refines=True,
+        toy=lambda: pool_by_tag(shapes.prompts("train")), file="prompts", text="prompt",
+        pool=prompts_of_file, held_out=held_out_prompts, samples=4, tags=shapes.TAGS,
+        also=right_diagnoses, parts=compare_with_first("sources")),
+    Task(
+        name="rounds", title="two rounds",
+        help="prompts a step that are thought about, drawn, looked at and drawn again",
+        plan=rounds_plan, gives=("texts", "images", "formats"), truth=drawn_truth,
+        writes="think_tokens", form="thought",
+        toy=lambda: pool_by_tag(shapes.implicit_prompts("train")), file="prompts", text="prompt",
+        pool=prompts_of_file, held_out=held_out_riddles, samples=4,
+        parts=compare_with_first("earlier"), rounds=2),
+)
+TASKS = {task.name: task for task in TABLE}
+
+
+def rewards_of(task: Task) -> list[str]:
     """The rewards that can score a task: those that read no more than its samples have."""
-    return [reward for reward, entry in REWARDS.items() if any(set(fields) <= set(TASKS[name].gives) for fields in entry.reads)]
+    names = []
+    for name, entry in REWARDS.items():
+        if any(set(fields) <= set(task.gives) for fields in entry.reads):
+            names.append(name)
+    return names
 
 
-def in_use(cfg) -> list[str]:
+def in_use(cfg) -> list[Task]:
     """The tasks of a run, in the table's order."""
-    return [name for name in TASKS if cfg.rows[name]]
+    return [task for task in TASKS.values() if cfg.rows[task.name]]
+
+
+def random_place(task: Task) -> int:
+    """The task's number in the random key of its rows; the halves of a pair share one, and so their
+    rows.
+    """
+    for place, other in enumerate(TASKS.values()):
+        if other is task or (other.pair and task.pair):
+            return place
 
 
 # ---- one step's rows ----
@@ -201,114 +297,148 @@ def in_use(cfg) -> list[str]:
 class Batch:
     """One task's rows on this rank."""
 
-    task: str
+    task: Task
     step: int
     rows: list[Row]
     choices: Choices
-    index: list[int]                                            # of each row among the step's, over all ranks and tasks; seeds the samples
-    samples: range                                              # of each group, on this rank
-    initial: Tensor | None = None                               # (B,) value of the picture that each row is to refine
+    index: list[int]  # of each row among the step's, over ranks and tasks: seeds
+    initial: Tensor | None = None  # (B,) value of the picture that each row refines
 
 
-def choices_of(cfg, look: str, window: tuple[int, int], second: tuple[int, int] | None = None) -> Choices:
-    """A training run's choices, with the step's windows of noisy steps: of an image, and of the second of two rounds."""
-    draw = Draw((cfg.resolution, cfg.resolution), flow_grpo.time_grid(cfg.denoise_steps, cfg.shift), window, cfg.noise_level, cfg.sampler,
-                cfg.shared_noise, cfg.density, cfg.scaled)
-    think, answer = (Write(most, cfg.temperature) for most in (cfg.think_tokens, cfg.answer_tokens))
-    return Choices(think, answer, draw, cfg.system_prompt, cfg.request, replace(draw, window=second or window), look)
+def choices_of(
+    cfg, scale: str, window: tuple[int, int], second: tuple[int, int] | None = None
+) -> Choices:
+    """A training run's choices, with the step's windows of noisy steps: of the image, and of the
+    second of two rounds.
+    """
+    times = flow_grpo.time_grid(cfg.denoise_steps, SAMPLING[scale]["shift"])
+    draw = Draw(
+        size=(cfg.resolution, cfg.resolution), times=times, window=window,
+        noise_level=cfg.noise_level, sampler=cfg.sampler, shared_noise=cfg.shared_noise)
+    think, answer = Write(cfg.think_tokens), Write(cfg.answer_tokens)
+    return Choices(
+        think, answer, draw, WORDING[scale], again=replace(draw, window=second or window))
 
 
 def guidance_of(cfg, sees: bool) -> Guidance | None:
-    """Guidance as AlphaGRPO sets it: of a drawing from text, or, where the policy sees the image that it changes, of an edit."""
+    """Guidance as AlphaGRPO sets it: of a drawing from text, or, if the policy sees the image that
+    it changes, of an edit.
+    """
     if cfg.guidance <= 1:
         return None
-    return Guidance(cfg.guidance, cfg.image_guidance, "text_channel", 0.0, (0.0, 1.0)) if sees else Guidance(cfg.guidance)
+    if sees:
+        return Guidance(cfg.guidance, IMAGE_GUIDANCE, "text_channel", 0.0, (0.0, 1.0))
+    return Guidance(cfg.guidance)
 
 
 class Source:
-    """The rows of a run's tasks, of the toy world or of files, each checked before the run begins."""
+    """The rows of a run's tasks, of the toy world or of files, each checked before the run
+    begins.
+    """
 
     def __init__(self, cfg, policy: Policy):
-        self.cfg, files = cfg, {task.file: getattr(cfg, task.file) for task in TASKS.values()}
-        toy = not any(files.values())
+        self.cfg, self.tasks = cfg, in_use(cfg)
+        files = {name: getattr(cfg, name) for name in READERS}
+        self.toy = not any(files.values())      # then truth is known, and there are held-out rows
         # Truth and r_ins of one batch share one detection.
-        self.detector = functools.lru_cache(maxsize=1)(detect) if toy else None
-        self.evaluated = toy                                    # whether there are held-out rows with a known truth
-        self.look = LOOK[policy.config.scale][cfg.instruction]
-        self.questions = Questions(cfg.dv, toy)
-        if any(TASKS[name].draws for name in in_use(cfg)):
-            check_resolution(cfg.resolution, toy, policy)
-        self.pools = {}
-        read = functools.cache(lambda kind: [with_questions(row, files[kind]) for row in READERS[kind](files[kind])])
-        for name in in_use(cfg):
-            task = TASKS[name]
-            if not toy and not files[task.file]:
-                raise ValueError(f"--{name} {cfg.rows[name]} needs --{task.file}; or set --{name} 0")
-            if not toy:
-                check_rows(read(task.file), task, cfg, policy)
-                if task.draws and cfg.weights["dvreward"] and cfg.dv_by != "holistic":
-                    self.questions.check(read(task.file), TEXT_OF[task.file])
-                if name == "choose" and (bare := [row["question"] for row in read(task.file) if not row.get("options")]):
-                    raise ValueError(f"--choose needs options in every row of {files[task.file]}; {bare[0][:60]!r} has none")
-                if task.draws and cfg.weights["ins"]:
-                    check_rules(read(task.file), files[task.file], task.file)
-            self.pools[name] = task.toy() if toy else task.pool(read(task.file), policy)
-
-        # What r_ins will be asked about, so that its detector can be checked.
-        self.ruled = [row for name in in_use(cfg) if TASKS[name].draws and not toy for row in read(TASKS[name].file)]
+        self.detector = functools.lru_cache(maxsize=1)(detect) if self.toy else None
+        self.scale = policy.config.scale
+        self.questions = Questions(self.toy)
+        self.pools, self.drawn_rows = {}, []    # drawn_rows: what r_ins will judge
+        if any(task.draws for task in self.tasks):
+            check_resolution(cfg.resolution, self.toy, policy)
+        if self.toy:
+            self.pools = {task.name: task.toy() for task in self.tasks}
+            return
+        rows = {}
+        for task in self.tasks:
+            path = files[task.file]
+            if not path:
+                flag = f"--{task.name}"
+                raise ValueError(
+                    f"{flag} {cfg.rows[task.name]} needs --{task.file}; or set {flag} 0")
+            if task.file not in rows:
+                rows[task.file] = [with_questions(row, path) for row in READERS[task.file](path)]
+            check_rows(rows[task.file], path, task, cfg, policy)
+            if task.draws:
+                self.drawn_rows += rows[task.file]
+                if cfg.weights["dvreward"] and cfg.dv_by != "holistic":
+                    self.questions.check(rows[task.file], task.text)
+            self.pools[task.name] = task.pool(rows[task.file], policy)
 
     def batches(self, step: int, ranks) -> list[Batch]:
         """This rank's share of the step's rows, one Batch per task in use."""
         cfg, out, first = self.cfg, [], 0
-        windows = [flow_grpo.draw_window(cfg.window, cfg.window_low, cfg.window_high, seed=cfg.seed, step=s) for s in (step, -1 - step)]
-        choices = choices_of(cfg, self.look, *windows)
-        used = in_use(cfg)
-        for name in [used[step % len(used)]] if cfg.alternate else used:
-            mine, samples = ranks.share(cfg.rows[name], cfg.group_size)
-            place = next(i for i, (other, task) in enumerate(TASKS.items()) if other == name or task.pair and TASKS[name].pair)
-            rows = self.pools[name]((cfg.seed, step, place), cfg.rows[name], mine)
-            out.append(Batch(name, step, rows, choices, [first + i for i in mine], samples))
-            first += cfg.rows[name]
+        windows = [
+            flow_grpo.draw_window(cfg.window, 0, cfg.window_high, seed=cfg.seed, step=s)
+            for s in (step, -1 - step)
+        ]
+        choices = choices_of(cfg, self.scale, *windows)
+        tasks = [self.tasks[step % len(self.tasks)]] if cfg.alternate else self.tasks
+        for task in tasks:
+            count = cfg.rows[task.name]
+            mine = ranks.share(count)
+            rows = self.pools[task.name]((cfg.seed, step, random_place(task)), count, mine)
+            out.append(Batch(task, step, rows, choices, [first + i for i in mine]))
+            first += count
         return out
 
 
-def samples_of(policy: Policy, task: Task, rows: list[Row], r: Rollout) -> Samples:
+def samples_of(policy: Policy, task: Task, rows: list[Row], rollout: Rollout) -> Samples:
     """What rewards read of a rollout of these rows."""
-    each = [row for row in rows for _ in range(r.G)]
-    given = lambda name: [getattr(row, name) for row in each] if getattr(rows[0], name) is not None else None
-    images = lambda name: None if getattr(rows[0], name) is None else torch.stack(given(name)).to(policy.device)
-    return Samples([row.wanted or row.text for row in each], [row.metadata for row in each], texts_of(policy, r), images_of(policy, r),
-                   images("source"), images("real"), given("answer"), [row.options for row in each],
-                   [task.form] * len(each) if task.form else None, images_of(policy, r, last=2))
+    repeated = [row for row in rows for _ in range(rollout.G)]
+
+    def images(name: str) -> Tensor | None:
+        if getattr(rows[0], name) is None:
+            return None
+        return torch.stack([getattr(row, name) for row in repeated]).to(policy.device)
+
+    return Samples(
+        prompts=[row.wanted or row.text for row in repeated],
+        metadata=[row.metadata for row in repeated], texts=texts_of(policy, rollout),
+        images=images_of(policy, rollout), sources=images("source"), reals=images("real"),
+        answers=None if rows[0].answer is None else [row.answer for row in repeated],
+        options=[row.options for row in repeated],
+        formats=[task.form] * len(repeated) if task.form else None,
+        earlier=images_of(policy, rollout, last=2))
 
 
-def token_states(whose: Callable, precision: Callable, size: int):
-    """rewards.TokenMatch's `states`, `size` samples at once; whose() is a context that gives the policy, precision() that of its calls."""
+def token_states(reference: Callable, precision: Callable, size: int) -> Callable:
+    """rewards.TokenMatch's `states`, `size` samples at once.
+
+    reference() and precision() are contexts: of the frozen reference, which the first gives, and of
+    its calls.
+    """
+
     @torch.no_grad()
-    def states(images: Tensor, prompts: list[str]):
-        with whose() as policy, precision():
-            pixels = as_read(policy, images * 2 - 1)
-            tokens, mask = policy.encode_text(prompts)
+    def states(images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with reference() as policy, precision():
+            pixels = vit_pixels(policy, images * 2 - 1)
+            tokens, mask = policy.encode_text(prompts)                              # (N, L)
             parts = []
             for i in range(0, len(prompts), size):
-                image, seen, context = policy.image_states(pixels[i:i + size])
-                text, _ = policy.append_text(context, tokens[i:i + size], mask[i:i + size], states=True)
-                parts.append((image, seen, text))
-        image, seen, text = (torch.cat(part) for part in zip(*parts))
-        return image, seen, text, mask & (tokens != policy.start) & (tokens != policy.end)
+                part = slice(i, i + size)
+                image, image_mask, context = policy.image_states(pixels[part])
+                text, _ = policy.append_text(context, tokens[part], mask[part], states=True)
+                parts.append((image, image_mask, text))
+        image, image_mask, text = (torch.cat(column) for column in zip(*parts))
+        words = mask & (tokens != policy.start) & (tokens != policy.end)
+        return image, image_mask, text, words
+
     return states
 
 
-def measured(name: str, samples: Samples, detector, G: int, whole_groups: bool) -> dict[str, float]:
-    """What is logged of a task's samples beside their rewards: truth, and variety within groups, where they can be known."""
-    task, found = TASKS[name], None
-    if detector is not None and task.draws:
-        found = detector(samples.images)
-    right = task.truth(samples, found)
-    out = {} if right is None else {"truth": right.double().mean().item()}
-    if found is not None and task.parts:
-        out |= {k: v.double().mean().item() for k, v in task.parts(samples, found, detector).items()}
-    if found is not None and whole_groups:                      # a rank that draws a piece of each group cannot say how they vary
+def truth_and_variety(task: Task, samples: Samples, detector, G: int) -> dict[str, float]:
+    """What is logged of a task's samples besides rewards: truth, and variety within groups, as far
+    as they are known.
+    """
+    found = detector(samples.images) if detector is not None and task.draws else None
+    right, out = task.truth(samples, found), {}
+    if right is not None:
+        out["truth"] = right.double().mean().item()
+    if found is not None:
+        parts = task.parts(samples, found, detector) if task.parts else {}
+        out |= {name: values.double().mean().item() for name, values in parts.items()}
         out |= shapes.diversity(to_bytes(samples.images), found, G)
     return out
 
@@ -316,51 +446,100 @@ def measured(name: str, samples: Samples, detector, G: int, whole_groups: bool) 
 # ---- what an update is made of ----
 
 
-def counts(r: Rollout, per: str, most: int) -> Tensor:
-    """(2,) of a rollout, what its losses are averaged over: sampled text tokens (per="token"), texts ("sequence") or texts times `most`
-    tokens ("constant"); and noisy image steps."""
-    of_text = {"token": lambda chosen: int(chosen.sum()), "sequence": len, "constant": lambda chosen: len(chosen) * most}[per]
-    image = sum(s.flow.logp.numel() for s in r.segments if isinstance(s, Picture) and s.flow is not None)
-    return torch.tensor([sum(of_text(s.chosen) for s in chosen_texts(r)), image], dtype=torch.float64)
+def counts(rollout: Rollout, per: str, most: int) -> Tensor:
+    """What a rollout's losses are averaged over, (2,): units of text, and noisy image steps.
+
+    per: "token" counts sampled tokens, "sequence" texts, "constant" texts times `most` tokens.
+    """
+    texts = 0
+    for text in chosen_texts(rollout):
+        texts += {
+            "token": int(text.chosen.sum()), "sequence": len(text.chosen),
+            "constant": len(text.chosen) * most}[per]
+    steps = sum(picture.flow.logp.numel() for picture in chosen_pictures(rollout))
+    return torch.tensor([texts, steps], dtype=torch.float64)
 
 
-def micro_batches(r: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
-    """Cuts of a rollout and their rows: whole groups while `size` samples hold one, else pieces of a group; 0 is one cut."""
-    prompts, samples = (r.B, r.G) if not size else (size // r.G, r.G) if size >= r.G else (1, size)
-    cuts = [(range(i, min(i + prompts, r.B)), range(g, min(g + samples, r.G)))
-            for i in range(0, r.B, prompts) for g in range(0, r.G, samples)]
-    return [(subset(r, p, s), [i * r.G + g for i in p for g in s]) for p, s in cuts]
+def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
+    """Parts of a rollout with their rows: whole groups if `size` samples hold one, else parts of a
+    group; 0: one part.
+    """
+    B, G = rollout.B, rollout.G
+    prompts, samples = B, G
+    if size:
+        prompts, samples = max(1, size // G), min(size, G)
+    parts = []
+    for i in range(0, B, prompts):
+        for g in range(0, G, samples):
+            some, of_each = range(i, min(i + prompts, B)), range(g, min(g + samples, G))
+            rows = [p * G + s for p in some for s in of_each]
+            parts.append((subset(rollout, some, of_each), rows))
+    return parts
 
 
 # ---- what files must hold ----
 
 
 def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
-    side, most = policy.config.stride, policy.config.stride * policy.config.bagel["max_latent_size"]
+    side = policy.config.stride
+    most = side * policy.config.bagel["max_latent_size"]
     if toy and resolution != shapes.SIZE:
         raise ValueError(f"--resolution {resolution}: must be {shapes.SIZE}, the toy world")
     if resolution % side or resolution > most:
         raise ValueError(f"--resolution {resolution}: must be a multiple of {side} up to {most}")
 
 
-def check_rows(rows: list[dict], task: Task, cfg, policy: Policy) -> None:
-    """ValueError for a text that leaves no room for what is written, or an answer longer than what may be written."""
-    room = getattr(cfg, task.writes) if task.writes else 0
-    texts = [row["question" if task.pair == "text" else TEXT_OF[task.file]] for row in rows]
+def check_rows(rows: list[dict], path: str, task: Task, cfg, policy: Policy) -> None:
+    """ValueError for rows of a file that a task cannot use or a reward cannot score; a warning for
+    unknown words.
+    """
+    if bare := [row for row in rows if not row.get(task.text)]:
+        raise ValueError(
+            f"--{task.name} reads \"{task.text}\", which {len(bare)} rows of {path} "
+            "do not have; add it, or "
+            f"set --{task.name} 0"
+        )
+    if task.name == "choose" and (
+        bare := [row["question"] for row in rows if not row.get("options")]):
+        raise ValueError(
+            f"--choose needs options in every row of {path}; {bare[0][:60]!r} has none")
+    texts, room = [row[task.text] for row in rows], getattr(cfg, task.writes) if task.writes else 0
     policy.check_text(texts, room)
-    unknown = policy.tokenizer.unk_token_id                     # BAGEL's tokenizer spells every word
-    if unknown is not None and (strange := [t for t in texts if unknown in policy.tokenizer(t, add_special_tokens=False).input_ids]):
-        say(f"warning: {len(strange)} of {len(texts)} {task.file} hold words that the policy was never taught, such as {strange[0][:60]!r}")
-    if task.file == "edits":
-        compared = [k for k in ("sem", "kn", "dense", "recaption", "tim") if cfg.weights[k]]
-        if compared and (bare := [row["instruction"] for row in rows if not str(row.get("caption") or "").strip()]):
-            raise ValueError(f"--{compared[0]} compares an edited image with a caption of it, and {bare[0][:60]!r} in {cfg.edits} has no "
-                             "\"caption\"; add it, or use --dvreward or --ins alone")
-        texts = [row.get("caption", "") for row in rows]
-    if task.draws and cfg.weights["recaption"] and cfg.recaption_by == "tuples":
-        for text in texts:
-            caption_tuples(text)
-    for answer in dict.fromkeys(row["answer"] for row in rows if "answer" in row):
+    unknown = policy.tokenizer.unk_token_id     # BAGEL's tokenizer has none: it spells every word
+    if unknown is not None:
+        strange = [
+            t for t in texts if unknown in policy.tokenizer(t, add_special_tokens=False).input_ids]
+        if strange:
+            say(
+                f"warning: {len(strange)} of {len(texts)} rows of {path} hold words that the "
+                "policy was never taught, "
+                f"such as {strange[0][:60]!r}"
+            )
+    if task.draws:
+        check_drawn(rows, path, task, cfg)
+    for answer in dict.fromkeys(row["answer"] for row in rows if task.writes and "answer" in row):
         length = len(policy.tokenizer(answer, add_special_tokens=False).input_ids)
-        if task.writes and length > room:
-            raise ValueError(f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} lets {room} be written")
+        if length > room:
+            raise ValueError(
+                f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} allows {room}"
+            )
+
+
+def check_drawn(rows: list[dict], path: str, task: Task, cfg) -> None:
+    """ValueError if a reward of drawn images cannot read a row."""
+    if cfg.weights["ins"]:
+        check_rules(rows, path, task.text)
+    text = task.text
+    if task.sees and task.file == "edits":      # rewards read a caption of the edited image
+        reading = [name for name in ("sem", "kn", "dense", "recaption", "tim") if cfg.weights[name]]
+        bare = [row["instruction"] for row in rows if not str(row.get("caption") or "").strip()]
+        if reading and bare:
+            raise ValueError(
+                f"--{reading[0]} compares an edited image with a caption of it, and "
+                f"{bare[0][:60]!r} in "
+                f"{path} has no \"caption\"; add it, or use --dvreward or --ins alone"
+            )
+        text = "caption"
+    if cfg.weights["recaption"] and cfg.cycle_by == "rules":
+        for row in rows:
+            caption_tuples(row.get(text, ""))

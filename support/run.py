@@ -1,7 +1,8 @@
-"""What keeps a run alive: its ranks, what it is refused for, its memory, its log, its checkpoint.
+"""What keeps a run alive: its ranks, its log, its checkpoint, the signals that stop it.
 
-Nothing here knows a loss. A run may be one process or torchrun's many, may be stopped by a signal, a full disk or a kill at any moment, and
-goes on with --resume from its last checkpoint as if it had not been.
+Nothing here knows a loss. A run is one process or torchrun's many. A signal, a full disk or a kill
+may stop it at any moment, and `--resume` goes on from its last checkpoint as if nothing had
+happened.
 """
 
 import json
@@ -26,24 +27,23 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from support.checkpoint import FLOATS, UNREADABLE, finite, placed, save_tensors, trainable, whole
-from support.disk import Refusing, write_atomic
+from support.checkpoint import FLOATS, all_finite, full_tensor, save_tensors, shard_like, trainable
+from support.disk import one_line_error, write_atomic
 from support.terminal import say
-
 
 # ---- ranks ----
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers: one rank of one process, or torchrun's."""
+    """This process among its peers: one rank of one process, or of torchrun's many."""
 
     rank: int
     world: int
     device: torch.device
 
     def total(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place; x itself where there is one."""
+        """Sum over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
@@ -56,195 +56,248 @@ class Ranks:
         dist.all_gather(everyone, x.contiguous())
         return torch.cat(everyone)
 
-    def cuts(self, count: int) -> int:
-        """Into how many pieces each group of `count` prompts is cut: 1 where the prompts divide over the ranks."""
-        return self.world // math.gcd(count, self.world)
-
-    def share(self, count: int, G: int) -> tuple[range, range]:
-        """Which of `count` prompts, and which samples of each group of G, are this rank's."""
-        cuts = self.cuts(count)
-        deals, deal, cut = self.world // cuts, self.rank // cuts, self.rank % cuts
-        return range(deal * count // deals, (deal + 1) * count // deals), range(cut * G // cuts, (cut + 1) * G // cuts)
-
-    def groups(self, x: Tensor, count: int, G: int) -> Tensor:
-        """x (n,) of the samples of each rank -> (count, G) of all."""
-        cuts = self.cuts(count)
-        deals = self.world // cuts
-        return self.gather(x).view(deals, cuts, count // deals, G // cuts).transpose(1, 2).reshape(count, G)
-
-    def own(self, x: Tensor) -> Tensor:
-        """The inverse: x (count, G) of all samples -> (n,) of this rank's."""
-        mine, samples = self.share(*x.shape)
-        return x[mine.start:mine.stop, samples.start:samples.stop].flatten()
-
-    def combined(self, log: dict[str, list[float]]) -> dict[str, float]:
-        """One number per name: the mean over micro-batches and ranks, or the least and largest where the name says min or max."""
-        def one(name: str, values):
-            return values.min() if name.endswith("min") else values.max() if name.endswith("max") else values.mean()
-        mine = torch.tensor([[one(k, np.array(v)) for k, v in log.items()]], dtype=torch.float64, device=self.device)
-        everyone = self.gather(mine)                                                                           # (ranks, names)
-        return {k: one(k, everyone[:, i]).item() for i, k in enumerate(log)}
+    def share(self, count: int) -> range:
+        """Which of `count` prompts are this rank's; `count` must divide over the ranks."""
+        mine = count // self.world
+        return range(self.rank * mine, (self.rank + 1) * mine)
 
     def add_gradients(self, optimizer, averaged: int) -> None:
-        """Add the gradients of all ranks up where FSDP2 has not."""
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # so that every rank has the same list
-            if not isinstance(p, DTensor):
-                self.total(p.grad).div_(averaged)
+        """Sum the gradients of all ranks where FSDP2 has not; averaged: what the losses were
+        multiplied by for FSDP2.
+        """
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is None:              # so that every rank has the same list
+                    p.grad = torch.zeros_like(p)
+                if not isinstance(p, DTensor):
+                    self.total(p.grad).div_(averaged)
+
+    def mean_over_ranks(self, log: dict[str, list[float]]) -> dict[str, float]:
+        """One number per name: the mean over micro-batches and ranks, or the extreme if the name
+        ends in min or max.
+        """
+        mine = [reduce_metric(name, np.array(values)) for name, values in log.items()]
+        row = torch.tensor([mine], dtype=torch.float64, device=self.device)
+        everyone = self.gather(row)                                                 # (ranks, names)
+        return {name: reduce_metric(name, everyone[:, i]).item() for i, name in enumerate(log)}
+
+
+def reduce_metric(name: str, values):
+    """The mean of an array or tensor of values; the least or largest of a metric whose name ends in
+    min or max.
+    """
+    if name.endswith("min"):
+        return values.min()
+    if name.endswith("max"):
+        return values.max()
+    return values.mean()
+
+
+def precision(cfg, device: torch.device):
+    """A context of bf16 autocast, if it is asked for: for the policy's calls, not for losses and
+    rewards.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else nullcontext()
+
+
+def make_optimizer(
+    policy: nn.Module, rates: dict[str, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with a rate per expert, and with its moments, so that a checkpoint can be read in
+    place.
+    """
+    groups = []
+    for expert, params in policy.trainable_by_expert().items():
+        whole = [p for p in params if not isinstance(p, DTensor)]
+        cut = [p for p in params if isinstance(p, DTensor)]  # the two kinds do not mix in one group
+        groups += [dict(params=some, lr=rates[expert]) for some in (whole, cut) if some]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay)
+    for p in trainable(policy).values():
+        moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
+    return optimizer
 
 
 def clip_gradients(optimizer, most: float) -> Tensor:
     """Clip the common norm of all gradients to `most` and return what it was."""
-    groups = [g["params"] for g in optimizer.param_groups]
-    norm = torch.linalg.vector_norm(torch.stack([whole(nn.utils.get_total_norm([p.grad for p in params])) for params in groups]))
+    groups = [group["params"] for group in optimizer.param_groups]
+    norms = [full_tensor(nn.utils.get_total_norm([p.grad for p in params])) for params in groups]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     for params in groups:
         nn.utils.clip_grads_with_norm_(params, most, norm)
     return norm
 
 
 def setup() -> Ranks:
-    """Read torchrun's environment; nccl where there are GPUs, else gloo."""
+    """Read torchrun's environment and join its process group: nccl on GPUs, else gloo."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return Ranks(rank, world, device)
 
 
-# ---- memory ----
-
-
-def precision(cfg, device: torch.device):
-    """bf16 autocast where it is asked for: of the policy's own calls, not of losses and rewards."""
-    return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else nullcontext()
-
-
 # ---- the log ----
 
-
-# What may differ between a run and its resumption without changing what is computed.
-FREE = ("resume", "out", "steps", "eval_every", "save_every", "micro", "rollout_batch", "referee_batch")
+# Settings that may differ between a run and its resumption without changing what is computed.
+FREE = ("resume", "out", "steps", "eval_every", "save_every", "micro", "rollout_batch")
 
 
 class Log:
-    """out/log.jsonl, one JSON object a line; the first tells what ran. Only one rank writes, and only one run at a time owns the folder.
+    """out/log.jsonl: one JSON object a line, of which the first says what ran. Only rank 0 writes.
 
-    A resumed run goes on in the same file and adds a row of what differs from the run that it resumes. A run that starts anew first moves
-    an older run's log and checkpoint into out/previous (out/previous2, ...), not before its own first step is done.
+    The file begins with the first finished step, so that a run that fails before it leaves nothing.
+    A resumed run appends to it, and adds a row that names the settings in which it differs from the
+    run before.
     """
 
     def __init__(self, out: Path, config: dict, active: bool, world: int):
-        self.path, self.active, self.evaluated, self.waiting, self.opened = out / "log.jsonl", active, set(), [], False
-        self.head = dict(config=config, command=" ".join(sys.argv), commit=commit(), world=world,
-                         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-        self.begun, self.owned = time.monotonic(), None
+        self.path, self.active = out / "log.jsonl", active
+        self.evaluated, self.waiting, self.opened, self.owner = set(), [], False, None
+        versions = dict(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        command = " ".join(sys.argv)
+        self.head = dict(
+            config=config, command=command, commit=commit(), world=world, versions=versions)
+        self.start = time.monotonic()
         if active:
             out.mkdir(parents=True, exist_ok=True)
-            self.owned = Owner(out)
+            self.owner = Owner(out)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
-        if self.owned:
-            self.owned.close()
+    def __exit__(self, *_):
+        if self.owner:
+            self.owner.close()
 
     def resume(self, step: int) -> None:
-        """Go on behind the rows of the steps before `step`; what cannot be read is dropped."""
+        """Go on in the file of the run that is resumed, without its rows from `step` on."""
         if not self.active:
             return
         head, rows = read_rows(self.path) if self.path.exists() else (None, [])
-        kept = [r for r in rows if r.get("step", step) < step or "eval" in r and r["step"] == step]
-        self.begun -= max([r["seconds"] for r in kept if isinstance(r.get("seconds"), (int, float))], default=0.0)
-        self.evaluated = {r["step"] for r in kept if "eval" in r}
+        kept = [
+            row
+            for row in rows
+            if row.get("step", step) < step or ("eval" in row and row["step"] == step)
+        ]
+        seconds = [row["seconds"] for row in kept if isinstance(row.get("seconds"), (int, float))]
+        self.start -= max(seconds, default=0.0)
+        self.evaluated = {row["step"] for row in kept if "eval" in row}
         changed = differences(head, self.head) if head else {}
         self.write([head or self.head, *kept])
         self.opened = True
         if changed:
-            say("resumes with other settings: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
+            named = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+            say(f"resumes with other settings: {named}")
             self(step=step, resumed=changed)
 
     def __call__(self, **record) -> None:
-        """Add a row. Rows before the first step's wait for it."""
+        """Add a row. Evaluations before the first step wait for it."""
         if not self.active:
             return
         if "eval" in record:
             self.evaluated.add(record["step"])
-        row = dict(seconds=round(time.monotonic() - self.begun, 2), **record)
+        row = dict(seconds=round(time.monotonic() - self.start, 2), **record)
         if not self.opened and "eval" in record:
             self.waiting.append(row)
             return
         self.open()
-        if not self.path.exists():                              # deleted while the run goes
+        if not self.path.exists():              # deleted while the run goes on
             self.write([self.head])
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def open(self) -> None:
-        """Put an older run aside and begin the file, with the rows that waited."""
+        """Begin the file with the head and the rows that waited."""
         if self.active and not self.opened:
-            set_aside(self.path.parent)
             self.write([self.head, *self.waiting])
             self.opened = True
 
     def write(self, rows: list[dict]) -> None:
-        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in rows).encode())
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 class Owner:
-    """Holds the lock by which a run owns its folder; it ends with the process, however that ends. ValueError where another run holds it."""
+    """The lock by which a run owns its folder; it ends with the process. Errors: ValueError if
+    another run holds it.
+    """
 
     def __init__(self, out: Path):
-        self.held = None
-        if sys.platform == "win32":                             # has no such locks
+        self.handle = None
+        if sys.platform == "win32":             # has no such locks
             return
         import fcntl
-        self.held = os.open(out, os.O_RDONLY)
+
+        self.handle = os.open(out, os.O_RDONLY)
         try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.close()
-            raise ValueError(f"--out {out} is in use by another run; give another folder, or wait for its end") from error
-        except OSError:                                         # a network's file system without locks
-            say(f"warning: {out} cannot be locked; see to it that no other run writes there")
+            raise ValueError(
+                f"--out {out} is in use by another run; give another folder, or wait") from error
+        except OSError:                         # a network's file system without locks
+            say(f"warning: {out} cannot be locked; make sure that no other run writes there")
 
     def close(self) -> None:
-        if self.held is not None:
-            os.close(self.held)
-            self.held = None
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
 
     __del__ = close
 
 
-def set_aside(out: Path) -> None:
-    """Move the log and the checkpoints of an older run into a folder of their own, so that nothing of it is lost or resumed by mistake."""
-    names = [n for n in ("log.jsonl", "checkpoint.safetensors", "checkpoint", "checkpoint.old") if (out / n).exists()]
-    if names:
-        number = next(i for i in range(1, 10**6) if not (out / f"previous{i if i > 1 else ''}").exists())
-        folder = out / f"previous{number if number > 1 else ''}"
-        folder.mkdir()
-        for name in names:
-            (out / name).rename(folder / name)
-        say(f"the log and the checkpoint of the run before are in {folder}")
+NOT_WHOLE = "{} is not a whole checkpoint in safetensors, and pickled checkpoints are not read"
+CHECKPOINTS = ("checkpoint.safetensors", "checkpoint", "checkpoint.old")
+
+
+def refuse_finished(out: Path) -> None:
+    """ValueError if a folder holds a run already, which a run that begins anew would mix with its
+    own.
+    """
+    if not any((out / name).exists() for name in ("log.jsonl", *CHECKPOINTS)):
+        return
+    head, rows = read_rows(out / "log.jsonl") if (out / "log.jsonl").exists() else (None, [])
+    recipe = head["config"].get("recipe", "?") if head else "?"
+    steps = 1 + max((row["step"] for row in rows if "loss" in row), default=-1)
+    raise ValueError(
+        f"{out} holds a run of {recipe}, {steps} steps; --resume goes on, another --out begins anew"
+    )
 
 
 def differences(old: dict, new: dict) -> dict[str, list]:
-    """name -> [old, new] of the settings, commit, versions and number of ranks in which two heads of a log differ."""
-    def flat(head: dict) -> dict:
-        config = head.get("config") or {}
-        nested = {k: v for part in config.values() if isinstance(part, dict) for k, v in part.items()}
-        plain = {k: v for k, v in config.items() if not isinstance(v, dict) and k not in FREE}
-        return plain | nested | (head.get("versions") or {}) | {k: head.get(k) for k in ("commit", "world")}
-    a, b = flat(old), flat(new)
-    return {k: [a.get(k), b.get(k)] for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+    """name -> [old, new] of the settings, commit, versions and number of ranks in which two heads
+    of a log differ.
+    """
+    a, b = flatten_head(old), flatten_head(new)
+    return {
+        name: [a.get(name), b.get(name)]
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    }
+
+
+def flatten_head(head: dict) -> dict:
+    """A log's head as one flat dictionary, without what may differ freely."""
+    flat = dict(head.get("versions") or {}, commit=head.get("commit"), world=head.get("world"))
+    for name, value in (head.get("config") or {}).items():
+        if isinstance(value, dict):
+            flat |= value
+        elif name not in FREE:
+            flat[name] = value
+    return flat
 
 
 def commit() -> str | None:
-    """The commit of these files, with "+" where they differ from it; None outside git or without it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    """The commit of these files, with "+" if they differ from it; None outside git or without
+    it.
+    """
+    root = str(Path(__file__).parent.parent)
+    command = ["git", "-C", root, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -252,7 +305,9 @@ def commit() -> str | None:
 
 
 def read_rows(path: Path) -> tuple[dict | None, list[dict]]:
-    """A log's head, or None where it is lost, and its other rows; torn and blank lines, as a crash leaves them, are passed over."""
+    """A log's head, or None if it is lost, and its other rows. Torn and blank lines, as a crash
+    leaves them, are skipped.
+    """
     rows = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -266,7 +321,7 @@ def read_rows(path: Path) -> tuple[dict | None, list[dict]]:
 
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:
-    """A log's head and its other rows; ValueError for a file that is no log."""
+    """A log's head and its other rows. Errors: ValueError for a file that is no log."""
     head, rows = read_rows(path)
     if head is None:
         raise ValueError(f"{path} is not a log of train.py: no line of it holds the config")
@@ -275,37 +330,44 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
 
 @contextmanager
 def signals():
-    """A list that SIGINT, SIGTERM, SIGQUIT and SIGHUP append their names to while inside; the old handlers come back afterwards.
-    A SIGHUP that is ignored, as nohup does, stays so."""
-    caught, names = [], ["SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        names.remove("SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]        # Windows lacks two of them
-    old = [signal.signal(n, lambda n, _: caught.append(signal.Signals(n).name)) for n in numbers]
+    """A list to which SIGINT, SIGTERM, SIGQUIT and SIGHUP append their names; the old handlers come
+    back afterwards.
+
+    A SIGHUP that is ignored, as nohup does, stays ignored.
+    """
+    caught, old = [], {}
+    for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
+        number = getattr(signal, name, None)    # Windows lacks two of them
+        ignored = (
+            name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN)
+        if number is not None and not ignored:
+            old[number] = signal.signal(number, lambda n, _: caught.append(signal.Signals(n).name))
     try:
         yield caught
     finally:
-        for n, handler in zip(numbers, old):
-            signal.signal(n, handler)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 # ---- the checkpoint ----
 
 
 class Average:
-    """Exponential moving average of the trainable weights, fp32; `swapped` puts it into the policy for a while."""
+    """Exponential moving average of the trainable weights, in fp32."""
 
     def __init__(self, policy: nn.Module, decay: float):
-        self.decay, self.weights = decay, {n: p.detach().float().clone() for n, p in trainable(policy).items()}
+        self.decay = decay
+        self.weights = {name: p.detach().float().clone() for name, p in trainable(policy).items()}
 
     @torch.no_grad()
     def update(self, policy: nn.Module) -> None:
-        for n, p in trainable(policy).items():
-            self.weights[n].lerp_(p.float(), 1 - self.decay)
+        for name, p in trainable(policy).items():
+            self.weights[name].lerp_(p.float(), 1 - self.decay)
 
     @contextmanager
-    def swapped(self, policy: nn.Module):
-        own = {n: p.detach().clone() for n, p in trainable(policy).items()}
+    def in_place_of(self, policy: nn.Module):
+        """Put the average into the policy for a while."""
+        own = {name: p.detach().clone() for name, p in trainable(policy).items()}
         policy.load_state_dict(self.weights, strict=False)
         try:
             yield policy
@@ -314,92 +376,130 @@ class Average:
 
 
 def run_state(policy: nn.Module, average: Average, optimizer, learner=None) -> dict[str, Tensor]:
-    """The live tensors of a checkpoint but for the step: trainable weights, their average, AdamW's moments, a referee that learns."""
+    """The live tensors of a checkpoint but the step: weights, their average, AdamW's moments, a
+    referee that learns.
+    """
     out = learner.state() if learner else {}
-    for n, p in trainable(policy).items():
-        out |= {f"policy.{n}": p.detach(), f"average.{n}": average.weights[n]}
-        out |= {f"adamw.{k}.{n}": v for k, v in optimizer.state[p].items()}
+    for name, p in trainable(policy).items():
+        out[f"policy.{name}"] = p.detach()
+        out[f"average.{name}"] = average.weights[name]
+        for key, value in optimizer.state[p].items():
+            out[f"adamw.{key}.{name}"] = value
     return out
 
 
-def save_checkpoint(out: Path, tensors: dict[str, Tensor], step: int, sharded: bool = False, rank: int = 0, writer: int = 0) -> None:
-    """Replace out/checkpoint.safetensors atomically, from the rank `writer`, where ranks hold equal weights; of a sharded run the folder
-    out/checkpoint, which all ranks write together (torch.distributed.checkpoint, in safetensors) and which any number of ranks reads."""
+def save_checkpoint(
+    out: Path, tensors: dict[str, Tensor], step: int, sharded: bool = False, rank: int = 0,
+    writer: int = 0
+) -> None:
+    """Replace the checkpoint in `out`, whole or not at all.
+
+    Ranks that hold equal weights leave it to the rank `writer`, which writes
+    out/checkpoint.safetensors. All ranks of a sharded run write the folder out/checkpoint together,
+    in safetensors, which any number of ranks can read.
+    """
     tensors = tensors | {"step": torch.tensor(step)}
-    single, folder, fresh, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.tmp", out / "checkpoint.old"
+    single, folder, scratch, old = (
+        out / name
+        for name in ("checkpoint.safetensors", "checkpoint", "checkpoint.tmp", "checkpoint.old")
+    )
     if not sharded:
         if rank == writer:
-            part = out / f"checkpoint.{writer}.safetensors"     # a file of its own, since several ranks may fail together
+            part = (
+                out / f"checkpoint.{writer}.safetensors"
+            )                                   # a file of its own: several ranks may fail together
             save_tensors(tensors, part)
             os.replace(part, single)
             if folder.exists():
-                folder.rename(fresh)                            # in one step, so that no half of a folder looks like a checkpoint
-            shutil.rmtree(fresh, ignore_errors=True)
+                folder.rename(scratch)  # in one step: half a folder must not look like a checkpoint
+            shutil.rmtree(scratch, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
         return
     if rank == 0:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     dist.barrier()
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(fresh), save_distributed=True))
-    except CheckpointException as error:                        # no Exception: it would pass every handler
-        raise OSError(f"{fresh} could not be written: {next(iter(error.failures.values()))[0]}") from error
+        dcp.save(
+            tensors,
+            storage_writer=dcp.HuggingFaceStorageWriter(str(scratch), save_distributed=True))
+    except CheckpointException as error:  # no subclass of Exception: it would pass every handler
+        first = next(iter(error.failures.values()))[0]
+        raise OSError(f"{scratch} could not be written: {first}") from error
     dist.barrier()
     if rank == 0:
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        fresh.rename(folder)                                    # a kill before this line leaves the old one, which is looked for too
+        scratch.rename(folder)  # a kill before this line leaves the old one, which is found too
         shutil.rmtree(old, ignore_errors=True)
         single.unlink(missing_ok=True)
     dist.barrier()
 
 
 def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, of a sharded one this rank's part, from a checkpoint of either kind. A folder's are filled before they are checked."""
-    with Refusing(f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read", UNREADABLE):
+    """Fill tensors from a checkpoint of either kind, each rank of a sharded run its own part."""
+    with one_line_error(
+        f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read"):
         if path.is_dir():
-            alone = not any(isinstance(v, DTensor) for v in tensors.values())
+            alone = not any(isinstance(value, DTensor) for value in tensors.values())
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
-            bad = [k for k, v in tensors.items() if not finite(v.to_local() if isinstance(v, DTensor) else v)]
+            local = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in tensors.items()}
+            bad = [key for key, value in local.items() if not all_finite(value)]
         else:
             with safe_open(path, framework="pt") as file:
-                bad = [k for k in tensors if not finite(file.get_tensor(k))]
+                bad = [key for key in tensors if not all_finite(file.get_tensor(key))]
                 for key, value in tensors.items() if not bad else ():
-                    value.copy_(placed(file.get_tensor(key).to(value.device), value))
+                    value.copy_(shard_like(file.get_tensor(key).to(value.device), value))
     if bad:
-        raise ValueError(f"{path}: {bad[0]} holds numbers that are not finite; no run can go on from them")
+        raise ValueError(
+            f"{path}: {bad[0]} holds numbers that are not finite; no run can go on from them")
 
 
 def stored_kinds(path: Path) -> dict[str, tuple]:
     """Key -> (shape, dtype) of a checkpoint of either kind."""
-    with Refusing(f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read", UNREADABLE):
+    with one_line_error(
+        f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read"):
         if path.is_dir():
-            held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-            if holes := [k for k, v in held.items() if sum(math.prod(c.sizes) for c in v.chunks) != math.prod(v.size)]:
-                raise ValueError(f"parts of {holes[0]} are missing")
-            return {k: (tuple(v.size), v.properties.dtype) for k, v in held.items()}
+            stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+            for key, value in stored.items():
+                if sum(math.prod(chunk.sizes) for chunk in value.chunks) != math.prod(value.size):
+                    raise ValueError(f"parts of {key} are missing")
+            return {
+                key: (tuple(value.size), value.properties.dtype) for key, value in stored.items()}
         with safe_open(path, framework="pt") as file:
-            held = {k: file.get_slice(k) for k in file.keys()}
-            return {k: (tuple(v.get_shape()), (FLOATS | {"I64": torch.int64}).get(v.get_dtype())) for k, v in held.items()}
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            dtypes = FLOATS | {"I64": torch.int64}
+            return {
+                key: (tuple(x.get_shape()), dtypes.get(x.get_dtype())) for key, x in slices.items()}
 
 
 def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
-    """Put the checkpoint in `out` into a run's tensors and return its step. Keys, shapes and dtypes are checked before anything changes."""
+    """Put the newest checkpoint in `out` into a run's tensors and return its step.
+
+    Keys, shapes and dtypes are checked before anything changes. Errors: FileNotFoundError without a
+    checkpoint, ValueError for one of another run.
+    """
     into = tensors | {"step": torch.tensor(0)}
-    single, folder, old = out / "checkpoint.safetensors", out / "checkpoint", out / "checkpoint.old"
-    there = [p for p in (single, folder if folder.exists() else old) if p.exists()]         # a kill may leave one of each kind
-    if not there:
+    single, folder, old = (out / name for name in CHECKPOINTS)
+    paths = [
+        path for path in (single, folder if folder.exists() else old) if path.exists()
+    ]                                           # a kill may leave both
+    if not paths:
         raise FileNotFoundError(f"no checkpoint {single} to resume from")
-    want, steps = {k: (tuple(v.shape), v.dtype) for k, v in into.items()}, {}
-    for path in there:
-        has = stored_kinds(path)
-        missing, extra = sorted(want.keys() - has.keys()), sorted(has.keys() - want.keys())
+    wanted, steps = {key: (tuple(value.shape), value.dtype) for key, value in into.items()}, {}
+    for path in paths:
+        stored = stored_kinds(path)
+        missing, extra = (
+            sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys()))
         if missing or extra:
-            raise ValueError(f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} keys extra {extra[:6]}; "
-                             "was it written with another --policy, --lora or --experts?")
-        if wrong := [k for k in want if has[k] != want[k]]:
-            raise ValueError(f"{path}: {wrong[0]} has shape {has[wrong[0]]}, the policy {want[wrong[0]]}")
+            raise ValueError(
+                f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} "
+                f"keys extra {extra[:6]}; "
+                "was it written with another --policy, --lora or rates?"
+            )
+        for key, kind in wanted.items():
+            if stored[key] != kind:
+                raise ValueError(f"{path}: {key} has shape {stored[key]}, the policy {kind}")
         read_checkpoint(path, {"step": into["step"]})
         steps[path] = int(into["step"])
     path = max(steps, key=steps.get)
@@ -409,17 +509,24 @@ def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
     return steps[path]
 
 
-def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, work: list | None) -> str:
-    """Save the weights and the batches of a step whose loss or gradient is not finite, one file per rank; returns what to say of it.
-    work: (batch, rollout, advantages) of each task."""
+def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, parts: list) -> str:
+    """Save the weights and the batches of a step whose loss or gradient is not finite, a file per
+    rank.
+
+    parts: train.Part of each task. Returns a sentence that names the files.
+    """
     path = out / f"bad_step_{rank}.safetensors"
-    tensors = {f"policy.{n}": p.to_local() if isinstance(p, DTensor) else p for n, p in trainable(policy).items()}
-    tensors |= {"step": torch.tensor(step)}
-    for batch, r, adv in work or []:
-        tensors[f"{batch.task}.adv"] = adv
-        for i, s in enumerate(r.segments):
-            held = vars(s) | (vars(s.flow) if getattr(s, "flow", None) else {})
-            tensors |= {f"{batch.task}.{i}.{k}": v.clone() for k, v in held.items() if isinstance(v, Tensor)}
+    tensors = {"step": torch.tensor(step)}
+    for name, p in trainable(policy).items():
+        tensors[f"policy.{name}"] = p.to_local() if isinstance(p, DTensor) else p
+    for part in parts:
+        task = part.batch.task.name
+        tensors[f"{task}.adv"] = part.adv
+        for i, segment in enumerate(part.rollout.segments):
+            fields = vars(segment) | (vars(segment.flow) if getattr(segment, "flow", None) else {})
+            tensors |= {
+                f"{task}.{i}.{k}": v.clone() for k, v in fields.items() if isinstance(v, Tensor)}
     save_tensors(tensors, path)
     good = [p for p in (out / "checkpoint.safetensors", out / "checkpoint") if p.exists()]
-    return f"Last good checkpoint: {good[0] if good else 'none yet'}. The weights and the batch of this step are in {path}"
+    last = good[0] if good else "none yet"
+    return f"Last good checkpoint: {last}. The weights and the batch of this step are in {path}"
