@@ -22,7 +22,6 @@ embedding width.
 tensor([1.5000, 0.0000])
 """
 
-import difflib
 import math
 import os
 import string
@@ -40,29 +39,30 @@ class Samples:
     """What a reward may read, one entry per sample. A field that the task does not have is None."""
 
     prompts: list[str]
-    metadata: list[dict]              # GenEval's format: tag, include, exclude
-    texts: list[str] | None = None    # what the policy wrote
-    images: Tensor | None = None      # what it drew, (N, 3, H, W) in [0, 1]
-    sources: Tensor | None = None     # the given image of a question or an edit, as images
-    reals: Tensor | None = None       # the real image of the prompt, as images
-    answers: list[str] | None = None  # the right answer
-    options: list[list[str] | None] | None = None   # of multiple choice; the answer is one of them
-    formats: list[str] | None = None  # the tags of each text: "thought" before an image, or "answer"
-    earlier: Tensor | None = None     # what the policy drew in the round before, as images
+    metadata: list[dict]                        # GenEval's format: tag, include, exclude
+    texts: list[str] | None = None              # what the policy wrote
+    images: Tensor | None = None                # what it drew, (N, 3, H, W) in [0, 1]
+    sources: Tensor | None = None               # the given image of a question or an edit
+    reals: Tensor | None = None                 # the real image of the prompt
+    answers: list[str] | None = None            # the right answer
+    options: list[list[str] | None] | None = None       # one of which is the answer
+    formats: list[str] | None = None            # what each text must be: "thought" or "answer"
+    earlier: Tensor | None = None               # what the policy drew in the round before
 
     def __post_init__(self):
         for name, column in vars(self).items():
             if column is not None and len(column) != len(self.prompts):
-                raise ValueError(f"Samples: {name} has {len(column)} entries "
-                                 f"for {len(self.prompts)} prompts")
+                raise ValueError(
+                    f"Samples: {name} has {len(column)} entries for {len(self.prompts)} prompts")
         for name in ("images", "sources", "reals", "earlier"):
             x = getattr(self, name)
             if isinstance(x, list):
                 sizes = sorted({tuple(image.shape[-2:]) for image in x})
                 raise ValueError(f"Samples: {name} have the sizes {sizes}, must all be of one")
             if x is not None and (x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point()):
-                raise ValueError(f"Samples: {name} is {x.dtype} {tuple(x.shape)}, "
-                                 "expected float (N, 3, H, W) in [0, 1]")
+                raise ValueError(
+                    f"Samples: {name} is {x.dtype} {tuple(x.shape)}, "
+                    "expected float (N, 3, H, W) in [0, 1]")
 
     def need(self, name: str):
         """The field of that name; ValueError if the task does not have it."""
@@ -88,19 +88,22 @@ def score(rewards: dict[str, Reward], samples: Samples) -> dict[str, Tensor]:
     for name, reward in rewards.items():
         try:
             value = reward(samples)
-        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
-                ValueError) as error:
+        except (
+            ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError) as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{os.path.basename(place.filename)}:{place.lineno}"
             what = " ".join(f"{type(error).__name__}: {error} ({where})".split())
             raise _reward_error(name, samples.prompts[:1], what) from error
-        scores[name] = _checked_scores(name, value, samples.prompts)           # (N,)
+        scores[name] = _checked_scores(name, value, samples.prompts)                # (N,)
     return scores
 
 
 def _checked_scores(name: str, value, prompts: list[str]) -> Tensor:
-    """What a reward returned, as fp32 on the CPU; RewardError for anything but one finite float per
-    prompt."""
+    """What a reward returned, as fp32 on the CPU, if it is one finite float per prompt.
+
+    Errors: RewardError.
+    """
     if not isinstance(value, Tensor):
         raise _reward_error(name, prompts[:1], f"it returned a {type(value).__name__}, no tensor")
     if value.shape != (len(prompts),) or not value.is_floating_point():
@@ -119,14 +122,15 @@ def _reward_error(name: str, prompts: list[str], what: str) -> RewardError:
 
 
 def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The weighted sum of rewards, (N,) each -> (N,). Each needs a weight; 0 means that it is only
-    logged. [LVRPO Eq. 3]
+    """The weighted sum of rewards, (N,) each -> (N,). [LVRPO Eq. 3]
 
+    Each needs a weight; 0 means that it is only logged.
     Errors: ValueError if the names of rewards and weights differ, or there are none.
     """
     if components.keys() != weights.keys() or not components:
-        raise ValueError(f"weights are given for {sorted(weights)}, components are "
-                         f"{sorted(components)}: each needs one")
+        raise ValueError(
+            f"weights are given for {sorted(weights)}, components are "
+            f"{sorted(components)}: each needs one")
     return sum(weights[name] * reward for name, reward in components.items())
 
 
@@ -137,52 +141,57 @@ NUMBERS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
 
 
 def final_answer(text: str) -> str:
-    """The answer in a text: inside the first <answer>..</answer> after the thought, else all after
-    the last </think>."""
+    """The answer in a text: in its first <answer> after the thought, else all that follows it."""
     text = text.rpartition("</think>")[2]
     inside, closed, _ = text.partition("<answer>")[2].partition("</answer>")
     return inside if closed else text
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, single spaces, number words up to ten as digits, no punctuation around it but a
-    sign or a point."""
+    """An answer without case, punctuation and extra spaces, number words up to ten as digits.
+
+    A sign before it and a point stay.
+    """
     text = text.casefold().strip()
     text = text.lstrip("\"'`([{*_$ \t\n").rstrip("\"'`)]}*_$.,;:!? \t\n")
     return " ".join(NUMBERS.get(word, word) for word in text.split())
 
 
 def right_option(answer: str, options: list[str]) -> int:
-    """The place of the option that an answer names by letter or text. ValueError if it names none,
-    or two."""
+    """The place of the option that an answer names by its letter or its text.
+
+    Errors: ValueError if it names none, or two.
+    """
     answer = normalise_answer(answer)
     places = [i for i in range(len(options)) if answer in _names_of_option(i, options)]
     if len(places) != 1:
-        raise ValueError(f"the answer {answer[:60]!r} is {len(places)} of the options {options}, "
-                         "must be the letter or the text of one")
+        raise ValueError(
+            f"the answer {answer[:60]!r} is {len(places)} of the options {options}, "
+            "must be the letter or the text of one")
     return places[0]
 
 
 def _names_of_option(i: int, options: list[str]) -> set[str]:
-    """All that names option i, normalised: its letter, its text, or both. Another option's letter
-    never does."""
+    """All that names option i, normalised: its letter, its text, or both.
+
+    Another option's letter never does.
+    """
     letter, text = string.ascii_lowercase[i], normalise_answer(options[i])
     both = {f"{letter}{mark} {text}" for mark in ("", ")", ".", ":")}
     other_letters = set(string.ascii_lowercase[:len(options)]) - {letter}
     return ({letter, text} | both) - other_letters
 
 
-def answer_accuracy(samples: Samples, *, graded: bool = False) -> Tensor:
-    """R_Acc: is the final answer the right one? (N,) in [0, 1]. [CoRL]
+def answer_accuracy(samples: Samples) -> Tensor:
+    """R_Acc: is the final answer the right one? (N,) in {0, 1}. [CoRL]
 
-    Multiple choice, if a sample has options, {0, 1}: the right letter, as "(b)" or "b.", or the
-    option's text, or both,
-    and nothing else: a letter among other words earns nothing. Open, {0, 1}: equal after
-    normalisation. Open and
-    graded: soft_jaccard of the two, as CoRL's code has it; its paper has all or nothing. The right
-    answer may stand in <answer> tags, as in data sets for R1-like training.
+    Multiple choice, if a sample has options: the right letter, as "(b)" or "b.", or the option's
+    text, or both, and nothing else: a letter among other words earns nothing. Open questions: equal
+    after normalisation. The right answer may be in <answer> tags, as in data for R1-like training.
     Gamed by guessing: the commonest answer earns its frequency. Only the first <answer> counts, so
-    listing answers earns nothing; graded, it earns the share of right words.
+    listing answers earns nothing.
+
+    Differs: CoRL's code gives open answers a part for words in common; its paper does not.
     """
     texts, answers = samples.need("texts"), samples.need("answers")
     options = samples.options or [None] * len(texts)
@@ -192,43 +201,18 @@ def answer_accuracy(samples: Samples, *, graded: bool = False) -> Tensor:
         if choices:
             right = right_option(answer, choices)
             scores.append(float(written in _names_of_option(right, choices)))
-        elif graded:
-            scores.append(soft_jaccard(written, normalise_answer(answer)))
         else:
             scores.append(float(written == normalise_answer(answer)))
     return torch.tensor(scores)
 
 
-def soft_jaccard(a: str, b: str) -> float:
-    """Jaccard of the word sets of two texts, in [0, 1], in which near words count in part. [CoRL's
-    code]
-
-    Equal words count 1. Each other word of a takes the free word of b that is most like it by
-    difflib's ratio, if that is at least 0.8, and counts the ratio. The union is |A| + |B| minus
-    that sum. Two empty texts are alike.
-    Differs: ties are broken by the alphabet, which the authors leave to the order of Python's sets.
-    """
-    first, second = set(a.lower().split()), set(b.lower().split())
-    common = float(len(first & second))
-    free = sorted(second - first)
-    for word in sorted(first - second):
-        ratios = [difflib.SequenceMatcher(None, word, other).ratio() for other in free]
-        best = max(ratios, default=0.0)
-        if best >= 0.8:
-            common += best
-            free.pop(ratios.index(best))
-    union = len(first) + len(second) - common
-    return common / union if union else 1.0
-
-
 def think_format(samples: Samples) -> Tensor:
-    """R_Format: does the text have the tags that it must have? (N,) in {0, 1}. Gamed by an empty
-    thought.
+    """R_Format: does the text have the tags that it must have? (N,) in {0, 1}. [CoRL, AlphaGRPO]
 
-    "answer": <think>..</think><answer>..</answer>, and around the two blocks nothing but spaces.
-    [CoRL]
+    "answer": <think>..</think><answer>..</answer>, and around the two blocks only spaces [CoRL].
     "thought", before an image: it opens with <think> and closes it [AlphaGRPO]; an expanded prompt
     may follow [UniGRPO].
+    Gamed by an empty thought.
 
     Differs: each tag occurs once, while CoRL's pattern lets it occur again inside; AlphaGRPO wants
     </think> at the very end.
@@ -246,7 +230,7 @@ def _has_tags(text: str, form: str) -> bool:
     if any(text.count(tag) != 1 for tag in tags) or not text.startswith("<think>"):
         return False
     after = text.partition("</think>")[2].strip()
-    return form != "answer" or after.startswith("<answer>") and after.endswith("</answer>")
+    return form != "answer" or (after.startswith("<answer>") and after.endswith("</answer>"))
 
 
 # ---- drawn images: LVRPO's rewards ----
@@ -260,22 +244,22 @@ class Semantic:
     drowns it in a plain sum; a small one, trained on one kind of picture, may vary ten times as
     much and drown the rules (see grpo.variance_share).
     Gamed by texture: an image may match the prompt's words with wrong counts and places, or show
-    the words in writing. """
+    the words in writing.
+    """
 
-    encoder: object  # with embed_images, embed_texts: referees.siglip's
+    encoder: object                             # with embed_images, embed_texts: referees.siglip's
 
     def __call__(self, samples: Samples) -> Tensor:
         distinct = list(dict.fromkeys(samples.prompts))  # embedded once per prompt, not per sample
         place = [distinct.index(prompt) for prompt in samples.prompts]
-        images = self.encoder.embed_images(samples.need("images"))             # (N, D)
-        texts = self.encoder.embed_texts(distinct)[place]                      # (N, D)
-        return (images * texts).sum(-1).clamp(-1, 1)                           # (N,)
+        images = self.encoder.embed_images(samples.need("images"))                  # (N, D)
+        texts = self.encoder.embed_texts(distinct)[place]                           # (N, D)
+        return (images * texts).sum(-1).clamp(-1, 1)                                # (N,)
 
 
 @dataclass
 class Instruction:
-    """r_ins: do the objects of the drawn image keep the rules of the prompt's metadata? (N,).
-    [LVRPO Sec. 3.2, Eq. 7]
+    """r_ins: does the drawn image keep the rules of its metadata? (N,) in [0, 1]. [LVRPO Eq. 7]
 
     detector(images (N, 3, H, W), metadata) -> N lists of detections. worth(metadata, detections) ->
     a number in [0, 1], such as referees.geneval.fraction_kept.
@@ -283,7 +267,8 @@ class Instruction:
     exclude clause.
 
     Differs: LVRPO's detector and how it combines its rules are not confirmed; here it is the mean
-    over clauses. """
+    over clauses.
+    """
 
     detector: Callable[[Tensor, list[dict]], list[list[dict]]]
     worth: Callable[[dict, list[dict]], float]
@@ -291,8 +276,8 @@ class Instruction:
     def __call__(self, samples: Samples) -> Tensor:
         found = self.detector(samples.need("images"), samples.metadata)
         if len(found) != len(samples.prompts):
-            raise ValueError(f"the detector returned {len(found)} lists "
-                             f"for {len(samples.prompts)} images")
+            raise ValueError(
+                f"the detector returned {len(found)} lists for {len(samples.prompts)} images")
         return torch.tensor([self.worth(*row) for row in zip(samples.metadata, found)])
 
 
@@ -300,8 +285,7 @@ SMALL_WORDS = {"", *"a an the of and or in on at to with is are photo image pict
 
 
 def key_phrases(prompt: str, metadata: dict) -> list[str]:
-    """The things that a prompt names: "red circle" per include clause, or without clauses its words
-    of content."""
+    """The things that a prompt names: "red circle" per include clause, or its words of content."""
     phrases = []
     for clause in metadata.get("include", []):
         phrases.append(f"{clause.get('color', '')} {clause['class']}".strip())
@@ -313,10 +297,9 @@ def key_phrases(prompt: str, metadata: dict) -> list[str]:
 
 @dataclass
 class Dense:
-    """r_dense: the mean over key phrases of the largest cosine of a patch with the phrase, (N,) in
-    [-1, 1]. [LVRPO Eq. 12]
+    """r_dense: the best cosine of a patch, mean over key phrases, (N,) in [-1, 1]. [LVRPO Eq. 12]
 
-    Gamed: one patch per phrase is enough, so a bag of tiny matching patches does.
+    Gamed by a bag of tiny matching patches: one patch per phrase is enough.
 
     Differs: what a patch embedding is, is not confirmed. Here each patch passes SigLIP's pooling
     head by itself, which brings it into the space shared with texts. Key phrases are `key_phrases`.
@@ -327,12 +310,12 @@ class Dense:
     def __call__(self, samples: Samples) -> Tensor:
         phrases = [key_phrases(*row) for row in zip(samples.prompts, samples.metadata)]
         distinct = list(dict.fromkeys(phrase for row in phrases for phrase in row))
-        patches = self.encoder.embed_patches(samples.need("images"))           # (N, P, D)
-        cosine = patches @ self.encoder.embed_texts(distinct).T                # (N, P, phrases)
-        best = cosine.amax(1)                                                  # (N, phrases)
+        patches = self.encoder.embed_patches(samples.need("images"))                # (N, P, D)
+        cosine = patches @ self.encoder.embed_texts(distinct).T         # (N, P, phrases)
+        best = cosine.amax(1)                                                       # (N, phrases)
         own = [[phrase in row for phrase in distinct] for row in phrases]
-        own = torch.tensor(own, device=best.device)                            # (N, phrases)
-        return _masked_mean(best, own).clamp(-1, 1)                            # (N,)
+        own = torch.tensor(own, device=best.device)                                 # (N, phrases)
+        return _masked_mean(best, own).clamp(-1, 1)                                 # (N,)
 
 
 @dataclass
@@ -348,7 +331,7 @@ class Knowledge:
     Differs: LVRPO's equation and templates are not confirmed.
     """
 
-    judge: object  # with yes_probability: referees.judge.Judge
+    judge: object                               # with yes_probability: referees.judge.Judge
     question: str = "is this {prompt} ?"
     statement: str = "{prompt} is the answer {answer} ?"
 
@@ -367,15 +350,16 @@ class Knowledge:
 
 
 def aggregate(semantic: list[float], quality: list[float], how: str = "geometric") -> float:
-    """What a picture is worth, in [0, 1], by the answers in [0, 1] to the two halves of its
-    questions. [AlphaGRPO]
+    """What a picture is worth, in [0, 1], by the answers to its questions. [AlphaGRPO]
 
+    semantic, quality: the answers, in [0, 1], to the two halves.
     "geometric": sqrt(mean of the semantic answers * mean of the quality answers). "binary": the
     same of answers that are 1 above one half and else 0. ValueError if a half is empty.
     """
     if not semantic or not quality:
-        raise ValueError(f"{len(semantic)} semantic and {len(quality)} quality questions, "
-                         "needs at least one of each")
+        raise ValueError(
+            f"{len(semantic)} semantic and {len(quality)} quality questions, "
+            "needs at least one of each")
     if how == "binary":
         semantic = [float(answer > 0.5) for answer in semantic]
         quality = [float(answer > 0.5) for answer in quality]
@@ -384,11 +368,10 @@ def aggregate(semantic: list[float], quality: list[float], how: str = "geometric
 
 @dataclass
 class Decomposed:
-    """DVReward: the judge's answers to single yes/no questions about the drawn image, (N,) in [0,
-    1]. [AlphaGRPO]
+    """DVReward: yes/no questions to a judge, about one fact each, (N,) in [0, 1]. [AlphaGRPO]
 
-    questions(prompt, metadata) -> questions with text, tag, quality, and needs: the places of
-    earlier questions without whose yes it scores 0. See aggregate for how.
+    questions(prompt, metadata) -> questions with text, quality and needs: the places of earlier
+    questions without whose yes it scores 0. how: see aggregate.
     Gamed by whatever the judge misreads and, as the mean of many easy questions, by leaving the one
     hard fact out.
 
@@ -396,14 +379,14 @@ class Decomposed:
     an empty half is an error, not 1.
     """
 
-    judge: object  # with yes_probability: referees.judge.Judge
+    judge: object                               # with yes_probability: referees.judge.Judge
     questions: Callable[[str, dict], list]
     how: str = "geometric"
 
     def __call__(self, samples: Samples) -> Tensor:
         asked = [self.questions(*row) for row in zip(samples.prompts, samples.metadata)]
         texts = [question.text for questions in asked for question in questions]
-        image = [n for n, questions in enumerate(asked) for _ in questions]    # that a text is about
+        image = [n for n, questions in enumerate(asked) for _ in questions]  # that a text is about
         yes = iter(self.judge.yes_probability(samples.need("images"), texts, image).tolist())
         scores = []
         for questions in asked:
@@ -437,17 +420,15 @@ class Preference:
 
 
 def token_f1(a: Tensor, a_mask: Tensor, b: Tensor, b_mask: Tensor) -> Tensor:
-    """BERTScore's F1 of token states (N, La, D), (N, Lb, D) under their masks: (N,) in [-1, 1]. No
-    idf weights."""
+    """BERTScore's F1, without idf, of token states (N, La, D) and (N, Lb, D): (N,) in [-1, 1]."""
     recall, precision = _best_matches(a, a_mask, b, b_mask)
     return 2 * recall * precision / (recall + precision).clamp(min=1e-6)
 
 
 def _best_matches(a: Tensor, a_mask: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean over the tokens of a of the largest cosine with a token of b, the same of b with a),
-    (N,) each."""
+    """The mean over tokens of a of the best cosine with one of b, and the reverse, (N,) each."""
     a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-    cosine = a @ b.transpose(1, 2)                                             # (N, La, Lb)
+    cosine = a @ b.transpose(1, 2)                                                  # (N, La, Lb)
     both = a_mask[:, :, None] & b_mask[:, None, :]
     cosine = cosine.masked_fill(~both, -1.0)
     return _masked_mean(cosine.amax(2), a_mask), _masked_mean(cosine.amax(1), b_mask)
@@ -459,13 +440,13 @@ def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class Recaption:
-    """r_cycle, the text half: does a caption of the drawn image say what the prompt says? (N,) in
-    [0, 1]. [CoRL]
+    """r_cycle, text half: does a caption of the image say what its prompt says? (N,) in [0, 1].
 
-    Four versions of the cycle reward are in print: SPICE + LPIPS (paper), BERT-F1 + LPIPS (code of
-    May 2025), (BERT-F1 + Jaccard)/2 + RMSE (code of June 2025), and the last with the policy as its
-    own captioner. Here: the paper's, with SPICE's tuples by rule (referees.captions.tuple_f1) or,
-    for free captions, BERT-F1 (token_f1); the image half is Likeness.
+    Four versions of the cycle reward are in print: SPICE + LPIPS (CoRL's paper), BERT-F1 + LPIPS
+    (code of May 2025), (BERT-F1 + Jaccard)/2 + RMSE (code of June 2025), and the last with the
+    policy as its own captioner. similarity is the paper's, SPICE's tuples by rule
+    (referees.captions.tuple_f1), or for free captions BERT-F1 (token_f1). The image half is
+    Likeness.
     Gamed by pictures that the captioner misreads.
     """
 
@@ -478,8 +459,10 @@ class Recaption:
 
 
 def structural_similarity(a: Tensor, b: Tensor, *, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """SSIM of images (N, 3, H, W) in [0, 1], (N,) in [-1, 1], with a Gaussian window, wherever the
-    window fits whole."""
+    """SSIM of images (N, 3, H, W) in [0, 1], (N,) in [-1, 1], with a Gaussian window.
+
+    The mean is over all places where the window fits whole.
+    """
     at = torch.arange(window, device=a.device) - (window - 1) / 2
     bell = torch.exp(-at.square() / (2 * sigma**2))
     kernel = torch.outer(bell, bell).div(bell.sum() ** 2).expand(3, 1, window, window)
@@ -487,18 +470,18 @@ def structural_similarity(a: Tensor, b: Tensor, *, window: int = 11, sigma: floa
     def blur(x: Tensor) -> Tensor:
         return F.conv2d(x, kernel, groups=3)
 
-    mean_a, mean_b = blur(a), blur(b)                                          # (N, 3, H', W')
+    mean_a, mean_b = blur(a), blur(b)                                               # (N, 3, H', W')
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
     above = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     below = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return (above / below).mean((1, 2, 3))                                     # (N,)
+    return (above / below).mean((1, 2, 3))                                          # (N,)
 
 
 @dataclass
 class Likeness:
-    """r_cycle, the image half: is the drawn image like the row's real one? (N,) in [0, 1]. [CoRL]
+    """r_cycle, image half: is the drawn image like the row's real one? (N,) in [0, 1]. [CoRL]
 
     SSIM, clamped at 0; or, with a `distance` such as LPIPS, which the paper has, 1 - distance,
     clamped. The real image is resized to the drawn one's size.
@@ -508,7 +491,7 @@ class Likeness:
     Differs: CoRL's code of June 2025 takes the RMSE of pixels, which v3 of the paper finds worse.
     """
 
-    distance: Callable[[Tensor, Tensor], Tensor] | None = None  # (a, b) in [0, 1] -> (N,)
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None          # (a, b) in [0, 1] -> (N,)
 
     def __call__(self, samples: Samples) -> Tensor:
         drawn = samples.need("images").float()
@@ -522,8 +505,7 @@ class Likeness:
 
 @dataclass
 class TokenMatch:
-    """R_TIM: how well the tokens of image and prompt match in the policy's own last hidden states,
-    (N,) in [0, 1]. [CoRL]
+    """R_TIM: do image and prompt tokens match in the policy's own states? (N,) in [0, 1]. [CoRL]
 
     The mean of two means, over image tokens of the best cosine with a text token, and the reverse;
     then (1 + x) / 2, as v3 of the paper normalises it.
@@ -550,28 +532,28 @@ class TokenMatch:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of REWARDS: the help of its weight's flag, and the fields of Samples that it reads (one
-    of these sets)."""
+    """The help of a reward's flag, its weight, and the fields that it reads, one of these sets."""
 
     help: str
     reads: tuple[tuple[str, ...], ...]
 
 
+IMAGES, TEXT_ABOUT_SOURCE = ("images",), ("sources", "texts")
+
 # The sum of a task's rewards adds them in this order. To add a reward, write its function, its row
 # here, and its line in referees/build.py.
-IMAGE = (("images",),)
 REWARDS = {
-    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", IMAGE),
-    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (("images",), ("sources", "texts"))),
-    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", IMAGE),
-    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", IMAGE),
+    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", (IMAGES,)),
+    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (IMAGES, TEXT_ABOUT_SOURCE)),
+    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (IMAGES,)),
+    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (IMAGES,)),
     "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),)),
-    "format": Entry("the tags of a thought before an image [AlphaGRPO] or of an answer [CoRL]",
+    "format": Entry("think tags before an image [AlphaGRPO], or think and answer tags [CoRL]",
                     (("texts", "formats"),)),
-    "recaption": Entry("r_cycle, text half: a caption of the image against the prompt [CoRL]", IMAGE),
-    "likeness": Entry("r_cycle, image half: the image against the row's real one [CoRL]",
+    "recaption": Entry("r_cycle, a caption of the image against the prompt [CoRL]", (IMAGES,)),
+    "likeness": Entry("r_cycle, the image against the row's real one [CoRL]",
                       (("images", "reals"),)),
-    "dvreward": Entry("DVReward, yes/no questions about the image, one fact each [AlphaGRPO]", IMAGE),
-    "pref": Entry("a preference model's score of image and prompt [UniGRPO's terminal reward]", IMAGE),
-    "tim": Entry("R_TIM, match of image and prompt tokens in the policy's own states [CoRL]", IMAGE),
+    "dvreward": Entry("DVReward, yes/no questions about one fact each [AlphaGRPO]", (IMAGES,)),
+    "pref": Entry("a preference model's score [UniGRPO's terminal reward]", (IMAGES,)),
+    "tim": Entry("R_TIM, image and prompt tokens in the policy's own states [CoRL]", (IMAGES,)),
 }

@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from referees.captioner import (
-    TEXT_ENCODER, load_captioner, load_lpips, load_text_encoder)
+from referees.captioner import TEXT_ENCODER, load_captioner, load_lpips, load_text_encoder
 from referees.captions import tuple_similarity
 from referees.detectors import COLOR_CLIP, load_detector
 from referees.geneval import fraction_kept
@@ -21,14 +20,15 @@ from support.rows import Metadata
 from support.terminal import say
 
 
-def build_rewards(cfg, device, *, detector: Callable | None, rows: list[Metadata], states: Callable | None,
-                  questions: Callable) -> dict[str, Reward]:
-    """Every reward that has a weight in cfg.weights, by name. A model that two of them ask is
-    loaded once.
+def build_rewards(
+    cfg, device, *, detector: Callable | None, rows: list[Metadata], states: Callable | None,
+    questions: Callable
+) -> dict[str, Reward]:
+    """Every reward with a weight in cfg.weights, by name; a model that two ask is loaded once.
 
-    detector: the toy's exact one, images -> detections; None for pictures of files. rows: the
-    metadata that r_ins will judge, which a published detector checks. states: of TokenMatch.
-    questions: of Decomposed.
+    detector: the toy's exact one, images -> detections; None for pictures of files.
+    rows: the metadata that r_ins will judge, which a published detector checks.
+    states, questions: what TokenMatch and Decomposed are given.
     Errors: OSError and ValueError, in one line, for models that cannot be loaded or are not named.
     """
     asked = weighted_rewards(cfg)
@@ -46,44 +46,49 @@ def build_rewards(cfg, device, *, detector: Callable | None, rows: list[Metadata
         out["sem"] = Semantic(encoder)
     if "dense" in asked:
         if isinstance(encoder, OpenClip):
-            raise ValueError(f"--dense reads patches, which open_clip's {cfg.siglip} does not give; "
-                             "use transformers' or --dense 0")
+            raise ValueError(
+                f"--dense reads patches, which open_clip's {cfg.siglip} does not give; use "
+                "transformers' or --dense 0")
         out["dense"] = Dense(encoder)
 
     if "kn" in asked or "dvreward" in asked:
         judge = load_judge(cfg.judge, **loading)
     if "kn" in asked:
         out["kn"] = Knowledge(judge)
-    if "dvreward" in asked and cfg.dv_by == "holistic":         # AlphaGRPO's contrast: one question about it all
-        out["dvreward"] = Knowledge(judge)
-    elif "dvreward" in asked:
+    if "dvreward" in asked:
         out["dvreward"] = Decomposed(judge, questions, cfg.dv_by)
+        if cfg.dv_by == "holistic":             # AlphaGRPO's contrast: one question about it all
+            out["dvreward"] = Knowledge(judge)
 
     if "ins" in asked and detector:
         out["ins"] = Instruction(lambda images, metadata: detector(images), fraction_kept)
     elif "ins" in asked:
         if not cfg.detector:
-            raise ValueError("--ins reads detections: name a --detector for pictures of files, such as "
-                             "google/owlv2-base-patch16-ensemble; or set --ins 0 and use --sem, --kn or --dvreward")
+            raise ValueError(
+                "--ins reads detections: name a --detector for pictures of files, such as "
+                "google/owlv2-base-patch16-ensemble; or set --ins 0 and use --sem, --kn or "
+                "--dvreward")
         published = load_detector(cfg.detector, device=device, batch_size=min(batch_size, 8))
         published.check(rows)
         say(f"ins: GenEval rules, detector {cfg.detector}, colours {COLOR_CLIP}")
-        out["ins"] = Instruction(published, functools.partial(fraction_kept, **published.thresholds))
+        out["ins"] = Instruction(
+            published, functools.partial(fraction_kept, **published.thresholds))
 
     if "recaption" in asked:
         similarity = tuple_similarity
-        if cfg.recaption_by == "bertscore":
+        if cfg.cycle_by == "models":
             similarity = load_text_encoder(**loading).similarity
         out["recaption"] = Recaption(load_captioner(cfg.captioner, **loading), similarity)
     if "likeness" in asked:
-        out["likeness"] = Likeness(load_lpips(device=device) if cfg.likeness_by == "lpips" else None)
+        distance = load_lpips(device=device) if cfg.cycle_by == "models" else None
+        out["likeness"] = Likeness(distance)
     if "pref" in asked:
         out["pref"] = Preference(load_preference(cfg.pref_model, **loading))
 
     if "tim" in asked:
         out["tim"] = TokenMatch(states)
     if "accuracy" in asked:
-        out["accuracy"] = functools.partial(answer_accuracy, graded=cfg.open_answers == "graded")
+        out["accuracy"] = answer_accuracy
     if "format" in asked:
         out["format"] = think_format
     return out
@@ -105,7 +110,7 @@ def models_asked(cfg) -> set[str]:
         models |= {cfg.detector, COLOR_CLIP}
     if "recaption" in asked:
         models.add(cfg.captioner)
-        if cfg.recaption_by == "bertscore":
+        if cfg.cycle_by == "models":
             models.add(TEXT_ENCODER)
     if "pref" in asked:
         models.add(cfg.pref_model)
@@ -113,8 +118,7 @@ def models_asked(cfg) -> set[str]:
 
 
 def referee_bytes(cfg) -> float:
-    """Bytes of the weights of a run's reward models that lie here; one that learns has gradients
-    and moments too."""
+    """Bytes of the weights of the reward models that lie here, and what a learning one adds."""
     weights = (2 if cfg.bf16 else 4) * sum(numbers_in(model) for model in models_asked(cfg))
     if cfg.train_referee:
         weights += 12 * numbers_in(cfg.siglip)

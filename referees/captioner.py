@@ -11,13 +11,12 @@ from policy import declare_torchvision_ops
 from referees.load import in_batches, load_model, processor_pixels
 from rewards import token_f1
 
-TEXT_ENCODER = "google-bert/bert-base-uncased"                  # CoRL's, for BERTScore
+TEXT_ENCODER = "google-bert/bert-base-uncased"  # CoRL's, for BERTScore
 
 
 @dataclass
 class Captioner:
-    """An image captioner (BLIP): greedy captions of at most `longest` tokens, without a prefix, as
-    in CoRL's code."""
+    """An image captioner, BLIP: greedy captions of at most `longest` tokens, as in CoRL's code."""
 
     model: torch.nn.Module
     tokenizer: Callable
@@ -26,22 +25,26 @@ class Captioner:
     longest: int = 50
 
     def pixels(self, images: Tensor) -> Tensor:
-        return processor_pixels(images, self.model, self.image_processor)      # (N, 3, size, size)
+        return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
 
     @torch.no_grad()
     def captions(self, images: Tensor) -> list[str]:
         """One caption per image."""
         captions = []
         for part in images.split(self.batch_size):
-            tokens = self.model.generate(pixel_values=self.pixels(part), do_sample=False, num_beams=1,
-                                         max_new_tokens=self.longest)
+            tokens = self.model.generate(
+                pixel_values=self.pixels(part), do_sample=False, num_beams=1,
+                max_new_tokens=self.longest)
             captions += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [caption.strip() for caption in captions]
 
 
-def load_captioner(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Captioner:
+def load_captioner(
+    path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128
+) -> Captioner:
     """A frozen Captioner, such as Salesforce/blip-image-captioning-base. Errors: see load_model."""
-    return Captioner(*load_model("AutoModelForImageTextToText", ("blip",), path, device, dtype), batch_size)
+    return Captioner(
+        *load_model("AutoModelForImageTextToText", ("blip",), path, device, dtype), batch_size)
 
 
 @dataclass
@@ -56,8 +59,9 @@ class TextEncoder:
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """The last layer's states (N, L, D), and the mask (N, L) of what is no special token."""
         longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
-        given = self.tokenizer(texts, padding=True, padding_side="right", truncation=True, max_length=longest,
-                               return_attention_mask=True, return_special_tokens_mask=True, return_tensors="pt")
+        given = self.tokenizer(
+            texts, padding=True, padding_side="right", truncation=True, max_length=longest,
+            return_attention_mask=True, return_special_tokens_mask=True, return_tensors="pt")
         given = given.to(self.model.device)
 
         def last_states(ids: Tensor, mask: Tensor) -> Tensor:
@@ -71,11 +75,13 @@ class TextEncoder:
         return token_f1(*self.states(prompts), *self.states(captions)).clamp(0, 1)
 
 
-def load_text_encoder(path: str = TEXT_ENCODER, *, device="cpu", dtype=torch.float32,
-                      batch_size: int = 128) -> TextEncoder:
+def load_text_encoder(
+    path: str = TEXT_ENCODER, *, device="cpu", dtype=torch.float32, batch_size: int = 128
+) -> TextEncoder:
     """A frozen TextEncoder. Errors: see load_model."""
     kinds = ("bert", "mpnet", "roberta", "distilbert")
-    return TextEncoder(*load_model("AutoModel", kinds, path, device, dtype, ("AutoTokenizer",)), batch_size)
+    return TextEncoder(
+        *load_model("AutoModel", kinds, path, device, dtype, ("AutoTokenizer",)), batch_size)
 
 
 def load_lpips(*, device="cpu") -> Callable:
@@ -86,18 +92,21 @@ def load_lpips(*, device="cpu") -> Callable:
     declare_torchvision_ops()
     try:
         import lpips
+
         with contextlib.redirect_stdout(None):
             model = lpips.LPIPS(net="vgg", verbose=False)
     except ModuleNotFoundError as error:
-        raise ValueError(f"--likeness_by lpips needs the package {error.name}: pip install lpips; "
-                         "or use --likeness_by ssim") from error
+        raise ValueError(
+            f"--cycle_by models needs the package {error.name}: pip install lpips; "
+            "or use --cycle_by rules") from error
     except OSError as error:
-        raise ValueError(f"--likeness_by lpips needs torchvision's VGG-16, which could not be fetched ({error}); "
-                         f"put vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, or use --likeness_by "
-                         "ssim") from error
+        raise ValueError(
+            "--cycle_by models needs torchvision's VGG-16, which could not be "
+            f"fetched ({error}); put vgg16-397923af.pth into "
+            f"{torch.hub.get_dir()}/checkpoints, or use --cycle_by rules") from error
     model = model.to(device).eval().requires_grad_(False)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return model(a.to(device), b.to(device), normalize=True).flatten()     # (N,)
+        return model(a.to(device), b.to(device), normalize=True).flatten()          # (N,)
 
     return distance

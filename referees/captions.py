@@ -1,5 +1,4 @@
-"""What a caption of countable things says, taken apart by rule into the tuples that SPICE takes
-from a parser."""
+"""What a caption of countable things says, taken apart by rule instead of by SPICE's parser."""
 
 import torch
 from torch import Tensor
@@ -9,17 +8,16 @@ from support.rows import RELATIONS
 
 ONE = ("a", "an", "the", "one", "1")
 COUNTED = {**dict.fromkeys(ONE, "1"), **NUMBERS, "2": "2", "3": "3", "4": "4"}
-TURNED = {"right of": "left of", "below": "above"}              # the same relation, its two sides exchanged
+TURNED = {"right of": "left of", "below": "above"}  # the same relation, its two sides exchanged
 
 
 def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
-    """(object,), (object, attribute or number) and (object, relation, object) of a caption of
-    countable things.
+    """The objects, attributes, numbers and relations that a caption of countable things states.
 
-    "two red circles above a square" gives (circle,), (circle, red), (circle, 2), (square,) and
-    (circle, above, square). Phrases are article or number, adjectives and a noun, joined by "and",
-    commas or one of RELATIONS, perhaps after "a photo of". "right of" and "below" are turned round.
-    A second phrase of the same noun is another object.
+    "two red circles above a square" gives the tuples (circle,), (circle, red), (circle, 2),
+    (square,) and (circle, above, square). A phrase is an article or a number, adjectives and a
+    noun. Phrases are joined by "and", commas or one of RELATIONS, perhaps after "a photo of".
+    "right of" and "below" are turned round. A second phrase of a noun is another object.
     Errors: ValueError for any other caption. With strict=False, for what a captioner wrote, a
     phrase that no rule reads is one object by its own name, and of several relations none counts.
     """
@@ -30,8 +28,9 @@ def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
     relations = [relation for relation in RELATIONS for _ in range(text.count(f" {relation} "))]
     if len(relations) > 1:
         if strict:
-            raise ValueError(f"the caption {caption!r} has several relations, which no rule reads; use "
-                             "--recaption_by bertscore")
+            raise ValueError(
+                f"the caption {caption!r} has several relations, which no rule reads; use "
+                "--cycle_by models")
         for relation in relations:
             text = text.replace(f" {relation} ", " and ")
         relations = []
@@ -55,13 +54,13 @@ def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
 
 
 def _read_phrase(phrase: str, caption: str, strict: bool) -> tuple[str, list[str]]:
-    """The noun of "two red circles", in the singular, and its attributes; one of a thing is no
-    attribute."""
+    """The noun of "two red circles", in the singular, and its attributes; "one" is none."""
     words = phrase.split()
     if len(words) < 2 or words[0] not in COUNTED:
         if strict:
-            raise ValueError(f"the caption {caption!r} has phrases unlike 'two red circles', which no rule "
-                             "reads; use --recaption_by bertscore")
+            raise ValueError(
+                f"the caption {caption!r} has phrases unlike 'two red circles', which no rule "
+                "reads; use --cycle_by models")
         return " ".join(words), []
     number, *adjectives, noun = words
     if COUNTED[number] == "1":
@@ -70,8 +69,7 @@ def _read_phrase(phrase: str, caption: str, strict: bool) -> tuple[str, list[str
 
 
 def tuple_f1(prompt: str, caption: str) -> float:
-    """F1 of the tuples of a prompt and a captioner's caption, in [0, 1]: SPICE without its parser
-    and synonyms.
+    """F1 of the tuples of a prompt and a captioner's caption, in [0, 1]: SPICE by rule.
 
     What no rule reads in the caption is one more thing that the prompt does not say. ValueError if
     no rule reads the prompt.

@@ -1,12 +1,12 @@
-"""Objects in real pictures, for GenEval's rules: published detectors by transformers, and colours
-by CLIP.
+"""Objects in real pictures, for GenEval's rules: published detectors, and colours by CLIP.
 
 GenEval's own detector needs mmdet, which no current PyTorch builds. Here Grounding DINO or OWLv2 is
 asked for the classes that a prompt names, and CLIP for the colours. Scores of another detector are
 scores of another benchmark: say "GenEval rules, detector X".
 
 Notation: N images (N, 3, H, W) in [0, 1], Q queries of a detector, boxes (x1, y1, x2, y2) in
-pixels. """
+pixels.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from referees.load import load_model
 from referees.siglip import Clip, OpenClip, load_clip
 from support.rows import Clause, Metadata
 
-COLOR_CLIP = "openai/clip-vit-large-patch14"                    # GenEval's
-TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}",
-             "a photo of a {color} object")                     # GenEval's
-LEAST = 0.05                                                    # a lower score is no detection under any threshold
-OVERLAP = 0.5                                                   # IoU above which two boxes are one thing
+COLOR_CLIP = "openai/clip-vit-large-patch14"    # GenEval's
+TEMPLATES = (
+    "a photo of a {color} {name}", "a photo of a {color}-colored {name}",
+    "a photo of a {color} object")              # GenEval's
+LEAST = 0.05                                    # a lower score is no detection under any threshold
+OVERLAP = 0.5                                   # IoU above which two boxes are one thing
 
 
 def suppress(boxes: Tensor, scores: Tensor, most: float = OVERLAP) -> list[int]:
-    """Non-maximum suppression: places of the boxes (Q, 4) that overlap no better one by more than
-    `most`.
+    """Non-maximum suppression: places of the boxes (Q, 4) that overlap no better one, best first.
 
-    The overlap is the intersection over union. Best first.
+    Two boxes overlap if their intersection over union is above `most`.
     """
     overlap = intersection_over_union(boxes)
     kept = []
@@ -43,10 +43,10 @@ def suppress(boxes: Tensor, scores: Tensor, most: float = OVERLAP) -> list[int]:
 
 def intersection_over_union(boxes: Tensor) -> Tensor:
     """(Q, Q) of boxes (Q, 4)."""
-    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)                  # (Q,)
-    low = torch.maximum(boxes[:, None, :2], boxes[:, :2])                      # (Q, Q, 2)
-    high = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])                     # (Q, Q, 2)
-    shared = (high - low).clamp(min=0).prod(2)                                 # (Q, Q)
+    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)                       # (Q,)
+    low = torch.maximum(boxes[:, None, :2], boxes[:, :2])                           # (Q, Q, 2)
+    high = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])                          # (Q, Q, 2)
+    shared = (high - low).clamp(min=0).prod(2)                                      # (Q, Q)
     return shared / (area[:, None] + area - shared).clamp(min=1e-9)
 
 
@@ -87,15 +87,15 @@ class ZeroShot:
         return found
 
     def score_classes(self, images: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Scores (N, Q, classes) in [0, 1] and boxes (N, Q, 4), centre and size relative to the
-        image."""
+        """Scores (N, Q, classes) in [0, 1]; boxes (N, Q, 4), centre and size in parts of the image."""
         text = [f"a photo of a {name}" for name in names]
         if self.is_dino:
             text = ". ".join(names) + "."
-        given = self.processor(images=list(images), text=[text] * len(images), do_rescale=False,
-                               return_tensors="pt").to(self.model.device)
+        given = self.processor(
+            images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt"
+        ).to(self.model.device)
         out = self.model(**given)
-        scores = out.logits.float().sigmoid()                                  # (N, Q, classes or words)
+        scores = out.logits.float().sigmoid()                           # (N, Q, classes or words)
         if self.is_dino:
             words = self.words_of_names(text, names)
             scores = torch.stack([scores[..., places].amax(-1) for places in words], -1)
@@ -111,18 +111,21 @@ class ZeroShot:
             start = end + len(". ")
         return words
 
-    def things(self, scores: Tensor, boxes: Tensor, size: tuple[int, int], names: tuple[str, ...]) -> list[dict]:
-        """The things of one image of `size` (H, W), from scores (Q, classes) and relative boxes (Q,
-        4)."""
-        H, W = size
-        side_y, side_x = size
-        if not self.is_dino:                                    # OWLv2 pads to a square, to the right and below
+    def things(
+        self, scores: Tensor, boxes: Tensor, size: tuple[int, int], names: tuple[str, ...]
+    ) -> list[dict]:
+        """The things of one image of size (H, W).
+
+        scores: (Q, classes); boxes: (Q, 4), centre and size relative to the image.
+        """
+        H, W = side_y, side_x = size
+        if not self.is_dino:                    # OWLv2 pads to a square, to the right and below
             side_y = side_x = max(size)
         centre, extent = boxes[:, :2], boxes[:, 2:]
-        corners = torch.cat([centre - extent / 2, centre + extent / 2], 1)     # (Q, 4)
+        corners = torch.cat([centre - extent / 2, centre + extent / 2], 1)          # (Q, 4)
         corners = corners * torch.tensor([side_x, side_y, side_x, side_y], device=boxes.device)
         corners = corners.clamp(min=0).minimum(torch.tensor([W, H, W, H], device=boxes.device))
-        best, place = scores.max(-1)                                           # (Q,)
+        best, place = scores.max(-1)                                                # (Q,)
         found = []
         for k, name in enumerate(names):
             of_name = ((place == k) & (best > LEAST)).nonzero().flatten()
@@ -134,8 +137,7 @@ class ZeroShot:
 
 @dataclass
 class Colors:
-    """The colour of an object: CLIP's choice among GenEval's ten, three templates each, on its
-    crop."""
+    """The colour of an object: CLIP's choice among GenEval's ten, by three templates each."""
 
     clip: Clip | OpenClip
 
@@ -144,21 +146,21 @@ class Colors:
         if not crops:
             return []
         squares = torch.stack([middle_square(crop, self.clip.size) for crop in crops])
-        images = self.clip.embed_images(squares)                               # (n, D)
+        images = self.clip.embed_images(squares)                                    # (n, D)
         texts = {name: self.color_texts(name) for name in dict.fromkeys(names)}
         places = [int((texts[name] @ image).argmax()) for name, image in zip(names, images)]
         return [COLORS[place] for place in places]
 
     def color_texts(self, name: str) -> Tensor:
         """(colours, D): the mean embedding of the templates of each colour, of length 1."""
-        texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+        texts = [
+            template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
         embedded = self.clip.embed_texts(texts).view(len(COLORS), len(TEMPLATES), -1)
         return F.normalize(embedded.mean(1), dim=-1)
 
 
 def middle_square(crop: Tensor, size: int) -> Tensor:
-    """The square in the middle of (3, h, w), as (3, size, size): so CLIP was trained and GenEval
-    reads crops."""
+    """The square in the middle of (3, h, w), as (3, size, size); so GenEval reads crops."""
     h, w = crop.shape[-2:]
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
@@ -190,12 +192,17 @@ class Detector:
 
     def check(self, metadata: list[Metadata]) -> None:
         """ValueError if a clause asks for a colour that is none of the ten."""
-        colors = {clause["color"] for m in metadata for clause in clauses_of(m) if "color" in clause}
+        clauses = [clause for m in metadata for clause in clauses_of(m)]
+        colors = {clause["color"] for clause in clauses if "color" in clause}
         if unknown := sorted(colors - set(COLORS)):
-            raise ValueError(f"GenEval's colours are {', '.join(COLORS)}, not {', '.join(unknown[:5])}")
+            raise ValueError(
+                f"GenEval's colours are {', '.join(COLORS)}, not {', '.join(unknown[:5])}")
 
     def __call__(self, images: Tensor, metadata: list[Metadata]) -> list[list[dict]]:
-        classes = [list(dict.fromkeys(clause["class"] for clause in clauses_of(m))) for m in metadata]
+        classes = []
+        for m in metadata:
+            names = [clause["class"] for clause in clauses_of(m)]
+            classes.append(list(dict.fromkeys(names)))
         found = self.find(images, classes)
         crops, judged = [], []
         for image, m, things in zip(images, metadata, found):
@@ -210,7 +217,7 @@ class Detector:
     def things_to_colour(self, metadata: Metadata, things: list[dict]) -> list[dict]:
         """The things whose colour a clause asks for: the best `count` of its class, each once."""
         best = best_by_class(metadata, things, **self.thresholds)
-        most = {}                                               # class -> how many of it are judged
+        most = {}                               # class -> how many of it are judged
         for clause in metadata.get("include", []):
             if "color" in clause:
                 most[clause["class"]] = max(clause["count"], most.get(clause["class"], 0))
@@ -221,12 +228,15 @@ def clauses_of(metadata: Metadata) -> list[Clause]:
     return [*metadata.get("include", []), *metadata.get("exclude", [])]
 
 
-def load_detector(path: str, colors: str = COLOR_CLIP, *, device="cpu", batch_size: int = 8) -> Detector:
-    """A frozen Detector from local folders or hub names: a Grounding DINO or OWLv2, and a CLIP for
-    colours.
+def load_detector(
+    path: str, colors: str = COLOR_CLIP, *, device="cpu", batch_size: int = 8
+) -> Detector:
+    """A frozen Detector of a Grounding DINO or OWLv2, and a CLIP for colours.
 
-    Errors: see referees.load.load_model.
+    path, colors: local folders or hub names. Errors: see referees.load.load_model.
     """
     kinds = ("grounding-dino", "owlv2")
-    model, processor = load_model("AutoModelForZeroShotObjectDetection", kinds, path, device, parts=("AutoProcessor",))
-    return Detector(ZeroShot(model, processor, batch_size), Colors(load_clip(colors, device=device)))
+    model, processor = load_model(
+        "AutoModelForZeroShotObjectDetection", kinds, path, device, parts=("AutoProcessor",))
+    find = ZeroShot(model, processor, batch_size)
+    return Detector(find, Colors(load_clip(colors, device=device)))

@@ -12,15 +12,15 @@ from support.rows import RELATIONS, Clause, Metadata
 
 # In GenEval's order, which a reason of failure keeps.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-MOST_OBJECTS = 16                                               # of a class in one image
-MARGIN = 0.1                                                    # share of the summed sizes that an offset loses
+MOST_OBJECTS = 16                               # of a class in one image
+MARGIN = 0.1                                    # share of the summed sizes that an offset loses
 
 
 def relative_position(box_a: list[float], box_b: list[float]) -> set[str]:
     """Where box A lies relative to box B, as a subset of RELATIONS. [GenEval]
 
-    Along each axis the offset of the centres is shortened by a margin of the summed sizes, then
-    divided by the length of the unshortened offset. A component beyond 0.5 is a relation.
+    Along each axis the offset of the centres is shortened by a share of the summed sizes, then
+    divided by the length of the unshortened offset. A component above 0.5 is a relation.
     """
     offset, shortened = [], []
     for low, high in ((0, 2), (1, 3)):
@@ -28,17 +28,18 @@ def relative_position(box_a: list[float], box_b: list[float]) -> set[str]:
         sizes = abs(box_a[high] - box_a[low]) + abs(box_b[high] - box_b[low])
         offset.append(apart)
         shortened.append(math.copysign(max(abs(apart) - MARGIN * sizes, 0.0), apart))
-    if max(map(abs, shortened)) < 1e-3:                         # the length may be 0
+    if max(map(abs, shortened)) < 1e-3:         # the length may be 0
         return set()
     dx, dy = (part / math.hypot(*offset) for part in shortened)
     components = zip(RELATIONS, (-dy, dy, -dx, dx))
     return {relation for relation, component in components if component > 0.5}
 
 
-def best_by_class(metadata: Metadata, detections: list[dict], *, threshold: float = 0.3,
-                  counting_threshold: float = 0.9) -> dict[str, list[dict]]:
-    """The detections that count, by class, best first; of equal scores the later detection is
-    first."""
+def best_by_class(
+    metadata: Metadata, detections: list[dict], *, threshold: float = 0.3,
+    counting_threshold: float = 0.9
+) -> dict[str, list[dict]]:
+    """The detections that count, by class, best first; of equals the later one is first."""
     least = counting_threshold if metadata.get("tag") == "counting" else threshold
     found = {}
     for thing in sorted(reversed(detections), key=lambda thing: -thing["score"]):
@@ -47,13 +48,15 @@ def best_by_class(metadata: Metadata, detections: list[dict], *, threshold: floa
     return {name: things[:MOST_OBJECTS] for name, things in found.items()}
 
 
-def geneval_clauses(metadata: Metadata, detections: list[dict], **thresholds) -> list[tuple[float, str]]:
-    """(fraction kept in [0, 1], reason of failure or "") per include and exclude clause, in
-    order."""
+def geneval_clauses(
+    metadata: Metadata, detections: list[dict], **thresholds
+) -> list[tuple[float, str]]:
+    """(fraction kept in [0, 1], reason of failure or "") of each clause, in order."""
     found = best_by_class(metadata, detections, **thresholds)
     results, judged = [], []
     for clause in metadata.get("include", []):
-        things = found.get(clause["class"], [])[:clause["count"]]              # only the best `count` are judged
+        things = found.get(clause["class"], [])
+        things = things[:clause["count"]]       # only the best `count` are judged
         fraction, reason = _judge_include(clause, things, judged)
         results.append((fraction, reason))
         judged.append((things, not reason))
@@ -66,9 +69,10 @@ def geneval_clauses(metadata: Metadata, detections: list[dict], **thresholds) ->
     return results
 
 
-def _judge_include(clause: Clause, things: list[dict], judged: list[tuple[list, bool]]) -> tuple[float, str]:
-    """The fraction of an include clause's objects that are right, and the first reason of failure
-    or "".
+def _judge_include(
+    clause: Clause, things: list[dict], judged: list[tuple[list, bool]]
+) -> tuple[float, str]:
+    """The fraction of an include clause's objects that are right, and why it fails or "".
 
     judged: the things of each earlier clause, and whether they passed.
     """
@@ -85,8 +89,9 @@ def _judge_include(clause: Clause, things: list[dict], judged: list[tuple[list, 
     if "position" in clause:
         relation, target = clause["position"]
         if relation not in RELATIONS or not 0 <= target < len(judged):
-            raise ValueError(f"position {clause['position']} of {name}, expected one of {RELATIONS} "
-                             "and an earlier clause")
+            raise ValueError(
+                f"position {clause['position']} of {name}, expected one of {RELATIONS} and an "
+                "earlier clause")
         targets, target_passed = judged[target]
         if not target_passed:
             reasons.append(f"no target for {name} to be {relation}")

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from referees.load import in_batches, kind_of, load_model, processor_pixels
 
-LEAST_MASS = 1e-3                                               # of yes and no together, on average
+LEAST_MASS = 1e-3                               # of yes and no together, on average
 
 
 def spellings(tokenizer, word: str) -> list[int]:
-    """The ids of a word's spellings that are one known token: as it is, capitalised, and both after
-    a space."""
+    """The ids of a word's spellings that are one token: word, Word, and both after a space."""
     out = []
     for spelling in (word, f" {word}", word.capitalize(), f" {word.capitalize()}"):
         ids = tokenizer(spelling, add_special_tokens=False).input_ids
@@ -46,17 +45,20 @@ class Judge:
     def __post_init__(self):
         self.answers = [spellings(self.tokenizer, word) for word in ("yes", "no")]
         if not all(self.answers):
-            raise ValueError(f"the judge's tokenizer reads yes and no as the tokens {self.answers}, "
-                             "expected at least one known token each")
+            raise ValueError(
+                f"the judge's tokenizer reads yes and no as the tokens {self.answers}, expected "
+                "at least one known token each")
 
     def pixels(self, images: Tensor) -> Tensor:
-        return processor_pixels(images, self.model, self.image_processor)      # (N, 3, size, size)
+        return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
 
     def rows(self, questions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, (R, L) each. A question is cut at `max_question` tokens and brings no
-        image token."""
-        config, device = self.model.config, self.model.device
-        vision, image, pad = config.vision_config, config.image_token_id, self.tokenizer.pad_token_id
+        """Token ids and mask, (R, L) each.
+
+        A question is cut at `max_question` tokens, and cannot bring image tokens of its own.
+        """
+        vision, image = self.model.config.vision_config, self.model.config.image_token_id
+        pad, device = self.tokenizer.pad_token_id, self.model.device
         patches = (vision.image_size // vision.patch_size) ** 2
         head = [image] * patches + [self.tokenizer.bos_token_id]
         texts = ["\n"] + [" ".join(question.split()) for question in questions]
@@ -75,28 +77,28 @@ class Judge:
         return self.model.get_image_features(self.pixels(images)).pooler_output
 
     def next_logits(self, features: Tensor, questions: list[str]) -> Tensor:
-        """(R, V): the logits of the first generated token. Gradients flow, so that a judge can
-        learn from them."""
+        """(R, V): the logits of the first generated token. Gradients flow, to train a judge."""
         ids, mask = self.rows(questions)
         is_image = (ids == self.model.config.image_token_id)[..., None]
         embedded = self.model.get_input_embeddings()(ids)
         embedded = embedded.masked_scatter(is_image, features.to(embedded.dtype))
-        out = self.model(inputs_embeds=embedded, attention_mask=mask,
-                         position_ids=mask.cumsum(1).clamp(min=1),
-                         token_type_ids=torch.zeros_like(ids),              # type 0 is prefix
-                         use_cache=False, logits_to_keep=1)
-        return out.logits[:, -1].float()                                       # (R, V)
+        out = self.model(
+            inputs_embeds=embedded, attention_mask=mask,
+            position_ids=mask.cumsum(1).clamp(min=1),
+            token_type_ids=torch.zeros_like(ids),               # type 0 is prefix
+            use_cache=False, logits_to_keep=1)
+        return out.logits[:, -1].float()                                            # (R, V)
 
     def logits(self, features: Tensor, questions: list[str]) -> Tensor:
-        """(R, 3): the log-sums over the spellings of "yes", over those of "no", and over all
-        tokens."""
+        """(R, 3): the log-sums over the spellings of yes, over those of no, and over all tokens."""
         out = self.next_logits(features, questions)
         yes, no = self.answers
         return torch.stack([out[:, ids].logsumexp(1) for ids in (yes, no, slice(None))], dim=1)
 
     @torch.no_grad()
-    def yes_probability(self, images: Tensor, questions: list[str],
-                        about: list[int] | None = None) -> Tensor:
+    def yes_probability(
+        self, images: Tensor, questions: list[str], about: list[int] | None = None
+    ) -> Tensor:
         """P(yes) / (P(yes) + P(no)) of each question, (R,) in [0, 1].
 
         about: the image of each question; None: the r-th question is about the r-th image. Every
@@ -105,19 +107,20 @@ class Judge:
         """
         if about is None:
             about = list(range(len(images)))
-        features = in_batches(self.features, self.batch_size, images)          # (N, P, D)
+        features = in_batches(self.features, self.batch_size, images)               # (N, P, D)
 
         def logits_of(about: list[int], questions: list[str]) -> Tensor:
             return self.logits(features[about], questions)
 
         worded = [self.word_question(question) for question in questions]
-        logits = in_batches(logits_of, self.batch_size, about, worded)         # (R, 3)
+        logits = in_batches(logits_of, self.batch_size, about, worded)              # (R, 3)
         mass = (logits[:, :2].logsumexp(1) - logits[:, 2]).exp().mean().item()
         if mass < LEAST_MASS:
-            raise ValueError(f"the judge puts {mass:.1e} of its probability on yes and no, expected most of "
-                             "it; a model that thinks before it answers, or that was not trained for such "
-                             "questions, is no judge")
-        return logits[:, :2].softmax(-1)[:, 0]                                 # (R,)
+            raise ValueError(
+                f"the judge puts {mass:.1e} of its probability on yes and no, expected most of "
+                "it; a model that thinks before it answers, or that was not trained for such "
+                "questions, is no judge")
+        return logits[:, :2].softmax(-1)[:, 0]                                      # (R,)
 
     def word_question(self, question: str) -> str:
         """The question as this kind of model is asked it."""
@@ -126,8 +129,7 @@ class Judge:
 
 @dataclass
 class ChatJudge(Judge):
-    """A yes/no judge that is a chat model: Qwen2.5-VL, Qwen3-VL, InternVL, or another with a chat
-    template.
+    """A yes/no judge that is a chat model: Qwen2.5-VL, Qwen3-VL, InternVL and others.
 
     A row is the user's turn, the image and then the question, and the head of the assistant's turn;
     the next token answers, nothing is generated. Rows are padded on the left. `image_processor` is
@@ -140,8 +142,9 @@ class ChatJudge(Judge):
         super().__post_init__()
         self.tokenizer.padding_side = "left"
         if self.row("").rstrip().endswith("<think>"):
-            raise ValueError("the judge is made to think before it answers, so that its next token is no "
-                             "answer; use its Instruct variant")
+            raise ValueError(
+                "the judge is made to think before it answers, so that its next token is no "
+                "answer; use its Instruct variant")
 
     def word_question(self, question: str) -> str:
         return f"{question} Answer yes or no."
@@ -152,32 +155,35 @@ class ChatJudge(Judge):
             question = question.replace(marker, " ")
         content = [{"type": "image"}, {"type": "text", "text": " ".join(question.split())}]
         turns = [{"role": "user", "content": content}]
-        return self.image_processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return self.image_processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False)
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W): the images themselves, since these models do not share how they are
-        encoded."""
+        """(N, 3, H, W): the images themselves; each of these models encodes them in its own way."""
         return images
 
     def next_logits(self, features: Tensor, questions: list[str]) -> Tensor:
         """(R, V): the logits of the first generated token."""
         images = [[image] for image in features.float()]
         rows = [self.row(question) for question in questions]
-        given = self.image_processor(images=images, text=rows, padding=True, do_rescale=False, return_tensors="pt")
+        given = self.image_processor(
+            images=images, text=rows, padding=True, do_rescale=False, return_tensors="pt")
         given = given.to(self.model.device, self.model.dtype)
         return self.model(**given, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
 
 def load_judge(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Judge:
-    """A frozen Judge, such as google/paligemma2-3b-mix-448, or ChatJudge, such as
-    Qwen/Qwen2.5-VL-7B-Instruct.
+    """A frozen Judge, google/paligemma2-3b-mix-448, or ChatJudge, Qwen/Qwen2.5-VL-7B-Instruct.
 
     Errors: see load_model; ValueError for a chat model without a chat template.
     """
     if kind_of(path) == "paligemma":
-        return Judge(*load_model("AutoModelForImageTextToText", (), path, device, dtype), batch_size)
-    model, processor = load_model("AutoModelForImageTextToText", (), path, device, dtype, ("AutoProcessor",))
+        return Judge(
+            *load_model("AutoModelForImageTextToText", (), path, device, dtype), batch_size)
+    model, processor = load_model(
+        "AutoModelForImageTextToText", (), path, device, dtype, ("AutoProcessor",))
     if not getattr(processor, "chat_template", None):
-        raise ValueError(f"{path} has no chat template, by which a judge is asked; use "
-                         "google/paligemma2-3b-mix-448 or a chat model")
+        raise ValueError(
+            f"{path} has no chat template, by which a judge is asked; use "
+            "google/paligemma2-3b-mix-448 or a chat model")
     return ChatJudge(model, processor.tokenizer, processor, batch_size)

@@ -21,6 +21,7 @@ from support.disk import one_line_error
 def loading_errors(path: str) -> one_line_error:
     """A context in which what libraries raise at the files of a model becomes one line."""
     from huggingface_hub.constants import HF_HUB_CACHE
+
     files = "config, safetensors, tokenizer, preprocessor files"
     what = f"{path} cannot be loaded, must be a folder or hub name with {files}"
     if not Path(path).is_dir():
@@ -51,14 +52,16 @@ def kind_of(path: str) -> str:
     """The model_type of a local folder or hub name. Errors: as load_model's."""
     declare_torchvision_ops()
     import transformers
+
     with loading_errors(path):
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
 
 
-def load_model(auto_class: str, model_types: tuple[str, ...], path: str, device, dtype=torch.float32,
-               parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor")) -> tuple:
-    """(frozen model, *parts) of a local folder or hub name, by the names of transformers' auto
-    classes.
+def load_model(
+    auto_class: str, model_types: tuple[str, ...], path: str, device, dtype=torch.float32,
+    parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor")
+) -> tuple:
+    """(frozen model, *parts) of a local folder or hub name, by transformers' auto classes.
 
     model_types: those that are accepted, none for any.
     Errors, in one line: OSError for missing files; ValueError for another kind of model, and for
@@ -66,6 +69,7 @@ def load_model(auto_class: str, model_types: tuple[str, ...], path: str, device,
     """
     kind = kind_of(path)
     import transformers
+
     transformers.utils.logging.disable_progress_bar()           # one bar per model says nothing
     with loading_errors(path):
         if model_types and kind not in model_types:
@@ -80,8 +84,7 @@ def load_model(auto_class: str, model_types: tuple[str, ...], path: str, device,
 
 
 def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Tensor:
-    """Images as a vision tower reads them, (N, 3, *size): antialiased resize, no crop,
-    normalised."""
+    """Images as a vision tower reads them, (N, 3, *size): resized, not cropped, normalised."""
     x = images.float()
     if x.shape[-2:] != tuple(size):
         x = F.interpolate(x, size=tuple(size), mode=mode, antialias=True, align_corners=False)
@@ -91,9 +94,10 @@ def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Te
     return (x - mean) / std
 
 
-def processor_pixels(images: Tensor, model, processor, size: tuple[int, int] | None = None) -> Tensor:
-    """What transformers' image processor would give the model, without its detour through 8
-    bits."""
+def processor_pixels(
+    images: Tensor, model, processor, size: tuple[int, int] | None = None
+) -> Tensor:
+    """What transformers' image processor would give, without its detour through 8 bits."""
     size = size or (processor.size["height"], processor.size["width"])
     mode = {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
     mean, std = processor.image_mean, processor.image_std
@@ -113,6 +117,7 @@ def numbers_in(path: str) -> int:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from safetensors import safe_open
+
     try:
         folder = path
         if not Path(path).is_dir():

@@ -1,8 +1,7 @@
-"""Published preference models: PickScore and HPSv2, both CLIPs, by `score(images, prompts) ->
-(N,)`.
+"""Published preference models that are CLIPs, PickScore and HPSv2, by `score(images, prompts)`.
 
-Left out: ImageReward, whose layout only its own package reads; UnifiedReward and HPSv3, whose
-scores depend on prompts that are not published whole.
+Left out: ImageReward, whose layout only its own package reads; UnifiedReward and
+HPSv3, whose scores depend on prompts that are not published whole.
 
 Notation: N images (N, 3, H, W) in [0, 1].
 """
@@ -28,16 +27,20 @@ class ClipPreference:
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         distinct = list(dict.fromkeys(prompts))
         place = [distinct.index(prompt) for prompt in prompts]
-        texts = self.clip.embed_texts(distinct)[place]                         # (N, D)
+        texts = self.clip.embed_texts(distinct)[place]                              # (N, D)
         scale = self.clip.model.logit_scale.exp().item() / 26
-        return scale * (self.clip.embed_images(images) * texts).sum(-1)        # (N,)
+        return scale * (self.clip.embed_images(images) * texts).sum(-1)             # (N,)
 
 
-def load_preference(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> ClipPreference:
+def load_preference(
+    path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128
+) -> ClipPreference:
     """A frozen preference model: yuvalkirstain/PickScore_v1 or adams-story/HPSv2-hf.
 
     Errors: see referees.load.load_model.
     """
     if not path:
-        raise ValueError("--pref needs --pref_model: a folder or hub name, such as yuvalkirstain/PickScore_v1")
-    return ClipPreference(Clip(*load_model("AutoModel", ("clip",), path, device, dtype), batch_size))
+        raise ValueError(
+            "--pref needs --pref_model: a folder or hub name, such as yuvalkirstain/PickScore_v1")
+    return ClipPreference(
+        Clip(*load_model("AutoModel", ("clip",), path, device, dtype), batch_size))

@@ -1,15 +1,14 @@
-"""What a yes/no judge is asked about a picture, one fact each, so that "yes" is good. [AlphaGRPO's
-decomposition]
+"""What a yes/no judge is asked about a picture, one fact each. [AlphaGRPO's decomposition]
 
-Questions come from GenEval's metadata by rule (`questions_by_rule`), or with the rows of a file. A
-language model adds them to prompts, once and offline:
+A question is put so that "yes" is good. Questions come from GenEval's clauses by rule, or with the
+rows of a file, to which a language model adds them once and offline:
 
     python -m referees.questions prompts.jsonl --llm Qwen/Qwen3-8B --out with_questions.jsonl
 
-writes the rows of prompts.jsonl, each with its questions, as a file for --prompts. A row brings
+The file that this writes is given as --prompts. Its rows are those of prompts.jsonl, and each has
 "semantic_questions": [{"question", "tag", "needs"}] and "quality_questions": [{"question", "tag"}].
-"needs" are the places of earlier semantic questions without whose yes this one has no meaning: is
-the dog red ? needs is there a dog ?
+"needs" are the places of earlier semantic questions without whose yes this one has no meaning: "is
+the dog red ?" needs "is there a dog ?".
 
 Differs from AlphaGRPO's code: its files have no "needs" (they are read, as if nothing depended). It
 asks one model to write, a second time to check and a third time to tag each question, and its
@@ -29,15 +28,17 @@ from support.disk import write_atomic
 from support.rows import Metadata, read_json_lines, read_prompts
 from support.terminal import Arguments, one_line, say, the_device
 
-SEMANTIC = ("Style", "Environment", "Viewpoint", "Existence", "Count", "Attribute", "Action", "Spatial", "Text",
-            "Negative")
-QUALITY = ("Geometry", "Anatomy", "Texture", "Coherence", "Lighting", "Physics", "Legibility", "Aesthetics")
+SEMANTIC = (
+    "Style", "Environment", "Viewpoint", "Existence", "Count", "Attribute", "Action", "Spatial",
+    "Text", "Negative")
+QUALITY = (
+    "Geometry", "Anatomy", "Texture", "Coherence", "Lighting", "Physics", "Legibility",
+    "Aesthetics")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing that a judge is asked; it scores 0 without a yes to the questions at the places
-    `needs`."""
+    """One thing that a judge is asked; without a yes to its `needs` it scores 0."""
 
     text: str
     tag: str
@@ -61,16 +62,18 @@ def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
 
 
-def questions_by_rule(prompt: str, metadata: Metadata, quality: tuple[Question, ...]) -> list[Question]:
+def questions_by_rule(
+    prompt: str, metadata: Metadata, quality: tuple[Question, ...]
+) -> list[Question]:
     """The questions of GenEval's clauses, then those of `quality`, none of them twice.
 
-    Of each include clause: existence, number, colour and relation. Of each exclude clause whose
-    class
-    is not included: that there is none. Errors: ValueError without include clauses, and for a
-    relation to no earlier clause.
+    An include clause is asked about existence, number, colour and relation; an exclude clause,
+    unless its class is included, about there being none.
+    Errors: ValueError without include clauses, and for a relation to no earlier clause.
     """
     if not metadata.get("include"):
-        raise ValueError(f"prompt {prompt[:60]!r} has no objects to ask about; give its questions with its row")
+        raise ValueError(
+            f"prompt {prompt[:60]!r} has no objects to ask about; give its questions with its row")
     asked, existence, totals = {}, [], {}
 
     def ask(text: str, tag: str, *needs: int) -> int:
@@ -94,8 +97,9 @@ def questions_by_rule(prompt: str, metadata: Metadata, quality: tuple[Question, 
         if "position" in clause:
             relation, target = clause["position"]
             if not 0 <= target < len(existence):
-                raise ValueError(f"prompt {prompt[:60]!r}: position {clause['position']} of {name} names no "
-                                 "earlier include clause")
+                raise ValueError(
+                    f"prompt {prompt[:60]!r}: position {clause['position']} of {name} names no "
+                    "earlier include clause")
             other = metadata["include"][target]["class"]
             ask(f"is the {name} {relation} the {other} ?", "Spatial", there, existence[target])
         existence.append(there)
@@ -120,8 +124,7 @@ class Questions:
         return questions_by_rule(prompt, metadata, TOY_QUALITY if self.toy else PHOTO_QUALITY)
 
     def check(self, rows: list[dict], text: str = "prompt") -> None:
-        """ValueError, with the first five, if rows of a file have no questions; `text` names what
-        they ask."""
+        """ValueError if rows of a file have no questions; text: the field that names a row."""
         bare = []
         for row in rows:
             if "questions" in row or row.get("include"):
@@ -129,16 +132,16 @@ class Questions:
             else:
                 bare.append(row[text][:60])
         if bare:
-            raise ValueError(f"--dvreward has no questions for {len(bare)} of {len(rows)} rows, such as {bare[:5]}; "
-                             "add them with python -m referees.questions")
+            raise ValueError(
+                f"--dvreward has no questions for {len(bare)} of {len(rows)} rows, such as "
+                f"{bare[:5]}; add them with python -m referees.questions")
 
 
 # ---- questions that rows bring ----
 
 
 def with_questions(row: dict, path: str) -> dict:
-    """A row of any file, the questions that it brings read into "questions", which means nothing
-    else."""
+    """A row of any file, with the questions that it brings read into "questions"."""
     row = {key: value for key, value in row.items() if key != "questions"}
     if "semantic_questions" in row or "quality_questions" in row:
         row["questions"] = questions_of_row(row, path)
@@ -165,7 +168,8 @@ def read_question(item, place: int, quality: bool, where: str) -> Question:
     tags, tag = (QUALITY, "Coherence") if quality else (SEMANTIC, "Existence")
     if isinstance(item, str):
         item = {"question": item}
-    if not isinstance(item, dict) or not isinstance(item.get("question"), str) or not item["question"].strip():
+    text = item.get("question") if isinstance(item, dict) else None
+    if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} must have a text \"question\"")
     tag = str(item.get("tag", tag)).capitalize()
     if tag not in tags:
@@ -174,31 +178,32 @@ def read_question(item, place: int, quality: bool, where: str) -> Question:
     earlier = () if quality else range(place)
     if not isinstance(needs, list) or any(type(n) is not int or n not in earlier for n in needs):
         raise ValueError(f"{where}: \"needs\" must be places of earlier semantic questions")
-    return Question(item["question"].strip(), tag, quality, tuple(needs))
+    return Question(text.strip(), tag, quality, tuple(needs))
 
 
 # ---- questions by a language model ----
 
-ASK = """Take the prompt of an image apart into yes/no questions by which the finished image is checked.
+ASK = """Take the prompt of an image apart into yes/no questions that check the finished image.
 
 Answer with one JSON object and nothing else:
 {{"semantic_questions": [{{"question": "...", "tag": "...", "needs": [0]}}], \
 "quality_questions": [{{"question": "...", "tag": "..."}}]}}
 
-Semantic questions: one fact of the prompt each, only what must be there, nothing that the prompt does not
-say; "yes" means that the image keeps it. "tag" is one of {semantic}. "needs" lists the places, counted
-from 0, of earlier semantic questions that must be true for this one to have a meaning: ask first whether
-a thing is there, then about its number, attributes and place.
-Quality questions: two to four about how well the image is made, each about one aspect, none that the
-prompt contradicts. "tag" is one of {quality}.
+Semantic questions: one fact of the prompt each, only what must be there, nothing that the prompt
+does not say; "yes" means that the image keeps it. "tag" is one of {semantic}. "needs" lists the
+places, counted from 0, of earlier semantic questions that must be true for this one to have a
+meaning: ask first whether a thing is there, then about its number, attributes and place.
+Quality questions: two to four about how well the image is made, each about one aspect, none that
+the prompt contradicts. "tag" is one of {quality}.
 
 Prompt: {prompt}"""
 
 
-def decompose(path: str, write: Callable[[list[str], float], list[str]], model: str, out: Path,
-              batch: int = 8, tries: int = 5) -> list[str]:
-    """Add the rows of a file of prompts to `out`, each with questions by a language model, as they
-    come.
+def decompose(
+    path: str, write: Callable[[list[str], float], list[str]], model: str, out: Path,
+    batch: int = 8, tries: int = 5
+) -> list[str]:
+    """Add the rows of a file of prompts to `out`, each with questions by a language model.
 
     write(requests, temperature) -> answers. A row that `out` already has, with the same model and
     instruction, is not asked again. Returns the prompts that got no questions, each with the
@@ -218,7 +223,8 @@ def decompose(path: str, write: Callable[[list[str], float], list[str]], model: 
             for i in range(0, len(waiting), batch):
                 keys = waiting[i:i + batch]
                 prompts = [rows[key]["prompt"] for key in keys]
-                answers = write([request_for(prompt) for prompt in prompts], 0.7 if attempt else 0.0)
+                requests = [request_for(prompt) for prompt in prompts]
+                answers = write(requests, 0.7 if attempt else 0.0)
                 for key, prompt, answer in zip(keys, prompts, answers):
                     try:
                         questions = read_answer(prompt, answer)
@@ -231,14 +237,14 @@ def decompose(path: str, write: Callable[[list[str], float], list[str]], model: 
                     bar.update()
             waiting = failed
     if asked and len(waiting) == asked:
-        raise ValueError(f"{model} gave no valid questions for any of {asked} prompts in {tries} tries each; "
-                         f"the last reason: {reasons[waiting[-1]]}")
+        raise ValueError(
+            f"{model} gave no valid questions for any of {asked} prompts in {tries} tries each; "
+            f"the last reason: {reasons[waiting[-1]]}")
     return [f"{rows[key]['prompt']}: {reasons[key]}" for key in waiting]
 
 
 def finished_rows(out: Path) -> set[str]:
-    """The hashes of the rows that an earlier run wrote; a last line that a kill has cut is taken
-    out."""
+    """The hashes of the rows that an earlier run wrote; a line that a kill has cut is removed."""
     text = out.read_text(encoding="utf-8") if out.exists() else ""
     whole = text[:text.rfind("\n") + 1]
     if whole != text:
@@ -273,12 +279,15 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
     import torch
 
     from referees.load import load_model
+
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    model, tokenizer = load_model("AutoModelForCausalLM", (), path, device, dtype, ("AutoTokenizer",))
+    model, tokenizer = load_model(
+        "AutoModelForCausalLM", (), path, device, dtype, ("AutoTokenizer",))
     if not tokenizer.chat_template:
-        raise ValueError(f"{path} has no chat template; take a model that was trained to follow instructions")
+        raise ValueError(
+            f"{path} has no chat template; take a model that was trained to follow instructions")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    torch.manual_seed(0)                                        # of the second and later tries
+    torch.manual_seed(0)                        # of the second and later tries
 
     @torch.no_grad()
     def write(requests: list[str], temperature: float) -> list[str]:
@@ -287,25 +296,33 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
             turns = [{"role": "user", "content": request}]
             chats.append(tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
-        given = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        given = tokenizer(
+            chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         given = given.to(model.device)
-        sampling = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
-        tokens = model.generate(**given, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **sampling)
-        return tokenizer.batch_decode(tokens[:, given.input_ids.shape[1]:], skip_special_tokens=True)
+        sampling = dict(do_sample=False)
+        if temperature:
+            sampling = dict(do_sample=True, temperature=temperature)
+        tokens = model.generate(
+            **given, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **sampling)
+        return tokenizer.batch_decode(
+            tokens[:, given.input_ids.shape[1]:], skip_special_tokens=True)
 
     return write
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="referees.questions", allow_abbrev=False,
-                   description="Add questions by a language model to prompts, for --dvreward.")
+    ap = Arguments(
+        prog="referees.questions", allow_abbrev=False,
+        description="Add questions by a language model to prompts, for --dvreward.")
     ap.add_argument("prompts", help="prompts: .jsonl or .txt, as train.py reads them")
-    ap.add_argument("--llm", required=True, help="a chat model: a folder or hub name, such as Qwen/Qwen3-8B")
-    ap.add_argument("--out", type=Path, default=Path("with_questions.jsonl"),
-                    help="where the rows are added with their questions; rows that it has are not asked again")
+    ap.add_argument(
+        "--llm", required=True, help="a chat model: a folder or hub name, such as Qwen/Qwen3-8B")
+    ap.add_argument(
+        "--out", type=Path, default=Path("with_questions.jsonl"),
+        help="where the rows are added with their questions; rows that it has are not asked again")
     a = ap.parse_args(argv)
     with one_line("referees.questions"):
-        read_prompts(a.prompts)                                 # before a large model is loaded
+        read_prompts(a.prompts)                 # before a large model is loaded
         if not a.out.resolve().parent.is_dir():
             raise FileNotFoundError(f"--out {a.out}: its folder does not exist")
         if a.out.resolve() == Path(a.prompts).resolve():

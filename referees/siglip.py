@@ -1,5 +1,4 @@
-"""Embeddings of images and texts in one space (SigLIP, CLIP, open_clip), and a SigLIP that learns
-during a run.
+"""Embeddings of images and texts in one space (SigLIP, CLIP, open_clip), and a SigLIP that learns.
 
 Notation: N images (N, 3, H, W) in [0, 1], P patches, D embedding width.
 """
@@ -35,43 +34,42 @@ class Siglip:
     batch_size: int = 128
 
     def pixels(self, images: Tensor) -> Tensor:
-        return processor_pixels(images, self.model, self.image_processor)      # (N, 3, size, size)
+        return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
 
     def tokens(self, texts: list[str]) -> Tensor:
-        """(N, length): lower case, padded to full length without a mask, as both generations were
-        trained."""
+        """(N, length): lower case and padded to full length without a mask, as it was trained."""
         length = self.model.config.text_config.max_position_embeddings
         lower = [text.lower() for text in texts]
-        ids = self.tokenizer(lower, padding="max_length", truncation=True, max_length=length).input_ids
+        ids = self.tokenizer(
+            lower, padding="max_length", truncation=True, max_length=length).input_ids
         return torch.tensor(ids, device=self.model.device)
 
     def vision_outputs(self, images: Tensor):
-        """The vision tower's last_hidden_state (N, P, D) and pooler_output (N, D). Gradients
-        flow."""
+        """The vision tower's last_hidden_state (N, P, D) and pooler_output (N, D); gradients flow."""
         return self.model.vision_model(pixel_values=self.pixels(images))
 
     def image_features(self, images: Tensor) -> Tensor:
-        return self.vision_outputs(images).pooler_output                       # (N, D)
+        return self.vision_outputs(images).pooler_output                            # (N, D)
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.model.text_model(input_ids=self.tokens(texts)).pooler_output
 
     def patch_features(self, images: Tensor) -> Tensor:
         """Each patch through the pooling head alone; attention over one token returns its value."""
-        states = self.vision_outputs(images).last_hidden_state                 # (N, P, D)
+        states = self.vision_outputs(images).last_hidden_state                      # (N, P, D)
         return self.model.vision_model.head(states.flatten(0, 1)[:, None]).view_as(states)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        return unit(in_batches(self.image_features, self.batch_size, images))  # (N, D)
+        return unit(in_batches(self.image_features, self.batch_size, images))       # (N, D)
 
     @torch.no_grad()
     def embed_patches(self, images: Tensor) -> Tensor:
-        return unit(in_batches(self.patch_features, self.batch_size, images))  # (N, P, D)
+        return unit(in_batches(self.patch_features, self.batch_size, images))       # (N, P, D)
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        return unit(in_batches(self.text_features, self.batch_size, texts))    # (N, D)
+        return unit(in_batches(self.text_features, self.batch_size, texts))         # (N, D)
 
 
 def load_siglip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Siglip:
@@ -80,36 +78,34 @@ def load_siglip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int
 
 
 class Learner:
-    """A SigLIP that learns during a run, from the policy's own pictures and prompts, by SigLIP's
-    sigmoid loss.
+    """A SigLIP that learns during a run, from the policy's own pictures and prompts.
 
-    The trainable referee of LVRPO's Fig. 4, which shows why a referee should be frozen. Gamed by
-    design: any picture of a prompt is taught as right.
+    The trainable referee of LVRPO's Fig. 4, which shows why a referee should be frozen. It learns
+    by SigLIP's sigmoid loss. Gamed by design: any picture of a prompt is taught as right.
     """
 
     def __init__(self, encoder: Siglip, lr: float):
         if not isinstance(encoder, Siglip):
-            raise ValueError("--train_referee teaches a SigLIP of transformers, not an open_clip model")
+            raise ValueError(
+                "--train_referee teaches a SigLIP of transformers, not an open_clip model")
         self.encoder = encoder
         encoder.model.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=lr, weight_decay=0.0)
-        for p in encoder.model.parameters():                    # so that a checkpoint can be read in place
+        for p in encoder.model.parameters():    # so that a checkpoint can be read in place
             moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             self.optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
 
     def loss(self, images: Tensor, prompts: list[str], distinct: list[str]) -> Tensor:
-        """SigLIP's loss of each image against all distinct prompts, one of which is its own,
-        summed."""
+        """SigLIP's loss of each image against all distinct prompts, one of them its own, summed."""
         model = self.encoder.model
-        texts = unit(self.encoder.text_features(distinct))                     # (prompts, D)
-        cosine = unit(self.encoder.image_features(images)) @ texts.T           # (N, prompts)
+        texts = unit(self.encoder.text_features(distinct))                          # (prompts, D)
+        cosine = unit(self.encoder.image_features(images)) @ texts.T                # (N, prompts)
         own = [[1.0 if prompt == other else -1.0 for other in distinct] for prompt in prompts]
-        own = torch.tensor(own, device=cosine.device)                          # (N, prompts)
+        own = torch.tensor(own, device=cosine.device)                               # (N, prompts)
         return -F.logsigmoid(own * (cosine * model.logit_scale.exp() + model.logit_bias)).sum()
 
     def learn(self, images: Tensor, prompts: list[str], add: Callable, world: int) -> float:
-        """One step on the mean loss, in parts of the encoder's batch size; returns the loss before
-        it.
+        """One step on the mean loss, in parts of the encoder's batch size; returns the loss before.
 
         add(optimizer) adds up the gradients of all `world` ranks. Each rank compares with its own
         prompts.
@@ -153,22 +149,24 @@ class Clip:
     def image_features(self, images: Tensor) -> Tensor:
         size = (self.size, self.size)
         pixels = processor_pixels(images, self.model, self.image_processor, size)
-        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        return self.model.visual_projection(
+            self.model.vision_model(pixel_values=pixels).pooler_output)
 
     def text_features(self, texts: list[str]) -> Tensor:
         longest = self.model.config.text_config.max_position_embeddings
-        given = self.tokenizer(texts, padding=True, truncation=True, max_length=longest,
-                               return_tensors="pt").to(self.model.device)
+        given = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(self.model.device)
         out = self.model.text_model(input_ids=given.input_ids, attention_mask=given.attention_mask)
         return self.model.text_projection(out.pooler_output)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        return unit(in_batches(self.image_features, self.batch_size, images))  # (N, D)
+        return unit(in_batches(self.image_features, self.batch_size, images))       # (N, D)
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        return unit(in_batches(self.text_features, self.batch_size, texts))    # (N, D)
+        return unit(in_batches(self.text_features, self.batch_size, texts))         # (N, D)
 
 
 def load_clip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128):
@@ -207,7 +205,8 @@ class OpenClip:
 
     def image_features(self, images: Tensor) -> Tensor:
         cfg, size = self.model.visual.preprocess_cfg, (self.size, self.size)
-        pixels = to_pixels(images.to(self.device), size, cfg["interpolation"], cfg["mean"], cfg["std"])
+        pixels = to_pixels(
+            images.to(self.device), size, cfg["interpolation"], cfg["mean"], cfg["std"])
         return self.model.encode_image(pixels, normalize=True)
 
     def text_features(self, texts: list[str]) -> Tensor:
@@ -215,25 +214,26 @@ class OpenClip:
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        return in_batches(self.image_features, self.batch_size, images)        # (N, D)
+        return in_batches(self.image_features, self.batch_size, images)             # (N, D)
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        return in_batches(self.text_features, self.batch_size, texts)          # (N, D)
+        return in_batches(self.text_features, self.batch_size, texts)               # (N, D)
 
 
 def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenClip:
-    """A frozen OpenClip of a folder (open_clip_config.json and safetensors) or of
-    "hf-hub:owner/name".
+    """A frozen OpenClip of a local folder, or of "hf-hub:owner/name".
 
-    The hub's pickle files, to which open_clip would fall back, are not fetched. Errors: see
-    load_model.
+    The folder holds open_clip_config.json and safetensors. The hub's pickle files, to which
+    open_clip would fall back, are not fetched. Errors: see load_model.
     """
     declare_torchvision_ops()
     import open_clip
+
     with loading_errors(path):
         if path.startswith("hf-hub:"):
             from huggingface_hub import snapshot_download
+
             wanted = ["*.json", "*.txt", "*.safetensors", "*.model"]
             path = snapshot_download(path.removeprefix("hf-hub:"), allow_patterns=wanted)
         names = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
