@@ -1,7 +1,10 @@
 """Tiny random models of the published classes that reward real pictures, saved as their checkpoints are saved."""
 
 from referees.detectors import NoLoss
+from policy import declare_torchvision_ops
 from toy.tiny import word_tokenizer
+
+declare_torchvision_ops()                               # before transformers imports torchvision
 
 from pytest import MonkeyPatch
 from transformers import (BertConfig, CLIPConfig, CLIPImageProcessor, CLIPModel, GroundingDinoConfig, GroundingDinoForObjectDetection,
