@@ -27,17 +27,16 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes import number
+from eval import mean_and_error
 from studies.tables import markdown_table
 from support.disk import read_json, write_atomic
 from support.plots import save_figure
 from support.run import CHECKPOINTS, Owner, read_log
-from support.terminal import Arguments, one_line, say
-from toy.shapes import TAGS
+from support.terminal import Arguments, number, one_line, say
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-MARGIN = 0.05                                                   # of truth, which "loses nothing" may lose
+MARGIN = 0.05                                                   # the truth that "loses nothing" may lose
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot tell at this size"
 
 PREAMBLE = f"""# Claims in miniature
@@ -61,57 +60,52 @@ over the noisy steps, divided by its mean.
 
 # ---- the claims ----
 
-# Flags that several arms share. Arms are shorter than the recipes' runs.
-DRAW = "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0"
-ASK = "--recipe lvrpo --draw 0 --think 0 --edit 0 --sem 0 --ins 0 --kn 0 --steps 60 --epochs 4"
-UNI = "--recipe unigrpo --steps 60"
-LONG = "--recipe unigrpo --draw 32 --think 0 --steps 150 --eval_every 50"
-ALPHA = "--recipe alphagrpo --steps 60"
-REFLECT = "--recipe alphagrpo_reflect --steps 60"
-CORL = "--recipe corl --eval_every 50"
-
-# Arm -> its flags. {other} is the policy of another arm with the same seed. A line that starts with
-# "merge" is for support.merge, with "eval" for eval.py, with "refine" for studies.refinement.
+# Arm -> its flags, shorter than the recipes' runs. A line that starts with another arm's name adds to
+# its flags; {other} is the policy of another arm with the same seed. A line that starts with "merge"
+# is for support.merge, with "eval" for eval.py, with "refine" for studies.refinement.
 ARMS = {
     "base": "--recipe lvrpo --steps 0",
     "full": "--recipe lvrpo --steps 50",
-    "generation-only": f"{DRAW} --steps 50 --kn 0",
-    "draw-all": f"{DRAW} --steps 50",
-    "draw-no-ins": f"{DRAW} --steps 50 --ins 0",
-    "draw-each": f"{DRAW} --steps 50 --normalise each",
-    "sem-frozen": f"{DRAW} --steps 200 --eval_every 50 --kn 0 --ins 0",
-    "sem-trained": f"{DRAW} --steps 200 --eval_every 50 --kn 0 --ins 0 --train_referee 1e-4",
-    "dapo": f"{ASK} --text_average token",
-    "gspo": f"{ASK} --text_average sequence --text_ratio sequence",
-    "grpo": f"{ASK} --text_average sequence",
-    "dr-grpo": f"{ASK} --text_average constant --advantage none",
-    "joint": UNI,
-    "text-only": f"{UNI} --image_weight 0",
-    "flow-only": f"{UNI} --text_weight 0",
-    "velocity": LONG,
-    "no-penalty": f"{LONG} --mse_weight 0",
-    "latent-kl": f"{LONG} --mse_weight 0 --image_beta 0.003",
-    "ratio-norm-off": f"{UNI} --no-ratio_norm",
-    "guided": f"{UNI} --guidance 2",
+    "draw-all": "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --steps 50",
+    "draw-each": "draw-all --normalise each",
+    "draw-no-ins": "draw-all --ins 0",
+    "generation-only": "draw-all --kn 0",
+    "sem-frozen": "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --steps 200 "
+                  "--eval_every 50 --kn 0 --ins 0",
+    "sem-trained": "sem-frozen --train_referee 1e-4",
+    "ask-alone": "--recipe lvrpo --draw 0 --think 0 --edit 0 --sem 0 --ins 0 --kn 0 --steps 60 "
+                 "--epochs 4",
+    "grpo": "ask-alone --text_average sequence",
+    "gspo": "grpo --text_ratio sequence",
+    "dapo": "ask-alone --text_average token",
+    "dr-grpo": "ask-alone --text_average constant --advantage none",
+    "joint": "--recipe unigrpo --steps 60",
+    "text-only": "joint --image_weight 0",
+    "flow-only": "joint --text_weight 0",
+    "ratio-norm-off": "joint --no-ratio_norm",
+    "guided": "joint --guidance 2",
     "plain-then-guided": "eval {joint} --guidance 2",
     "guided-then-guided": "eval {guided} --guidance 2",
-    "dv-soft": ALPHA,
-    "dv-binary": f"{ALPHA} --dv_by binary",
-    "holistic": f"{ALPHA} --dv_by holistic",
-    "rectify-group": REFLECT,
-    "rectify-initial": f"{REFLECT} --rectify initial",
-    "rectify-off": f"{REFLECT} --rectify off",
+    "velocity": "--recipe unigrpo --draw 32 --think 0 --steps 150 --eval_every 50",
+    "no-penalty": "velocity --mse_weight 0",
+    "latent-kl": "no-penalty --image_beta 0.003",
+    "dv-soft": "--recipe alphagrpo --steps 60",
+    "dv-binary": "dv-soft --dv_by binary",
+    "holistic": "dv-soft --dv_by holistic",
+    "rectify-group": "--recipe alphagrpo_reflect --steps 60",
+    "rectify-initial": "rectify-group --rectify initial",
+    "rectify-off": "rectify-group --rectify off",
     "refined": "refine {rectify-group}",
-    "unified": f"{CORL} --steps 50",
-    "unified-longer": f"{CORL} --steps 100",
-    "pair-sum": f"{CORL} --steps 50 --pair sum",
-    "pair-none": f"{CORL} --steps 50 --pair none",
-    "alternating": f"{CORL} --steps 100 --alternate",
-    "corl-image": f"{CORL} --steps 50 --pair_text 0",
-    "corl-text": f"{CORL} --steps 50 --pair_image 0",
+    "unified": "--recipe corl --eval_every 50 --steps 50",
+    "pair-sum": "unified --pair sum",
+    "pair-none": "unified --pair none",
+    "corl-image": "unified --pair_text 0",
+    "corl-text": "unified --pair_image 0",
     "merged": "merge {corl-image} {corl-text} --base toy/policy",
-    "cycle": f"{CORL} --steps 50 --pair_text 0 --tim 0",
-    "tim": f"{CORL} --steps 50 --pair_text 0 --recaption 0 --likeness 0",
+    "cycle": "corl-image --tim 0",
+    "tim": "corl-image --recaption 0 --likeness 0",
+    "unified-longer": "--recipe corl --eval_every 50 --steps 100",
+    "alternating": "unified-longer --alternate",
     "refined-image": "--recipe corl_t2i --steps 50 --eval_every 50 --policy {unified}",
     "refined-choose": "--recipe corl_mc --steps 50 --eval_every 50 --policy {unified}",
     "refined-merged": "merge {refined-image} {refined-choose} --base {unified}",
@@ -170,8 +164,9 @@ CLAIMS = {
         says="Under a summed reward the advantage follows the part that varies most; normalising "
              "each is better.",
         arms=("draw-all", "draw-each"),
-        measures=("draw", *(f"draw/{tag}" for tag in TAGS),
-                  *(f"draw/advantage_share/{name}" for name in ("sem", "ins", "kn"))),
+        measures=("draw", "draw/single_object", "draw/two_object", "draw/counting", "draw/colors",
+                  "draw/position", "draw/color_attr", "draw/advantage_share/sem",
+                  "draw/advantage_share/ins", "draw/advantage_share/kn"),
         compares=("draw-all > draw-each : draw/advantage_share/kn", "draw-each > draw-all : draw"),
         reading="The sum does follow r_kn, which varies most, but r_kn is no noise here: truth "
                 "comes out the same."),
@@ -208,9 +203,11 @@ CLAIMS = {
         paper="UniGRPO, GRPO-Guard",
         says="RatioNorm evens the ratio's spread over the noisy steps.",
         arms=("joint", "ratio-norm-off"),
-        measures=("think", *(f"think/image/{name}/{step}" for name in (
-            "ratio/step_mean", "ratio/step_std", "clip_ratio/step_mean") for step in range(3)),
-            "think/image/ratio/step_std/uneven"),
+        measures=("think", "think/image/ratio/step_mean/0", "think/image/ratio/step_mean/1",
+                  "think/image/ratio/step_mean/2", "think/image/ratio/step_std/0",
+                  "think/image/ratio/step_std/1", "think/image/ratio/step_std/2",
+                  "think/image/clip_ratio/step_mean/0", "think/image/clip_ratio/step_mean/1",
+                  "think/image/clip_ratio/step_mean/2", "think/image/ratio/step_std/uneven"),
         compares=("ratio-norm-off > joint : think/image/ratio/step_std/uneven",),
         reading="With RatioNorm the last noisy step, whose ratios vary most, is clipped less. Truth "
                 "is higher, by less than two errors."),
@@ -261,8 +258,9 @@ CLAIMS = {
         paper="counter-test of CoRL",
         says="A shared advantage injects the other modality's noise.",
         arms=("unified", "pair-sum", "pair-none"),
-        measures=("draw", "choose", *(f"pair_image/advantage_share/{name}" for name in (
-            "pair_text.accuracy", "pair_text.format", "pair_image.recaption"))),
+        measures=("draw", "choose", "pair_image/advantage_share/pair_text.accuracy",
+                  "pair_image/advantage_share/pair_text.format",
+                  "pair_image/advantage_share/pair_image.recaption"),
         compares=("pair-none > unified : draw", "pair-none > unified : choose"),
         reading="More than half of a pair's advantage is its answer's; drawing pays for that, "
                 "answering does not."),
@@ -281,8 +279,8 @@ CLAIMS = {
         paper="CoRL",
         says="Cycle and token matching add up.",
         arms=("base", "cycle", "tim", "corl-image"),
-        measures=("draw", *(f"pair_image/rewards/{name}/mean" for name in (
-            "recaption", "likeness", "tim")), "pair_image/advantage_share/tim"),
+        measures=("draw", "pair_image/rewards/recaption/mean", "pair_image/rewards/likeness/mean",
+                  "pair_image/rewards/tim/mean", "pair_image/advantage_share/tim"),
         compares=("cycle > base : draw", "tim > base : draw", "corl-image > cycle : draw",
                   "corl-image > tim : draw"),
         reading="Alone, token matching rises while truth falls to a third of the base's: it is "
@@ -318,14 +316,20 @@ def folder_of(arm: str, seed: int, out: Path) -> Path:
     return out / f"{arm}-{seed}"
 
 
+def flags_of(arm: str) -> list[str]:
+    """An arm's flags, with those that it adds to."""
+    first, *more = ARMS[arm].split()
+    return flags_of(first) + more if first in ARMS else [first, *more]
+
+
 def parents_of(arm: str) -> list[str]:
     """The arms whose policies an arm starts from."""
-    return POLICY_OF.findall(ARMS[arm])
+    return POLICY_OF.findall(" ".join(flags_of(arm)))
 
 
 def meaning(arm: str) -> str:
     """An arm's flags, with the flags of its parents in place of their names."""
-    return POLICY_OF.sub(lambda found: f"{{{meaning(found[1])}}}", ARMS[arm])
+    return POLICY_OF.sub(lambda found: f"{{{meaning(found[1])}}}", " ".join(flags_of(arm)))
 
 
 def has_meaning(path: Path, arm: str) -> bool:
@@ -344,7 +348,7 @@ def commands(arm: str, seed: int, out: Path) -> list[list[str]]:
     def policy_of(found) -> str:
         return str(folder_of(found[1], seed, out) / "policy")
 
-    program, *rest = flags = [POLICY_OF.sub(policy_of, part) for part in ARMS[arm].split()]
+    program, *rest = flags = [POLICY_OF.sub(policy_of, flag) for flag in flags_of(arm)]
     policy, table = str(folder / "policy"), str(folder / "table.json")
     if program == "eval":
         return [["eval.py", "--policy", *rest, "--out", table]]
@@ -442,8 +446,9 @@ def values_of_log(path: Path) -> dict:
     """Of a run: each planned evaluation, not where it was stopped, and the mean of each logged number
     over the five steps before it (at the start, over the first five)."""
     head, rows = read_log(path)
-    every, end = head["config"]["eval_every"], head["config"]["steps"]
-    evaluations = [row for row in rows if row.get("eval") and row["step"] in (*range(0, end, every), end)]
+    end = head["config"]["steps"]
+    planned = {*range(0, end, head["config"]["eval_every"]), end}
+    evaluations = [row for row in rows if row.get("eval") and row["step"] in planned]
     steps = [row for row in rows if "loss" in row]
     values = {"minutes": rows[-1]["seconds"] / 60, "steps": [row["step"] for row in evaluations]}
     for key in evaluations[0]["eval"]:
@@ -503,10 +508,8 @@ def values_when_equal(one: dict, other: dict, key: str, by: str) -> tuple[float,
 
     def when_reached(run: dict) -> float:
         place = next(i for i, x in enumerate(run[by]) if x >= level)
-        before = max(place - 1, 0)
-        span = run[by][place] - run[by][before]
-        share = (level - run[by][before]) / span if span else 1.0
-        return run[key][before] + share * (run[key][place] - run[key][before])
+        line = slice(max(place - 1, 0), place + 1)
+        return float(np.interp(level, run[by][line], run[key][line]))
 
     return when_reached(one), when_reached(other)
 
@@ -522,17 +525,14 @@ def compare(values: dict[str, list[dict]], text: str) -> dict:
         if c.by:
             a, b = values_when_equal(one, other, c.key_a, c.by)
         differences.append(a - b)
-    mean, n = float(np.mean(differences)), len(differences)
-    result = {"comparison": text, "difference": round(mean, 4), "error": None, "verdict": OPEN}
-    if n > 1:
-        error = float(np.std(differences, ddof=1)) / math.sqrt(n)
-        result["error"] = round(error, 4)
-        bound = 0.0 if c.sign == ">" else -MARGIN
-        if mean - 2 * error > bound:
-            result["verdict"] = HOLDS
-        elif mean + 2 * error < bound:
-            result["verdict"] = FAILS
-    return result
+    mean, error = mean_and_error(differences)                   # one seed has no error, and no verdict
+    bound, verdict = 0.0 if c.sign == ">" else -MARGIN, OPEN
+    if mean - 2 * error > bound:
+        verdict = HOLDS
+    elif mean + 2 * error < bound:
+        verdict = FAILS
+    return {"comparison": text, "difference": round(mean, 4),
+            "error": None if math.isnan(error) else round(error, 4), "verdict": verdict}
 
 
 def verdict_of(comparisons: list[dict]) -> str:
@@ -572,7 +572,7 @@ def command_of(arm: str) -> str:
 
 def first_step(arm: str, values: dict[str, list[dict]]) -> int:
     """The steps that an arm's starting policy was trained for, if that is another arm of a claim."""
-    if "--policy" not in ARMS[arm]:
+    if "--policy" not in flags_of(arm):
         return 0
     return sum(values[parent][0]["steps"][-1] for parent in parents_of(arm) if parent in values)
 
@@ -661,7 +661,7 @@ def save_claim_figure(result: dict, out: Path, pictures: dict[str, Path]) -> Non
     end = max(step for arm in arms.values() for step in arm["steps"])
     for axis, (title, series) in zip(axes.flat, panels.items()):
         axis.set_axis_on()
-        axis.set_title(title if len(title) < 30 else "/\n".join(title.rsplit("/", 1)), fontsize=10)
+        axis.set_title(title, fontsize=8)
         axis.set_xlabel("pictures drawn" if len(arms) == 1 else "step")
         axis.spines[["top", "right"]].set_visible(False)
         for n, (label, arm, key) in enumerate(series):
@@ -728,19 +728,16 @@ def run_claims(names: list[str], seeds: int, threads: int, jobs: int, out: Path)
 
 
 def list_claims() -> str:
-    """The claims, their arms and what is compared."""
     lines = []
     for name, claim in CLAIMS.items():
-        comparisons = "; ".join(str(parse_comparison(text)) for text in claim.compares)
-        lines.append(f"{name:<22} {claim.paper}: {claim.says}")
-        lines.append(f"{'':<22} arms: {', '.join(claim.arms)}; {comparisons}")
+        lines.append(f"{name:<22} {claim.paper}: {claim.says} ({', '.join(claim.arms)})")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.claims", description="The papers' claims, tested on the toy.",
                    allow_abbrev=False)
-    count = number(int, 1, None)
+    count = number(int, least=1)
     ap.add_argument("names", nargs="*", help="claims to test, by name; all without one")
     ap.add_argument("--list", action="store_true", help="print the claims, run nothing")
     ap.add_argument("--seeds", type=count, default=3, help="seeds of each arm")

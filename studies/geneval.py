@@ -18,7 +18,6 @@ from tqdm import tqdm
 import flow_grpo
 from eval import Table, print_table, table_of
 from policy import Policy
-from recipes import number
 from referees.detectors import load_detector
 from referees.geneval import geneval_check
 from sample import SAMPLING, TOY, Draw, Read, images_of, sample_plan
@@ -26,7 +25,7 @@ from support.checkpoint import load_policy
 from support.disk import read_json, replacing, write_atomic
 from support.pictures import to_bytes
 from support.rows import Metadata, check_rules, read_prompts
-from support.terminal import Arguments, one_line, the_device
+from support.terminal import Arguments, number, one_line, the_device
 from toy.world import detect
 
 
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--detector", default="", help="a Grounding DINO or OWLv2, a folder or hub name; "
                     "the toy has its own")
     ap.add_argument("--guidance", type=float, help="text guidance scale (1 for the toy, 4 for BAGEL)")
-    ap.add_argument("--samples", type=number(int, 1, None), default=4, help="images of each prompt")
+    ap.add_argument("--samples", type=number(int, least=1), default=4, help="images of each prompt")
     ap.add_argument("--size", type=int, help="pixels per side (32 for the toy, 1024 for BAGEL)")
     ap.add_argument("--steps", type=int, help="denoising steps (10 for the toy, 49 for BAGEL)")
     ap.add_argument("--seed", type=int, default=0, help="of noise")

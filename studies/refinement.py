@@ -15,7 +15,6 @@ from torch import Tensor
 import flow_grpo
 from eval import load_toy_policy, mean_and_error, mean_of_groups
 from policy import Policy
-from recipes import number
 from referees.geneval import geneval_check
 from referees.judge import load_judge
 from rewards import Knowledge, Samples
@@ -25,7 +24,7 @@ from support.checkpoint import load_policy
 from support.disk import write_atomic
 from support.pictures import to_bytes
 from support.plots import save_figure
-from support.terminal import Arguments, one_line, the_device
+from support.terminal import Arguments, number, one_line, the_device
 from tasks import TASKS, WORDING
 from toy import shapes
 from toy.world import detect
@@ -156,9 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--select", choices=["always", "judge", "oracle"], default="always",
                     help="which picture is kept: the new one, the one that the judge prefers, or "
                          "the new one if the old one is wrong by the toy's truth")
-    ap.add_argument("--rounds", type=number(int, 1, None), default=3, help="times it draws again")
-    ap.add_argument("--n", type=number(int, 1, None), default=4, help="samples of the prompt")
-    ap.add_argument("--seed", type=number(int, 0, None), default=1234, help="of noise and texts")
+    ap.add_argument("--rounds", type=number(int, least=1), default=3, help="times it draws again")
+    ap.add_argument("--n", type=number(int, least=1), default=4, help="samples of the prompt")
+    ap.add_argument("--seed", type=number(int, least=0), default=1234, help="of noise and texts")
     ap.add_argument("--out", type=Path, help="the file; default: refine.png, or refine.json")
     a = ap.parse_args(argv)
     with one_line("studies.refinement"):
