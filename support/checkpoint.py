@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from policy import (GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy, PolicyConfig,
-    adapters, add_lora, declare_torchvision_ops)
+from policy import (
+    GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy, PolicyConfig, declare_torchvision_ops)
 from support.disk import one_line_error, read_json, replacing, write_atomic
+from support.lora import adapters, add_lora
 
 
 # ---- tensors of files ----

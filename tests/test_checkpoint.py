@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 
-from policy import PolicyConfig, adapters, add_lora
+from policy import PolicyConfig
 from studies.bench import release_on_meta
 from support import checkpoint
 from support.checkpoint import (
     load_adapters, load_policy, release_ae_name, release_name, save_adapters, save_policy, save_tensors)
 from support.disk import one_line_error, read_json, write_atomic
+from support.lora import adapters, add_lora
 from support.run import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from policy import adapters, add_lora
 from support.checkpoint import load_policy, save_adapters, save_policy
+from support.lora import adapters, add_lora
 from support.merge import MERGES, average_merge, gaussian_merge, main, merge
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
