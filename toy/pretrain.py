@@ -46,8 +46,8 @@ MISCOUNT = 0.8
 BROKEN_TAGS = {"count": 0.8, "relation": 0.7, "exists": 0.4, "color": 0.3, "shape": 0.3}
 LOOKS = (shapes.LOOK_AGAIN, "this is wrong , look again")
 SIZE, TEXTS = (32, 32), 4                               # pixels; texts about each scene of the corpus
-EVEN = (1, 1, 1, 1, 1, 1)                               # how often a step takes captions of each of shapes.TAGS
-BOUND = (1, 1, 1, 1, 6, 3)                              # words bind to places and things only if that is common
+EVEN = (1, 1, 1, 1, 1, 1)                               # how often captions of each of TAGS are taken
+BOUND = (1, 1, 1, 1, 6, 3)                              # the last two are learned only if they are common
 # Steps, learning rate, seed, scenes asked about a step (0: nothing but pictures of captions), tags.
 ROUNDS = ((2400, 2e-3, 2, 16, EVEN), (2200, 1.5e-3, 3, 20, EVEN), (1000, 1e-3, 4, 20, BOUND),
           (500, 1e-3, 5, 0, BOUND), (400, 7e-4, 6, 20, BOUND))
@@ -72,7 +72,7 @@ BATCH = 64
 # ---- training in general ----
 
 
-def schedule(optimizer, step: int, steps: int, lr: float) -> None:
+def schedule(optimizer, step, steps, lr):
     """Linear warm-up over 5% of the steps, then a cosine to 2% of lr."""
     warm, done = 0.05 * steps, step / steps
     rate = lr * min((step + 1) / max(warm, 1), 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
@@ -80,7 +80,7 @@ def schedule(optimizer, step: int, steps: int, lr: float) -> None:
         group["lr"] = rate
 
 
-def descend(losses: dict, optimizer, clip: float = 1.0) -> None:
+def descend(losses, optimizer, clip=1.0):
     """One step down the sum of the losses, with the gradient's norm clipped."""
     optimizer.zero_grad()
     sum(losses.values()).backward()
@@ -89,7 +89,7 @@ def descend(losses: dict, optimizer, clip: float = 1.0) -> None:
     optimizer.step()
 
 
-def fit(name: str, losses_of, optimizer, steps: int) -> None:
+def fit(name, losses_of, optimizer, steps):
     """Descend `losses_of()`, a dict of losses, for so many steps; print them now and then."""
     lr, start = optimizer.param_groups[0]["lr"], time.time()
     for step in range(steps):
@@ -101,7 +101,7 @@ def fit(name: str, losses_of, optimizer, steps: int) -> None:
             print(f"{name} {step:5d}  {'  '.join(parts)}  {time.time() - start:5.0f} s", flush=True)
 
 
-def adamw(parameters, lr: float):
+def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
 
@@ -120,14 +120,15 @@ def build_tokenizer():
         additional_special_tokens=list(MARKERS), clean_up_tokenization_spaces=False)
 
 
-def train_autoencoder(autoencoder, steps: int = 5000) -> None:
+def train_autoencoder(autoencoder, steps=5000):
     """Fit the autoencoder to rendered scenes.
 
     Loss: MSE + 0.1 L1 + 5e-4 KL; the latent is disturbed by a quarter of its size so that decoding
     forgives a policy's errors."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    # Held-out pairs too: the autoencoder knows no words, and what it cannot draw no policy could be blamed for.
-    pool = render_pixels([shapes.random_scene(rng, split) for _ in range(6000) for split in shapes.SPLITS])
+    # Held-out pairs too: it knows no words, and no policy could be blamed for what it cannot draw.
+    scenes = [shapes.random_scene(rng, split) for _ in range(6000) for split in shapes.SPLITS]
+    pool = render_pixels(scenes)
 
     def losses_of():
         x = pool[torch.randint(len(pool), (48,), generator=generator)]
@@ -143,10 +144,11 @@ def train_autoencoder(autoencoder, steps: int = 5000) -> None:
     fit("autoencoder", losses_of, optimizer, steps)
 
 
-def latent_statistics(policy: Policy) -> None:
+def latent_statistics(policy):
     """Set the config's scale and shift so that the policy's latents are unit normal."""
     rng = np.random.default_rng(0)
-    x = render_pixels([shapes.random_scene(rng, split) for _ in range(1000) for split in shapes.SPLITS])
+    scenes = [shapes.random_scene(rng, split) for _ in range(1000) for split in shapes.SPLITS]
+    x = render_pixels(scenes)
     with torch.no_grad():
         z = torch.cat([policy.autoencoder.encode(part).latent_dist.mean for part in x.split(500)])
     policy.config.ae.update(scale_factor=1 / z.std().item(), shift_factor=z.mean().item())
@@ -174,11 +176,11 @@ class Corpus:
         self.pictures = encode(policy, pictures_of(captions, rng))
 
         riddles = [shapes.pick(rng, shapes.implicit_prompts("train")) for _ in range(thoughts)]
-        written = [shapes.wrong_thought(m, rng) if rng.random() < WRONG_THOUGHTS else m["thought"] for m in riddles]
-        meaning = shapes.captions_by_text()
-        self.implicit, self.thoughts = texts([m["prompt"] for m in riddles]), texts(written)
-        meant = [meaning[thought.split("</think> ")[1]] for thought in written]
-        self.thought_pictures = encode(policy, pictures_of(meant, rng))
+        thoughts = [thought_of(m, rng) for m in riddles]
+        self.implicit, self.thoughts = texts([m["prompt"] for m in riddles]), texts(thoughts)
+        meant = [thought.split("</think> ")[1] for thought in thoughts]
+        captions = [shapes.captions_by_text()[words] for words in meant]
+        self.thought_pictures = encode(policy, pictures_of(captions, rng))
 
         shown, asked = [], []                                   # TEXTS pairs for each scene
         for m in draw_prompts(scenes // 2):
@@ -202,15 +204,16 @@ class Corpus:
         self.reflections = texts([reflection.text for _, reflection in looks])
         self.reflection_sources = render_pixels([reflection.source for _, reflection in looks])
         self.reflection_latents = encode(policy, self.reflection_sources)
-        self.reflection_pictures = encode(policy, render_pixels([reflection.target for _, reflection in looks]))
+        repaired = render_pixels([reflection.target for _, reflection in looks])
+        self.reflection_pictures = encode(policy, repaired)
 
 
-def encode(policy: Policy, pixels: torch.Tensor) -> torch.Tensor:
+def encode(policy, pixels):
     """Clean latents (N, 4, 16)."""
     return torch.cat([policy.encode(part) for part in pixels.split(500)])
 
 
-def pictures_of(captions: list[dict], rng) -> torch.Tensor:
+def pictures_of(captions, rng):
     """A picture for each caption; WRONG_CAPTIONS of its tag are of a caption that contradicts it."""
     scenes = []
     for m in captions:
@@ -219,7 +222,12 @@ def pictures_of(captions: list[dict], rng) -> torch.Tensor:
     return render_pixels(scenes)
 
 
-def caption_of(m: dict, rng, miscount: float) -> str:
+def thought_of(m, rng):
+    """The thought of an implicit prompt, wrong WRONG_THOUGHTS of the time."""
+    return shapes.wrong_thought(m, rng) if rng.random() < WRONG_THOUGHTS else m["thought"]
+
+
+def caption_of(m, rng, miscount):
     """The caption of a picture, wrong WRONG_SEEN of the time; `miscount` of the numbers are wrong."""
     caption = shapes.wrong_metadata(m, rng) if rng.random() < WRONG_SEEN else m
     if miscount and m["tag"] == "counting" and rng.random() < miscount:
@@ -228,7 +236,7 @@ def caption_of(m: dict, rng, miscount: float) -> str:
     return shapes.explicit(caption)
 
 
-def question_and_answer(scene: shapes.Scene, rng) -> tuple[str, str]:
+def question_and_answer(scene, rng) -> tuple[str, str]:
     """A question about a scene in one of four forms, and what the base is to write.
 
     The question is open or has options, and is plain or to be thought about."""
@@ -262,7 +270,7 @@ def edit_of(rng) -> shapes.Edit:
         return edit._replace(target=other.target) if rng.random() < WRONG_EDITS else edit
 
 
-def reflection_of(m: dict, other: dict, rng) -> tuple[str, shapes.Reflection]:
+def reflection_of(m, other, rng) -> tuple[str, shapes.Reflection]:
     """(prompt and instruction, reflection).
 
     The source is right, contradicts the prompt, or is of another prompt; the wrong ones are passed as
@@ -276,7 +284,7 @@ def reflection_of(m: dict, other: dict, rng) -> tuple[str, shapes.Reflection]:
     return look, shapes.make_reflection(m, source, rng)
 
 
-def flow_loss(policy: Policy, context, data: torch.Tensor, generator) -> torch.Tensor:
+def flow_loss(policy, context, data, generator):
     """Flow matching: mean of (v - (noise - data))^2.
 
     Half of the times are drawn high, where the layout is decided."""
@@ -288,8 +296,7 @@ def flow_loss(policy: Policy, context, data: torch.Tensor, generator) -> torch.T
     return F.mse_loss(policy.velocity(context, x, t, SIZE), noise - data)
 
 
-def base_loss(policy: Policy, corpus: Corpus, generator, draws: int = 2, scenes: int = 20,
-              tags: tuple[int, ...] = EVEN) -> dict:
+def base_loss(policy, corpus, generator, draws=2, scenes=20, tags=EVEN) -> dict:
     """One step's losses by name.
 
     Pictures of captions, thoughts and their pictures, answers and captions, edits, reflections. Each
@@ -297,6 +304,9 @@ def base_loss(policy: Policy, corpus: Corpus, generator, draws: int = 2, scenes:
     of captions alone. tags: how often captions of each of shapes.TAGS are taken."""
     def pick(rows, size):
         return torch.randint(len(rows), (size,), generator=generator)
+
+    def see(sources, latents, i):
+        return policy.append_image(policy.empty(len(i)), sources[i], latents[i], SIZE)
 
     def read(context, text, i):
         tokens, mask = text
@@ -312,9 +322,11 @@ def base_loss(policy: Policy, corpus: Corpus, generator, draws: int = 2, scenes:
     i = pick(corpus.pictures, BATCH)
     if tags != EVEN:                                            # captions lie tag by tag in turns
         weights = torch.tensor(tags, dtype=torch.float)
-        i = i - i % len(tags) + torch.multinomial(weights, BATCH, replacement=True, generator=generator)
+        tag = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
+        i = i - i % len(tags) + tag
     context = read(policy.empty(BATCH), corpus.captions, i).repeat(draws)
-    losses["picture"] = flow_loss(policy, context, corpus.pictures[i].repeat_interleave(draws, 0), generator)
+    pictures = corpus.pictures[i].repeat_interleave(draws, 0)
+    losses["picture"] = flow_loss(policy, context, pictures, generator)
     if not scenes:
         return losses
     i = pick(corpus.thought_pictures, BATCH // 3)
@@ -326,11 +338,11 @@ def base_loss(policy: Policy, corpus: Corpus, generator, draws: int = 2, scenes:
     i = (i[:, None] * TEXTS + torch.arange(TEXTS)).flatten()
     losses["answer"], _ = write(read(context, corpus.asked, i), corpus.answers, i)
     i = pick(corpus.edit_sources, 20)
-    context = policy.append_image(policy.empty(len(i)), corpus.edit_sources[i], corpus.edit_latents[i], SIZE)
+    context = see(corpus.edit_sources, corpus.edit_latents, i)
     context = read(context, corpus.edits, i)
     losses["edit"] = flow_loss(policy, context, corpus.edit_pictures[i], generator)
     i = pick(corpus.reflection_sources, 20)
-    context = policy.append_image(policy.empty(len(i)), corpus.reflection_sources[i], corpus.reflection_latents[i], SIZE)
+    context = see(corpus.reflection_sources, corpus.reflection_latents, i)
     losses["reflection"], context = write(read(context, corpus.looks, i), corpus.reflections, i)
     losses["repair"] = flow_loss(policy, context, corpus.reflection_pictures[i], generator)
     return losses
@@ -340,7 +352,8 @@ def new_base(tokenizer) -> Policy:
     """A policy at CONFIG's sizes with xavier matrices.
 
     With small initialisations it never learns where things are."""
-    config = PolicyConfig({**CONFIG.llm, "vocab_size": len(tokenizer)}, CONFIG.vit, CONFIG.bagel, dict(CONFIG.ae))
+    llm = CONFIG.llm | {"vocab_size": len(tokenizer)}
+    config = PolicyConfig(llm, CONFIG.vit, CONFIG.bagel, dict(CONFIG.ae))
     torch.manual_seed(0)
     policy = Policy(config, tokenizer)
     for name, p in policy.named_parameters():
@@ -354,8 +367,7 @@ def new_base(tokenizer) -> Policy:
     return policy
 
 
-def train_base(policy: Policy, corpus: Corpus, steps: int, lr: float, seed: int, scenes: int,
-               tags: tuple[int, ...]) -> None:
+def train_base(policy, corpus, steps, lr, seed, scenes, tags):
     """One round of ROUNDS."""
     generator, draws = torch.Generator().manual_seed(seed), 2 if scenes else 3
 
@@ -382,13 +394,14 @@ class Imitation:
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"the control's losses are {list(values.values())}")
         descend(losses, optimizer, self.grad_clip)
-        return {"loss": sum(losses.values()).item()} | {f"control/{name}": value for name, value in values.items()}
+        stats = {f"control/{name}": value for name, value in values.items()}
+        return {"loss": sum(losses.values()).item()} | stats
 
 
 # ---- the referees ----
 
 
-def xavier(model) -> None:
+def xavier(model):
     """Xavier matrices, as the base has.
 
     The published classes' small normal initialisation hardly starts to learn at these widths."""
@@ -410,7 +423,7 @@ class Readout(nn.Module):
         self.head = nn.Linear(4 * 64, classes)
         self.pooled = nn.Linear(64, 4 * classes) if pooled else None
 
-    def loss(self, patches: torch.Tensor, scenes: list[shapes.Scene], pooled: torch.Tensor | None = None):
+    def loss(self, patches, scenes, pooled=None):
         """Cross-entropy of the quadrants' objects; class 0 is an empty one.
 
         patches (N, 16, D), perhaps a pooled embedding (N, D)."""
@@ -427,22 +440,30 @@ class Readout(nn.Module):
         return loss + F.cross_entropy(self.pooled(pooled).view(4 * N, -1), right.flatten())
 
 
-def train_referee(name: str, model, readout: Readout, losses_of, steps: int, lr: float) -> None:
+def train_referee(name, model, readout, losses_of, steps, lr):
     """Fit a referee and its readout; the model is left frozen."""
     model.train().requires_grad_(True)
     fit(name, losses_of, adamw([*model.parameters(), *readout.parameters()], lr), steps)
     model.eval().requires_grad_(False)
 
 
-def wear(images: np.ndarray, rng) -> torch.Tensor:
-    """Pictures (N, 3, 32, 32) in [0, 1], half of them a little blurred and noisy, as drawn ones are."""
+def as_tensor(images):
+    """uint8 images (32, 32, 3) -> (N, 3, 32, 32) in [0, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255.0
+
+
+def exact_pictures(scenes):
+    return as_tensor([shapes.render(scene) for scene in scenes])
+
+
+def wear(images, rng):
+    """uint8 images as a tensor, half of them a little blurred and noisy, as drawn ones are."""
     worn = shapes.degrade(images, rng, blur=0.2 * rng.random(), noise=8 * rng.random())
-    images = np.where(rng.random((len(images), 1, 1, 1)) < 0.5, worn, images)
-    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0
+    return as_tensor(np.where(rng.random((len(images), 1, 1, 1)) < 0.5, worn, images))
 
 
-def worn_pictures(scenes: list[shapes.Scene], rng) -> torch.Tensor:
-    return wear(np.stack([shapes.render(scene) for scene in scenes]), rng)
+def worn_pictures(scenes, rng):
+    return wear([shapes.render(scene) for scene in scenes], rng)
 
 
 def every_prompt() -> dict[str, list[dict]]:
@@ -451,15 +472,15 @@ def every_prompt() -> dict[str, list[dict]]:
     return shapes.prompts_by_tag(*shapes.SPLITS) | {"implicit": implicit}
 
 
-def any_prompt(rng, pool: dict[str, list[dict]]) -> dict:
+def any_prompt(rng, pool):
     return shapes.pick(rng, pool[shapes.pick(rng, pool)])
 
 
-def any_scene(rng) -> shapes.Scene:
+def any_scene(rng):
     return shapes.random_scene(rng, shapes.pick(rng, shapes.SPLITS))
 
 
-def train_siglip(encoder, steps: int = 6000) -> None:
+def train_siglip(encoder, steps=6000):
     """SigLIP's pairwise sigmoid loss.
 
     A pair is positive if the picture satisfies the caption, whoever's caption it is."""
@@ -477,10 +498,10 @@ def train_siglip(encoder, steps: int = 6000) -> None:
         image = F.normalize(vision.pooler_output, dim=-1)
         tokens = encoder.tokens([m["prompt"] for m in asked])
         text = F.normalize(model.text_model(input_ids=tokens).pooler_output, dim=-1)
-        said = [shapes.discrete(scene) for scene in scenes]
-        right = torch.tensor([[1.0 if shapes.satisfies(m, things) else -1.0 for m in asked] for things in said])
+        things = [shapes.discrete(scene) for scene in scenes]
+        right = torch.tensor([[shapes.satisfies(m, some) for m in asked] for some in things])
         logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
-        pairs = -F.logsigmoid(right * logits).sum(1).mean()
+        pairs = -F.logsigmoid((2.0 * right - 1) * logits).sum(1).mean()
         # What is where must survive the pooling: without it the embedding holds no relation.
         objects = readout.loss(vision.last_hidden_state, scenes, vision.pooler_output)
         return {"pairs": pairs, "objects": 5 * objects}
@@ -495,23 +516,25 @@ class Asked(NamedTuple):
     answer: str
 
 
-def yes_or_no(right: bool) -> str:
+def yes_or_no(right):
     return "yes" if right else "no"
 
 
-def ask_prompt(rng, pool: dict[str, list[dict]]) -> Asked:
+def ask_prompt(rng, pool) -> Asked:
     """Is the picture what a prompt says?"""
     m = any_prompt(rng, pool)
     shown = m if rng.random() < 0.5 else shapes.wrong_metadata(m, rng)
     scene = shapes.sample_scene(shown, rng, training=False)
-    return Asked(scene, f"is this {m['prompt']} ?", yes_or_no(shapes.satisfies(m, shapes.discrete(scene))))
+    right = shapes.satisfies(m, shapes.discrete(scene))
+    return Asked(scene, f"is this {m['prompt']} ?", yes_or_no(right))
 
 
-def answer_to(question: shapes.Question, rng, right: bool) -> str:
+def answer_to(question, rng, right):
     """The answer, or another of its kind."""
     if right:
         return question.answer
-    return shapes.pick(rng, [answer for answer in shapes.answers_of(question.kind) if answer != question.answer])
+    options = shapes.answers_of(question.kind)
+    return shapes.pick(rng, [answer for answer in options if answer != question.answer])
 
 
 def ask_answer(rng) -> Asked:
@@ -542,7 +565,7 @@ def ask_fact(rng) -> Asked:
     return Asked(scene, text, yes_or_no(right))
 
 
-def judge_batch(rng, batch: int, pool: dict[str, list[dict]]) -> tuple[torch.Tensor, list[Asked]]:
+def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
     """(images, what is asked about them).
 
     A third each is about prompts, answers, and single facts or the picture's quality, answered by yes
@@ -562,12 +585,15 @@ def judge_batch(rng, batch: int, pool: dict[str, list[dict]]) -> tuple[torch.Ten
         else:
             candidates = ask_prompt(rng, pool), ask_answer(rng), ask_fact(rng)
             asked = candidates[i % 4]
-        images.append(shapes.damage(asked.scene, rng, spoiled) if spoiled else shapes.render(asked.scene))
+        if spoiled:
+            images.append(shapes.damage(asked.scene, rng, spoiled))
+        else:
+            images.append(shapes.render(asked.scene))
         batch_asked.append(asked)
-    return wear(np.stack(images), rng), batch_asked
+    return wear(images, rng), batch_asked
 
 
-def train_judge(judge, steps: int = 16000) -> None:
+def train_judge(judge, steps=16000):
     """Cross-entropy on the first token of the answer."""
     rng, pool, readout = np.random.default_rng(4), every_prompt(), Readout()
     model = judge.model
@@ -584,7 +610,7 @@ def train_judge(judge, steps: int = 16000) -> None:
     train_referee("judge", model, readout, losses_of, steps, lr=8e-4)
 
 
-def train_captioner(captioner, steps: int = 5000) -> None:
+def train_captioner(captioner, steps=5000):
     """Cross-entropy on shapes.describe's captions."""
     rng, pool, readout = np.random.default_rng(5), every_prompt(), Readout()
     model = captioner.model
@@ -604,7 +630,7 @@ def train_captioner(captioner, steps: int = 5000) -> None:
     train_referee("captioner", model, readout, losses_of, steps, lr=1e-3)
 
 
-def make_referees(folder: Path) -> None:
+def make_referees(folder):
     """The captioner, the SigLIP and the judge, each from its seed."""
     for seed, name, build, words, load, train in (
             (5, "captioner", build_captioner, (), load_captioner, train_captioner),
@@ -617,50 +643,45 @@ def make_referees(folder: Path) -> None:
         referee.model.save_pretrained(folder / name)
 
 
-def referees_report(folder: Path, n: int = 600) -> str:
-    """How right the referees in `folder` are on `n` new ground-truth pictures of each kind."""
+def referees_report(folder, n=600):
+    """How right the referees in `folder` are on `n` new exact pictures of each kind."""
     rng, right = np.random.default_rng(11), {}
     pool = shapes.prompts("eval") + shapes.implicit_prompts("eval")
-    siglip, judge = load_siglip(str(folder / "siglip")), load_judge(str(folder / "judge"))
-    captioner = load_captioner(str(folder / "captioner"))
-
-    def pictures(scenes):
-        return render_pixels(scenes) * 0.5 + 0.5
-
+    siglip = load_siglip(str(folder / "siglip"))
     for tag in shapes.TAGS:
         asked = [shapes.pick(rng, [m for m in pool if m["tag"] == tag]) for _ in range(n)]
         texts = siglip.embed_texts([m["prompt"] for m in asked])                # (n, D)
         cosines = []
-        for some in (asked, [shapes.wrong_metadata(m, rng) for m in asked]):
-            images = siglip.embed_images(pictures([shapes.sample_scene(m, rng, training=False) for m in some]))
-            cosines.append((images * texts).sum(-1))                            # (n,)
+        for shown in (asked, [shapes.wrong_metadata(m, rng) for m in asked]):
+            scenes = [shapes.sample_scene(m, rng, training=False) for m in shown]
+            cosines.append((siglip.embed_images(exact_pictures(scenes)) * texts).sum(-1))       # (n,)
         right[f"siglip: right above wrong, {tag}"] = cosines[0] > cosines[1]
 
-    def judged(images, questions):
-        return judge.yes_probability(images, questions) > 0.5
-
-    for name, ask, rest in (("prompts", ask_prompt, [{"": pool}]), ("answers", ask_answer, []), ("facts", ask_fact, [])):
+    judge = load_judge(str(folder / "judge"))
+    for name, ask, rest in (
+            ("prompts", ask_prompt, [{"": pool}]), ("answers", ask_answer, []), ("facts", ask_fact, [])):
         asked = [ask(rng, *rest) for _ in range(n)]
-        yes = judged(pictures([a.scene for a in asked]), [a.question for a in asked])
+        pictures = exact_pictures([a.scene for a in asked])
+        yes = judge.yes_probability(pictures, [a.question for a in asked]) > 0.5
         right[f"judge: {name}"] = yes == torch.tensor([a.answer == "yes" for a in asked])
     for what, question in QUALITY.items():
         scenes = [shapes.random_scene(rng, "eval") for _ in range(n)]
-        spoiled = np.stack([shapes.damage(scene, rng, what) for scene in scenes])
-        spoiled = torch.from_numpy(spoiled).permute(0, 3, 1, 2) / 255.0
-        yes, no = (judged(images, [question] * n) for images in (pictures(scenes), spoiled))
-        right[f"judge: {question}"] = torch.cat([yes, ~no])
+        spoiled = as_tensor([shapes.damage(scene, rng, what) for scene in scenes])
+        pictures = torch.cat([exact_pictures(scenes), spoiled])
+        yes = judge.yes_probability(pictures, [question] * (2 * n)) > 0.5
+        right[f"judge: {question}"] = yes == (torch.arange(2 * n) < n)
+
     scenes = [shapes.random_scene(rng, "eval") for _ in range(n)]
-    captions = captioner.captions(pictures(scenes))
-    right["captioner: whole caption"] = torch.tensor([c == shapes.describe(s) for c, s in zip(captions, scenes)])
+    captions = load_captioner(str(folder / "captioner")).captions(exact_pictures(scenes))
+    right["captioner"] = torch.tensor([c == shapes.describe(s) for c, s in zip(captions, scenes)])
     lines = []
     for name, hits in right.items():
-        share = hits.double().mean().item()
-        error = (share * (1 - share) / len(hits)) ** 0.5
-        lines.append(f"{name:<40} {share:.3f} +- {error:.3f}")
+        error = hits.double().std(correction=0) / len(hits) ** 0.5
+        lines.append(f"{name:<40} {hits.double().mean():.3f} +- {error:.3f}")
     return "\n".join(lines)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path):
     """Make everything in `folder` (toy): policy/, siglip/, judge/, captioner/."""
     torch.manual_seed(0)
     autoencoder = build_autoencoder(CONFIG.ae).to(memory_format=torch.channels_last)
@@ -671,7 +692,7 @@ def main(folder: Path) -> None:
     latent_statistics(policy)
     corpus = Corpus(policy)
     for number, (steps, lr, seed, scenes, tags) in enumerate(ROUNDS):
-        if number == 2:     # from here on captions teach wrong counts too; they come out nearly perfect otherwise
+        if number == 2:                 # captions teach wrong counts too, or counts come out nearly perfect
             corpus = Corpus(policy, seed=10, miscount=MISCOUNT)
         train_base(policy, corpus, steps, lr, seed, scenes, tags)
     save_policy(policy.eval(), folder / "policy")
