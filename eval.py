@@ -29,12 +29,13 @@ from support.checkpoint import keep_gathered, load_policy
 from support.disk import write_atomic
 from support.memory import room_to_gather
 from support.pictures import save_grid, to_bytes
-from support.plots import save_figure
+from support.plots import plot, save_figure
 from support.rows import Row
 from support.run import precision, read_log
-from support.terminal import Arguments, one_line, the_device
-from tasks import (TASKS, WORDING, Choices, Source, Task, choices_of, first_pictures, guidance_of,
-    random_place, samples_of)
+from support.terminal import Arguments, number, one_line, the_device
+from tasks import (
+    TASKS, WORDING, Choices, Source, Task, choices_of, first_pictures, guidance_of, random_place,
+    samples_of)
 from toy import shapes
 from toy.world import detect, evenly_spaced, render_pixels
 
@@ -99,7 +100,7 @@ def evaluate_task(policy: Policy, task: Task, seed: int, guidance: float, G: int
     name, rows = task.name, task.held_out(False)
     samples = sample_task(policy, task, rows, seed, G, guidance)
     found = find(task, samples)
-    right = mean_of_groups(task.truth(samples, found), G)                                  # (B,)
+    right = mean_of_groups(task.truth(samples, found), G)                           # (B,)
     tags = np.array([row.metadata["tag"] for row in rows])
     values = {f"{name}/{tag}": [right[tags == tag]] for tag in task.tags}
     values[name] = sum(values.values(), []) if task.mean_of_tags else [right]
@@ -204,13 +205,14 @@ def evaluate_run(run, step: int) -> None:
     """
     cfg, policy = run.cfg, run.policy
     due = cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated
-    if policy.sharded:                                          # then the forwards need all ranks
+    if policy.sharded:                          # then the forwards need all ranks
         due = run.ranks.total(torch.tensor(int(due), device=run.ranks.device)).item()
     if not due:
         return
     room = room_to_gather(policy.device)
-    with (run.average.in_place_of(policy), keep_gathered(policy, room),
-          precision(cfg, policy.device)):
+    with (
+        run.average.in_place_of(policy), keep_gathered(policy, room),
+        precision(cfg, policy.device)):
         if run.source.toy:
             table = table_of(evaluate_rows(policy))
             rounded = {name: (round(x, 5), round(error, 5)) for name, (x, error) in table.items()}
@@ -243,6 +245,17 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     return images_of(policy, rollout)
 
 
+def picture_run(log: Path, before: str, device: torch.device) -> str:
+    """Draw a run's curves, and its pictures before and after, next to its log; returns the
+    summary.
+    """
+    out, titles = log.parent, {name: task.title for name, task in TASKS.items()}
+    policies = [load_policy(folder, device) for folder in (before, out / "policy")]
+    before_after(*policies, out / "before_after.png")
+    plot([log], out / "curves.png", titles)
+    return summary(log)
+
+
 def summary(path: Path) -> str:
     """A run's first and last evaluation as text, from its log."""
     _, rows = read_log(path)
@@ -268,8 +281,10 @@ def before_after(
     edit starts from stands first, with a grey bar.
     """
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     shown = []
     for task in TASKS.values():
         if task.draws and task.held_out and not task.refines and task.rounds == 1:
@@ -321,7 +336,8 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--guidance", type=float, default=1.0, help="text guidance scale; 1: none")
     ap.add_argument("--against", default="", help="a policy folder: show the change from it")
-    ap.add_argument("--samples", type=int, help="images of each prompt; default: by task")
+    ap.add_argument("--samples", type=number(int, least=2),
+                    help="pictures of each prompt, whose variety is measured; default: by task")
     ap.add_argument("--seed", type=int, default=1234, help="of held-out pictures and noise")
     ap.add_argument("--out", type=Path, default=Path("eval.json"), help="the table as JSON")
     a = ap.parse_args(argv)
@@ -331,8 +347,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
-    if a.samples is not None and a.samples < 1:
-        raise ValueError(f"--samples {a.samples}: must be at least 1")
     values = evaluate_rows(load_toy_policy(a.policy, a.adapter), a.seed, a.guidance, a.samples)
     table = table_of(values)
     text = print_table(table)
@@ -351,8 +365,8 @@ def load_toy_policy(folder: str, adapter: str = "") -> Policy:
     """A policy that can be measured on the toy. Errors: ValueError for a larger one."""
     policy = load_policy(folder, device=the_device(), adapter=adapter)
     if policy.config.scale != "toy":
-        raise ValueError(f"{folder} is too large for the toy world; "
-                         "measure it with python -m studies.geneval")
+        raise ValueError(
+            f"{folder} is too large for the toy world; measure it with python -m studies.geneval")
     return policy
 
 

@@ -1,0 +1,103 @@
+"""The studies besides the claims: benchmarks compare equal work, rewards against the truth, GenEval's folders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sample import TOY
+from studies import bench, geneval, reward_truth
+from support.checkpoint import load_policy
+from toy import shapes, world
+
+# ---- benchmarks: tests/test_sample.py has the numbers of the plain ways ----
+
+
+@pytest.mark.parametrize("work", bench.BENCHES.values())
+@pytest.mark.parametrize("plain", [True, False])
+def test_every_way_of_a_benchmark_runs(work, plain, monkeypatch):
+    monkeypatch.setattr(bench, "PROMPTS", bench.PROMPTS[:2])
+    work(load_policy(TOY), plain)()
+
+
+def test_the_memory_of_a_recipe_shrinks_over_ranks(capsys):
+    bench.main(["memory"])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    peak = {tuple(row[:3]): int(row[-1]) for row in cells}
+    assert peak["all weights", "512", "8"] < peak["all weights", "512", "1"] / 4
+    assert peak["adapters, both experts", "512", "1"] < peak["generation expert", "512", "1"]
+
+
+# ---- rewards against the truth ----
+
+
+def test_every_reward_of_pictures_is_compared_with_the_truth(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(world, "PROMPTS_PER_TAG", 2)
+    reward_truth.main(["--out", str(tmp_path / "r.json")])
+    table = json.loads((tmp_path / "r.json").read_text())["tables"]["base"]
+    assert table.keys() == {"sem", "kn", "dense", "ins", "recaption", "likeness", "dvreward", "tim"}
+    assert all(-1 <= row["overall"] <= 1 and row["ms"] > 0 for row in table.values())
+    assert table["ins"]["overall"] > 0.5
+    assert sum(row["share"] for row in table.values()) == pytest.approx(1)
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    assert "| `dvreward` |" in capsys.readouterr().out
+
+
+def test_correlation_is_pearsons_and_unknown_of_what_does_not_vary():
+    a, b = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert reward_truth.correlation(a, 3 * a - 1) == pytest.approx(1)
+    assert reward_truth.correlation(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert reward_truth.correlation(a, torch.ones(4)) is None
+
+
+# ---- GenEval's folders ----
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of two pictures of each of three prompts, and the command that made it."""
+    rows = shapes.prompts("eval")[:3]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--metadata", str(tmp_path / "m.jsonl"), "--samples", "2", "--steps", "2", "--out", str(tmp_path / "g")]
+    geneval.main(flags)
+    return tmp_path / "g", flags
+
+
+def test_genevals_folders_are_drawn_and_judged(folder, capsys):
+    out, flags = folder
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [each["filename"] for each in results[:3]] == [
+        "00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png"]
+    metadata = json.loads((out / "00002" / "metadata.jsonl").read_text())
+    assert metadata["prompt"] == shapes.prompts("eval")[2]["prompt"]
+
+
+def test_a_folder_is_gone_on_with_and_its_other_pictures_stay(folder):
+    out, flags = folder
+    missing, there = out / "00001" / "samples" / "0001.png", out / "00000" / "samples" / "0000.png"
+    content = missing.read_bytes()
+    missing.unlink()
+    there.write_bytes(content)
+    geneval.main(flags)
+    assert missing.read_bytes() == there.read_bytes() == content
+
+
+@pytest.mark.parametrize("more, words", [(["--seed", "7"], "seed"), (["--steps", "3"], "steps")])
+def test_a_folder_with_pictures_of_other_settings_is_refused(folder, more, words):
+    out, flags = folder
+    with pytest.raises(SystemExit, match=f"holds pictures of other settings \\({words}\\); give another --out"):
+        geneval.main([*flags, *more])
+
+
+def test_a_folder_with_pictures_of_other_prompts_is_refused(folder, tmp_path):
+    out, flags = folder
+    (tmp_path / "m.jsonl").write_text(json.dumps(shapes.prompts("eval")[0]))
+    with pytest.raises(SystemExit, match="other settings \\(prompts\\)"):
+        geneval.main(flags)
+
+
+def test_prompts_without_rules_are_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle")
+    with pytest.raises(SystemExit, match="--ins reads GenEval's include and exclude, which 1 rows of .*p.txt do not have"):
+        geneval.main(["--metadata", str(tmp_path / "p.txt")])
