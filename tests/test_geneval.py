@@ -1,0 +1,254 @@
+"""GenEval's rules, and the published detectors that they are asked of (referees/geneval.py, detectors.py)."""
+
+import pytest
+import tiny_referees
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from referees import detectors
+from referees.geneval import (
+    COLORS, best_by_class, fraction_kept, geneval_check, geneval_clauses, relative_position)
+from support.rows import RELATIONS
+from toy import shapes
+
+CAT = {"include": [{"class": "cat", "count": 1}]}
+BOTH = {
+    "include": [
+        {"class": "dog", "count": 1, "color": "red"},
+        {"class": "computer mouse", "count": 2, "color": "blue"}]
+}
+CLASSES = ["circle", "square"]
+
+
+def thing(name, x=0, color=None, score=0.9, size=2):
+    return {"class": name, "box": [x, 0, x + size, size], "score": score, "color": color}
+
+
+def beside(circles, squares, position=("left of", 0)):
+    """Metadata of circles, and of squares in a relation to them."""
+    return {
+        "include": [
+            {"class": "circle", "count": circles},
+            {"class": "square", "count": squares, "position": position}]
+    }
+
+
+def fractions(metadata, detections):
+    return [fraction for fraction, _ in geneval_clauses(metadata, detections)]
+
+
+# ---- rules ----
+
+
+CORNERS = st.tuples(*[st.integers(0, 20)] * 2, *[st.integers(1, 12)] * 2)
+BOXES = CORNERS.map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
+COLORED = st.sampled_from(["red", "blue", None])
+THINGS = st.fixed_dictionaries({"class": st.sampled_from(CLASSES), "box": BOXES, "color": COLORED})
+SCENES = st.lists(THINGS, max_size=5).map(
+    lambda things: [{**thing, "score": 0.95 - 0.01 * i} for i, thing in enumerate(things)])
+
+
+@st.composite
+def specifications(draw):
+    """Metadata with at most three include clauses, with colours and relations, and an exclude clause."""
+    include = []
+    for i in range(draw(st.integers(0, 3))):
+        clause = {"class": draw(st.sampled_from(CLASSES)), "count": draw(st.integers(0, 2))}
+        if color := draw(COLORED):
+            clause["color"] = color
+        if i and draw(st.booleans()):
+            clause["position"] = [draw(st.sampled_from(RELATIONS)), draw(st.integers(0, i - 1))]
+        include.append(clause)
+    limits = st.fixed_dictionaries({"class": st.sampled_from(CLASSES), "count": st.integers(1, 3)})
+    tag = draw(st.sampled_from(["counting", "position"]))
+    return {"tag": tag, "include": include, "exclude": draw(st.lists(limits, max_size=1))}
+
+
+@given(specifications(), SCENES, st.randoms(use_true_random=False))
+@settings(max_examples=300)
+def test_all_is_kept_exactly_if_the_verdict_is_right_whatever_the_order_of_detections(metadata, scene, rng):
+    kept = fraction_kept(metadata, scene)
+    assert 0 <= kept <= 1
+    assert (kept == 1) == geneval_check(metadata, scene)[0]
+    assert geneval_clauses(metadata, rng.sample(scene, len(scene))) == geneval_clauses(metadata, scene)
+
+
+def drawn_as_asked(metadata):
+    """Detections of a picture that shows exactly what metadata ask for."""
+    steps = {"left of": (-300, 0), "right of": (300, 0), "above": (0, -300), "below": (0, 300)}
+    places, found = [], []
+    for clause in metadata["include"]:
+        x, y = 1000, 1000
+        if "position" in clause:
+            relation, target = clause["position"]
+            x, y = places[target][0] + steps[relation][0], places[target][1] + steps[relation][1]
+        places.append((x, y))
+        one = {"class": clause["class"], "color": clause.get("color"), "score": 0.95}
+        found += [{**one, "box": [x, y, x + 50, y + 50]}] * clause["count"]
+    return found
+
+
+def test_a_detector_that_sees_what_a_prompt_asks_for_passes_it():
+    for metadata in shapes.prompts("train"):
+        assert fraction_kept(metadata, drawn_as_asked(metadata)) == 1
+
+
+def test_the_fraction_is_the_mean_over_clauses_of_the_share_of_right_objects():
+    metadata = {
+        "include": [{"class": "circle", "count": 4, "color": "red"}, {"class": "square", "count": 1}],
+        "exclude": [{"class": "circle", "count": 5}]}
+    found = [thing("circle", color=color) for color in ("red", "blue", "red")]
+    assert fraction_kept(metadata, found) == pytest.approx((2 / 4 + 0 + 1) / 3)
+    assert fraction_kept({}, found) == 1
+
+
+def test_an_object_must_stand_right_to_every_target_and_there_must_be_a_target():
+    metadata, squares = beside(1, 2), [thing("square", 0), thing("square", 40, score=0.8)]
+    assert fractions(metadata, [*squares, thing("circle", 20)]) == [1.0, 0.5]
+    assert fractions(metadata, squares) == [0.0, 0.0]
+    for first, kept in ((0, 0.0), (60, 1.0)):
+        assert (
+            fractions(beside(2, 1), [thing("square", 20), thing("circle", first), thing("circle", 40)])[1]
+            == kept
+        )
+
+
+def test_a_right_place_does_not_forgive_a_wrong_colour():
+    right = {"class": "square", "count": 1, "color": "red", "position": ["left of", 0]}
+    metadata = {"include": [{"class": "circle", "count": 1}, right]}
+    assert fractions(metadata, [thing("circle", 40), thing("square", 0, "red")]) == [1.0, 1.0]
+    assert fractions(metadata, [thing("circle", 40), thing("square", 0, "blue")]) == [1.0, 0.0]
+
+
+def test_a_box_at_the_same_centre_has_no_relation_and_a_relation_to_nothing_required_holds():
+    assert relative_position([0, 0, 10, 10], [2, 2, 8, 8]) == set()
+    assert geneval_clauses(beside(0, 1), [thing("square")]) == [(1.0, ""), (1.0, "")]
+
+
+@pytest.mark.parametrize("position", [["left of", 1], ["left of", -1], ["beside", 0]])
+def test_a_relation_that_could_never_be_judged_is_refused(position):
+    with pytest.raises(ValueError, match="position"):
+        geneval_check(beside(1, 1, position), [thing("circle"), thing("square", 9)])
+
+
+# ---- detectors ----
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tiny_referees.Folders(tmp_path_factory.mktemp("detectors"))
+
+
+@pytest.fixture(scope="module", params=["grounding_dino", "owlv2"])
+def detector(request, folders):
+    return detectors.load_detector(folders[request.param], folders["clip"])
+
+
+def images(n, size=(48, 40)):
+    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(n))
+
+
+def test_a_detector_gives_the_boxes_of_its_own_processor(detector):
+    find, x = detector.find, images(1, (48, 48))
+    text = ["cat. dog."] if find.is_dino else [["a photo of a cat", "a photo of a dog"]]
+    with torch.no_grad():
+        read = find.model(**find.processor(images=[x[0]], text=text, do_rescale=False, return_tensors="pt"))
+    scores, boxes = find.score_classes(x, ["cat", "dog"])
+    chances = read.logits.sigmoid()
+    expected = chances[..., [1, 3]] if find.is_dino else chances        # [CLS] cat . dog . [SEP]
+    assert torch.allclose(scores, expected, atol=1e-5)
+    assert torch.allclose(boxes, read.pred_boxes, atol=1e-5)
+    theirs = (
+        find.processor.image_processor.post_process_object_detection(
+            read, threshold=detectors.LEAST, target_sizes=[(48, 48)])[0]["boxes"]
+        .clamp(0, 48)
+        .tolist()
+    )
+    ours = find.things(scores[0].detach(), boxes[0].detach(), (48, 48), ("cat", "dog"))
+    assert ours
+    for found in ours:
+        assert any(found["box"] == pytest.approx(box, abs=1e-3) for box in theirs)
+
+
+def test_the_words_of_a_class_are_found_in_grounding_dinos_text(folders):
+    find = detectors.load_detector(folders["grounding_dino"], folders["clip"]).find
+    text, names = "computer mouse. cat.", ["computer mouse", "cat"]
+    spans = find.processor.tokenizer(text, return_offsets_mapping=True).offset_mapping
+    for name, places in zip(names, find.words_of_names(text, names)):
+        assert " ".join(text[slice(*spans[i])] for i in places) == name
+
+
+def test_a_score_does_not_depend_on_neighbours_and_a_picture_is_asked_for_its_own_classes(detector):
+    x = images(3)
+    scores, boxes = detector.find.score_classes(x, ["cat", "dog"])
+    for n in range(3):
+        alone = detector.find.score_classes(x[n:n + 1], ["cat", "dog"])
+        assert torch.allclose(scores[n], alone[0][0], atol=1e-4)
+        assert torch.allclose(boxes[n], alone[1][0], atol=1e-4)
+    cat, both, none = detector(x, [CAT, BOTH, {}])
+    assert {found["class"] for found in cat} <= {"cat"}
+    assert {found["class"] for found in both} <= {"dog", "computer mouse"}
+    assert none == []
+
+
+def test_of_boxes_that_overlap_the_best_stays():
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 5, 5]]).float()
+    assert detectors.suppress(boxes, torch.tensor([0.5, 0.9, 0.7, 0.8])) == [1, 3, 2]
+    assert detectors.intersection_over_union(boxes)[0].tolist() == pytest.approx([1, 0.9, 0, 0.25])
+    assert detectors.suppress(torch.zeros(0, 4), torch.zeros(0)) == []
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(0, 50)] * 4), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_suppression_keeps_the_best_and_no_two_that_overlap(corners, rng):
+    boxes = torch.tensor([[min(a, c), min(b, d), max(a, c) + 1, max(b, d) + 1] for a, b, c, d in corners])
+    scores = torch.tensor(rng.sample(range(100), len(boxes))).float()
+    kept = detectors.suppress(boxes, scores)
+    overlap = detectors.intersection_over_union(boxes)
+    assert kept[0] == scores.argmax()
+    assert all(overlap[i, j] <= detectors.OVERLAP for i in kept for j in kept if i != j)
+
+
+RGB = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
+
+
+class ClipOfColours:
+    """A CLIP that embeds a picture as its mean colour, and a text as the colour that it names."""
+
+    size = 8
+
+    def embed_images(self, images):
+        return images.mean((2, 3))
+
+    def embed_texts(self, texts):
+        named = [next((RGB[c] for c in RGB if c in text.replace("colored", "")), (0, 0, 0)) for text in texts]
+        return torch.tensor(named, dtype=torch.float32)
+
+
+def test_an_objects_colour_is_that_of_the_square_in_the_middle_of_its_box():
+    picture = torch.zeros(3, 20, 40)
+    picture[1] = 1                              # a green ground
+    picture[:, 5:15, 10:20] = torch.tensor(RGB["red"])[:, None, None]
+    crop = detectors.crop_of(picture, {"box": [10.0, 5.0, 20.0, 15.0]})
+    assert crop.shape == (3, 10, 10)
+    name_colors = detectors.Colors(ClipOfColours())
+    assert name_colors([crop, picture[:, :, 22:]], ["dog", "cat"]) == ["red", "green"]
+    assert name_colors([], []) == []
+    assert detectors.crop_of(picture, {"box": [40.0, 20.0, 40.0, 20.0]}).shape == (3, 1, 1)
+
+
+def test_only_objects_that_a_clause_judges_get_a_colour(detector):
+    found = detector(images(2), [BOTH, CAT])
+    for name, count in (("dog", 1), ("computer mouse", 2)):
+        best = best_by_class(BOTH, found[0], **detector.thresholds).get(name, [])
+        assert all("color" in each for each in best[:count])
+        assert not any("color" in each for each in best[count:])
+    assert not any("color" in each for each in found[1])
+
+
+def test_a_colour_that_geneval_does_not_know_and_a_model_of_another_kind_are_refused(detector, folders):
+    detector.check([CAT, BOTH, {}])
+    with pytest.raises(ValueError, match=f"GenEval's colours are {', '.join(COLORS)}, not mauve"):
+        detector.check([{"include": [{"class": "cat", "count": 1, "color": "mauve"}]}])
+    with pytest.raises(ValueError, match="holds a clip model, expected grounding-dino or owlv2"):
+        detectors.load_detector(folders["clip"], folders["clip"])
