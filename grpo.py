@@ -248,10 +248,10 @@ def clipped_surrogate(
 ) -> Tensor:
     """Return PPO's clipped objective as a loss: -min(ratio * adv, clip(ratio) * adv), elementwise.
 
-    The clip is to 1 - low .. 1 + high, which may differ (DAPO, section 3.1). `delta` caps the
-    unclipped ratio from above and so bounds the loss of a token with negative advantage (two-sided
-    clipping, INTELLECT-2, arXiv 2505.07291; TRL's `delta`). `adv` broadcasts against `ratio`, and
-    the loss has its unit.
+    The clip is to 1 - low .. 1 + high, which may differ (DAPO, section 3.1). `delta`, above
+    1 + high, caps the unclipped ratio and so bounds the loss of a token with negative advantage
+    (two-sided clipping, INTELLECT-2, arXiv 2505.07291; TRL's `delta`). `adv` broadcasts against
+    `ratio`, and the loss has its unit.
     """
     clipped = ratio.clamp(1 - low, 1 + high)
     if delta is not None:

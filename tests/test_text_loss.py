@@ -1,0 +1,442 @@
+"""What the text policy gradient is: log-probability, KL, ratio, clip, average, and the loss they make."""
+
+import doctest
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Categorical, kl_divergence
+
+import grpo
+from grpo import (
+    average, bounded_exp, clipped_surrogate, grpo_loss, importance_ratio, kl_k3, loss_stats, token_logp)
+
+LEVELS, UNITS = ("token", "sequence"), ("sequence", "token", "constant")
+seeds = st.integers(0, 2**31)
+levels, units = st.sampled_from(LEVELS), st.sampled_from(UNITS)
+numbers = st.floats(-3, 3, allow_subnormal=False)
+
+
+def double(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def batch(seed, N=8, L=6):
+    """Random logp, logp_old, logp_ref, adv, mask in float64; ragged, the second sequence masked."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(N, L, generator=g, dtype=torch.float64) * 4
+    logp_old, logp_ref = (logp + torch.randn(N, L, generator=g, dtype=torch.float64) * 0.4 for _ in range(2))
+    adv = torch.randn(N, generator=g, dtype=torch.float64)
+    length = torch.randint(1, L + 1, (N, 1), generator=g)
+    length[1] = 0
+    return logp, logp_old, logp_ref, adv, torch.arange(L) < length
+
+
+def loss_and_gradient(logp, *args, **options):
+    """(loss, gradient, *stats) of grpo_loss."""
+    logp = logp.clone().requires_grad_()
+    loss, stats = grpo_loss(logp, *args, **options)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    return [loss.detach(), gradient, *stats.values()]
+
+
+def assert_same(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- log-probability and KL ----
+
+
+@given(seeds, st.floats(0.1, 5))
+def test_token_logp_is_the_log_probability_of_a_categorical_at_that_temperature(seed, temperature):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 4, 7, generator=g, dtype=torch.float64) * 3
+    tokens = torch.randint(7, (3, 4), generator=g)
+    expected = Categorical(logits=logits / temperature).log_prob(tokens)
+    torch.testing.assert_close(token_logp(logits, tokens, temperature), expected)
+
+
+def test_token_logp_of_low_precision_logits_has_fp32_precision():
+    logits, tokens = torch.randn(2, 3, 50).bfloat16(), torch.randint(50, (2, 3))
+    expected = token_logp(logits.double(), tokens, 0.7)
+    torch.testing.assert_close(token_logp(logits, tokens, 0.7), expected.float())
+
+
+@pytest.mark.parametrize("logits, temperature, words", [
+    ((1, 2, 3), 0.0, "temperature"), ((1, 2, 3), math.nan, "temperature"),
+    ((1, 3, 3), 1.0, r"expected \(N, L, V\)")])
+def test_token_logp_refuses_a_temperature_without_density_and_other_shapes(logits, temperature, words):
+    with pytest.raises(ValueError, match=words):
+        token_logp(torch.zeros(logits), torch.zeros(1, 2, dtype=torch.long), temperature)
+
+
+@given(numbers, numbers)
+def test_k3_is_never_negative_and_zero_only_if_policies_agree(a, b):
+    k3 = kl_k3(double(a), double(b))
+    assert k3 > 0 or (k3 == 0 and abs(a - b) < 1e-6)
+    assert kl_k3(double(a), double(a)) == 0
+
+
+@given(st.floats(1e-3, 1), st.sampled_from([-1, 1]))
+def test_k3_of_nearly_equal_policies_keeps_its_digits_in_fp32(gap, sign):
+    d = torch.tensor(sign * gap, dtype=torch.float32)
+    expected = d.item() ** 2 * sum(d.item() ** n / math.factorial(n + 2) for n in range(20))
+    assert kl_k3(torch.tensor(0.0), d).item() == pytest.approx(expected, rel=1e-3)
+
+
+@given(seeds)
+def test_the_exact_expectation_of_k3_is_the_kl_divergence(seed):
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logp, logp_ref = logits.log_softmax(-1)
+    expectation = (logp.exp() * kl_k3(logp, logp_ref)).sum()
+    kl = kl_divergence(Categorical(logits=logp), Categorical(logits=logp_ref))
+    torch.testing.assert_close(expectation, kl)
+
+
+@given(seeds)
+def test_with_bias_correction_the_expected_penalty_off_policy_and_its_gradient_are_those_of_the_kl(seed):
+    logits, old, ref = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits.requires_grad_()
+    adv, mask, expectation = torch.zeros(1, dtype=torch.float64), torch.ones(1, 1), 0.0
+    for i, p in enumerate(old.softmax(-1)):
+        token = torch.tensor([[i]])
+        logp, logp_old, logp_ref = (token_logp(x[None, None], token) for x in (logits, old, ref))
+        options = dict(total=1, logp_ref=logp_ref, beta=1.0, bias_correction_kl=True)
+        loss, _ = grpo_loss(logp, logp_old, adv, mask, **options)
+        expectation = expectation + p * loss
+    kl = kl_divergence(Categorical(logits=logits), Categorical(logits=ref))
+    torch.testing.assert_close(expectation, kl)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (expectation, kl)))
+
+
+# ---- ratio and clip ----
+
+
+@given(seeds)
+def test_a_ratio_is_the_quotient_of_probabilities_per_token_or_their_geometric_mean_per_sequence(seed):
+    logp, logp_old, _, _, mask = batch(seed)
+    token, sequence = (importance_ratio(logp, logp_old, mask, level=level) for level in LEVELS)
+    quotient = logp.exp() / logp_old.exp()
+    torch.testing.assert_close(token, torch.where(mask, quotient, 1.0))
+    for ratio, row, active in zip(sequence, quotient, mask):
+        expected = statistics.geometric_mean(row[active].tolist()) if active.any() else 1.0
+        assert ratio.item() == pytest.approx(expected)
+
+
+@given(numbers)
+def test_at_ratio_one_the_loss_is_minus_the_advantage_and_its_gradient_reinforces(adv):
+    logp = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    ratio = importance_ratio(logp[None], logp[None].detach(), torch.ones(1, 1))
+    loss = clipped_surrogate(ratio, double(adv), low=0.2, high=0.2)
+    assert loss.item() == -adv
+    assert torch.autograd.grad(loss, logp)[0].item() == pytest.approx(-adv)
+
+
+@given(st.floats(0, 4, allow_subnormal=False), numbers, st.floats(0, 0.9), st.floats(0, 0.9))
+def test_the_clipped_objective_is_never_above_the_unclipped(ratio, adv, low, high):
+    assert -clipped_surrogate(double(ratio), double(adv), low=low, high=high) <= double(ratio) * double(adv)
+
+
+@pytest.mark.parametrize("ratio, adv, value, gradient", [
+    (1.29, 1.0, -1.28, 0.0),     # gone too far up: a good token stops
+    (1.27, 1.0, -1.27, -1.0),
+    (0.79, -1.0, 0.80, 0.0),     # gone too far down: a bad token stops
+    (0.81, -1.0, 0.81, 1.0),
+    (1.29, -1.0, 1.29, 1.0),     # on the wrong side the gradient stays
+    (0.79, 1.0, -0.79, -1.0),
+    (9.00, -2.0, 18.0, 2.0)])
+def test_the_gradient_is_zero_beyond_the_clip_on_the_side_that_adv_favours(ratio, adv, value, gradient):
+    ratio = double(ratio).requires_grad_()
+    loss = clipped_surrogate(ratio, double(adv), low=0.2, high=0.28)
+    assert loss.item() == pytest.approx(value)
+    assert torch.autograd.grad(loss, ratio)[0].item() == gradient
+
+
+@given(st.floats(0, 9), numbers, st.floats(1.2, 3))
+def test_delta_bounds_the_loss_of_a_bad_token_and_nothing_else(ratio, adv, delta):
+    plain = clipped_surrogate(double(ratio), double(adv), low=0.2, high=0.2).item()
+    bounded = clipped_surrogate(double(ratio), double(adv), low=0.2, high=0.2, delta=delta).item()
+    assert bounded == pytest.approx(min(plain, delta * -adv) if adv < 0 else plain)
+
+
+# ---- the loss ----
+
+
+def slow_loss(logp, old, ref, adv, mask, *, total, per, level, low, high, delta, beta):
+    """The loss and its diagnostics, number by number."""
+    loss, units, tokens, fractions = 0.0, [], [], []
+    for n, A in enumerate(adv.tolist()):
+        active = [i for i, chosen in enumerate(mask[n]) if chosen]
+        logs = [(logp[n, i] - old[n, i]).item() for i in active]
+        mean = statistics.mean(logs) if logs else 0.0
+        terms = []
+        for i, log in zip(active, logs):
+            r, q = math.exp(log if level == "token" else mean), (ref[n, i] - logp[n, i]).item()
+            k3 = math.exp(q) - q - 1
+            terms.append(beta * k3 - min(min(r, delta) * A, max(1 - low, min(r, 1 + high)) * A))
+            tokens.append((log, k3))
+        loss += sum(terms) / (max(1, len(terms)) if per == "sequence" else 1)
+        ratios = [math.exp(log) for log in (logs if level == "token" else [mean])]
+        clipped = [(r < 1 - low and A < 0, r > 1 + high and A > 0) for r in ratios]
+        units += [(r, *sides) for r, sides in zip(ratios, clipped)]
+        if ratios:
+            fractions.append([sum(side) / len(ratios) for side in zip(*clipped)])
+    ratio, below, above = zip(*units)
+    return loss / total, {
+        "clip_ratio/low_mean": statistics.mean(below),
+        "clip_ratio/high_mean": statistics.mean(above),
+        "clip_ratio/region_mean": statistics.mean(below) + statistics.mean(above),
+        "clip_ratio/low_min": min(low for low, _ in fractions),
+        "clip_ratio/high_max": max(high for _, high in fractions),
+        "ratio/mean": statistics.mean(ratio),
+        "ratio/min": min(ratio),
+        "ratio/max": max(ratio),
+        "approx_kl": statistics.mean(log**2 / 2 for log, _ in tokens),
+        "kl": statistics.mean(k3 for _, k3 in tokens),
+    }
+
+
+@given(seeds, units, levels, st.sampled_from([math.inf, 1.7]), st.sampled_from([torch.bool, torch.int64]))
+def test_the_loss_and_every_diagnostic_are_the_slow_ones(seed, per, level, delta, dtype):
+    logp, old, ref, adv, mask = batch(seed)
+    options = dict(total=11, per=per, level=level, low=0.1, high=0.3, delta=delta, beta=0.3)
+    loss, stats = grpo_loss(logp, old, adv, mask.to(dtype), logp_ref=ref, **options)
+    expected_loss, expected_stats = slow_loss(logp, old, ref, adv, mask, **options)
+    assert loss.item() == pytest.approx(expected_loss)
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(expected_stats)
+
+
+def test_the_defaults_are_the_token_level_surrogate_with_a_symmetric_clip_of_a_fifth():
+    logp, old, ref, adv, mask = batch(3)
+    options = dict(per="token", level="token", low=0.2, high=0.2, delta=math.inf, beta=0)
+    expected, _ = slow_loss(logp, old, ref, adv, mask, total=9, **options)
+    assert grpo_loss(logp, old, adv, mask, total=9)[0].item() == pytest.approx(expected)
+
+
+@given(seeds, levels)
+def test_the_gradient_of_the_loss_is_its_finite_difference(seed, level):
+    logp, old, ref, adv, mask = batch(seed, N=4, L=3)
+    adv[0] = 0.0                                              # the k3 term stands alone in the first sequence
+    options = dict(total=4, level=level, per="sequence", logp_ref=ref, beta=0.5, low=0.9, high=9.0)
+    logp.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, adv, mask, **options)[0], logp)
+
+
+@given(seeds, levels, units, st.booleans(), st.booleans())
+def test_padding_affects_neither_loss_nor_gradient_nor_stats(seed, level, per, given, corrected):
+    """Whatever it holds."""
+    logp, old, ref, adv, mask = batch(seed)
+    junk = torch.tensor([math.nan, math.inf, -math.inf, 1e30])[torch.randint(4, mask.shape)].double()
+    options = dict(total=13, level=level, per=per, beta=0.1, bias_correction_kl=corrected)
+    clean = loss_and_gradient(logp, old if given else None, adv, mask, logp_ref=ref, **options)
+    logp, old, ref = (torch.where(mask, x, junk) for x in (logp, old, ref))
+    soiled = loss_and_gradient(logp, old if given else None, adv, mask, logp_ref=ref, **options)
+    assert_same(clean, soiled)
+    assert (soiled[1][~mask] == 0).all()
+
+
+@given(seeds, units)
+def test_an_average_ignores_padding_and_counts_a_sequences_value_for_each_of_its_tokens(seed, per):
+    x, _, _, _, mask = batch(seed)
+    one = x[:, :1]
+    for given, expected in ((torch.where(mask, x, math.nan), x), (one, one.expand_as(mask))):
+        expected = average(expected, mask, per=per, total=3)
+        torch.testing.assert_close(average(given, mask, per=per, total=3), expected)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("per", UNITS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_splitting_a_batch_into_micro_batches_changes_neither_loss_nor_gradient(size, per, level):
+    whole = batch(5)
+    mask = whole[4]
+    total = {"sequence": len(mask), "token": mask.sum(), "constant": mask.numel()}[per]
+    options = dict(total=total, per=per, level=level, beta=0.1)
+
+    def loss_of(logp, old, ref, adv, mask):
+        return loss_and_gradient(logp, old, adv, mask, logp_ref=ref, **options)[:2]
+
+    losses, gradients = zip(*(loss_of(*part) for part in zip(*(x.split(size) for x in whole))))
+    expected = loss_of(*whole)
+    torch.testing.assert_close(sum(losses), expected[0])
+    torch.testing.assert_close(torch.cat(gradients), expected[1])
+
+
+@pytest.mark.parametrize("per", UNITS)
+def test_a_micro_batch_without_active_tokens_has_loss_and_gradient_zero_and_neutral_diagnostics(per):
+    logp, old, ref, adv, mask = batch(0)
+    logp.requires_grad_()
+    loss, stats = grpo_loss(logp, old, adv, mask & False, total=5, per=per, logp_ref=ref, beta=1.0)
+    assert loss == 0
+    assert (torch.autograd.grad(loss, logp)[0] == 0).all()
+    neutral = {"clip_ratio/low_min": math.inf, "clip_ratio/high_max": -math.inf,
+               "ratio/min": math.inf, "ratio/max": -math.inf}
+    assert {name: value.item() for name, value in stats.items()} == dict.fromkeys(stats, 0.0) | neutral
+
+
+@given(seeds, levels)
+def test_without_old_log_probs_the_policy_is_its_own_old_one(seed, level):
+    logp, _, _, adv, mask = batch(seed)
+    options = dict(total=mask.sum(), level=level)
+    absent = loss_and_gradient(logp, None, adv, mask, **options)
+    assert_same(absent, loss_and_gradient(logp, logp.clone(), adv, mask, **options))
+    torch.testing.assert_close(absent[0], -(adv * mask.sum(1)).sum() / mask.sum())
+    torch.testing.assert_close(absent[1], -(adv[:, None] * mask) / mask.sum())
+
+
+def test_only_the_policys_log_probs_carry_gradient_and_the_stats_none():
+    logp, old, ref, adv, mask = batch(0)
+    leaves = [x.requires_grad_() for x in (logp, old, ref, adv)]
+    loss, stats = grpo_loss(logp, old, adv, mask, total=1, logp_ref=ref, beta=0.1)
+    loss.backward()
+    assert [x.grad is not None for x in leaves] == [True, False, False, False]
+    assert not any(value.ndim or value.requires_grad for value in stats.values())
+
+
+def test_a_reference_without_beta_is_reported_and_does_not_enter_the_loss():
+    logp, old, ref, adv, mask = batch(0)
+    ref[0, 0] = 1e4                                           # k3 is as large as it can be here
+    without = loss_and_gradient(logp, old, adv, mask, total=1)
+    *same, kl = loss_and_gradient(logp, old, adv, mask, total=1, logp_ref=ref)
+    assert_same(without, same)
+    assert kl > 0
+
+
+# ---- any distance between policies ----
+
+far = st.one_of(st.floats(-1e4, 1e4), st.sampled_from([88.8, -88.8, grpo.LOG_RATIO_BOUND]))
+near = st.floats(-9.9, 9.9)                                   # no difference of two of these leaves 20 nats
+options_of_a_loss = st.fixed_dictionaries(dict(
+    per=units, level=levels, low=st.floats(0, 1), high=st.floats(0, 10), delta=st.sampled_from([None, 12.0]),
+    beta=st.sampled_from([0.0, 0.02]), bias_correction_kl=st.booleans()))
+advantages = st.lists(st.one_of(st.floats(-5, 5), st.just(0.0)), min_size=2, max_size=2)
+
+
+def six(x):
+    return st.lists(x, min_size=6, max_size=6)
+
+
+def distant(log_ratios, ref_ratios, adv, dtype, options):
+    """Loss, gradient, stats for logp - logp_old = log_ratios (6,), logp_ref - logp_old = ref_ratios (6,)."""
+    logp, ref = (torch.tensor(x, dtype=dtype).view(2, 3) for x in (log_ratios, ref_ratios))
+    mask, adv = torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor(adv, dtype=dtype)
+    return loss_and_gradient(logp, torch.zeros_like(logp), adv, mask, total=5, logp_ref=ref, **options)
+
+
+@given(six(st.one_of(far, st.just(-math.inf))), six(far), advantages, options_of_a_loss,
+       st.sampled_from([torch.bfloat16, torch.float32]))
+def test_loss_gradient_and_stats_are_finite_at_any_log_ratio(log_ratios, ref_ratios, adv, options, dtype):
+    """Also for tokens whose probability fell to zero; exp of an unbounded log-ratio is inf from 89 nats."""
+    for value in distant(log_ratios, ref_ratios, adv, dtype, options):
+        assert value.isfinite().all()
+
+
+@given(six(near), six(near), advantages, options_of_a_loss)
+def test_within_20_nats_all_numbers_are_those_without_a_bound(log_ratios, ref_ratios, adv, options):
+    bounded = distant(log_ratios, ref_ratios, adv, torch.float64, options)
+    with mock.patch.object(grpo, "LOG_RATIO_BOUND", math.inf):
+        assert_same(bounded, distant(log_ratios, ref_ratios, adv, torch.float64, options))
+
+
+@given(st.floats(-60, 60))
+def test_the_bound_changes_nothing_below_20_nats_and_has_gradient_zero_above(log_ratio):
+    x = double(log_ratio).requires_grad_()
+    ratio = bounded_exp(x)
+    ratio.backward()
+    bounded = min(log_ratio, 20)
+    assert ratio.item() == pytest.approx(math.exp(bounded))
+    assert x.grad.item() == (pytest.approx(math.exp(log_ratio)) if log_ratio <= 20 else 0.0)
+    assert kl_k3(double(0.0), x.detach()).item() == pytest.approx(math.expm1(bounded) - bounded)
+
+
+def test_far_above_the_reference_k3_is_a_line_of_gradient_one():
+    logp = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    k3 = kl_k3(logp, double([-1e4, -25.0]))
+    k3.sum().backward()
+    assert k3.tolist() == pytest.approx([9999.0, 24.0])
+    assert logp.grad.tolist() == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("logp, old, ref", [
+    (0.0, -math.inf, None), (-math.inf, None, None), (0.0, 0.0, -math.inf), (-math.inf, 0.0, -math.inf)])
+def test_a_token_that_the_old_policy_or_the_reference_cannot_sample_is_refused_unless_masked(logp, old, ref):
+    logp, old, ref = (x if x is None else torch.tensor([[x, -1.0]]) for x in (logp, old, ref))
+    with pytest.raises(FloatingPointError, match="-inf under the old policy or the reference"):
+        grpo_loss(logp, old, torch.ones(1), torch.ones(1, 2), total=1, logp_ref=ref)
+    assert grpo_loss(logp, old, torch.ones(1), torch.tensor([[0, 1]]), total=1, logp_ref=ref)[0].isfinite()
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(logp=torch.zeros(6)), r"expected \(N, L\)"),
+    (dict(logp_old=torch.zeros(2, 4)), r"\(2, 4\)"),
+    (dict(logp_ref=torch.zeros(2, 1)), r"\(2, 1\)"),
+    (dict(mask=torch.ones(3)), r"\(3,\)"),
+    (dict(adv=torch.zeros(2, 1)), r"adv \(2, 1\)"),
+    (dict(beta=0.1), "without logp_ref"),
+    (dict(total=0), "total is 0"),
+    (dict(total=math.nan), "total is nan"),
+    (dict(per="prompt"), "prompt"),
+    (dict(level="segment"), "segment")])
+def test_a_loss_that_makes_no_sense_is_refused_in_one_line(change, words):
+    zeros = torch.zeros(2, 3)
+    arguments = dict(logp=zeros, logp_old=zeros, adv=torch.zeros(2), mask=torch.ones(2, 3), total=6)
+    grpo_loss(**arguments)
+    with pytest.raises(ValueError, match=words) as error:
+        grpo_loss(**arguments | change)
+    assert "\n" not in str(error.value)
+
+
+def test_no_function_writes_into_its_arguments():
+    logp, old, ref, adv, mask = batch(0)
+    arguments = [torch.where(mask, logp, math.nan), old, ref, adv, mask]
+    before = [x.clone() for x in arguments]
+    logp, options = arguments[0], dict(delta=1.5, beta=0.1, bias_correction_kl=True)
+    for level in LEVELS:
+        ratio = importance_ratio(logp, old, mask, level=level)
+        loss_stats(ratio, ref - old, adv[:, None], mask, low=0.1, high=0.1)
+        for per in UNITS:
+            grpo_loss(logp, old, adv, mask, total=2, per=per, level=level, logp_ref=ref, **options)
+    for a, b in zip(arguments, before):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- the file by itself ----
+
+
+def test_the_example_in_the_docstring_is_true():
+    results = doctest.testmod(grpo)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_copied_alone_to_an_empty_folder_it_runs_and_learns(tmp_path):
+    shutil.copy(grpo.__file__, tmp_path)
+    command = [sys.executable, "-I", "grpo.py", "--assert-reward", "0.9"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reward_below_the_asserted_one_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--target", "toy", "--steps", "2", "--assert-reward", "0.9"])
+    with pytest.raises(SystemExit, match="expected at least 0.9"):
+        grpo.main()
+
+
+def test_the_toy_learns_from_chance_with_the_clip_at_work_and_leaves_the_global_generator_alone(capsys):
+    before = torch.random.get_rng_state()
+    rewards = grpo.learn_string("a toy string", 25)
+    assert rewards[0] < 0.1
+    assert rewards[-1] > 0.9
+    assert any("clipped 0.000" not in line for line in capsys.readouterr().out.splitlines())
+    assert torch.equal(torch.random.get_rng_state(), before)
