@@ -1,9 +1,10 @@
 """Weights in and out: policy folders in the released layout, adapters, and shards over ranks.
 
-A policy folder has the layout of the released BAGEL-7B-MoT: llm_config.json, vit_config.json, ema.safetensors (or
-shards with an index), ae.safetensors and the tokenizer's files. bagel_config.json and ae_config.json hold what the
-release hard-codes, and are optional. What is written here loads in other BAGEL tools, adapters load in peft. Only
-safetensors are read and written, and each file is replaced whole or not at all.
+A policy folder has the layout of the released BAGEL-7B-MoT: llm_config.json, vit_config.json,
+ema.safetensors (or shards with an index), ae.safetensors and the tokenizer's files.
+bagel_config.json and ae_config.json hold what the release hard-codes, and are optional. What is
+written here loads in other BAGEL tools, adapters load in peft. Only safetensors are read and
+written, and each file is replaced whole or not at all.
 
     policy = load_policy("BAGEL-7B-MoT", device="cuda", adapter="out/adapter")
     save_policy(policy, "merged")
@@ -21,11 +22,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 
 from policy import (
-    GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy, PolicyConfig, declare_torchvision_ops)
+    GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy, PolicyConfig,
+    declare_torchvision_ops)
 from support.disk import one_line_error, read_json, replacing, write_atomic
 from support.lora import adapters, add_lora
 
@@ -34,22 +37,24 @@ from support.lora import adapters, add_lora
 
 
 def open_tensors(folder: Path, stem: str) -> dict:
-    """Key -> open file, which is stem.safetensors or the shard that stem.safetensors.index.json names for the key.
+    """Open stem.safetensors, or the shards that stem.safetensors.index.json names: key -> file.
 
-    No tensor is read yet. Errors: FileNotFoundError without such a file; ValueError or OSError for a damaged one.
+    No tensor is read yet. Errors: FileNotFoundError without such a file; ValueError or OSError for
+    a damaged one.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
         file = open_file(single)
         return {key: file for key in file.keys()}
     if not index.exists():
-        raise FileNotFoundError(f"{folder} has no {single.name}; pickled weights are not read, convert them to safetensors")
+        raise FileNotFoundError(
+            f"{folder} has no {single.name}; pickled weights are not read, convert them")
     with one_line_error(f"{index} cannot be followed"):
         file_of = dict(read_json(index)["weight_map"])
         shards = {name: open_file(folder / name) for name in sorted(set(file_of.values()))}
     stored = {(key, name) for name, file in shards.items() for key in file.keys()}
     for key, name in sorted(stored ^ file_of.items()):
-        raise ValueError(f"{index} and {name} disagree on {key}, which is in only one of them; download both again")
+        raise ValueError(f"{key} is in only one of {index} and {name}; download both again")
     return {key: shards[name] for key, name in file_of.items()}
 
 
@@ -62,10 +67,10 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def all_finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether all numbers are finite, and stay finite in dtype. It looks at the extremes alone, so x is not copied."""
+    """Whether all numbers are finite, and stay finite in dtype."""
     if not x.numel():
         return True
-    extremes = torch.stack(x.aminmax())                         # a NaN is both
+    extremes = torch.stack(x.aminmax())         # they spare a copy of x; a NaN is both
     return bool(extremes.to(dtype or x.dtype).isfinite().all())
 
 
@@ -74,23 +79,26 @@ def assign(
 ) -> torch.dtype:
     """Give `module` the tensors of a file one by one, and return the dtype of the file's first.
 
-    names: key in the file -> name in the module. dtype: of the module; None keeps that first one's. masters: names that
-    become fp32. Errors: ValueError for keys, shapes and dtypes that do not fit, and for numbers that are not finite.
+    names: key in the file -> name in the module. dtype: of the module; None keeps that first one's.
+    masters: names that become fp32. Errors: ValueError for keys, shapes and dtypes that do not fit,
+    and for numbers that are not finite.
     """
     opened, file = open_tensors(folder, stem), folder / f"{stem}.safetensors"
     missing, extra = sorted(names.keys() - opened.keys()), sorted(opened.keys() - names.keys())
     if missing or extra:
-        raise ValueError(f"{file}: {len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}")
+        counts = f"{len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}"
+        raise ValueError(f"{file}: {counts}")
     wanted, state, stored = module.state_dict(), {}, None
     for key, name in names.items():
         value, place = opened[key].get_tensor(key), wanted[name]
         if value.dtype not in FLOATS.values():
-            raise ValueError(f"{file}: {key} has dtype {value.dtype}, must be one of {list(FLOATS)}")
-        stored = stored or value.dtype                          # the embedding is first, and most of the numbers
+            raise ValueError(f"{file}: {key} has dtype {value.dtype}, not one of {list(FLOATS)}")
+        stored = stored or value.dtype          # the embedding is first, and most of the numbers
         if value.shape[2:] == (1, 1) and place.ndim == 2:
-            value = value.flatten(1)                            # the autoencoder's 1x1 convolutions
+            value = value.flatten(1)            # the autoencoder's 1x1 convolutions
         if value.shape != place.shape:
-            raise ValueError(f"{file}: {key} has shape {tuple(value.shape)}, the config says {tuple(place.shape)}")
+            shapes = f"{tuple(value.shape)}, the config says {tuple(place.shape)}"
+            raise ValueError(f"{file}: {key} has shape {shapes}")
         target = torch.float32 if name in masters else dtype or stored
         if not all_finite(value, target):
             raise ValueError(f"{file}: {key} holds numbers that are not finite in {target}")
@@ -100,39 +108,35 @@ def assign(
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file so that the path always holds a whole file, the old one or the new one."""
+    """Write a safetensors file; the path always holds a whole file, the old or the new one."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with replacing(path) as file:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 # ---- the released layout ----
 
-# Our names -> the released keys, in this order. Experts are a list here and a suffix there: <0> is none, <1> _moe_gen.
+# Our names -> the released keys, in this order. Experts are a list here, a suffix there: <0> is no
+# suffix, <1> is _moe_gen.
 RELEASE_NAMES = (
-    (r"\.base\.", "."),
-    (r"^blocks", "language_model.model.layers"),
+    (r"\.base\.", "."), (r"^blocks", "language_model.model.layers"),
     (r"^norms\.(\d)", r"language_model.model.norm<\1>"),
     (r"experts\.(\d)\.norm_in", r"input_layernorm<\1>"),
     (r"experts\.(\d)\.norm_out", r"post_attention_layernorm<\1>"),
     (r"experts\.(\d)\.(gate|up|down)", r"mlp<\1>.\2_proj"),
     (r"experts\.(\d)\.([qk]_norm)", r"self_attn.\2<\1>"),
-    (r"experts\.(\d)\.([qkvo])", r"self_attn.\2_proj<\1>"),
-    ("<0>", ""),
-    ("<1>", "_moe_gen"),
-    (r"^embed\.", "language_model.model.embed_tokens."),
-    (r"^head\.", "language_model.lm_head."),
-    (r"^vit\.", "vit_model.vision_model."),
-    (r"^latent_in\.", "vae2llm."),
-    (r"^latent_out\.", "llm2vae."),
-    (r"^(latent|vit)_positions", r"\1_pos_embed.pos_embed"))
+    (r"experts\.(\d)\.([qkvo])", r"self_attn.\2_proj<\1>"), ("<0>", ""), ("<1>", "_moe_gen"),
+    (r"^embed\.", "language_model.model.embed_tokens."), (r"^head\.", "language_model.lm_head."),
+    (r"^vit\.", "vit_model.vision_model."), (r"^latent_in\.", "vae2llm."),
+    (r"^latent_out\.", "llm2vae."), (r"^(latent|vit)_positions", r"\1_pos_embed.pos_embed"))
 
 # Names of diffusers' AutoencoderKL -> the released keys, which are Black Forest Labs'.
 AE_NAMES = (
     ("down_blocks", "down"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
     ("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"),
-    ("mid_block.attentions.0", "mid.attn_1"), ("resnets", "block"), ("conv_shortcut", "nin_shortcut"),
-    ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
-    ("conv_norm_out", "norm_out"))
+    ("mid_block.attentions.0", "mid.attn_1"), ("resnets", "block"),
+    ("conv_shortcut", "nin_shortcut"), ("group_norm", "norm"), ("to_out.0", "proj_out"),
+    ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("conv_norm_out", "norm_out"))
 
 
 def release_name(name: str) -> str:
@@ -143,7 +147,7 @@ def release_name(name: str) -> str:
 
 
 def release_ae_name(name: str, levels: int) -> str:
-    """AutoencoderKL's name -> the released key, whose decoder counts its levels from the other end."""
+    """AutoencoderKL's name -> the released key; the decoder's levels are counted from the end."""
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
     for ours, theirs in AE_NAMES:
         name = name.replace(ours, theirs)
@@ -151,14 +155,15 @@ def release_ae_name(name: str, levels: int) -> str:
 
 
 def load_policy(
-    folder: str | Path, device="cpu", dtype: torch.dtype | None = None, prepare=None, adapter: str | Path = ""
+    folder: str | Path, device="cpu", dtype: torch.dtype | None = None, prepare=None,
+    adapter: str | Path = ""
 ) -> Policy:
     """Read a policy folder; every key and shape is checked, and missing or extra ones are named.
 
-    dtype: None keeps the file's, which the autoencoder always does. prepare(policy) sees the policy without memory
-    (on the meta device), and may freeze it, add adapters or `shard` it. What it leaves trainable becomes fp32, and a
-    sharded rank reads its own part alone. adapter: a folder of `save_adapters` to put on.
-    Errors: FileNotFoundError, OSError and ValueError, each one line that names the folder or the file.
+    dtype: None keeps the file's, which the autoencoder always does. prepare(policy) sees the policy
+    without memory (on the meta device), and may freeze it, add adapters or `shard` it. What it
+    leaves trainable becomes fp32, and a sharded rank reads its own part alone. adapter: a folder of
+    `save_adapters` to put on. Errors: OSError and ValueError, in one line that names the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -169,16 +174,19 @@ def load_policy(
     tokenizer = load_tokenizer(folder)
     with one_line_error(f"the config files of {folder} do not describe a policy"):
         check_config(config)
-        with torch.device("meta"):                              # no memory before the file's own tensors are assigned
+        with torch.device("meta"):              # without memory until tensors are assigned
             policy = Policy(config, tokenizer)
     policy.autoencoder.requires_grad_(False)
     masters = ()
     if prepare:
         prepare(policy)
         masters = {name for name, p in policy.named_parameters() if p.requires_grad}
-    own = [name for name in policy.state_dict() if not name.startswith("autoencoder.") and not name.endswith((".A", ".B"))]
-    names = {release_name(name): name for name in own}
-    ae_names = {release_ae_name(name, len(config.ae["ch_mult"])): name for name in policy.autoencoder.state_dict()}
+    names = {}                                  # released key -> our name
+    for name in policy.state_dict():
+        if not name.startswith("autoencoder.") and not name.endswith((".A", ".B")):
+            names[release_name(name)] = name
+    levels = len(config.ae["ch_mult"])
+    ae_names = {release_ae_name(name, levels): name for name in policy.autoencoder.state_dict()}
     policy.stored = assign(policy, folder, "ema", names, dtype, device, masters)
     assign(policy.autoencoder, folder, "ae", ae_names, None, device)
     reset_adapters(policy, device)
@@ -188,101 +196,117 @@ def load_policy(
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:
-    """Write the released layout, in the dtype that was loaded, with adapters merged; each file is replaced atomically.
+    """Write the released layout, in the dtype that was loaded, with adapters merged.
 
-    All ranks of a sharded policy call it, and rank 0 writes.
+    Each file is replaced atomically. All ranks of a sharded policy call it, and rank 0 writes.
     """
     folder, config, tensors = Path(folder), policy.config, {}
     writes = not policy.sharded or dist.get_rank() == 0
-    for name, value in merged_state(policy):                    # all ranks gather each tensor, one rank keeps it
+    for name, value in merged_state(policy):    # all ranks gather each tensor, one rank keeps it
         if writes and not name.startswith("autoencoder."):
             tensors[release_name(name)] = value.cpu()
     if not writes:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in dict(llm=config.llm, vit=config.vit, bagel=config.bagel, ae=config.ae).items():
-        write_atomic(folder / f"{name}_config.json", json.dumps(content, indent=2).encode())
+    for name in ("llm", "vit", "bagel", "ae"):
+        content = json.dumps(getattr(config, name), indent=2)
+        write_atomic(folder / f"{name}_config.json", content.encode())
     save_tensors(tensors, folder / "ema.safetensors")
     ae = {}
     for name, value in policy.autoencoder.state_dict().items():
         key = release_ae_name(name, len(config.ae["ch_mult"]))
-        convolution = ".attn_1." in key and value.ndim == 2     # the release stores these projections as 1x1 convolutions
-        ae[key] = value[:, :, None, None] if convolution else value
+        if ".attn_1." in key and value.ndim == 2:
+            value = value[:, :, None, None]     # the release has 1x1 convolutions for these
+        ae[key] = value
     save_tensors(ae, folder / "ae.safetensors")
     files = tokenizer_files(policy.tokenizer)
     for name in TOKENIZER_FILES:
         if name in files:
             write_atomic(folder / name, files[name])
-        else:                                                   # a file of another tokenizer would be read too
+        else:                                   # a file of another tokenizer would be read too
             (folder / name).unlink(missing_ok=True)
 
 
-# Fields that change what is computed, and the one value of each that is implemented; a field that is absent means it.
+# The one implemented value of each field that would change what is computed. A field that a file
+# leaves out has that value.
 IMPLEMENTED = {
-    "llm": dict(model_type="qwen2", hidden_act="silu", attention_bias=True, qkv_bias=True, mlp_bias=False, qk_norm=True,
-                is_causal=True, tie_word_embeddings=False, use_sliding_window=False, use_mrope=False, partial_rotary_factor=1.0,
-                quantization_config=None),
-    "vit": dict(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", rope=False, quantization_config=None),
-    "bagel": dict(connector_act="gelu_pytorch_tanh", interpolate_pos=False, vit_select_layer=-2, vit_rope=False),
-    "ae": dict(act_fn="silu")}
+    "llm": dict(
+        model_type="qwen2", hidden_act="silu", attention_bias=True, qkv_bias=True, mlp_bias=False,
+        qk_norm=True, is_causal=True, tie_word_embeddings=False, use_sliding_window=False,
+        use_mrope=False, partial_rotary_factor=1.0, quantization_config=None),
+    "vit": dict(
+        model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", rope=False,
+        quantization_config=None),
+    "bagel": dict(
+        connector_act="gelu_pytorch_tanh", interpolate_pos=False, vit_select_layer=-2,
+        vit_rope=False),
+    "ae": dict(act_fn="silu"),
+}
 
 
 def check_config(config: PolicyConfig) -> None:
     """ValueError for a field that would change what is computed and is not implemented."""
     llm = config.llm
-    by_size = dict(head_dim=config.head_dim, layer_types=["full_attention"] * llm["num_hidden_layers"])
+    by_size = dict(
+        head_dim=config.head_dim, layer_types=["full_attention"] * llm["num_hidden_layers"])
     for file, fields in (IMPLEMENTED | {"llm": IMPLEMENTED["llm"] | by_size}).items():
         for name, only in fields.items():
             value = getattr(config, file).get(name)
             if value not in (None, only):
-                raise ValueError(f"{file}_config.json: {name} {value!r} is not implemented, only {only!r}")
-    rotation = dict(rope_type="default", type="default", partial_rotary_factor=1.0, rope_theta=config.rope_theta)
-    for home in ("rope_scaling", "rope_parameters"):            # transformers 4 and 5 read the rotation from one each
+                raise ValueError(
+                    f"{file}_config.json: {name} {value!r} is not implemented, only {only!r}")
+    rotation = dict(
+        rope_type="default", type="default", partial_rotary_factor=1.0,
+        rope_theta=config.rope_theta)
+    for home in ("rope_scaling", "rope_parameters"):            # of transformers 4, and of 5
         for name, value in (llm.get(home) or {}).items():
             if value not in (None, rotation.get(name)):
-                raise ValueError(f"llm_config.json: {name} {value!r} in {home} is not implemented, only the default "
-                                 f"rotation with rope_theta {config.rope_theta!r}")
+                raise ValueError(
+                    f"llm_config.json: {name} {value!r} in {home} is not implemented, only the "
+                    f"default rotation with rope_theta {config.rope_theta!r}")
     for file, whole, part in (
-        ("llm", "hidden_size", "num_attention_heads"), ("llm", "num_attention_heads", "num_key_value_heads"),
-        ("vit", "hidden_size", "num_attention_heads"),
-    ):
+        ("llm", "hidden_size", "num_attention_heads"),
+        ("llm", "num_attention_heads", "num_key_value_heads"),
+        ("vit", "hidden_size", "num_attention_heads")):
         fields = getattr(config, file)
         if fields[whole] % fields[part]:
-            raise ValueError(f"{file}_config.json: {whole} {fields[whole]} must be a multiple of {part} {fields[part]}")
+            raise ValueError(f"{file}_config.json: {whole} must be a multiple of {part}")
 
 
 TOKENIZER_FILES = (
-    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja")
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def load_tokenizer(folder: Path):
     """transformers' tokenizer of a policy folder.
 
-    Errors: ValueError or OSError for files that are missing, damaged, or count tokens in different ways.
+    Errors: ValueError or OSError for files that are missing or damaged, or that disagree.
     """
     declare_torchvision_ops()
     from transformers import AutoTokenizer
+
     added = read_json(folder / "tokenizer_config.json", {}).get("added_tokens_decoder", {})
     wanted = "tokenizer_config.json; vocab.json and merges.txt, or tokenizer.json"
     with one_line_error(f"the tokenizer files of {folder} ({wanted}) are missing or damaged"):
         for name in TOKENIZER_FILES:
             if (folder / name).is_file() and not (folder / name).stat().st_size:
-                raise ValueError(f"{name} is empty")            # an empty merges.txt would be read as no merges
+                raise ValueError(f"{name} is empty")            # it might be read as no merges
         tokenizer = AutoTokenizer.from_pretrained(folder.resolve())
         for place, token in added.items():
             found = tokenizer.convert_tokens_to_ids(token["content"])
             if found != int(place):
-                raise ValueError(f"the token {token['content']} is {place} in tokenizer_config.json, but {found} as the "
-                                 "tokenizer counts; added tokens must stand in vocab.json or follow it without a gap")
+                raise ValueError(
+                    f"{token['content']} is token {place} in tokenizer_config.json, but {found} as "
+                    "the tokenizer counts; added tokens must follow vocab.json without a gap")
     return tokenizer
 
 
 def tokenizer_files(tokenizer) -> dict[str, bytes]:
-    """Name -> content of the files of the folder that a tokenizer came from; what transformers writes if there is none.
+    """Name -> content of the files that a tokenizer was loaded from.
 
-    The source's files are kept because the official BAGEL code cannot read the single tokenizer.json that
-    transformers 5 would write.
+    They are kept because the official BAGEL code cannot read the single tokenizer.json that
+    transformers 5 would write. A tokenizer that came from no folder has that one.
     """
     source = tokenizer.name_or_path
     files = read_tokenizer_files(Path(source)) if source else {}
@@ -294,23 +318,28 @@ def tokenizer_files(tokenizer) -> dict[str, bytes]:
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*") if path.name in TOKENIZER_FILES}
+    return {
+        path.name: path.read_bytes() for path in folder.glob("*") if path.name in TOKENIZER_FILES}
 
 
 # ---- adapters ----
 
 
 def reset_adapters(policy: Policy, device, seed: int = 0) -> None:
-    """Fresh adapters in place of those without memory: A normal / rank from (seed, place), B zero, whatever the ranks."""
+    """Put fresh adapters in place of those without memory: A normal / rank, B zero.
+
+    A comes from (seed, place), whatever the number of ranks.
+    """
     for i, module in enumerate(adapters(policy).values()):
         generator = torch.Generator().manual_seed(seed * 100_003 + i)
-        A, B = torch.randn(module.A.shape, generator=generator) / module.rank, torch.zeros(module.B.shape)
+        A = torch.randn(module.A.shape, generator=generator) / module.rank
+        B = torch.zeros(module.B.shape)
         module.A = nn.Parameter(shard_like(A, module.A).to(device))
         module.B = nn.Parameter(shard_like(B, module.B).to(device))
 
 
 def merged_state(policy: Policy):
-    """Yield (name, tensor) of the state dict without adapters, one by one, each whole and in the stored dtype.
+    """Yield (name, tensor) of a policy without adapters, each whole and in the stored dtype.
 
     An adapted weight becomes base + alpha/rank * B A.
     """
@@ -326,14 +355,17 @@ def merged_state(policy: Policy):
 
 
 def adapter_key(weight: str, factor: str) -> str:
-    """peft's key of the factor "A" or "B" of the adapter on a weight, which is given by its released key."""
+    """peft's key of factor "A" or "B" of the adapter on a weight, given by its released key."""
     return f"base_model.model.{weight.removesuffix('.weight')}.lora_{factor}.weight"
 
 
 def adapter_keys(policy: Policy) -> dict[str, str]:
     """peft's key -> our name, of both factors of all adapters."""
-    return {adapter_key(release_name(f"{name}.weight"), factor): f"{name}.{factor}"
-            for name in adapters(policy) for factor in "AB"}
+    keys = {}
+    for name in adapters(policy):
+        for factor in ("A", "B"):
+            keys[adapter_key(release_name(f"{name}.weight"), factor)] = f"{name}.{factor}"
+    return keys
 
 
 def save_adapters(policy: Policy, folder: str | Path) -> None:
@@ -342,27 +374,28 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
     All ranks of a sharded policy call it, and rank 0 writes.
     """
     folder, modules = Path(folder), list(adapters(policy).values())
-    if not modules:
-        raise ValueError("the policy has no adapters to save; it was trained whole")
     state = policy.state_dict()
     tensors = {key: full_tensor(state[name]).cpu() for key, name in adapter_keys(policy).items()}
     if policy.sharded and dist.get_rank():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    targets = sorted({".".join(key.split(".")[-4:-2]) for key in tensors})                  # self_attn.q_proj_moe_gen, ...
-    config = dict(peft_type="LORA", r=modules[0].rank, lora_alpha=modules[0].alpha, lora_dropout=0.0, bias="none",
-                  fan_in_fan_out=False, target_modules=targets)
+    targets = {".".join(key.split(".")[-4:-2]) for key in tensors}      # mlp.up_proj_moe_gen, ...
+    config = dict(
+        peft_type="LORA", r=modules[0].rank, lora_alpha=modules[0].alpha, lora_dropout=0.0,
+        bias="none", fan_in_fan_out=False, target_modules=sorted(targets))
     write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
     save_tensors(tensors, folder / "adapter_model.safetensors")
 
 
-# Fields of adapter_config.json that are read, or that change nothing that is computed from the weights.
+# Fields of adapter_config.json that are read here, or do not change what the weights compute.
 ADAPTER_FREE = {
-    "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "lora_dropout", "base_model_name_or_path",
-    "revision", "task_type", "inference_mode", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size",
-    "eva_config"}
-# Values of other fields that mean plain LoRA, as all that is false or empty does.
-ADAPTER_PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
+    "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "lora_dropout",
+    "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
+    "auto_mapping", "megatron_core", "qalora_group_size", "eva_config"}
+# Values of other fields that mean plain LoRA; so does all that is false or empty.
+ADAPTER_PLAIN = {
+    "peft_type": ["LORA"], "bias": ["none"],
+    "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
 
 
 def open_adapters(folder: Path) -> tuple[int, float, dict]:
@@ -378,18 +411,18 @@ def open_adapters(folder: Path) -> tuple[int, float, dict]:
                 raise ValueError(f"{name} {value!r} is not implemented")
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         if config.get("use_rslora"):
-            alpha *= math.sqrt(rank)                            # peft then divides alpha by sqrt(r)
+            alpha *= math.sqrt(rank)            # peft then divides alpha by sqrt(r)
     return rank, alpha, open_tensors(folder, "adapter_model")
 
 
 def load_adapters(policy: Policy, folder: str | Path) -> Policy:
-    """Put the adapters of a folder of `save_adapters`, or of peft, on the policy, in place; keys and shapes are checked."""
-    rank, alpha, opened = open_adapters(Path(folder))
-    experts = [UNDERSTANDING] if any("_moe_gen" not in key for key in opened) else []
-    if any("_moe_gen" in key for key in opened):
-        experts.append(GENERATION)
+    """Put the adapters of a folder of `save_adapters`, or of peft, on the policy, in place."""
+    folder = Path(folder)
+    rank, alpha, opened = open_adapters(folder)
+    experts = {GENERATION if "_moe_gen" in key else UNDERSTANDING for key in opened}
     add_lora(policy, rank, alpha, tuple(experts))
-    assign(policy, Path(folder), "adapter_model", adapter_keys(policy), torch.float32, policy.device)
+    keys = adapter_keys(policy)
+    assign(policy, folder, "adapter_model", keys, torch.float32, policy.device)
     return policy
 
 
@@ -397,17 +430,21 @@ def load_adapters(policy: Policy, folder: str | Path) -> Policy:
 
 
 def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
-    """FSDP2 over all ranks, in place: each block, the embedding and the head are cut in rows, and gathered when called.
+    """Shard a policy over all ranks, in place, by FSDP2.
 
-    dtype: of gathered parameters, such as bf16 next to fp32 masters; gradients are averaged over the ranks in fp32.
-    What is small (norms, time and latent layers, connector, ViT embeddings, autoencoder) stays whole on every rank,
-    and the caller sums its gradients.
+    Each block, the embedding and the head are cut in rows, and gathered when they are called.
+    dtype: of gathered parameters, such as bf16 next to fp32 masters. Gradients are averaged over
+    the ranks in fp32. What is small (norms, time and latent layers, connector, ViT embeddings,
+    autoencoder) stays whole on every rank, and the caller sums its gradients.
     """
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*policy.blocks, *policy.vit.encoder["layers"], policy.embed, policy.head):
         fully_shard(module, mp_policy=precision)
-    # FSDP2's root would hold back gradients of parameters that several calls use before one backward: it holds none.
-    fully_shard(policy, ignored_params={p for p in policy.parameters() if not isinstance(p, DTensor)})
+    # The root must hold no parameters: FSDP2 would withhold the gradients of those that several
+    # calls use before one backward.
+    small = {p for p in policy.parameters() if not isinstance(p, DTensor)}
+    fully_shard(policy, ignored_params=small)
     for method in ("append_text", "append_image", "image_states", "velocity"):
         register_fsdp_forward_method(policy, method)
     numbers = sum(p.numel() for p in policy.parameters() if isinstance(p, DTensor))
@@ -417,13 +454,13 @@ def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
 
 @contextmanager
 def keep_gathered(policy: Policy, room: float | None = None):
-    """Keep parameters whole once gathered, for the many calls of a rollout, if that needs at most `room` bytes.
+    """Keep parameters whole once they are gathered, for the many calls of a rollout.
 
-    All ranks must have the room; None is any number of bytes.
+    This needs `room` for them on all ranks, in bytes; None is any number.
     """
     parts = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     keep = torch.tensor(int(room is None or policy.gathered_bytes <= room), device=policy.device)
-    if policy.sharded:                                          # ranks that disagree would wait for one another's gathers
+    if policy.sharded:                          # ranks that disagree would wait for each other
         dist.all_reduce(keep, dist.ReduceOp.MIN)
     for module in parts:
         module.set_reshard_after_forward(not keep, recurse=False)
@@ -441,14 +478,15 @@ def full_tensor(x: Tensor) -> Tensor:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor, sharded as `like` is; the value itself if `like` is not sharded."""
+    """This rank's part of a full tensor, sharded as `like` is, if it is."""
     if not isinstance(like, DTensor):
         return value
     mesh = like.device_mesh
-    rows = -(-len(value) // mesh.size())                        # fully_shard cuts dimension 0 as torch.chunk does
+    rows = -(-len(value) // mesh.size())        # fully_shard cuts dimension 0 as torch.chunk does
     start = min(rows * mesh.get_local_rank(), len(value))
     local = value[start:start + rows].clone()
-    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(
+        local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 # ---- what is trained ----
@@ -457,7 +495,7 @@ EXPERTS = {"understanding": UNDERSTANDING, "generation": GENERATION}
 
 
 def freeze(policy: Policy, trained: tuple[str, ...], lora: int, checkpointing: bool) -> None:
-    """Leave only the named experts trainable: adapters of rank `lora` on them or, at 0, all their weights."""
+    """Leave only the named experts trainable: adapters of rank `lora`, or at 0 all weights."""
     if lora:
         add_lora(policy, lora, 2.0 * lora, tuple(EXPERTS[name] for name in trained))
     for name, params in policy.trainable_by_expert().items():

@@ -11,17 +11,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-# What json, safetensors, tokenizers, transformers and torch were seen to raise at files that are missing, damaged or of something else.
+# What json, safetensors, tokenizers, transformers and torch raise at missing or damaged files.
 LIBRARY_ERRORS = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
-    SafetensorError, StrictDataclassError, CheckpointException)
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+    ImportError, SafetensorError, StrictDataclassError, CheckpointException)
 
 
 class one_line_error(AbstractContextManager):
-    """Inside, an error that a library raises at a file becomes one line, `what: the error`.
+    """A context in which an error that a library raises at a file becomes one line, `what: error`.
 
-    It is an OSError if it was one, else a ValueError. `what` names the file or folder. A bare Exception is caught
-    too, because tokenizers raises it and no except clause could catch it alone. torch.OutOfMemoryError passes.
+    It becomes an OSError if it was one, else a ValueError; `what` names the file or folder. A bare
+    Exception is caught too, because tokenizers raises it, and no except clause could catch it
+    alone. torch.OutOfMemoryError passes.
     """
 
     def __init__(self, what: str, kinds: tuple[type, ...] = LIBRARY_ERRORS):
@@ -43,14 +44,16 @@ class one_line_error(AbstractContextManager):
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in a file, or `default` if the file is missing.
 
-    Errors: FileNotFoundError if it is missing and there is no default; ValueError if it holds anything else.
+    Errors: FileNotFoundError if it is missing and there is no default; ValueError if it holds
+    anything else.
     """
     if not path.exists():
         if default is None:
-            raise FileNotFoundError(f"{path} is missing; every folder of a policy, or of adapters, has that file")
+            raise FileNotFoundError(
+                f"{path} is missing; every folder of a policy, or of adapters, has that file")
         return dict(default)
     with one_line_error(f"{path} is not JSON"):
-        content = json.loads(path.read_text(encoding="utf-8-sig"))          # some editors put a byte order mark first
+        content = json.loads(path.read_text(encoding="utf-8-sig"))      # -sig: a byte order mark
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, must hold a JSON object")
     return content
@@ -58,10 +61,10 @@ def read_json(path: Path, default: dict | None = None) -> dict:
 
 @contextmanager
 def replacing(path: Path):
-    """Yield a scratch file to write; on leaving it replaces `path`, with the mode that the umask gives.
+    """Yield a scratch file to write, which then replaces `path`, with the mode of the umask.
 
-    The scratch file lies in a folder of a fixed name, so that the next save clears away what a kill leaves.
-    Errors: OSError in one line.
+    The scratch file lies in a folder of a fixed name, so that the next save clears away what a kill
+    leaves. Errors: OSError in one line.
     """
     scratch = path.with_name(f"{path.name}.tmp")
     file = scratch / path.name
@@ -71,7 +74,7 @@ def replacing(path: Path):
         file.touch()
         mode = file.stat().st_mode
         yield file
-        file.chmod(mode)                                        # safetensors makes its files private
+        file.chmod(mode)                        # safetensors makes its files private
         os.replace(file, path)
     except (SafetensorError, OSError) as error:                 # a full disk may raise either
         raise OSError(f"{path} could not be written: {error}") from error

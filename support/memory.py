@@ -1,7 +1,5 @@
 """What a run needs on a GPU, computed before a weight is read."""
 
-from dataclasses import replace
-
 import torch
 
 from policy import Policy
@@ -10,26 +8,30 @@ from support.run import Ranks
 
 
 def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) -> dict[str, float]:
-    """What a run needs on each GPU, in GB (1e9 bytes), from counts of numbers; the policy may be on the meta device.
+    """What a run needs on each GPU, in GB (1e9 bytes), by counting numbers.
 
-    Kept all the time: weights (fp32 if trained), gradients, AdamW's moments, the average, a frozen reference and the
-    referees, whose bytes are given. In turn: a rollout, and the replay of one micro-batch. A rollout holds the text's
-    keys and values twice while they grow, and one block's activations of an image step. A replay holds every block's
-    input (about twelve times as much without checkpointing), one block's activations of all noisy steps at once, and
-    the logits with three copies in fp32. Both hold two gathered blocks of a sharded policy.
-    Left out: activations of referees and of the autoencoder, what the allocator loses, and the whole weights that a
-    sharded rollout keeps only if they fit.
+    The policy may be on the meta device. Kept all the time are weights (fp32 if trained),
+    gradients, AdamW's moments, the average, a frozen reference, and the referees, whose bytes are
+    given. A rollout and the replay of one micro-batch need room in turn. A rollout holds the text's
+    keys and values twice while they grow, and one block's activations of an image step. A replay
+    holds every block's input (about twelve times as much without checkpointing), one block's
+    activations of all noisy steps at once, and the logits with three copies in fp32. Both hold two
+    gathered blocks of a sharded policy. Left out are activations of referees and of the
+    autoencoder, what the allocator loses, and the whole weights that a sharded rollout keeps only
+    if they fit.
     """
     llm, byte = policy.config.llm, 2 if cfg.bf16 else 4
     width, layers = llm["hidden_size"], llm["num_hidden_layers"]
-    cut = world if cfg.shard else 1                             # nearly everything is cut over the ranks
-    weights = sum(p.numel() for p in policy.parameters()) / cut                         # numbers on one rank
+    cut = world if cfg.shard else 1             # nearly everything is cut over the ranks
+    weights = sum(p.numel() for p in policy.parameters()) / cut         # numbers on one rank
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad) / cut
     gathered = 0
     if cfg.shard:
         gathered = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters())
     need = {"weights": trained * 4 + (weights - trained) * byte}
-    need |= {"gradients": trained * 4, "AdamW": trained * 8, "average": trained * 4}
+    need["gradients"] = trained * 4
+    need["AdamW"] = trained * 8
+    need["average"] = trained * 4
     need["reference"] = weights * byte if cfg.needs_reference and not cfg.lora else 0
     need["referees"] = referees
 
@@ -44,15 +46,16 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     if any(task.draws for task in tasks):
         image = (cfg.resolution // policy.config.stride) ** 2 + 2
     context = max(tokens_before(policy, cfg, task, image) for task in tasks)
-    rounds = max(task.rounds for task in tasks)                 # texts and images that one backward holds
-    noisy = rounds * cfg.window * image                         # of all noisy steps, which a replay reads in one call
+    rounds = max(task.rounds for task in tasks)                 # texts and images of one backward
+    noisy = rounds * cfg.window * image         # of all noisy steps, which are one call
     written = rounds * max(tokens_written(cfg, task) for task in tasks)
 
     # Bytes of a token.
-    cache = 2 * layers * llm["num_key_value_heads"] * policy.config.head_dim * byte     # keys and values
+    key = llm["num_key_value_heads"] * policy.config.head_dim * byte
+    cache = 2 * layers * key                    # keys and values
     inputs = layers * width * 4 * (1 if cfg.checkpointing else 12)
     block = ((5 if cfg.lora else 3) * llm["intermediate_size"] + 8 * width) * byte
-    mask = 3 * policy.config.queries_per_key * (context + image)                        # which tokens it sees
+    mask = 3 * policy.config.queries_per_key * (context + image)        # which tokens it sees
     logits = llm["vocab_size"] * (byte + 12)
 
     rollout = 2 * context * cache + max(image, 1) * block + max(image, context) * mask
@@ -68,10 +71,10 @@ def tokens_written(cfg, task) -> int:
 
 
 def tokens_before(policy: Policy, cfg, task, drawn: int) -> int:
-    """The most tokens that a trajectory reads before its last segment; drawn: tokens of a drawn image.
+    """The most tokens that a trajectory reads before its last segment.
 
-    A prompt or a question counts 64. An image that is given or read back stands among the text's tokens, a question's
-    image at the ViT's full size.
+    drawn: tokens of a drawn image. A prompt or a question counts 64. An image that is given or read
+    back stands among the text's tokens, a question's image at the ViT's full size.
     """
     config, prompt, system = policy.config, 64, 0
     patch, (longest, shortest, stride) = config.vit["patch_size"], config.vit_resize
@@ -83,7 +86,7 @@ def tokens_before(policy: Policy, cfg, task, drawn: int) -> int:
     elif "sources" in task.gives:
         given = (longest // patch) ** 2 + 2
     if config.scale == "bagel" and task.draws and task.writes:
-        system = 160                                            # BAGEL's think prompt
+        system = 160                            # BAGEL's think prompt
     texts = task.rounds * (prompt + tokens_written(cfg, task))
     return system + texts + (task.rounds - 1) * read_back + given
 
@@ -95,23 +98,19 @@ def peak(need: dict[str, float]) -> float:
 
 
 def check_memory(policy: Policy, cfg, ranks: Ranks, tasks: list, referees: float) -> None:
-    """ValueError if the GPU cannot hold the run, with settings that it would hold."""
+    """ValueError, before anything is read, if the GPU cannot hold the run."""
     has = torch.cuda.get_device_properties(ranks.device).total_memory / 1e9
     need = memory(policy, cfg, ranks.world, tasks, referees)
-    if peak(need) <= has:
-        return
-    hint = "--lora 64 (if all weights are trained), --shard on more GPUs, or a lower --resolution"
-    few = dict(rollout_batch=cfg.group_size)
-    for change in (dict(micro=1), few, few | dict(micro=1), dict(think_tokens=64, micro=1)):
-        if peak(memory(policy, replace(cfg, **change), ranks.world, tasks, referees)) <= has:
-            hint = " ".join(f"--{name} {value}" for name, value in change.items())
-            break
-    sizes = ", ".join(f"{name} {size:.1f}" for name, size in need.items() if size >= 0.05)
-    raise ValueError(f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {sizes}; try {hint}")
+    if peak(need) > has:
+        sizes = ", ".join(f"{name} {size:.1f}" for name, size in need.items() if size >= 0.05)
+        raise ValueError(
+            f"the run needs about {peak(need):.0f} GB on each GPU, which has {has:.0f}: {sizes}; "
+            f"try --micro 1, --rollout_batch {cfg.group_size}, --lora 64 (if all weights are "
+            "trained), --shard on more GPUs, or a lower --resolution")
 
 
 def room_to_gather(device: torch.device) -> float | None:
-    """Bytes that a rollout may spend on keeping a sharded policy whole: half of what is free on the GPU.
+    """Bytes that a rollout may spend on keeping a sharded policy whole: half of the free ones.
 
     What PyTorch reserved without using it is free too. None, which is any number, on a CPU.
     """

@@ -18,12 +18,13 @@ from support.terminal import Arguments, one_line
 
 
 def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
-    """The merged change of one tensor from two policies' changes of it. [CoRL's code, after arXiv:2501.10661]
+    """The merged change of one tensor, from two policies' changes. [CoRL, after arXiv:2501.10661]
 
-    Changes look Gaussian, and what was learned sits in their outliers. Inside mean +- bound * std, with the mean of
-    both means and the smaller of both (unbiased) stds, changes are averaged; outside, each is added whole. A large
-    bound is the average, bound 0 the sum; two equal changes are averaged inside but doubled outside. Symmetric;
-    scales with the changes. A tensor that one policy left as it was, or of one element, has no window: the sum.
+    Changes look Gaussian, and what was learned sits in their outliers. Inside mean +- bound * std,
+    with the mean of both means and the smaller of both (unbiased) stds, changes are averaged;
+    outside, each is added whole. A large bound is the average, bound 0 the sum; two equal changes
+    are averaged inside but doubled outside. Symmetric; scales with the changes. A tensor that one
+    policy left as it was, or of one element, has no window: the sum.
     """
     mean, spread = (first.mean() + second.mean()) / 2, 0.0
     if first.numel() > 1:
@@ -44,40 +45,48 @@ MERGES = {"gaussian": gaussian_merge, "average": average_merge}
 
 
 def changes_of(folder: Path, base: dict) -> Callable[[str, Tensor], Tensor]:
-    """A function (key, the base's tensor) -> fp32 change of it, by a policy folder or a folder of adapters.
+    """A function (key, the base's tensor) -> its fp32 change, by a policy folder or by adapters.
 
-    Errors: ValueError for tensors that the base does not have, or not in that shape, and for missing ones.
+    Errors: ValueError for tensors that the base does not have, or not in that shape, and for
+    missing ones.
     """
-    if (folder / "adapter_config.json").exists():
+    adapted = (folder / "adapter_config.json").exists()
+    if adapted:
         rank, alpha, opened = open_adapters(folder)
         stems = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in opened}
         keys = {f"{stem}.weight" for stem in stems}
+        differ = keys - base.keys()
     else:
-        rank, opened = 0, open_tensors(folder, "ema")
-        keys = opened.keys()
-    differ = keys - base.keys() if rank else keys ^ base.keys()
+        opened = open_tensors(folder, "ema")
+        differ = opened.keys() ^ base.keys()
     if differ:
         raise ValueError(f"{folder} and the base do not fit: {min(differ)} is in only one of them")
 
+    def read(key: str) -> Tensor:
+        return opened[key].get_tensor(key).float()
+
     def change(key: str, own: Tensor) -> Tensor:
-        if key not in keys:
-            return torch.zeros_like(own)
-        if rank:
-            A, B = (opened[adapter_key(key, factor)].get_tensor(adapter_key(key, factor)) for factor in "AB")
-            value = alpha / rank * B.float() @ A.float()
+        if not adapted:
+            value = read(key)
+        elif key in keys:
+            value = alpha / rank * read(adapter_key(key, "B")) @ read(adapter_key(key, "A"))
         else:
-            value = opened[key].get_tensor(key).float()
+            return torch.zeros_like(own)
         if value.shape != own.shape:
-            raise ValueError(f"{folder}: {key} has shape {tuple(value.shape)}, the base {tuple(own.shape)}")
-        return value if rank else value - own
+            shapes = f"{tuple(value.shape)}, the base {tuple(own.shape)}"
+            raise ValueError(f"{folder}: {key} has shape {shapes}")
+        return value if adapted else value - own
 
     return change
 
 
-def merge(first: Path, second: Path, base: Path, out: Path, how: str = "gaussian", bound: float = 2.0) -> None:
-    """Write the policy folder `out`: the base and the merged changes of two policies, or adapters, trained from it.
+def merge(
+    first: Path, second: Path, base: Path, out: Path, how: str = "gaussian", bound: float = 2.0
+) -> None:
+    """Write the policy folder `out`: the base, with the merged changes of two policies or adapters.
 
-    One tensor is in memory at a time, so that two 7B policies merge on any machine. What is not trained is the base's.
+    One tensor is in memory at a time, so that two 7B policies merge on any machine. What is not
+    trained is the base's.
     """
     opened = open_tensors(base, "ema")
     change_one, change_two = changes_of(first, opened), changes_of(second, opened)
@@ -104,7 +113,7 @@ def merge(first: Path, second: Path, base: Path, out: Path, how: str = "gaussian
 
 
 def save_stream(slices: dict, value: Callable[[str], Tensor], path: Path) -> None:
-    """Write a safetensors file tensor by tensor: the header from key -> slice, then value(key) in that order."""
+    """Write a safetensors file tensor by tensor: a header from the slices, then each value(key)."""
     header, start = {}, 0
     for key, tensor in slices.items():
         dtype, shape = tensor.get_dtype(), tensor.get_shape()
@@ -120,9 +129,12 @@ def save_stream(slices: dict, value: Callable[[str], Tensor], path: Path) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="support.merge", description="merge two policies that were trained from one base")
-    ap.add_argument("policies", nargs=2, type=Path, help="two policy folders, or folders of adapters")
-    ap.add_argument("--base", type=Path, required=True, help="the policy folder that both were trained from")
+    ap = Arguments(
+        prog="support.merge", description="merge two policies that were trained from one base")
+    ap.add_argument(
+        "policies", nargs=2, type=Path, help="two policy folders, or folders of adapters")
+    ap.add_argument(
+        "--base", type=Path, required=True, help="the policy folder that both were trained from")
     ap.add_argument("--out", type=Path, required=True, help="the policy folder to write")
     ap.add_argument("--how", choices=list(MERGES), default="gaussian")
     ap.add_argument("--bound", type=float, default=2.0, help="stds inside which gaussian averages")

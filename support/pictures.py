@@ -1,6 +1,7 @@
 """Pictures from files and into files: as people see them, as the policy reads them, as PNG grids.
 
-Pixels that the policy reads are (3, H, W) in [-1, 1]; images that are written are (N, 3, H, W) in [0, 1].
+Pixels that the policy reads are (3, H, W) in [-1, 1]; images that are written are (N, 3, H, W) in
+[0, 1].
 """
 
 import io
@@ -10,21 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from policy import Policy
 from support.disk import LIBRARY_ERRORS, one_line_error, write_atomic
 
-MOST_PIXELS = 14 * 14 * 9 * 1024                                # of an input image, by the official rule
+MOST_PIXELS = 14 * 14 * 9 * 1024                # of an input image, by the official rule
 
 
 def fit_size(width: int, height: int, longest: int, shortest: int, stride: int) -> tuple[int, int]:
-    """The (width, height), multiples of stride, to which an input image is resized before it is read. [BAGEL's code]"""
+    """The (width, height), multiples of stride, to which an input image is resized. [BAGEL]"""
     scale = max(min(longest / max(width, height), 1.0), shortest / min(width, height))
     w, h = scale_size(width, height, scale, stride)
     if w * h > MOST_PIXELS:
-        w, h = scale_size(w, h, MOST_PIXELS / (w * h), stride)  # a ratio of areas applied to sides, as official
+        areas = MOST_PIXELS / (w * h)           # applied to sides, as the official code does
+        w, h = scale_size(w, h, areas, stride)
     if max(w, h) > longest:
         w, h = scale_size(w, h, longest / max(w, h), stride)
     return w, h
@@ -38,9 +41,10 @@ def scale_size(width: int, height: int, scale: float, stride: int) -> tuple[int,
 def as_shown(image):
     """A decoded PIL image -> RGB as viewers show it: upright, and on white where it is transparent.
 
-    Errors: ValueError for greys of more than 8 bits, of which the file does not say which one is white.
+    Errors: ValueError for greys of more than 8 bits: the file does not say which one is white.
     """
     from PIL import Image, ImageOps
+
     if image.mode[0] in "IF":
         raise ValueError(f"its greys (mode {image.mode}) have more than 8 bits; save it with 8")
     image = ImageOps.exif_transpose(image)
@@ -53,14 +57,14 @@ def as_shown(image):
 def fit_image(image, longest: int, shortest: int, stride: int):
     """A PIL image as it is shown, resized by BAGEL's rule (bicubic)."""
     from PIL import Image
+
     image = as_shown(image)
     return image.resize(fit_size(*image.size, longest, shortest, stride), Image.Resampling.BICUBIC)
 
 
 def to_tensor(image) -> Tensor:
     """An RGB PIL image -> (3, H, W) fp32 in [-1, 1]."""
-    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return raw.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
 def open_picture(path: str):
@@ -69,11 +73,12 @@ def open_picture(path: str):
     Errors: OSError or ValueError, in one line, for a file that is missing, damaged or no picture.
     """
     from PIL import Image
+
     errors = (*LIBRARY_ERRORS, SyntaxError, MemoryError, struct.error, Image.DecompressionBombError)
     with one_line_error(f"image {path[:200]} cannot be read", errors), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                         # of many pixels, odd metadata, odd palettes
+        warnings.simplefilter("ignore")         # of many pixels, odd metadata, odd palettes
         with Image.open(path) as image:
-            image.verify()                                      # the checksums of a PNG, which decoding ignores
+            image.verify()                      # the checksums of a PNG, which decoding ignores
         with Image.open(path) as image:
             image.load()
             if min(image.size) < 1:
@@ -84,7 +89,8 @@ def open_picture(path: str):
 def read_picture(path: str, policy: Policy, square: bool = False) -> tuple[Tensor, Tensor]:
     """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each.
 
-    The ViT's image is made from the autoencoder's, as BAGEL does. square: read only the square in the middle.
+    The ViT's image is made from the autoencoder's, as BAGEL does. square: read only the square in
+    the middle.
     """
     image = open_picture(path)
     if square:
@@ -95,11 +101,25 @@ def read_picture(path: str, policy: Policy, square: bool = False) -> tuple[Tenso
     return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
 
 
+def vit_pixels(policy: Policy, images: list[Tensor] | Tensor) -> list[Tensor]:
+    """Drawn images, nominally in [-1, 1], as the ViT reads them: clamped and resized."""
+    out = []
+    for image in images:
+        height, width = image.shape[-2:]
+        new_width, new_height = fit_size(width, height, *policy.config.vit_resize)
+        image = image[None].clamp(-1, 1)
+        if (new_height, new_width) != (height, width):
+            size = (new_height, new_width)
+            image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        out.append(image[0])
+    return out
+
+
 def texture(images: Tensor) -> dict[str, Tensor]:
     """Saturation and roughness of images (N, 3, H, W) in [0, 1], each (N,) in [0, 1].
 
-    Saturation is the mean range of a pixel's channels, roughness the mean step between neighbouring pixels. Both rise
-    when a policy games a reward by glaring colours, noise or a grid.
+    Saturation is the mean range of a pixel's channels, roughness the mean step between neighbouring
+    pixels. Both rise when a policy games a reward by glaring colours, noise or a grid.
     """
     across, down = (images.diff(dim=dim).abs().mean((1, 2, 3)) for dim in (3, 2))
     saturation = (images.amax(1) - images.amin(1)).mean((1, 2))
@@ -117,10 +137,12 @@ def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
     Errors: FloatingPointError for pixels that are not finite, which 8 bits would make black.
     """
     from PIL import Image
+
     finite = images.isfinite().flatten(1).all(1)
     if not finite.all():
         bad = int((~finite).sum())
-        raise FloatingPointError(f"{path} is not written: {bad} of {len(images)} images hold pixels that are not finite")
+        raise FloatingPointError(
+            f"{path} is not written: {bad} of {len(images)} images hold pixels that are not finite")
     cells = to_bytes(images).repeat(zoom, 1).repeat(zoom, 2)
     cells = np.pad(cells, ((0, -len(cells) % columns), (0, 2), (0, 2), (0, 0)), constant_values=255)
     grid = rearrange(cells, "(r c) h w k -> (r h) (c w) k", c=columns)[:-2, :-2]

@@ -1,4 +1,4 @@
-"""Rows of files: prompts, questions, edits. A file is either honoured or refused, with its line and what would be right."""
+"""Rows of files: prompts, questions and edits, each honoured or refused by file and line."""
 
 import json
 import string
@@ -20,19 +20,19 @@ from support.pictures import open_picture, read_picture
 RELATIONS = ("above", "below", "left of", "right of")
 
 
-# "class" is no name in Python, hence the call.
+# One thing that a picture must show, or must not. [GenEval] "class" is a word of Python, hence the
+# call.
 Clause = TypedDict("Clause", {
-    "class": str,                                               # what to look for, "dog"
-    "count": int,                                               # how many of it; 1 if a file does not say
+    "class": str,                               # what to look for, "dog"
+    "count": int,                               # how many of it; 1 if a file does not say
     "color": NotRequired[str],
-    "position": NotRequired[tuple[str, int]]})                  # a relation to the clause of that number
-Clause.__doc__ = "One thing that a picture must show, or must not. [GenEval]"
+    "position": NotRequired[tuple[str, int]]})  # its relation to the clause of that number
 
 
 class Metadata(TypedDict):
     """What a picture of a prompt must show, in the format of GenEval's files."""
 
-    tag: str                                                    # the kind of prompt, "counting"; "" if unknown
+    tag: str                                    # the kind of prompt, "counting"; "" if unknown
     include: list[Clause]
     exclude: NotRequired[list[Clause]]
     prompt: NotRequired[str]
@@ -42,15 +42,16 @@ class Metadata(TypedDict):
 
 
 def read_lines(path: str) -> list[tuple[int, str]]:
-    """(number from 1, line) of the lines of a UTF-8 file that are not blank, without a byte order mark.
+    """(number from 1, line) of the lines of a UTF-8 file that are not blank.
 
-    Errors: FileNotFoundError; ValueError for a file that is not UTF-8 or has no such line.
+    A byte order mark is dropped. Errors: FileNotFoundError; ValueError for a file that is not UTF-8
+    or has no such line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"file {path} does not exist")
     with one_line_error(f"file {path} is not UTF-8 text, save it as UTF-8"):
         text = Path(path).read_bytes().decode("utf-8-sig")
-    lines = text.replace("\r\n", "\n").split("\n")              # str.splitlines would cut at U+2028 too
+    lines = text.replace("\r\n", "\n").split("\n")             # splitlines would cut at U+2028 too
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise ValueError(f"file {path} is empty; it must hold one entry a line")
@@ -58,13 +59,14 @@ def read_lines(path: str) -> list[tuple[int, str]]:
 
 
 def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
-    """JSON objects, one a line, each with the needed text fields, none of them empty; errors name file and line."""
+    """JSON objects, one a line, each with the needed text fields; errors name file and line."""
     rows = []
     for number, line in read_lines(path):
         with one_line_error(f"{path}:{number}: not a JSON object; each line must be one"):
             row = json.loads(line)
         if not isinstance(row, dict) or not all(has_text(row, name) for name in needed):
-            raise ValueError(f"{path}:{number}: must be an object with the text fields {list(needed)}, one a line")
+            raise ValueError(
+                f"{path}:{number}: must be one object with the text fields {list(needed)}")
         rows.append(row)
     return rows
 
@@ -74,37 +76,40 @@ def has_text(row: dict, name: str) -> bool:
 
 
 def read_prompts(path: str) -> list[Metadata]:
-    """Prompts: GenEval's JSON lines in a .jsonl (.json, .ndjson) file, plain text in a .txt file or one without an ending.
+    """Prompts, from GenEval's JSON lines or plain text.
 
-    The ending decides, and a file whose content says otherwise is refused.
+    The ending decides: .jsonl, .json and .ndjson, or .txt and none. A file whose content says
+    otherwise is refused.
     """
     ending = Path(path).suffix.lower()
     if ending in (".jsonl", ".json", ".ndjson"):
-        return [with_clauses(path, row, row["prompt"]) for row in read_json_lines(path, ("prompt",))]
+        rows = read_json_lines(path, ("prompt",))
+        return [with_clauses(path, row, row["prompt"]) for row in rows]
     if ending not in (".txt", ""):
-        raise ValueError(f"file {path}: its ending {ending} must be .jsonl (JSON objects) or .txt (plain text)")
+        raise ValueError(
+            f"file {path}: its ending {ending} must be .jsonl (JSON objects) or .txt (plain text)")
     prompts = []
     for number, line in read_lines(path):
         if is_json(line):
-            raise ValueError(f"{path}:{number}: JSON in a file that its ending calls plain text; "
-                             "name it .jsonl, one object a line")
+            raise ValueError(
+                f"{path}:{number}: JSON in a file that its ending calls plain text; name it .jsonl")
         prompts.append(Metadata(tag="", include=[], prompt=line.strip()))
     return prompts
 
 
 def is_json(line: str) -> bool:
-    """Whether a line holds a JSON object or list, or opens one as the first line of an indented file does."""
+    """Whether a line holds a JSON object or list, or opens one."""
     try:
         return isinstance(json.loads(line), dict | list)
     except ValueError:
-        return line.strip() in ("{", "[")
+        return line.strip() in ("{", "[")       # the first line of an indented file
 
 
 def with_clauses(path: str, row: dict, text: str) -> dict:
     """A row with all of GenEval's fields. Errors: ValueError for fields of another form."""
     row = {"tag": "", "include": [], **row}
-    wanted = "a text as tag; include and exclude of objects with a class, a count of at least 1, perhaps a position"
-    with one_line_error(f"{path}: {text[:60]!r} must have {wanted} such as [\"left of\", 0]"):
+    wanted = "a class, a count of at least 1 and perhaps a position such as [\"left of\", 0]"
+    with one_line_error(f"{path}: {text[:60]!r}: every clause must have {wanted}"):
         for clause in [*row["include"], *row.get("exclude", [])]:
             clause.setdefault("count", 1)
             relation, other = clause.get("position", (RELATIONS[0], 0))
@@ -116,10 +121,11 @@ def with_clauses(path: str, row: dict, text: str) -> dict:
 
 
 def read_questions(path: str) -> list[dict]:
-    """Rows image, question, answer, perhaps options, one of which the answer names by its letter or its text.
+    """Rows with an image, a question, an answer, and perhaps options.
 
-    A row that has a caption too serves pairs. Image paths are relative to the file. Every image is decoded once, and
-    every answer can be earned.
+    The answer names an option by its letter or its text. A row that has a caption too can serve
+    pairs. Image paths are relative to the file. Every image is decoded once, and every answer can
+    be earned.
     """
     rows = read_json_lines(path, ("image", "question", "answer"))
     check_images(path, rows)
@@ -131,10 +137,12 @@ def read_questions(path: str) -> list[dict]:
 
 
 def check_answer(row: dict) -> None:
+    """ValueError for an answer that no text can earn, or that names no option."""
     answer, options = row["answer"], row.get("options") or []
     tags = [tag for tag in ("<think>", "</think>", "<answer>", "</answer>") if tag in answer]
     if tags or not normalise_answer(answer):
-        raise ValueError(f"the answer {answer[:60]!r} is empty or holds tags, so that no text can earn it")
+        raise ValueError(
+            f"the answer {answer[:60]!r} is empty or holds tags, so that no text can earn it")
     if not isinstance(options, list):
         raise ValueError("options must be a list of texts")
     if options:
@@ -150,8 +158,12 @@ def check_images(path: str, rows: list[dict]) -> None:
 
 
 def read_edits(path: str) -> list[dict]:
-    """Rows image, instruction, perhaps a caption of the edited image, GenEval's clauses, and questions of questions.py."""
-    rows = [with_clauses(path, row, row["instruction"]) for row in read_json_lines(path, ("image", "instruction"))]
+    """Rows with an image and an instruction.
+
+    They may have a caption of the edited image, GenEval's clauses, and questions for a judge.
+    """
+    rows = read_json_lines(path, ("image", "instruction"))
+    rows = [with_clauses(path, row, row["instruction"]) for row in rows]
     check_images(path, rows)
     return rows
 
@@ -160,31 +172,33 @@ READERS = {"prompts": read_prompts, "questions": read_questions, "edits": read_e
 
 
 def check_rules(rows: list[dict], path: str, text: str) -> None:
-    """ValueError for rows without clauses, which r_ins could not judge; text: the field that names a row."""
+    """ValueError for rows without clauses, which r_ins cannot judge; text: the field to quote."""
     bare = [row[text] for row in rows if not row.get("include") and not row.get("exclude")]
     if bare:
-        raise ValueError(f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not have, such as "
-                         f"{bare[0][:60]!r}; add them, or set --ins 0 and use --sem, --kn or --dvreward")
+        raise ValueError(
+            f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not "
+            f"have, such as {bare[0][:60]!r}; add them, or set --ins 0 and use --sem, --kn or "
+            "--dvreward")
 
 
 # ---- rows as tasks ask them ----
 
-SOURCE_SIZE = (448, 448)                                        # of a file's image for rewards, which squash it anyway
+SOURCE_SIZE = (448, 448)                        # of a file's image for rewards, which squash it
 
 
 @dataclass(frozen=True)
 class Row:
     """One thing that is asked, whatever it comes from."""
 
-    text: str                                                   # the prompt or the question
+    text: str                                   # the prompt or the question
     metadata: Metadata
-    pixels: Tensor | None = None                                # (3, H, W) the given image as the policy reads it
-    source: Tensor | None = None                                # (3, H, W) the given image as rewards read it
+    pixels: Tensor | None = None                # (3, H, W) the given image as the policy reads it
+    source: Tensor | None = None                # (3, H, W) the given image as rewards read it
     answer: str | None = None
-    options: list[str] | None = None                            # of a multiple-choice question
-    real: Tensor | None = None                                  # (3, H, W) the real image of a prompt, for rewards
-    full: Tensor | None = None                                  # (3, H, W) in [-1, 1], for the autoencoder
-    wanted: str = ""                                            # a caption of the edited image; rewards read it as text
+    options: list[str] | None = None            # of a multiple-choice question
+    real: Tensor | None = None                  # (3, H, W) the real image of a prompt, for rewards
+    full: Tensor | None = None                  # (3, H, W) the given image for the autoencoder
+    wanted: str = ""                            # a caption of the edited image, for rewards
 
 
 # (random key, number of rows of the whole step, which of them) -> those rows
@@ -195,13 +209,8 @@ def prompt_row(metadata: Metadata) -> Row:
     return Row(metadata["prompt"], metadata)
 
 
-def pick(rng: np.random.Generator, options):
-    """One of the options, all equally likely."""
-    return options[int(rng.integers(len(options)))]
-
-
 def pool_by_tag(prompts: list[Metadata]) -> Pool:
-    """Tags in turn, whatever number of prompts each has, then one prompt of the tag."""
+    """Tags in turn, whatever number of prompts each has, and a random prompt of the tag."""
     groups: dict[str, list] = {}
     for metadata in prompts:
         groups.setdefault(metadata.get("tag", ""), []).append(metadata)
@@ -210,14 +219,15 @@ def pool_by_tag(prompts: list[Metadata]) -> Pool:
     def draw(key: tuple, count: int, mine: range) -> list[Row]:
         rng = np.random.default_rng(key)
         turns = rng.permutation(count * len(groups))[:count] % len(groups)
-        rows = [prompt_row(pick(rng, groups[turn])) for turn in turns]
-        return [rows[i] for i in mine]
+        places = [rng.integers(len(groups[turn])) for turn in turns]
+        return [prompt_row(groups[turns[i]][places[i]]) for i in mine]
 
     return draw
 
 
 def pool_of(rows: list[dict], policy: Policy, read: Callable[[dict, Policy], Row]) -> Pool:
-    """Rows of a file, none twice in a step if it has enough; their images are read when they are drawn."""
+    """Rows of a file, none twice in a step if it has enough; an image is read when it is drawn."""
+
     def draw(key: tuple, count: int, mine: range) -> list[Row]:
         chosen = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
         return [read(rows[chosen[i]], policy) for i in mine]
@@ -254,7 +264,7 @@ def caption_row(row: dict, policy: Policy) -> Row:
 
 
 def edit_row(row: dict, policy: Policy) -> Row:
-    """An edit of the square in the middle of an image, because one batch of noisy steps has one size."""
+    """An edit of the square in the middle of an image: noisy images of a batch have one size."""
     pixels, full = read_picture(row["image"], policy, square=True)
     wanted = row.get("caption", "")
     return Row(row["instruction"], row, pixels, reward_pixels(full), full=full, wanted=wanted)
@@ -273,5 +283,6 @@ def reward_pixels(pixels: Tensor) -> Tensor:
 
 
 def letter_options(options: list[str]) -> str:
-    """"(a) red (b) blue"."""
-    return " ".join(f"({letter}) {option}" for letter, option in zip(string.ascii_lowercase, options))
+    """["red", "blue"] -> "(a) red (b) blue"."""
+    lettered = zip(string.ascii_lowercase, options)
+    return " ".join(f"({letter}) {option}" for letter, option in lettered)

@@ -1,8 +1,10 @@
-"""The command lines of all programs: errors in one line, output that nobody may read, the device."""
+"""The command lines of all programs: errors in one line, output that nobody may read."""
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +19,8 @@ def the_device() -> torch.device:
 class Terminal:
     """A stream whose failed writes cost nothing, because a run must not die of its progress bar.
 
-    Once a write fails (a closed pipe, a terminal that is gone, a full disk), all output goes to the null device.
-    Characters that the terminal does not know are written with backslashes.
+    Once a write fails (a closed pipe, a terminal that is gone, a full disk), all output goes to the
+    null device. Characters that the terminal does not know are written with backslashes.
     """
 
     def __init__(self, stream):
@@ -64,6 +66,25 @@ class Arguments(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+def number(
+    kind: type, least: float | None = None, above: float | None = None
+) -> Callable[[str], float]:
+    """A type for argparse: numbers of a kind within bounds."""
+
+    def parse_number(word: str) -> float:
+        value = kind(word)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{word}: must be a finite number")
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"{word}: must be at least {least}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{word}: must be above {above}")
+        return value
+
+    parse_number.__name__ = kind.__name__       # argparse names it for what is no number at all
+    return parse_number
+
+
 def say(text: str) -> None:
     """A line to the terminal, above the progress bar."""
     tqdm.write(text, file=sys.stderr)
@@ -71,8 +92,11 @@ def say(text: str) -> None:
 
 @contextmanager
 def one_line(program: str):
-    """Inside, what a person can mend ends as one line, `program: what is wrong`, and exit status 1; Ctrl-C as 130."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")    # nothing in its warnings can be acted on here
+    """A context in which an error that a person can mend is one line, `program: what is wrong`.
+
+    The exit status is then 1, for Ctrl-C 130.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")    # its warnings ask for nothing here
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Terminal, streams)
     try:
@@ -97,10 +121,10 @@ def first_line(error: Exception) -> str:
 
 
 def end(program: str, why: str, status: int = 1) -> None:
-    """Leave with one line; one of several ranks at once, because leaving in order would wait for the others."""
+    """Leave with one line; several ranks leave at once, because an orderly end would wait."""
     if status == 1 and not dist.is_initialized():
         sys.exit(f"{program}: {why}")
-    sys.stderr.write(f"{program}: {why}\n")                     # in one piece: ranks share the stream
+    sys.stderr.write(f"{program}: {why}\n")     # in one piece: ranks share the stream
     sys.stderr.flush()
     if dist.is_initialized():
         os._exit(status)
