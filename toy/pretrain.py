@@ -410,6 +410,10 @@ def xavier(model):
             nn.init.xavier_uniform_(p)
         elif "position_embedding" in name:
             nn.init.normal_(p, std=0.5)
+        elif name == "logit_scale":                             # as arXiv:2303.15343 begins, Sec. 3.2
+            nn.init.constant_(p, math.log(10.0))
+        elif name == "logit_bias":
+            nn.init.constant_(p, -10.0)
 
 
 class Readout(nn.Module):
@@ -438,13 +442,6 @@ class Readout(nn.Module):
         if pooled is None:
             return loss
         return loss + F.cross_entropy(self.pooled(pooled).view(4 * N, -1), right.flatten())
-
-
-def train_referee(name, model, readout, losses_of, steps, lr):
-    """Fit a referee and its readout; the model is left frozen."""
-    model.train().requires_grad_(True)
-    fit(name, losses_of, adamw([*model.parameters(), *readout.parameters()], lr), steps)
-    model.eval().requires_grad_(False)
 
 
 def as_tensor(images):
@@ -480,33 +477,25 @@ def any_scene(rng):
     return shapes.random_scene(rng, shapes.pick(rng, shapes.SPLITS))
 
 
-def train_siglip(encoder, steps=6000):
+def siglip_losses(siglip, readout, pool, rng):
     """SigLIP's pairwise sigmoid loss.
 
     A pair is positive if the picture satisfies the caption, whoever's caption it is."""
-    rng, pool, readout = np.random.default_rng(3), every_prompt(), Readout(pooled=True)
-    model = encoder.model
-    xavier(model)
-    nn.init.constant_(model.logit_scale, math.log(10.0))        # as arXiv:2303.15343 begins, Sec. 3.2
-    nn.init.constant_(model.logit_bias, -10.0)
-
-    def losses_of():
-        asked = [any_prompt(rng, pool) for _ in range(BATCH)][:BATCH // 2]
-        asked += [shapes.wrong_metadata(m, rng) for m in asked]                 # hard negatives
-        scenes = [shapes.sample_scene(m, rng, training=False) for m in asked]
-        vision = model.vision_model(pixel_values=encoder.pixels(worn_pictures(scenes, rng)))
-        image = F.normalize(vision.pooler_output, dim=-1)
-        tokens = encoder.tokens([m["prompt"] for m in asked])
-        text = F.normalize(model.text_model(input_ids=tokens).pooler_output, dim=-1)
-        things = [shapes.discrete(scene) for scene in scenes]
-        right = torch.tensor([[shapes.satisfies(m, some) for m in asked] for some in things])
-        logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
-        pairs = -F.logsigmoid((2.0 * right - 1) * logits).sum(1).mean()
-        # What is where must survive the pooling: without it the embedding holds no relation.
-        objects = readout.loss(vision.last_hidden_state, scenes, vision.pooler_output)
-        return {"pairs": pairs, "objects": 5 * objects}
-
-    train_referee("siglip", model, readout, losses_of, steps, lr=1e-3)
+    asked = [any_prompt(rng, pool) for _ in range(BATCH)][:BATCH // 2]
+    asked += [shapes.wrong_metadata(m, rng) for m in asked]                     # hard negatives
+    scenes = [shapes.sample_scene(m, rng, training=False) for m in asked]
+    model, pixels = siglip.model, siglip.pixels(worn_pictures(scenes, rng))
+    vision = model.vision_model(pixel_values=pixels)
+    image = F.normalize(vision.pooler_output, dim=-1)
+    tokens = siglip.tokens([m["prompt"] for m in asked])
+    text = F.normalize(model.text_model(input_ids=tokens).pooler_output, dim=-1)
+    things = [shapes.discrete(scene) for scene in scenes]
+    right = torch.tensor([[shapes.satisfies(m, some) for m in asked] for some in things])
+    logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
+    pairs = -F.logsigmoid((2.0 * right - 1) * logits).sum(1).mean()
+    # What is where must survive the pooling: without it the embedding holds no relation.
+    objects = readout.loss(vision.last_hidden_state, scenes, vision.pooler_output)
+    return {"pairs": pairs, "objects": 5 * objects}
 
 
 class Asked(NamedTuple):
@@ -552,7 +541,8 @@ def ask_fact(rng) -> Asked:
     question = shapes.make_question(scene, rng, shapes.pick(rng, kinds), training=False)
     if question.kind == "exists" and rng.random() < 0.5:
         shape = shapes.pick(rng, shapes.SHAPES)
-        return Asked(scene, f"is there {shapes.article(shape)} ?", yes_or_no(shapes.count_of(scene, shape)))
+        there = shapes.count_of(scene, shape) > 0
+        return Asked(scene, f"is there {shapes.article(shape)} ?", yes_or_no(there))
     if question.kind in ("exists", "relation"):
         return Asked(scene, question.text, question.answer)
     (about,), answer = question.about, answer_to(question, rng, right)
@@ -593,53 +583,51 @@ def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
     return wear(images, rng), batch_asked
 
 
-def train_judge(judge, steps=16000):
+def judge_losses(judge, readout, pool, rng):
     """Cross-entropy on the first token of the answer."""
-    rng, pool, readout = np.random.default_rng(4), every_prompt(), Readout()
-    model = judge.model
-    xavier(model)
-
-    def losses_of():
-        images, asked = judge_batch(rng, BATCH, pool)
-        logits = judge.next_logits(judge.features(images), [a.question for a in asked])
-        right = torch.tensor(judge.tokenizer.convert_tokens_to_ids([a.answer for a in asked]))
-        tower = model.model.vision_tower(pixel_values=judge.pixels(images)).last_hidden_state
-        objects = readout.loss(tower, [a.scene for a in asked])
-        return {"answer": F.cross_entropy(logits, right), "objects": 0.3 * objects}
-
-    train_referee("judge", model, readout, losses_of, steps, lr=8e-4)
+    images, asked = judge_batch(rng, BATCH, pool)
+    logits = judge.next_logits(judge.features(images), [a.question for a in asked])
+    right = torch.tensor(judge.tokenizer.convert_tokens_to_ids([a.answer for a in asked]))
+    tower = judge.model.model.vision_tower(pixel_values=judge.pixels(images))
+    objects = readout.loss(tower.last_hidden_state, [a.scene for a in asked])
+    return {"answer": F.cross_entropy(logits, right), "objects": 0.3 * objects}
 
 
-def train_captioner(captioner, steps=5000):
+def captioner_losses(captioner, readout, pool, rng):
     """Cross-entropy on shapes.describe's captions."""
-    rng, pool, readout = np.random.default_rng(5), every_prompt(), Readout()
-    model = captioner.model
+    scenes = [any_scene(rng) for _ in range(BATCH // 2)]
+    for _ in range(BATCH // 2):
+        scenes.append(shapes.sample_scene(any_prompt(rng, pool), rng, training=False))
+    captions = [f"<bos> {shapes.describe(scene)} <eos>" for scene in scenes]
+    text = captioner.tokenizer(captions, padding=True, padding_side="right", add_special_tokens=False,
+                               return_attention_mask=True, return_tensors="pt")
+    labels = text.input_ids.masked_fill(text.attention_mask == 0, -100)
+    pixels = captioner.pixels(worn_pictures(scenes, rng))
+    out = captioner.model(pixel_values=pixels, **text, labels=labels)
+    return {"caption": out.loss, "objects": readout.loss(out.last_hidden_state[:, 1:], scenes)}
+
+
+def train_referee(name, referee, losses_of, seed, steps, lr):
+    """Fit a referee together with a readout of its vision tower; the model is left frozen."""
+    rng, pool, readout = np.random.default_rng(seed), every_prompt(), Readout(pooled=name == "siglip")
+    model = referee.model
     xavier(model)
-
-    def losses_of():
-        scenes = [any_scene(rng) for _ in range(BATCH // 2)]
-        scenes += [shapes.sample_scene(any_prompt(rng, pool), rng, training=False) for _ in range(BATCH // 2)]
-        captions = [f"<bos> {shapes.describe(scene)} <eos>" for scene in scenes]
-        text = captioner.tokenizer(captions, padding=True, padding_side="right", add_special_tokens=False,
-                                   return_attention_mask=True, return_tensors="pt")
-        labels = text.input_ids.masked_fill(text.attention_mask == 0, -100)
-        out = model(pixel_values=captioner.pixels(worn_pictures(scenes, rng)), input_ids=text.input_ids,
-                    attention_mask=text.attention_mask, labels=labels)
-        return {"caption": out.loss, "objects": readout.loss(out.last_hidden_state[:, 1:], scenes)}
-
-    train_referee("captioner", model, readout, losses_of, steps, lr=1e-3)
+    model.train().requires_grad_(True)
+    optimizer = adamw([*model.parameters(), *readout.parameters()], lr)
+    fit(name, lambda: losses_of(referee, readout, pool, rng), optimizer, steps)
+    model.eval().requires_grad_(False)
 
 
 def make_referees(folder):
-    """The captioner, the SigLIP and the judge, each from its seed."""
-    for seed, name, build, words, load, train in (
-            (5, "captioner", build_captioner, (), load_captioner, train_captioner),
-            (6, "siglip", build_siglip, (), load_siglip, train_siglip),
-            (7, "judge", build_judge, JUDGE_WORDS, load_judge, train_judge)):
+    """The captioner, the SigLIP and the judge, each from its seeds."""
+    for seed, name, build, words, load, losses_of, rows_seed, steps, lr in (
+            (5, "captioner", build_captioner, (), load_captioner, captioner_losses, 5, 5000, 1e-3),
+            (6, "siglip", build_siglip, (), load_siglip, siglip_losses, 3, 6000, 1e-3),
+            (7, "judge", build_judge, JUDGE_WORDS, load_judge, judge_losses, 4, 16000, 8e-4)):
         torch.manual_seed(seed)
         build(folder / name, (*shapes.VOCABULARY, *words))
         referee = load(str(folder / name))
-        train(referee)
+        train_referee(name, referee, losses_of, rows_seed, steps, lr)
         referee.model.save_pretrained(folder / name)
 
 

@@ -18,7 +18,7 @@ All sampling takes a np.random.Generator.
     found = detect(render(sample_scene(metadata, rng)))[0]     # [{"class", "box", "score", "color"}, ...]
     satisfies(metadata, read(found))                           # True
 
-`python toy/shapes.py` prints prompts and how exact the detector is on their pictures.
+`python toy/shapes.py` prints prompts, and whether the detector reads their pictures back.
 """
 import functools
 import zlib
@@ -61,8 +61,6 @@ VOCABULARY = tuple("""
     below make remove add (a) (b) (c) (d) think first look again this wrong bicycle bird face tricycle
     clover car dog wheels wings eyes sides leaves corners legs blood cherry grass leaf sky sea sun lemon
     plum lavender carrot pumpkin""".split())
-
-Rng = np.random.Generator
 
 
 class Object(NamedTuple):
@@ -146,7 +144,7 @@ def render(scene: Scene) -> np.ndarray:
     return np.rint(image).astype(np.uint8)
 
 
-def damage(scene: Scene, rng: Rng, what: str) -> np.ndarray:
+def damage(scene: Scene, rng, what: str) -> np.ndarray:
     """The picture of a scene, spoiled.
 
     what: "ground" lays a haze or specks over it, "shape" a bar of bare ground across one object."""
@@ -168,7 +166,7 @@ def damage(scene: Scene, rng: Rng, what: str) -> np.ndarray:
     return image
 
 
-def degrade(images: np.ndarray, rng: Rng, blur: float = 0.2, noise: float = 8.0) -> np.ndarray:
+def degrade(images: np.ndarray, rng, blur: float = 0.2, noise: float = 8.0) -> np.ndarray:
     """What a small autoencoder does to images (N, 32, 32, 3): a little blur and noise.
 
     Taps (blur, 1 - 2 blur, blur) along both axes, then gaussian noise in grey levels."""
@@ -203,19 +201,18 @@ def satisfies(metadata: dict, things: Things) -> bool:
     Differs: GenEval judges the best `count` boxes, and position by their offsets; this judges all
     things, and position by quadrant."""
     groups = []
-    for clause in metadata["include"]:
-        group = [t for t in things if t.shape == clause["class"]]
-        if "color" in clause:
-            group = [t for t in group if t.color == clause["color"]]
-        if "position" in clause:
-            relation, target = clause["position"]
-            anchors = groups[target]
-            group = [t for t in group if any(in_relation(t, anchor, relation) for anchor in anchors)]
+    for wanted in metadata["include"]:
+        group = [t for t in things if t.shape == wanted["class"]]
+        if "color" in wanted:
+            group = [t for t in group if t.color == wanted["color"]]
+        if "position" in wanted:
+            relation, target = wanted["position"]
+            group = [t for t in group if any(in_relation(t, other, relation) for other in groups[target])]
         groups.append(group)
-        if len(group) < clause["count"]:
+        if len(group) < wanted["count"]:
             return False
-    excluded = metadata.get("exclude", ())
-    return all(count_of(things, clause["class"]) < clause["count"] for clause in excluded)
+    unwanted = metadata.get("exclude", ())
+    return all(count_of(things, clause["class"]) < clause["count"] for clause in unwanted)
 
 
 def count_of(things: Sequence[Thing], shape: str) -> int:
@@ -270,13 +267,22 @@ def is_eval(split: str) -> bool:
     return split == "eval"
 
 
+def clause(shape: str, **more) -> dict:
+    return {"class": shape, "count": 1, **more}
+
+
+def exclude_more(include: list[dict]) -> list[dict]:
+    """Clauses that no shape may meet: one more than it is included."""
+    return [clause(shape, count=wanted_count(include, shape) + 1) for shape in SHAPES]
+
+
 def build(tag: str, include: list[dict], prefix: str = "") -> dict:
     """Metadata in GenEval's format; HELD_OUT pairs get the key "held_out".
 
     Differs: every prompt excludes more objects of any shape than it names, not only counting prompts:
     if extra objects are free, a policy soon fills its pictures with them."""
     metadata = {"tag": tag, "include": [dict(clause) for clause in include]}
-    metadata["exclude"] = [{"class": s, "count": wanted_count(include, s) + 1} for s in SHAPES]
+    metadata["exclude"] = exclude_more(include)
     metadata["prompt"] = prefix + explicit(metadata)
     if any((clause.get("color"), clause["class"]) in HELD_OUT for clause in include):
         metadata["held_out"] = True
@@ -285,25 +291,24 @@ def build(tag: str, include: list[dict], prefix: str = "") -> dict:
 
 def compositions() -> Iterator[tuple[str, list]]:
     """(tag, ways) of every meaning; `ways` lists the include clauses of each order of saying it."""
-    one = {shape: {"class": shape, "count": 1} for shape in SHAPES}
     pairs = list(combinations(SHAPES, 2))
     for shape in SHAPES:
-        yield "single_object", [[one[shape]]]
+        yield "single_object", [[clause(shape)]]
     for a, b in pairs:
-        yield "two_object", [[one[a], one[b]], [one[b], one[a]]]
+        yield "two_object", [[clause(a), clause(b)], [clause(b), clause(a)]]
     for shape in SHAPES:
         for count in (2, 3, 4):
-            yield "counting", [[{"class": shape, "count": count}]]
+            yield "counting", [[clause(shape, count=count)]]
     for shape in SHAPES:
         for color in COLORS:
-            yield "colors", [[one[shape] | {"color": color}]]
+            yield "colors", [[clause(shape, color=color)]]
     for a, b in pairs:
         for relation, opposite in OPPOSITE.items():
-            yield "position", [[one[b], one[a] | {"position": [relation, 0]}],
-                               [one[a], one[b] | {"position": [opposite, 0]}]]
+            yield "position", [[clause(b), clause(a, position=[relation, 0])],
+                               [clause(a), clause(b, position=[opposite, 0])]]
     for a, b in pairs:
         for color, other in permutations(COLORS, 2):
-            first, second = one[a] | {"color": color}, one[b] | {"color": other}
+            first, second = clause(a, color=color), clause(b, color=other)
             yield "color_attr", [[first, second], [second, first]]
 
 
@@ -350,12 +355,12 @@ def implicit_prompts(split: str) -> list[dict]:
         facts.append(("counting", {"count": count}, riddle, f"{owner} has {COUNTS[count]} {parts}"))
     for color, thing in COLOR_FACTS:
         riddle = f"a {{}} in the color of {thing}"
-        facts.append(("colors", {"count": 1, "color": color}, riddle, f"{thing} is {color}"))
+        facts.append(("colors", {"color": color}, riddle, f"{thing} is {color}"))
     wanted, out = is_eval(split), []
-    for i, (tag, clause, riddle, fact) in enumerate(facts):
+    for i, (tag, value, riddle, fact) in enumerate(facts):
         for j, shape in enumerate(SHAPES):
             for prefix in PREFIXES:
-                metadata = build(tag, [{"class": shape, **clause}])
+                metadata = build(tag, [clause(shape, **value)])
                 if ((i + i // 3 + j) % 3 == 0 or "held_out" in metadata) == wanted:
                     thought = f"<think> {fact} </think> {metadata['prompt']}"
                     metadata["prompt"] = prefix + riddle.format(shape)
@@ -363,7 +368,7 @@ def implicit_prompts(split: str) -> list[dict]:
     return out
 
 
-def wrong_metadata(metadata: dict, rng: Rng) -> dict:
+def wrong_metadata(metadata: dict, rng) -> dict:
     """Metadata of the same tag and prefix that contradicts one attribute.
 
     That is a shape, a count, a colour, or a relation, which becomes its opposite. Never makes a
@@ -385,7 +390,7 @@ def wrong_metadata(metadata: dict, rng: Rng) -> dict:
     return build(tag, include, metadata["prompt"].removesuffix(explicit(metadata)))
 
 
-def wrong_thought(metadata: dict, rng: Rng) -> str:
+def wrong_thought(metadata: dict, rng) -> str:
     """The thought of an implicit prompt with another count or colour, followed to its prompt."""
     wrong = wrong_metadata(metadata, rng)
     old, new = [m["include"][0].get("color", COUNTS[m["include"][0]["count"]]) for m in (metadata, wrong)]
@@ -397,13 +402,13 @@ def wrong_thought(metadata: dict, rng: Rng) -> str:
 # ---- scenes ----
 
 
-def pick(rng: Rng, options):
+def pick(rng, options):
     """One of the options, all equally likely."""
     options = list(options)
     return options[int(rng.integers(len(options)))]
 
 
-def place(rng: Rng, shape: str, color: str, row: int, col: int) -> Object:
+def place(rng, shape: str, color: str, row: int, col: int) -> Object:
     """An Object with radius 4..6 and jitter up to 2 pixels.
 
     It stays at least one pixel away from its quadrant's edge."""
@@ -413,7 +418,7 @@ def place(rng: Rng, shape: str, color: str, row: int, col: int) -> Object:
     return Object(shape, color, row, col, int(dx), int(dy), radius)
 
 
-def free_color(rng: Rng, shape: str, training: bool, but=()) -> str:
+def free_color(rng, shape: str, training: bool, but=()) -> str:
     """A colour for the shape, none of `but`; with training none that would make a HELD_OUT pair."""
     free = [color for color in COLORS if color not in but]
     if training:
@@ -439,7 +444,7 @@ def fits(metadata: dict, scene: Scene) -> bool:
     return True
 
 
-def sample_scene(metadata: dict, rng: Rng, training: bool = True) -> Scene:
+def sample_scene(metadata: dict, rng, training: bool = True) -> Scene:
     """A scene of exactly the objects that `metadata` includes; what it does not name is free.
 
     training: free colours never make a HELD_OUT pair."""
@@ -462,7 +467,7 @@ def scene_split(scene: Scene) -> str:
     return "eval" if shows_held_out(scene) or zlib.crc32(words.encode()) % 5 == 0 else "train"
 
 
-def random_scene(rng: Rng, split: str = "train") -> Scene:
+def random_scene(rng, split: str = "train") -> Scene:
     """A scene of 1 to 4 objects of any shape and colour; the splits share no discrete content."""
     is_eval(split)
     while True:
@@ -485,7 +490,7 @@ def question_kinds(scene: Scene) -> list[str]:
     return [kind for kind, can in possible.items() if can]
 
 
-def make_question(scene: Scene, rng: Rng, kind: str | None = None, training: bool = True) -> Question:
+def make_question(scene: Scene, rng, kind: str | None = None, training: bool = True) -> Question:
     """A question about a scene; kind None draws one that the scene answers.
 
     exists and relation are yes half of the time. training: no question names a HELD_OUT pair that the
@@ -541,7 +546,7 @@ def wrong_answer(question: Question) -> str:
     return options[(options.index(question.answer) + 1) % len(options)]
 
 
-def make_choice(question: Question, rng: Rng) -> Question:
+def make_choice(question: Question, rng) -> Question:
     """The question with lettered options, "(a) red (b) blue ..."; its answer is a letter.
 
     The options are the right answer and up to three others of its kind, shuffled."""
@@ -600,7 +605,7 @@ def describe(scene: Scene) -> str:
 # ---- edits and reflections ----
 
 
-def make_edit(scene: Scene, rng: Rng, training: bool = True) -> Edit:
+def make_edit(scene: Scene, rng, training: bool = True) -> Edit:
     """An edit of one object: another colour ("make the circle red"), removed or added.
 
     A named shape is unique. training: makes no HELD_OUT pair. ValueError if nothing can be named or
@@ -623,21 +628,21 @@ def make_edit(scene: Scene, rng: Rng, training: bool = True) -> Edit:
     verb = pick(rng, sorted({instruction.split()[0] for instruction in edits}))
     instruction = pick(rng, [instruction for instruction in edits if instruction.startswith(verb)])
     target = edits[instruction]
-    return Edit(instruction, scene, target, edit_metadata(instruction, target))
+    metadata = {"tag": "edit", "include": clauses_of(target)}
+    metadata["exclude"] = exclude_more(metadata["include"])
+    return Edit(instruction, scene, target, metadata | {"prompt": instruction})
 
 
-def edit_metadata(instruction: str, target: Scene) -> dict:
-    """The target's exact counts, and the colour of each shape that has one, in GenEval's format."""
-    include, exclude = [], []
+def clauses_of(scene: Scene) -> list[dict]:
+    """The exact count of each shape of a scene, and its colour if all have the same."""
+    include = []
     for shape in SHAPES:
-        colors = [o.color for o in target if o.shape == shape]
-        clause = {"class": shape, "count": len(colors)}
+        colors = [o.color for o in scene if o.shape == shape]
         if len(set(colors)) == 1:
-            clause["color"] = colors[0]
-        if colors:
-            include.append(clause)
-        exclude.append({"class": shape, "count": len(colors) + 1})
-    return {"tag": "edit", "include": include, "exclude": exclude, "prompt": instruction}
+            include.append(clause(shape, count=len(colors), color=colors[0]))
+        elif colors:
+            include.append(clause(shape, count=len(colors)))
+    return include
 
 
 def judge_edit(source: Things, target: Things, things: Things) -> tuple[bool, bool]:
@@ -680,7 +685,7 @@ def critique(metadata: dict, things: Things) -> str:
     return RIGHT
 
 
-def repair(metadata: dict, scene: Scene, rng: Rng) -> Scene:
+def repair(metadata: dict, scene: Scene, rng) -> Scene:
     """The named objects and nothing else, keeping what it can.
 
     A surplus object changes its shape before a new one is added; then as few as possible move."""
@@ -711,7 +716,7 @@ def repair(metadata: dict, scene: Scene, rng: Rng) -> Scene:
             return moved
 
 
-def make_reflection(metadata: dict, scene: Scene, rng: Rng) -> Reflection:
+def make_reflection(metadata: dict, scene: Scene, rng) -> Reflection:
     """A reflection on a scene; its text is "<think> what is wrong </think> the explicit prompt".
 
     A scene that satisfies its metadata is its own target."""
@@ -842,22 +847,9 @@ def diversity(images: np.ndarray, detections: list[list[dict]], G: int) -> dict[
     return {"layout_entropy": float(bits.sum(0).mean()) + 0.0, "pairwise_distance": float(np.mean(apart))}
 
 
-# ---- the command ----
-
-
-def report(rng: Rng, scenes_per_tag: int = 2000) -> None:
-    """Print a prompt of each tag, and how often detections equal the scene.
-
-    Of clean pictures, and of blurred and noisy ones."""
-    for tag, options in prompts_by_tag(*SPLITS).items():
-        scenes = [sample_scene(pick(rng, options), rng, training=False) for _ in range(scenes_per_tag)]
-        clean = np.stack([render(scene) for scene in scenes])
-        shares = []
-        for images in (clean, degrade(clean, rng)):
-            right = [read(found) == discrete(scene) for found, scene in zip(detect(images), scenes)]
-            shares.append(np.mean(right))
-        print(f"{options[0]['prompt']:<40} clean {shares[0]:.4f}, degraded {shares[1]:.4f}")
-
-
 if __name__ == "__main__":
-    report(np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    for metadata in prompts("train")[::60]:
+        scene = sample_scene(metadata, rng)
+        exact = read(detect(render(scene))[0]) == discrete(scene)
+        print(f"{metadata['prompt']}: {describe(scene)}; {'read back exactly' if exact else 'misread'}")
