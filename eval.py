@@ -331,7 +331,7 @@ def show_samples(axes: np.ndarray, task: Task, rows: list[Row], samples: Samples
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(description="Truth of a policy on the toy's held-out rows.", allow_abbrev=False)
+    ap = Arguments(description="Truth of a policy on the toy's held-out rows.")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--guidance", type=float, default=1.0, help="text guidance scale; 1: none")

@@ -1,19 +1,16 @@
 """What it costs: what sharing, batching and caching save, and the memory of BAGEL's size.
 
-    python -m studies.bench                                     # the plain and the fast way, by turns
-    python -m studies.bench memory                              # GB on each GPU, computed
+    python -m studies.bench                     # the plain and the fast way, by turns
+    python -m studies.bench memory              # GB on each GPU, computed
 
 The plain ways are written out here. The tests take them as the oracles of the fast ones.
 """
 
-import argparse
-import json
 import resource
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -44,19 +41,19 @@ def plain_replay(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
     sample.replay_rollout: the same numbers and gradients, more seconds.
     """
     prompt, thought, drawn = rollout.segments
-    tokens = prompt.tokens.repeat_interleave(rollout.G, 0)                                 # (N, L)
+    tokens = prompt.tokens.repeat_interleave(rollout.G, 0)                              # (N, L)
     mask = prompt.mask.repeat_interleave(rollout.G, 0)
     flow, image = drawn.flow, []
     for w in range(flow.logp.shape[1]):
         _, context = policy.append_text(policy.empty(len(tokens)), tokens, mask)
         logits, context = policy.append_text(context, thought.tokens, thought.mask)
-        x, x_next = flow.latents[:, w].contiguous(), flow.latents[:, w + 1]                # (N, M, F)
+        x, x_next = flow.latents[:, w].contiguous(), flow.latents[:, w + 1]             # (N, M, F)
         t, t_next = flow.times[flow.window[0] + w:][:2]
         v = policy.velocity(context, x, t, drawn.size)
         mean, std = flow_grpo.transition(
             x, v, t, t_next, noise_level=flow.noise_level, sampler=flow.sampler)
-        image.append(flow_grpo.gaussian_logp(x_next, mean, std))                           # (N,)
-    text = token_logp(logits[:, :-1], thought.tokens[:, 1:])                               # (N, L-1)
+        image.append(flow_grpo.gaussian_logp(x_next, mean, std))                        # (N,)
+    text = token_logp(logits[:, :-1], thought.tokens[:, 1:])                            # (N, L-1)
     text = torch.where(thought.chosen[:, 1:], text, 0.0)
     return F.pad(text, (1, 0)), torch.stack(image, 1)
 
@@ -68,8 +65,8 @@ def plain_text(policy: Policy, context: Context, uniforms: Tensor) -> Tensor:
     """
     tokens = torch.full((len(uniforms), 1), policy.start, device=policy.device)
     for i in range(uniforms.shape[1]):
-        logits, _ = policy.append_text(context, tokens)                                    # (N, i+1, V)
-        cumulative = logits[:, -1].float().softmax(-1).cumsum(-1)                          # (N, V)
+        logits, _ = policy.append_text(context, tokens)                         # (N, i+1, V)
+        cumulative = logits[:, -1].float().softmax(-1).cumsum(-1)               # (N, V)
         chosen = (cumulative <= uniforms[:, i, None]).sum(-1, keepdim=True)
         tokens = torch.cat([tokens, chosen.clamp(max=logits.shape[-1] - 1)], dim=1)
     return tokens[:, 1:]
@@ -129,8 +126,8 @@ BENCHES = {
 }
 
 
-def time_variant(title: str, plain: bool, least: int = 5, enough: float = 5.0) -> dict:
-    """Seconds of one way of one bench, and the MB that the work adds to the process.
+def time_work(title: str, plain: bool, least: int = 5, enough: float = 5.0) -> tuple[float, float]:
+    """Seconds of one way of one bench, and the MB that the work adds to this process.
 
     The least of at least `least` repeats and `enough` seconds, since a busy machine only adds.
     """
@@ -143,7 +140,7 @@ def time_variant(title: str, plain: bool, least: int = 5, enough: float = 5.0) -
         work()
         times.append(time.perf_counter() - start)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dict(seconds=min(times), memory=(after - before) / 1024)
+    return min(times), (after - before) / 1024
 
 
 def speed_table(rounds: int = 5) -> str:
@@ -153,22 +150,16 @@ def speed_table(rounds: int = 5) -> str:
     """
     rows = []
     for title in BENCHES:
-        runs = {True: [], False: []}
-        for plain in list(runs) * rounds:
-            command = [sys.executable, "-m", "studies.bench", "--variant", title]
-            if plain:
-                command.append("--plain")
-            root = Path(__file__).parent.parent
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-            if done.returncode:
-                raise ValueError(f"{title}: {done.stderr.strip()[-300:]}")
-            runs[plain].append(json.loads(done.stdout))
-        seconds, added = (np.array([[run[key] for run in runs[plain]] for plain in (True, False)])
-                          for key in ("seconds", "memory"))                                # (2, rounds)
-        ratio = seconds[0] / seconds[1]
-        rows.append([title, *(f"{x:.3f}" for x in np.median(seconds, 1)),
-                     f"{np.median(ratio):.1f}x ({ratio.min():.1f}-{ratio.max():.1f})",
-                     *(f"+{x:.0f}" for x in np.median(added, 1))])
+        turns = [True, False] * rounds
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            measured = list(pool.map(time_work, [title] * len(turns), turns))
+        seconds, memory = np.array(measured).T                                  # (2*rounds,) each
+        ratio = seconds[::2] / seconds[1::2]
+        row = [title]
+        row += [f"{np.median(seconds[way::2]):.3f}" for way in (0, 1)]
+        row.append(f"{np.median(ratio):.1f}x ({ratio.min():.1f}-{ratio.max():.1f})")
+        row += [f"+{np.median(memory[way::2]):.0f}" for way in (0, 1)]
+        rows.append(row)
     head = ["what", "plain s", "ours s", "ratio (rounds)", "plain MB", "ours MB"]
     return "\n".join(markdown_table(head, rows))
 
@@ -217,17 +208,11 @@ def memory_table() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="studies.bench", description="Measure speed, compute memory.",
-                   allow_abbrev=False)
+    ap = Arguments(prog="studies.bench", description="Measure speed, compute memory.")
     ap.add_argument("what", nargs="?", default="speed", choices=["speed", "memory"])
-    ap.add_argument("--variant", choices=[*BENCHES], help=argparse.SUPPRESS)
-    ap.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     a = ap.parse_args(argv)
     with one_line("studies.bench"):
-        if a.variant:
-            print(json.dumps(time_variant(a.variant, a.plain)))
-        else:
-            print(memory_table() if a.what == "memory" else speed_table())
+        print(memory_table() if a.what == "memory" else speed_table())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the papers claim, put to the test on the toy: arms with three seeds each, judged by one rule.
+"""What the papers claim, put to the test on the toy: arms of three seeds, judged by one rule.
 
     python -m studies.claims --list                             # the claims and their arms
-    python -m studies.claims ins-teaches-space --seeds 3        # runs what is missing, then judges
+    python -m studies.claims ins-teaches-space --seeds 3  # runs what is missing, then judges
 
 An arm is a run of train.py, a merge, or an evaluation of another arm's policy, in a folder
 out/claims/ARM-SEED that claims share. A call that was stopped goes on with its arms. Results are
@@ -36,33 +36,34 @@ from support.terminal import Arguments, number, one_line, say
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-MARGIN = 0.05                                                   # the truth that "loses nothing" may lose
+MARGIN = 0.05                                   # the truth that "loses nothing" may lose
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot tell at this size"
 
 PREAMBLE = f"""# Claims in miniature
 
-What the papers say, run again on the toy: `python -m studies.claims NAME --seeds 3 --threads 1 --jobs 2`.
-The arms are shorter than the recipes' runs. Nothing is tuned per arm; the recipes were tuned as they are.
-LVRPO's claim that larger policies learn faster (1.3B, 7B, 13B) is not run: the toy has weights of one width.
+What the papers say, run again on the toy: `python -m studies.claims NAME --seeds 3 --threads 1
+--jobs 2`. The arms are shorter than the recipes' runs. Nothing is tuned per arm; the recipes were
+tuned as they are. LVRPO's claim that larger policies learn faster (1.3B, 7B, 13B) is not run: the
+toy has weights of one width.
 
-**The rule.** `a > b in x` is the difference of x between two arms, paired by seed, ± its standard error over
-seeds. It holds above two errors and fails below minus two. `a ~ b` says that a loses nothing: it holds if a
-loses less than {MARGIN}, errors included. A claim holds if all its comparisons hold, does not hold if one
-fails, and else cannot be told at this size. Three seeds are few: if there is no difference, a comparison still
-holds in 9% of cases and fails in 9%. The errors leave out the held-out prompts, which are the same for all
-seeds, as is the base.
+**The rule.** `a > b in x` is the difference of x between two arms, paired by seed, ± its standard
+error over seeds. It holds above two errors and fails below minus two. `a ~ b` says that a loses
+nothing: it holds if a loses less than {MARGIN}, errors included. A claim holds if all its
+comparisons hold, does not hold if one fails, and else cannot be told at this size. Three seeds
+are few: if there is no difference, a comparison still holds in 9% of cases and fails in 9%. The
+errors leave out the held-out prompts, which are the same for all seeds, as is the base.
 
-**What is measured** is held-out truth of a task (`draw`, `think`, `ask` and so on), or what the key says in
-[the log](results.md#the-numbers-in-logjsonl), as the mean of five steps, at the end; the seeds follow in
-brackets. `x at equal y` compares x when both arms first reach the same y; `uneven` is the spread of a value
-over the noisy steps, divided by its mean.
+**What is measured** is held-out truth of a task (`draw`, `think`, `ask` and so on), or what the
+key says in [the log](results.md#the-numbers-in-logjsonl), as the mean of five steps, at the end;
+the seeds follow in brackets. `x at equal y` compares x when both arms first reach the same y;
+`uneven` is the spread of a value over the noisy steps, divided by its mean.
 """
 
 # ---- the claims ----
 
-# Arm -> its flags, shorter than the recipes' runs. A line that starts with another arm's name adds to
-# its flags; {other} is the policy of another arm with the same seed. A line that starts with "merge"
-# is for support.merge, with "eval" for eval.py, with "refine" for studies.refinement.
+# Arm -> its flags, shorter than the recipes' runs. A line that starts with another arm's name adds
+# to its flags; {other} is the policy of another arm with the same seed. A line that starts with
+# "merge" is for support.merge, with "eval" for eval.py, with "refine" for studies.refinement.
 ARMS = {
     "base": "--recipe lvrpo --steps 0",
     "full": "--recipe lvrpo --steps 50",
@@ -120,10 +121,10 @@ class Claim:
     paper: str
     says: str                                                   # in a sentence
     arms: tuple[str, ...]
-    measures: tuple[str, ...]                                   # keys of an evaluation or of the log
+    measures: tuple[str, ...]                   # keys of an evaluation or of the log
     compares: tuple[str, ...]                                   # see parse_comparison
     reading: str = ""                                           # what the measures show besides
-    pictured: bool = False                                      # whether its figure shows what is drawn
+    pictured: bool = False                      # whether its figure shows what is drawn
 
 
 VARIETY = ("layout_entropy", "pairwise_distance", "draw/saturation", "draw/roughness")
@@ -209,24 +210,25 @@ CLAIMS = {
                   "think/image/clip_ratio/step_mean/0", "think/image/clip_ratio/step_mean/1",
                   "think/image/clip_ratio/step_mean/2", "think/image/ratio/step_std/uneven"),
         compares=("ratio-norm-off > joint : think/image/ratio/step_std/uneven",),
-        reading="With RatioNorm the last noisy step, whose ratios vary most, is clipped less. Truth "
-                "is higher, by less than two errors."),
+        reading="With RatioNorm the last noisy step, whose ratios vary most, is clipped less. "
+                "Truth is higher, by less than two errors."),
     "decomposed": Claim(
         paper="AlphaGRPO",
         says="Decomposed questions beat one holistic question.",
         arms=("base", "holistic", "dv-soft"),
         measures=("think", "draw", "think/rewards/dvreward/mean"),
         compares=("dv-soft > holistic : think",),
-        reading="The judge's one holistic answer more than doubles while truth stays as it was: the "
-                "policy games it. The decomposed reward also asks two questions about quality."),
+        reading="The judge's one holistic answer more than doubles while truth stays as it was: "
+                "the policy games it. The decomposed reward also asks two questions about "
+                "quality."),
     "soft-answers": Claim(
         paper="AlphaGRPO",
         says="Soft answers to the questions beat binary ones.",
         arms=("base", "dv-binary", "dv-soft"),
         measures=("think", "draw", "think/rewards/dvreward/mean", "think/frac_reward_zero_std"),
         compares=("dv-soft > dv-binary : think",),
-        reading="The toy's judge is nearly always sure, so that rounding its answers hardly changes "
-                "the reward."),
+        reading="The toy's judge is nearly always sure, so that rounding its answers hardly "
+                "changes the reward."),
     "rectification": Claim(
         paper="AlphaGRPO",
         says="Rectification helps refinements: by the group's least reward (the paper's), by the "
@@ -295,8 +297,8 @@ CLAIMS = {
                   "refined-merged > unified-longer : draw",
                   "refined-merged > unified-longer : choose"),
         reading="The second stage adds to the first, but one stage of as many steps "
-                "(unified-longer, image-alone) draws no worse. refined-merged is made from 50 steps "
-                "of multiple choice besides."),
+                "(unified-longer, image-alone) draws no worse. refined-merged is made from 50 "
+                "steps of multiple choice besides."),
     "no-guidance": Claim(
         paper="UniGRPO",
         says="Training without guidance loses nothing under guidance.",
@@ -309,7 +311,7 @@ CLAIMS = {
 
 # ---- running arms ----
 
-POLICY_OF = re.compile(r"\{([\w-]+)\}")                         # another arm's policy, in an arm's flags
+POLICY_OF = re.compile(r"\{([\w-]+)\}")         # another arm's policy, in an arm's flags
 
 
 def folder_of(arm: str, seed: int, out: Path) -> Path:
@@ -388,7 +390,7 @@ def run_arm(arm: str, seed: int, out: Path, threads: int) -> str:
     if not (folder / "policy").exists() and not (folder / "table.json").exists():
         return f"{arm}, seed {seed}: stopped; the same call goes on"
     minutes = (time.monotonic() - start) / 60
-    write_atomic(folder / "minutes.txt", f"{minutes:.1f}".encode())         # for arms without a log
+    write_atomic(folder / "minutes.txt", f"{minutes:.1f}".encode())  # for arms without a log
     write_atomic(folder / "done.txt", meaning(arm).encode())
     return ""
 
@@ -418,17 +420,10 @@ def run_missing(names: list[str], seeds: int, out: Path, threads: int, jobs: int
 
 
 def values_of(arm: str, seed: int, out: Path) -> dict:
-    """{"minutes": ., "steps": [...], key: [...]}, with one value for each evaluation.
-
-    Errors: ValueError for a damaged result.
-    """
+    """{"minutes": ., "steps": [...], key: [...]}, with one value for each evaluation."""
     folder = folder_of(arm, seed, out)
-    try:
-        is_table = (folder / "table.json").exists()
-        return values_of_table(folder) if is_table else values_of_log(folder / "log.jsonl")
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); delete it, "
-                         "and it is run again") from error
+    is_table = (folder / "table.json").exists()
+    return values_of_table(folder) if is_table else values_of_log(folder / "log.jsonl")
 
 
 def values_of_table(folder: Path) -> dict:
@@ -443,8 +438,8 @@ def values_of_table(folder: Path) -> dict:
 
 
 def values_of_log(path: Path) -> dict:
-    """Of a run: each planned evaluation, not where it was stopped, and the mean of each logged number
-    over the five steps before it (at the start, over the first five)."""
+    """Of a run: each planned evaluation, and the mean of each logged number over the five steps
+    before it (at the start, over the first five). A run that was stopped has others."""
     head, rows = read_log(path)
     end = head["config"]["steps"]
     planned = {*range(0, end, head["config"]["eval_every"]), end}
@@ -456,8 +451,9 @@ def values_of_log(path: Path) -> dict:
     near = []
     for at in values["steps"]:
         near.append([row for row in steps if at - 5 <= row["step"] < at] or steps[:5])
-    for key, first in steps[0].items() if steps else []:
-        if isinstance(first, int | float) and key not in values and all(key in row for row in steps):
+    everywhere = set.intersection(*map(set, steps)) if steps else set()
+    for key in everywhere - values.keys():
+        if isinstance(steps[0][key], int | float):
             values[key] = [float(np.mean([row[key] for row in some])) for some in near]
     for key in [key.removesuffix("/0") for key in values if key.endswith("/0")]:
         values[f"{key}/uneven"] = unevenness(values, key)
@@ -478,11 +474,11 @@ class Comparison:
     """`key_a` of arm a compared with `key_b` of arm b."""
 
     a: str
-    sign: str                                                   # ">": is more; "~": loses nothing
+    sign: str                                   # ">": is more; "~": loses nothing
     b: str
     key_a: str
     key_b: str
-    by: str                                                     # compared when this key is equal; "": at the end
+    by: str                                     # compared when this key is equal; "": at the end
 
     def __str__(self):
         if self.key_a != self.key_b:
@@ -492,7 +488,7 @@ class Comparison:
 
 
 def parse_comparison(text: str) -> Comparison:
-    """Of "a > b : key", of "a > b : key at by", or of "a > a : key - other", two keys of one arm."""
+    """Read "a > b : key", "a > b : key at by", or "a > a : key - other", two keys of one arm."""
     arms, keys = text.split(" : ")
     keys, _, by = keys.partition(" at ")
     key_a, _, key_b = keys.partition(" - ")
@@ -525,7 +521,7 @@ def compare(values: dict[str, list[dict]], text: str) -> dict:
         if c.by:
             a, b = values_when_equal(one, other, c.key_a, c.by)
         differences.append(a - b)
-    mean, error = mean_and_error(differences)                   # one seed has no error, and no verdict
+    mean, error = mean_and_error(differences)   # one seed has no error, and no verdict
     bound, verdict = 0.0 if c.sign == ">" else -MARGIN, OPEN
     if mean - 2 * error > bound:
         verdict = HOLDS
@@ -571,7 +567,7 @@ def command_of(arm: str) -> str:
 
 
 def first_step(arm: str, values: dict[str, list[dict]]) -> int:
-    """The steps that an arm's starting policy was trained for, if that is another arm of a claim."""
+    """The steps that an arm's starting policy was trained for, if that is an arm of the claim."""
     if "--policy" not in flags_of(arm):
         return 0
     return sum(values[parent][0]["steps"][-1] for parent in parents_of(arm) if parent in values)
@@ -610,7 +606,9 @@ def section(result: dict) -> list[str]:
     for key in measures_of(result):
         measures.append([key, *(print_seeds(arm["values"].get(key)) for arm in arms.values())])
     lines += ["", *markdown_table(["measure", *arms], measures)]
-    made = [[arm, f"{max(each['minutes']):.1f}", f"`{each['command']}`"] for arm, each in arms.items()]
+    made = []
+    for arm, each in arms.items():
+        made.append([arm, f"{max(each['minutes']):.1f}", f"`{each['command']}`"])
     for parent in dict.fromkeys(parent for arm in arms for parent in parents_of(arm)):
         if parent not in arms:
             made.append([f"{parent}, started from", "-", f"`{command_of(parent)}`"])
@@ -712,7 +710,7 @@ def run_claims(names: list[str], seeds: int, threads: int, jobs: int, out: Path)
                              "or delete it")
     out.mkdir(parents=True, exist_ok=True)
     kept.mkdir(parents=True, exist_ok=True)
-    owner = Owner(out)                                          # two calls would remove each other's runs
+    owner = Owner(out)                          # two calls would remove each other's runs
     failed, lines = run_missing(names, seeds, out, threads, jobs), []
     for name in names:
         if not all(is_done(arm, seed, out) for arm in CLAIMS[name].arms for seed in range(seeds)):
@@ -735,8 +733,7 @@ def list_claims() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="studies.claims", description="The papers' claims, tested on the toy.",
-                   allow_abbrev=False)
+    ap = Arguments(prog="studies.claims", description="The papers' claims, tested on the toy.")
     count = number(int, least=1)
     ap.add_argument("names", nargs="*", help="claims to test, by name; all without one")
     ap.add_argument("--list", action="store_true", help="print the claims, run nothing")

@@ -33,9 +33,8 @@ def draw_pictures(
     policy: Policy, rows: list[Metadata], out: Path, samples: int, size: int, steps: int,
     text_scale: float, seed: int
 ) -> None:
-    """Draw pictures of every prompt into GenEval's own folders (00000/metadata.jsonl, 00000/samples/
-    0000.png, ...), so that the official script can judge them too. Prompts that have theirs are
-    passed over."""
+    """Draw pictures of every prompt that has none into GenEval's own folders: 00000/metadata.jsonl,
+    00000/samples/0000.png and so on. The official script can judge them too."""
     scale = SAMPLING[policy.config.scale]
     draw = Draw((size, size), flow_grpo.time_grid(steps, scale["shift"]))
     guidance = replace(scale["guidance"], text_scale=text_scale) if text_scale > 1 else None
@@ -61,7 +60,7 @@ def judge_pictures(
     rows: list[Metadata], out: Path, samples: int, detector, thresholds: dict
 ) -> Table:
     """Judge the pictures by GenEval's rules: tag -> (share that passes, standard error over
-    prompts), and the mean of the tags, "overall". Writes out/results.jsonl as GenEval's script does.
+    prompts), and the mean of the tags, "overall". Writes out/results.jsonl as GenEval's own does.
 
     detector: images (N, 3, H, W) in [0, 1] and metadata -> detections of each.
     """
@@ -90,7 +89,7 @@ def detect_shapes(images: Tensor, metadata: list[Metadata]) -> list[list[dict]]:
 
 
 def begin_folder(out: Path, settings: dict) -> None:
-    """Note the settings of a folder of pictures. Errors: ValueError if it holds pictures of others."""
+    """Note the settings of a folder of pictures. Errors: ValueError if its pictures have others."""
     path = out / "settings.json"
     held = read_json(path, settings)
     if changed := [name for name in settings if held.get(name) != settings[name]]:
@@ -101,7 +100,7 @@ def begin_folder(out: Path, settings: dict) -> None:
 
 
 def weights_of(*folders: str) -> list:
-    """Name, size and time of a policy's weight files: a policy that was trained again is another."""
+    """Name, size and time of a policy's weight files; a policy that is trained again has others."""
     files = [file for folder in folders if folder for file in Path(folder).glob("*.safetensors")]
     return sorted([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)
 
@@ -112,9 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--metadata", type=Path, required=True,
                     help="prompts in GenEval's format, such as its evaluation_metadata.jsonl")
-    ap.add_argument("--detector", default="", help="a Grounding DINO or OWLv2, a folder or hub name; "
-                    "the toy has its own")
-    ap.add_argument("--guidance", type=float, help="text guidance scale (1 for the toy, 4 for BAGEL)")
+    ap.add_argument("--detector", default="",
+                    help="a Grounding DINO or OWLv2: a folder or hub name; the toy has its own")
+    ap.add_argument("--guidance", type=float,
+                    help="text guidance scale (1 for the toy, 4 for BAGEL)")
     ap.add_argument("--samples", type=number(int, least=1), default=4, help="images of each prompt")
     ap.add_argument("--size", type=int, help="pixels per side (32 for the toy, 1024 for BAGEL)")
     ap.add_argument("--steps", type=int, help="denoising steps (10 for the toy, 49 for BAGEL)")
@@ -138,7 +138,8 @@ def run(a) -> str:
     elif policy.config.scale == "toy":
         detector, thresholds = detect_shapes, {}
     else:
-        raise ValueError("GenEval's rules need --detector, such as google/owlv2-base-patch16-ensemble")
+        raise ValueError("GenEval's rules need --detector, such as "
+                         "google/owlv2-base-patch16-ensemble")
     settings = dict(
         samples=a.samples, size=a.size or scale["size"], steps=a.steps or scale["steps"],
         text_scale=scale["guidance"].text_scale if a.guidance is None else a.guidance, seed=a.seed)

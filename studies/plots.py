@@ -11,7 +11,7 @@ from tasks import TASKS
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="studies.plots", description="Curves of runs.", allow_abbrev=False)
+    ap = Arguments(prog="studies.plots", description="Curves of runs.")
     ap.add_argument("logs", nargs="+", type=Path, help="log.jsonl files")
     ap.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture")
     a = ap.parse_args(argv)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import flow_grpo
-from eval import load_toy_policy, mean_and_error, mean_of_groups
+from eval import mean_and_error, mean_of_groups
 from policy import Policy
 from referees.geneval import geneval_check
 from referees.judge import load_judge
@@ -42,7 +42,9 @@ def refine_prompts(
     """sample.refine with greedy diagnoses and the policy's own wording."""
     scale, wording = SAMPLING[policy.config.scale], WORDING[policy.config.scale]
     draw, write = plain_draw(policy), Write(scale["tokens"], temperature=0.0)
-    guidance = [each if each.text_scale > 1 else None for each in (scale["guidance"], scale["edit"])]
+    guidance = []
+    for each in (scale["guidance"], scale["edit"]):
+        guidance.append(each if each.text_scale > 1 else None)
     return refine(
         policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
         guidance=tuple(guidance), system=wording.system_prompt)
@@ -57,13 +59,11 @@ def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[T
     if select != "oracle":
         knowledge, rows = Knowledge(load_judge(judge, device=device)), [{}] * len(prompts)
         return lambda images: knowledge(Samples(prompts, rows, images=images)).cpu()
-    known = {}
-    for split in ("train", "eval"):
-        for metadata in (*shapes.prompts(split), *shapes.implicit_prompts(split)):
-            known[metadata["prompt"]] = metadata
+    known = {m["prompt"]: m for split in ("train", "eval")
+             for m in (*shapes.prompts(split), *shapes.implicit_prompts(split))}
     if strange := [prompt for prompt in prompts if prompt not in known]:
-        raise ValueError("--select oracle asks the toy's exact detector, which knows only the toy's "
-                         f"prompts, not {strange[0][:60]!r}; use --select judge")
+        raise ValueError("--select oracle asks the toy's exact detector, which knows only the "
+                         f"toy's prompts, not {strange[0][:60]!r}; use --select judge")
 
     def truth(images: Tensor) -> Tensor:
         verdicts = [geneval_check(known[p], found)[0] for p, found in zip(prompts, detect(images))]
@@ -96,7 +96,8 @@ def refinement_table(
         done = refine_prompts(policy, prompts, rounds, select, value, seed)
         table[f"refine, {select}"] = [share(truth(each.kept)) for each in done]
     table["best, judge"], table["best, oracle"] = [], []
-    plan, index, right, score = [Read(prompts), plain_draw(policy)], list(range(len(prompts))), [], []
+    plan, index = [Read(prompts), plain_draw(policy)], list(range(len(prompts)))
+    right, score = [], []
     for step in range(rounds + 1):
         rollout = sample_plan(policy, plan, seed=seed, step=step, prompts=index, G=1)
         images = images_of(policy, rollout)
@@ -145,7 +146,7 @@ def save_rounds(rounds: list[Round], select: str, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(prog="studies.refinement", allow_abbrev=False,
+    ap = Arguments(prog="studies.refinement",
                    description="Refinement: a picture of one prompt's rounds, or a table.")
     ap.add_argument("prompt", nargs="?", help="what to draw; without one: a table on held-out rows")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
@@ -161,27 +162,27 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--out", type=Path, help="the file; default: refine.png, or refine.json")
     a = ap.parse_args(argv)
     with one_line("studies.refinement"):
-        print(run_picture(a) if a.prompt else run_table(a))
+        print(run(a))
 
 
-def run_table(a) -> str:
-    policy, out = load_toy_policy(a.policy, a.adapter), a.out or Path("refine.json")
-    table = refinement_table(policy, a.judge or SAMPLING["toy"]["judge"], a.rounds, seed=a.seed)
-    result = {"policy": a.policy, "seed": a.seed, "table": table}
-    write_atomic(out, json.dumps(result, indent=1).encode())
-    return f"{print_refinement(table)}\nwritten to {out}"
-
-
-def run_picture(a) -> str:
+def run(a) -> str:
+    """Carry out a parsed command line; returns what to print."""
     policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
-    prompts, out = [a.prompt] * a.n, a.out or Path("refine.png")
+    out = a.out or Path("refine.png" if a.prompt else "refine.json")
     judge = a.judge or SAMPLING[policy.config.scale]["judge"]
+    if not a.prompt:
+        if policy.config.scale != "toy":
+            raise ValueError("the table is of the toy's held-out prompts; give a prompt")
+        table = refinement_table(policy, judge, a.rounds, seed=a.seed)
+        result = {"policy": a.policy, "seed": a.seed, "table": table}
+        write_atomic(out, json.dumps(result, indent=1).encode())
+        return f"{print_refinement(table)}\nwritten to {out}"
+    prompts = [a.prompt] * a.n
     value = value_of(a.select, prompts, judge, policy.device)
     rounds = refine_prompts(policy, prompts, a.rounds, a.select, value, a.seed)
     save_rounds(rounds, a.select, out)
-    name = "truth" if a.select == "oracle" else "judge"
     means = [f"round {k}: mean {each.value.mean():.3f}" for k, each in enumerate(rounds)]
-    return f"selected by {a.select}; {name}: {', '.join(means)}\n{a.n} samples in {out}"
+    return f"{', '.join(means)}; {a.n} samples in {out}"
 
 
 if __name__ == "__main__":

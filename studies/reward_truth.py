@@ -1,6 +1,6 @@
 """Which reward can be trusted: each reward of pictures against the truth.
 
-    python -m studies.reward_truth --policy out/policy       # the base and a policy
+    python -m studies.reward_truth --policy out/policy       # by that policy's pictures
 """
 
 import json
@@ -48,18 +48,19 @@ def held_out_samples(policy: Policy, seed: int) -> tuple[Samples, Tensor]:
 def score_samples(policy: Policy, samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
     """name -> scores (N,), and milliseconds per picture, of every reward of pictures that the toy
     can ask. tim compares the states of the policy itself."""
-    names = [name for name, entry in REWARDS.items() if name != "pref"      # no such model knows the toy
-             and any(set(fields) <= {"images", "reals"} for fields in entry.reads)]
-    flags = ["--pair_image", "1"]
-    for name in names:
-        flags += [f"--{name}", "1"]
+    names, flags = [], ["--pair_image", "1"]
+    for name, entry in REWARDS.items():
+        asked = any(set(fields) <= {"images", "reals"} for fields in entry.reads)
+        if asked and name != "pref":            # no preference model knows the toy
+            names.append(name)
+            flags += [f"--{name}", "1"]
     rewards = build_rewards(
         parse(flags), policy.device, detector=detect, rows=[], questions=Questions(True),
         states=token_states(lambda: nullcontext(policy), nullcontext, 512))
     some = {name: column[:8] for name, column in vars(samples).items() if column is not None}
     scores, times = {}, {}
     for name in names:
-        score({name: rewards[name]}, Samples(**some))           # warms up
+        score({name: rewards[name]}, Samples(**some))       # warms up
         start = time.perf_counter()
         scores |= score({name: rewards[name]}, samples)
         times[name] = (time.perf_counter() - start) / len(samples.prompts) * 1000
@@ -90,14 +91,13 @@ def truth_table(scores: dict[str, Tensor], times: dict[str, float], truth: Tenso
     return table
 
 
-def print_rewards(tables: dict[str, dict]) -> str:
-    """Markdown: a row per reward, the columns of each policy."""
-    head = ["reward", *(f"{policy}: {column}" for policy in tables for column in COLUMNS)]
+def print_rewards(table: dict[str, dict]) -> str:
+    """Markdown, a row per reward."""
     rows = []
-    for name in next(iter(tables.values())):
-        cells = [table[name][column] for table in tables.values() for column in COLUMNS]
-        rows.append([f"`{name}`", *("-" if x is None else f"{x:.3f}" for x in cells)])
-    return "\n".join(markdown_table(head, rows))
+    for name, columns in table.items():
+        cells = ["-" if x is None else f"{x:.3f}" for x in columns.values()]
+        rows.append([f"`{name}`", *cells])
+    return "\n".join(markdown_table(["reward", *COLUMNS], rows))
 
 
 def best_and_worst(
@@ -129,29 +129,25 @@ def best_and_worst(
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.reward_truth", description="Each reward against the truth.")
-    ap.add_argument("--policy", default=str(TOY), help="a policy folder, shown after the base")
+    ap.add_argument("--policy", default=str(TOY), help="the policy whose pictures are judged")
     ap.add_argument("--seed", type=int, default=1234, help="of held-out pictures and noise")
-    ap.add_argument("--out", type=Path, default=Path("rewards.json"), help="the tables; a picture "
-                    "of the same name shows what each reward likes")
+    ap.add_argument("--out", type=Path, default=Path("rewards.json"),
+                    help="the table; a picture of the same name shows what each reward likes")
     a = ap.parse_args(argv)
     with one_line("studies.reward_truth"):
         print(run(a))
 
 
 def run(a) -> str:
-    """Measure the base and the policy; returns what to print."""
-    tables, G = {}, TASKS["draw"].samples
-    folders = {"base": str(TOY), "policy": a.policy} if a.policy != str(TOY) else {"base": str(TOY)}
-    for name, folder in folders.items():
-        policy = load_toy_policy(folder)
-        samples, truth = held_out_samples(policy, a.seed)
-        scores, times = score_samples(policy, samples)
-        tables[name] = truth_table(scores, times, truth, G)
-    picture = a.out.with_suffix(".png")
+    """Carry out a parsed command line; returns what to print."""
+    policy, G = load_toy_policy(a.policy), TASKS["draw"].samples
+    samples, truth = held_out_samples(policy, a.seed)
+    scores, times = score_samples(policy, samples)
+    table, picture = truth_table(scores, times, truth, G), a.out.with_suffix(".png")
     best_and_worst(scores, samples, truth, G, picture)
-    result = {"policy": a.policy, "seed": a.seed, "tables": tables}
+    result = {"policy": a.policy, "seed": a.seed, "table": table}
     write_atomic(a.out, json.dumps(result, indent=1).encode())
-    return f"{print_rewards(tables)}\nwritten to {a.out}, best and worst pictures to {picture}"
+    return f"{print_rewards(table)}\nwritten to {a.out}, best and worst pictures to {picture}"
 
 
 if __name__ == "__main__":

@@ -3,5 +3,8 @@
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    lines = []
+    for cells in [head, ["---"] * len(head), *rows]:
+        row = " | ".join(cells)
+        lines.append(f"| {row} |")
+    return lines

@@ -35,7 +35,7 @@ def test_the_memory_of_a_recipe_shrinks_over_ranks(capsys):
 def test_every_reward_of_pictures_is_compared_with_the_truth(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(world, "PROMPTS_PER_TAG", 2)
     reward_truth.main(["--out", str(tmp_path / "r.json")])
-    table = json.loads((tmp_path / "r.json").read_text())["tables"]["base"]
+    table = json.loads((tmp_path / "r.json").read_text())["table"]
     assert table.keys() == {"sem", "kn", "dense", "ins", "recaption", "likeness", "dvreward", "tim"}
     assert all(-1 <= row["overall"] <= 1 and row["ms"] > 0 for row in table.values())
     assert table["ins"]["overall"] > 0.5
