@@ -53,8 +53,8 @@ def open_tensors(folder: Path, stem: str) -> dict:
         file_of = dict(read_json(index)["weight_map"])
         shards = {name: open_file(folder / name) for name in sorted(set(file_of.values()))}
     stored = {(key, name) for name, file in shards.items() for key in file.keys()}
-    for key, name in sorted(stored ^ file_of.items()):
-        raise ValueError(f"{key} is in only one of {index} and {name}; download both again")
+    for key, name in sorted(file_of.items() - stored):
+        raise ValueError(f"{index} names {name} for {key}, which it lacks; download both again")
     return {key: shards[name] for key, name in file_of.items()}
 
 
