@@ -157,30 +157,39 @@ def latent_statistics(policy):
 # ---- the base ----
 
 
-class Corpus:
-    """What the base learns from, drawn once, wrong as often as the constants above say.
+class Lesson:
+    """Rows of one layout: [image in] [text read] -> [text written] [picture drawn].
 
-    Captions and their pictures, thoughts and theirs, pictures with questions and captions, edits,
-    reflections. Texts are (tokens, mask); pixels (N, 3, 32, 32); latents (N, 4, 16)."""
+    Only the text that is read is always there; each image may have several texts. Texts are (tokens,
+    mask); pixels (N, 3, 32, 32); latents (N, 4, 16), also of an image that is drawn changed."""
+
+    def __init__(self, policy, read, write=(), draw=(), see=()):
+        self.read = policy.encode_text(read)
+        self.write = policy.encode_text(write) if write else None
+        self.draw = encode(policy, render_pixels(draw)) if draw else None
+        self.pixels = render_pixels(see) if see else None
+        self.latents = encode(policy, self.pixels) if see and draw else None
+        self.rows = len(see) if see else len(read)
+        self.texts = len(read) // self.rows
+
+
+class Corpus:
+    """What the base learns from, drawn once, wrong as often as the constants above say."""
 
     def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000,
                  scenes: int = 16000, edits: int = 10000, miscount: float = 0.0):
-        rng = np.random.default_rng(seed)
-        texts, by_tag = policy.encode_text, shapes.prompts_by_tag("train")
+        rng, by_tag = np.random.default_rng(seed), shapes.prompts_by_tag("train")
 
         def draw_prompts(n):
             return [shapes.pick(rng, by_tag[tag]) for _ in range(n // len(by_tag)) for tag in by_tag]
 
         captions = draw_prompts(pictures)
-        self.captions = texts([m["prompt"] for m in captions])
-        self.pictures = encode(policy, pictures_of(captions, rng))
+        self.captions = Lesson(policy, [m["prompt"] for m in captions], draw=scenes_of(captions, rng))
 
         riddles = [shapes.pick(rng, shapes.implicit_prompts("train")) for _ in range(thoughts)]
-        thoughts = [thought_of(m, rng) for m in riddles]
-        self.implicit, self.thoughts = texts([m["prompt"] for m in riddles]), texts(thoughts)
-        meant = [thought.split("</think> ")[1] for thought in thoughts]
-        captions = [shapes.captions_by_text()[words] for words in meant]
-        self.thought_pictures = encode(policy, pictures_of(captions, rng))
+        written = [thought_of(m, rng) for m in riddles]
+        meant = [shapes.captions_by_text()[thought.split("</think> ")[1]] for thought in written]
+        self.thoughts = Lesson(policy, [m["prompt"] for m in riddles], written, scenes_of(meant, rng))
 
         shown, asked = [], []                                   # TEXTS pairs for each scene
         for m in draw_prompts(scenes // 2):
@@ -189,23 +198,21 @@ class Corpus:
             asked.append((shapes.CAPTION, caption_of(m, rng, miscount)))
             asked += [question_and_answer(drawn, rng) for _ in range(TEXTS - 1)]
             asked += [question_and_answer(other, rng) for _ in range(TEXTS)]
-        self.seen = render_pixels(shown)
-        self.asked = texts([question for question, _ in asked])
-        self.answers = texts([answer for _, answer in asked])
+        questions, answers = map(list, zip(*asked))
+        self.questions = Lesson(policy, questions, answers, see=shown)
 
         changes = [edit_of(rng) for _ in range(edits)]
-        self.edits = texts([edit.instruction for edit in changes])
-        self.edit_sources = render_pixels([edit.source for edit in changes])
-        self.edit_latents = encode(policy, self.edit_sources)
-        self.edit_pictures = encode(policy, render_pixels([edit.target for edit in changes]))
+        instructions = [edit.instruction for edit in changes]
+        self.edits = Lesson(policy, instructions, draw=[edit.target for edit in changes],
+                            see=[edit.source for edit in changes])
 
-        looks = [reflection_of(m, shapes.pick(rng, by_tag[m["tag"]]), rng) for m in draw_prompts(edits)]
-        self.looks = texts([look for look, _ in looks])
-        self.reflections = texts([reflection.text for _, reflection in looks])
-        self.reflection_sources = render_pixels([reflection.source for _, reflection in looks])
-        self.reflection_latents = encode(policy, self.reflection_sources)
-        repaired = render_pixels([reflection.target for _, reflection in looks])
-        self.reflection_pictures = encode(policy, repaired)
+        looks, reflections = [], []
+        for m in draw_prompts(edits):
+            look, reflection = reflection_of(m, shapes.pick(rng, by_tag[m["tag"]]), rng)
+            looks.append(look)
+            reflections.append(reflection)
+        self.reflections = Lesson(policy, looks, [r.text for r in reflections], [r.target for r in reflections],
+                                  [r.source for r in reflections])
 
 
 def encode(policy, pixels):
@@ -213,13 +220,13 @@ def encode(policy, pixels):
     return torch.cat([policy.encode(part) for part in pixels.split(500)])
 
 
-def pictures_of(captions, rng):
-    """A picture for each caption; WRONG_CAPTIONS of its tag are of a caption that contradicts it."""
+def scenes_of(captions, rng):
+    """A scene for each caption; WRONG_CAPTIONS of its tag are of a caption that contradicts it."""
     scenes = []
     for m in captions:
         shown = shapes.wrong_metadata(m, rng) if rng.random() < WRONG_CAPTIONS[m["tag"]] else m
         scenes.append(shapes.sample_scene(shown, rng))
-    return render_pixels(scenes)
+    return scenes
 
 
 def thought_of(m, rng):
@@ -299,52 +306,43 @@ def flow_loss(policy, context, data, generator):
 def base_loss(policy, corpus, generator, draws=2, scenes=20, tags=EVEN) -> dict:
     """One step's losses by name.
 
-    Pictures of captions, thoughts and their pictures, answers and captions, edits, reflections. Each
-    prompt is read once for `draws` times t, each picture once for its TEXTS texts. scenes=0: pictures
-    of captions alone. tags: how often captions of each of shapes.TAGS are taken."""
-    def pick(rows, size):
-        return torch.randint(len(rows), (size,), generator=generator)
-
-    def see(sources, latents, i):
-        return policy.append_image(policy.empty(len(i)), sources[i], latents[i], SIZE)
-
-    def read(context, text, i):
-        tokens, mask = text
-        return policy.append_text(context, tokens[i], mask[i], logits=False)[1]
-
-    def write(context, text, i):
-        tokens, mask = text[0][i], text[1][i]
-        logits, context = policy.append_text(context, tokens, mask)
-        written = mask[:, 1:]
-        return F.cross_entropy(logits[:, :-1][written], tokens[:, 1:][written]), context
-
+    Each prompt is read once for `draws` times t, each picture once for all its texts. scenes=0:
+    pictures of captions alone. tags: how often captions of each of shapes.TAGS are taken."""
     losses = {}
-    i = pick(corpus.pictures, BATCH)
+
+    def pick(lesson, size):
+        return torch.randint(lesson.rows, (size,), generator=generator)
+
+    def learn(lesson, i, text="", picture="", draws=1):
+        """Add the losses of the lesson's rows i, under the names of what is written and drawn."""
+        context = policy.empty(len(i))
+        if lesson.pixels is not None:
+            latents = None if lesson.latents is None else lesson.latents[i]
+            context = policy.append_image(context, lesson.pixels[i], latents, SIZE).repeat(lesson.texts)
+        j = (i[:, None] * lesson.texts + torch.arange(lesson.texts)).flatten()
+        tokens, mask = lesson.read
+        _, context = policy.append_text(context, tokens[j], mask[j], logits=False)
+        if text:
+            tokens, mask = lesson.write[0][j], lesson.write[1][j]
+            logits, context = policy.append_text(context, tokens, mask)
+            target = mask[:, 1:]
+            losses[text] = F.cross_entropy(logits[:, :-1][target], tokens[:, 1:][target])
+        if picture:
+            data = lesson.draw[i].repeat_interleave(draws, 0)
+            losses[picture] = flow_loss(policy, context.repeat(draws), data, generator)
+
+    i = pick(corpus.captions, BATCH)
     if tags != EVEN:                                            # captions lie tag by tag in turns
         weights = torch.tensor(tags, dtype=torch.float)
         tag = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
         i = i - i % len(tags) + tag
-    context = read(policy.empty(BATCH), corpus.captions, i).repeat(draws)
-    pictures = corpus.pictures[i].repeat_interleave(draws, 0)
-    losses["picture"] = flow_loss(policy, context, pictures, generator)
-    if not scenes:
-        return losses
-    i = pick(corpus.thought_pictures, BATCH // 3)
-    context = read(policy.empty(len(i)), corpus.implicit, i)
-    losses["thought"], context = write(context, corpus.thoughts, i)
-    losses["thought_picture"] = 0.5 * flow_loss(policy, context, corpus.thought_pictures[i], generator)
-    i = pick(corpus.seen, scenes)
-    context = policy.append_image(policy.empty(len(i)), pixels=corpus.seen[i]).repeat(TEXTS)
-    i = (i[:, None] * TEXTS + torch.arange(TEXTS)).flatten()
-    losses["answer"], _ = write(read(context, corpus.asked, i), corpus.answers, i)
-    i = pick(corpus.edit_sources, 20)
-    context = see(corpus.edit_sources, corpus.edit_latents, i)
-    context = read(context, corpus.edits, i)
-    losses["edit"] = flow_loss(policy, context, corpus.edit_pictures[i], generator)
-    i = pick(corpus.reflection_sources, 20)
-    context = see(corpus.reflection_sources, corpus.reflection_latents, i)
-    losses["reflection"], context = write(read(context, corpus.looks, i), corpus.reflections, i)
-    losses["repair"] = flow_loss(policy, context, corpus.reflection_pictures[i], generator)
+    learn(corpus.captions, i, picture="picture", draws=draws)
+    if scenes:
+        learn(corpus.thoughts, pick(corpus.thoughts, BATCH // 3), "thought", "thought_picture")
+        losses["thought_picture"] = 0.5 * losses["thought_picture"]
+        learn(corpus.questions, pick(corpus.questions, scenes), "answer")
+        learn(corpus.edits, pick(corpus.edits, 20), picture="edit")
+        learn(corpus.reflections, pick(corpus.reflections, 20), "reflection", "repair")
     return losses
 
 

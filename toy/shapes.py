@@ -245,16 +245,16 @@ def article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
+def name_group(shape: str, count: int, color: str = "") -> str:
+    """"three circles", "an orange circle", "a circle"; the colour is said of single ones only."""
+    return article(f"{color} {shape}".strip()) if count == 1 else f"{COUNTS[count]} {shape}s"
+
+
 def explicit(metadata: dict) -> str:
     """The prompt that the include clauses spell, without a prefix.
 
     GenEval lists the anchor first: "a A left of a B" is [B, A]."""
-    words = []
-    for clause in metadata["include"]:
-        if clause["count"] > 1:
-            words.append(f"{COUNTS[clause['count']]} {clause['class']}s")
-        else:
-            words.append(article(f"{clause.get('color', '')} {clause['class']}".strip()))
+    words = [name_group(c["class"], c["count"], c.get("color", "")) for c in metadata["include"]]
     if "position" not in metadata["include"][-1]:
         return " and ".join(words)
     relation, _ = metadata["include"][-1]["position"]
@@ -588,10 +588,8 @@ def describe(scene: Scene) -> str:
     words = []
     for shape in SHAPES:
         group = [o for o in scene if o.shape == shape]
-        if len(group) == 1:
-            words.append(article(f"{group[0].color} {shape}"))
-        elif group:
-            words.append(f"{COUNTS[len(group)]} {shape}s")
+        if group:
+            words.append(name_group(shape, len(group), group[0].color))
     if len(scene) != 2 or len(words) != 2:
         return " and ".join(words)
     a, b = sorted(scene)                                        # by shape, as the words are
