@@ -6,24 +6,22 @@ the flags, of which the later wins. `python train.py recipes` prints the table.
 """
 
 import argparse
-import math
 import os
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from policy import PolicyConfig
 from rewards import REWARDS
 from support.disk import read_json
-from support.terminal import Arguments
+from support.terminal import Arguments, number
 from tasks import TASKS, Task, in_use, rewards_of
 
 WORLD = Path(__file__).parent / "toy"
 
-# What each method sets, at both scales or (toy=, bagel=) at one; the rest is the scale's or
-# Config's default. Behind a value stands whose it is: "p" the paper's; "o" ours, where the paper's
-# is not known; "d" ours, which departs from the paper's, named behind it.
+# What each method sets, at both scales or (toy=, bagel=) at one; the rest is the scale's or Config's
+# default. Each value is (value, source): "p" the paper's; "o" ours, if the paper's is not known; "d"
+# deviates, and names the paper's value.
 RECIPES = {
     "lvrpo": dict(
         draw=(24, "o"), think=(8, "o"), ask=(16, "o"), edit=(8, "o"), sem=(1.0, "o"),
@@ -138,8 +136,8 @@ RECIPES = {
         bagel=dict(lr_understanding=(1e-6, "p"))),
 }
 
-# What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3 where it
-# has them, but for the resolution.
+# What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3, if it has
+# them, but for the resolution.
 SCALES = {
     "toy": dict(
         group_size=16, steps=100, lr_understanding=2e-4, lr_generation=5e-4, image_clip=1e-3,
@@ -356,37 +354,9 @@ SETTINGS = fields(Config)[3:]                   # those with a flag of their own
 
 def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
     """What a recipe sets at a scale, name -> (value, source); its part for the scale wins."""
-    column = RECIPES.get(
-        recipe, RECIPES["lvrpo"])               # the control trains what the default recipe trains
-    out = {name: value for name, value in column.items() if name not in SCALES} | column.get(
-        scale, {})
-    known = {*TASKS, *REWARDS, *(f.name for f in SETTINGS)}
-    for name, value in out.items():
-        if name not in known:
-            raise ValueError(f"recipe {recipe} sets {name}, which is no task, reward or setting")
-        if not (isinstance(value, tuple) and len(value) == 2):
-            raise ValueError(
-                f"recipe {recipe}: {name}={value!r} must be a pair of value and "
-                "source, as (0.5, \"o\")"
-            )
-    return out
-
-
-def number(kind: type, least: float | None, above: float | None) -> Callable[[str], float]:
-    """A parser of numbers of a kind within bounds, for argparse."""
-
-    def parse_number(word: str) -> float:
-        value = kind(word)
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{word}: must be a finite number")
-        if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"{word}: must be at least {least}")
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{word}: must be above {above}")
-        return value
-
-    parse_number.__name__ = kind.__name__       # argparse names it for what is no number at all
-    return parse_number
+    column = RECIPES.get(recipe, RECIPES["lvrpo"])  # the control trains what lvrpo trains
+    both = {name: pair for name, pair in column.items() if name not in SCALES}
+    return both | column.get(scale, {})
 
 
 def argument_parser() -> Arguments:
@@ -400,16 +370,11 @@ def argument_parser() -> Arguments:
     ap.add_argument(
         "--scale", choices=[*SCALES],
         help="settings that depend on size; default: by the width of --policy")
-    names = ["recipe", "scale", *TASKS, *REWARDS, *(f.name for f in SETTINGS)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(
-            f"--{twice[0]} names two things; tasks, rewards and settings share one command line")
     for name, task in TASKS.items():
-        ap.add_argument(f"--{name}", type=number(int, 0, None), help=task.help.replace("%", "%%"))
+        ap.add_argument(f"--{name}", type=number(int, least=0), help=task.help.replace("%", "%%"))
     for name, entry in REWARDS.items():
         ap.add_argument(
-            f"--{name}", type=number(float, None, None),
-            help=f"weight of {entry.help.replace('%', '%%')}")
+            f"--{name}", type=number(float), help=f"weight of {entry.help.replace('%', '%%')}")
     for f in SETTINGS:
         bounds = f.metadata
         if f.type is bool:
@@ -497,11 +462,9 @@ def refuse(wrong, why: str) -> None:
 
 
 def check(cfg: Config, world: int) -> None:
-    """ValueError for settings that cannot work together on `world` ranks, before anything is
-    loaded.
-    """
+    """ValueError for settings that cannot work together on `world` ranks, before anything loads."""
     used = in_use(cfg)
-    names = [task.name for task in used]
+    names = ", ".join(task.name for task in used)
     flags = ", ".join(f"--{name}" for name in TASKS)
     refuse(not used, f"nothing to learn from: {flags} are all 0; give one rows and its file")
     for task in used:
@@ -509,85 +472,53 @@ def check(cfg: Config, world: int) -> None:
     for name, weight in cfg.weights.items():
         reads = " or ".join(" and ".join(fields) for fields in REWARDS[name].reads)
         scores = any(name in rewards_of(task) for task in used)
-        refuse(
-            weight and not scores,
-            f"--{name} {weight} would score nothing: it reads {reads}, which no sample of "
-            f"{', '.join(names)} has",
-        )
-    refining = [task.name for task in used if task.refines]
-    refuse(
-        (cfg.rectify != "off" or cfg.initial > 1) and not refining,
-        f"--rectify {cfg.rectify} --initial {cfg.initial} are for refinements, and no task of "
-        "this run refines; see "
-        "--reflect",
-    )
-    refuse(
-        refining and cfg.normalise == "each",
-        "--normalise each compares no refinement with its "
-        "first picture; set "
-        f"--{', --'.join(refining)} 0",
-    )
-    refuse(
-        cfg.normalise == "each" and cfg.advantage != "group",
-        f"--advantage {cfg.advantage} has no effect: --normalise each divides each reward by "
-        "its group's std; leave "
-        "one out",
-    )
-    refuse(
-        cfg.train_referee and not (cfg.weights["sem"] or cfg.weights["dense"]),
-        f"--train_referee {cfg.train_referee} teaches the SigLIP, which no reward of this run "
-        "asks; give --sem a weight",
-    )
-    refuse(
-        cfg.train_referee and (cfg.shard or cfg.bf16),
-        "--train_referee trains a whole SigLIP "
-        "in fp32 on every rank; "
-        "it does not go with --shard or --bf16",
-    )
-    halves = [task.name for task in used if task.pair]
-    rows = " and ".join(f"--{name} {cfg.rows[name]}" for name in halves)
-    refuse(
-        len({cfg.rows[name] for name in halves}) > 1,
-        f"{rows} are halves of the same rows; give both one number, or one 0")
-    refuse(
-        cfg.shard and "RANK" not in os.environ,
-        "--shard cuts the policy over ranks; start with torchrun")
-    refuse(not cfg.experts, "--lr_understanding 0 --lr_generation 0 train nothing; give one a rate")
+        why = f"it reads {reads}, which no sample of {names} has"
+        refuse(weight and not scores, f"--{name} {weight} would score nothing: {why}")
+    refining = any(task.refines for task in used)
+    refuse((cfg.rectify != "off" or cfg.initial > 1) and not refining,
+           f"--rectify {cfg.rectify} --initial {cfg.initial} are for refinements, and no task of "
+           "this run refines; see --reflect")
+    each = cfg.normalise == "each"
+    refuse(each and refining, "--normalise each compares no refinement with its first picture; set "
+           "--reflect 0")
+    refuse(each and cfg.advantage != "group", f"--advantage {cfg.advantage} has no effect: "
+           "--normalise each divides each reward by its group's std; leave one out")
+    learning = f"--train_referee {cfg.train_referee}" if cfg.train_referee else ""
+    refuse(learning and not (cfg.weights["sem"] or cfg.weights["dense"]),
+           f"{learning} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
+    refuse(learning and (cfg.shard or cfg.bf16), f"{learning} trains a whole SigLIP in fp32 on "
+           "every rank; it does not go with --shard or --bf16")
+    halves = {task.name: cfg.rows[task.name] for task in used if task.pair}
+    refuse(len(set(halves.values())) > 1, f"{halves} are halves of the same rows; give both one "
+           "number, or one 0")
+    refuse(cfg.shard and "RANK" not in os.environ,
+           "--shard cuts the policy over ranks; start with torchrun")
     own = Path(cfg.out) / "policy"
-    refuse(
-        Path(cfg.policy).resolve() == own.resolve(),
-        f"--policy {cfg.policy} is where this run would write its own policy; give another --out")
+    refuse(Path(cfg.policy).resolve() == own.resolve(), f"--policy {cfg.policy} is where this run "
+           "would write its own policy; give another --out")
     refuse(cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, or the average would never move")
     check_window(cfg)
 
 
 def check_task(cfg: Config, task: Task, world: int) -> None:
-    """ValueError for a task that has no reward, or whose prompts do not divide over the ranks."""
-    flag, count, scoring = f"--{task.name}", cfg.rows[task.name], rewards_of(task)
-    choice = ", ".join(f"--{name}" for name in scoring) or "the rewards that read its samples"
-    refuse(
-        not any(cfg.weights[name] for name in scoring) and cfg.recipe != "control",
-        f"{flag} has no reward: give one of {choice} a weight")
-    less = count // world * world
+    """ValueError for a task without a reward, or whose prompts do not divide over the ranks."""
+    count, scoring = cfg.rows[task.name], rewards_of(task)
+    flag = f"--{task.name} {count}"
+    rewarded = any(cfg.weights[name] for name in scoring) or cfg.recipe == "control"
+    choice = ", ".join(f"--{name}" for name in scoring)
+    refuse(not rewarded, f"{flag} has no reward: give one of {choice} a weight")
+    less = count - count % world
     fitting = f"{less} or {less + world}" if less else f"{world}"
-    refuse(
-        count % world, f"{flag} {count} prompts do not divide over {world} ranks; {fitting} would")
-    refuse(
-        not task.draws and not cfg.lr_understanding,
-        f"{flag} {count} rows teach the understanding expert, which --lr_understanding 0 "
-        f"freezes; set {flag} 0",
-    )
+    refuse(count % world, f"{flag} prompts do not divide over {world} ranks; {fitting} would")
+    refuse(not task.draws and not cfg.lr_understanding, f"{flag} rows teach the understanding "
+           f"expert, which --lr_understanding 0 freezes; set --{task.name} 0")
 
 
 def check_window(cfg: Config) -> None:
     """ValueError for noisy steps that do not fit the grid."""
     cps = cfg.sampler == "cps"
-    refuse(
-        cps and cfg.noise_level >= 2,
-        f"--noise_level {cfg.noise_level}: must be below 2 for cps, else std is 0")
+    refuse(cps and cfg.noise_level >= 2, f"--noise_level {cfg.noise_level}: must be below 2 for "
+           "cps, else std is 0")
     last = cfg.denoise_steps - 1 if cps else cfg.denoise_steps  # cps has no noise in its last step
-    refuse(
-        not cfg.window <= cfg.window_high <= last,
-        f"--window {cfg.window} before --window_high {cfg.window_high} does not fit in {last} "
-        "noisy steps",
-    )
+    refuse(not cfg.window <= cfg.window_high <= last, f"--window {cfg.window} before --window_high "
+           f"{cfg.window_high} does not fit in {last} noisy steps")

@@ -23,7 +23,6 @@ features, W noisy steps.
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +36,8 @@ import flow_grpo
 from grpo import token_logp
 from policy import Guidance, Policy, guided_velocity
 from support.checkpoint import load_policy
-from support.pictures import fit_size, read_picture, save_grid
-from support.terminal import Arguments, one_line, the_device
+from support.pictures import read_picture, save_grid, vit_pixels
+from support.terminal import Arguments, number, one_line, the_device
 
 TOY = Path(__file__).parent / "toy" / "policy"
 # The system prompts with which BAGEL was trained to think before an answer and before an image.
@@ -148,13 +147,22 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scored:
-    """A chosen segment under the weights of a replay: logp (N, L) of a text, or the flow of an
-    image.
-    """
+    """A chosen segment under the weights of a replay: logp (N, L), or an image's flow."""
 
     segment: Text | Picture
     logp: Tensor | None = None
     flow: flow_grpo.Replay | None = None
+
+    @property
+    def kind(self) -> str:
+        return "text" if self.flow is None else "image"
+
+    @property
+    def gap(self) -> float:
+        """The largest |log-prob of the replay - log-prob of the rollout|."""
+        if self.flow is None:
+            return (self.logp - self.segment.logp).abs().max().item()
+        return (self.flow.logp - self.segment.flow.logp).abs().max().item()
 
 
 class Reader:
@@ -294,19 +302,12 @@ def write(policy: Policy, item: Write, reader: Reader, generators: list[torch.Ge
     uniforms = torch.stack(
         [torch.rand(item.length, generator=generator) for generator in generators])
     tokens, mask, logp = policy.sample_text(
-        reader.full, uniforms.to(policy.device), item.temperature)                  # (N, L)
-    N = len(tokens)
+        reader.full, uniforms.to(policy.device), item.temperature)                  # (N, L) each
     ended = ((tokens == policy.end) & mask).any(1, keepdim=True)                    # (N, 1)
-    start, end = tokens.new_full((N, 1), policy.start), tokens.new_full((N, 1), policy.end)
-    yes, no = mask.new_ones(N, 1), mask.new_zeros(N, 1)
-    zero = logp.new_zeros(N, 1)
-    return Text(
-        tokens=torch.cat([start, torch.where(mask, tokens, policy.end), end], dim=1),     # (N, L+2)
-        mask=torch.cat([yes, mask, ~ended], dim=1),
-        chosen=torch.cat([no, mask, no], dim=1),
-        logp=torch.cat([zero, logp, zero], dim=1),
-        temperature=item.temperature,
-    )
+    tokens = torch.where(mask, tokens, policy.end)
+    tokens = F.pad(F.pad(tokens, (1, 0), value=policy.start), (0, 1), value=policy.end)
+    read = torch.cat([F.pad(mask, (1, 0), value=True), ~ended], dim=1)
+    return Text(tokens, read, F.pad(mask, (1, 1)), F.pad(logp, (1, 1)), item.temperature)
 
 
 def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Generator]) -> Picture:
@@ -320,22 +321,6 @@ def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Gene
         reader.velocity(item.size), start, item.times.to(policy.device), window=item.window,
         noise_level=item.noise_level, sampler=item.sampler, step_noise=noise[1:])
     return Picture(item.size, flow=flow)
-
-
-def vit_pixels(policy: Policy, images: list[Tensor] | Tensor) -> list[Tensor]:
-    """Drawn images, nominally in [-1, 1], as the ViT reads them: clamped, and resized by BAGEL's
-    rule.
-    """
-    out = []
-    for image in images:
-        height, width = image.shape[-2:]
-        new_width, new_height = fit_size(width, height, *policy.config.vit_resize)
-        image = image[None].clamp(-1, 1)
-        if (new_height, new_width) != (height, width):
-            image = F.interpolate(
-                image, (new_height, new_width), mode="bicubic", antialias=True).clamp(-1, 1)
-        out.append(image[0])
-    return out
 
 
 def decode_images(policy: Policy, drawn: Picture) -> Tensor:
@@ -385,21 +370,6 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
             if segment.pixels is not None:
                 reader.image(segment.pixels, flow.data, segment.size)
     return out
-
-
-@torch.no_grad()
-def replay_gaps(policy: Policy, rollout: Rollout) -> list[tuple[str, float]]:
-    """("text" or "image", largest |log-prob of a replay - log-prob of the rollout|) of each chosen
-    segment.
-    """
-    gaps = []
-    for scored in replay_rollout(policy, rollout):
-        segment = scored.segment
-        if isinstance(segment, Text):
-            gaps.append(("text", (scored.logp - segment.logp).abs().max().item()))
-        else:
-            gaps.append(("image", (scored.flow.logp - segment.flow.logp).abs().max().item()))
-    return gaps
 
 
 # ---- parts of rollouts ----
@@ -596,20 +566,22 @@ def main(argv: list[str] | None = None) -> None:
         "--question", metavar="IMAGE", help="answer the prompt about this image instead of drawing"
     )
     ap.add_argument("--edit", metavar="IMAGE", help="draw this image changed as the prompt says")
-    ap.add_argument("--seed", type=int, default=0, help="seed of noise and texts")
-    ap.add_argument("--n", type=int, default=8, help="samples")
+    ap.add_argument("--seed", type=number(int, least=0), default=0, help="seed of noise and texts")
+    ap.add_argument("--n", type=number(int, least=1), default=8, help="samples")
     ap.add_argument(
-        "--size", type=int,
+        "--size", type=number(int, least=1),
         help="pixels per side; an edit keeps the image's (32 for the toy, 1024 for BAGEL)")
-    ap.add_argument("--steps", type=int, help="denoising steps (10 for the toy, 49 for BAGEL)")
     ap.add_argument(
-        "--temperature", type=float, default=0.0, help="temperature of the text; 0 is greedy"
+        "--steps", type=number(int, least=1), help="denoising steps (10 for the toy, 49 for BAGEL)"
     )
     ap.add_argument(
-        "--guidance", type=float, help="text guidance scale (1 for the toy, 4 for BAGEL); 1 is none"
-    )
+        "--temperature", type=number(float, least=0), default=0.0,
+        help="temperature of the text; 0 is greedy")
     ap.add_argument(
-        "--image_guidance", type=float,
+        "--guidance", type=number(float, least=0),
+        help="text guidance scale (1 for the toy, 4 for BAGEL); 1 is none")
+    ap.add_argument(
+        "--image_guidance", type=number(float, least=0),
         help="image guidance scale of an edit (1 for the toy, 2 for BAGEL)")
     ap.add_argument(
         "--renorm", choices=["global", "channel", "text_channel"],
@@ -622,11 +594,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Carry out a parsed command line; returns what to print."""
-    least = dict(n=1, steps=1, size=1, seed=0, temperature=0.0, guidance=0.0, image_guidance=0.0)
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value >= low):
-            raise ValueError(f"--{name} {value}: must be a finite number of at least {low:g}")
     if args.question and args.edit:
         raise ValueError("--question answers and --edit draws; give one of them")
     out = Path(args.out)

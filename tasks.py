@@ -24,8 +24,8 @@ from referees.questions import Questions, with_questions
 from rewards import REWARDS, Samples
 from sample import (
     SAMPLING, THINK_TO_DRAW, Draw, Read, Rollout, See, Write, chosen_pictures, chosen_texts,
-    images_of, sample_plan, subset, texts_of, vit_pixels)
-from support.pictures import to_bytes
+    images_of, sample_plan, subset, texts_of)
+from support.pictures import to_bytes, vit_pixels
 from support.rows import (
     READERS, Pool, Row, captions_of_file, check_rules, choices_of_file, edits_of_file, pool_by_tag,
     prompts_of_file, questions_of_file)
@@ -504,7 +504,7 @@ def check_rows(rows: list[dict], path: str, task: Task, cfg, policy: Policy) -> 
         raise ValueError(
             f"--choose needs options in every row of {path}; {bare[0][:60]!r} has none")
     texts, room = [row[task.text] for row in rows], getattr(cfg, task.writes) if task.writes else 0
-    policy.check_text(texts, room)
+    policy.token_ids(texts, room)
     unknown = policy.tokenizer.unk_token_id     # BAGEL's tokenizer has none: it spells every word
     if unknown is not None:
         strange = [

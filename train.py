@@ -35,22 +35,22 @@ import eval as evaluation
 import flow_grpo
 import rewards
 from grpo import group_advantage, grpo_loss, normalise_each, rectify, variance_share
-from policy import Policy, adapters_off
+from policy import Policy
 from recipes import SCALES, Config, check, describe, parse, recipe_table
 from referees.build import build_rewards, referee_bytes
 from referees.siglip import Learner
 from rewards import Samples
-from sample import Rollout, Text, chosen_texts, join, replay_gaps, replay_rollout, sample_plan
+from sample import Rollout, Text, chosen_texts, join, replay_rollout, sample_plan
 from support.checkpoint import (
     freeze, keep_gathered, load_policy, reset_adapters, save_adapters, save_policy, shard)
+from support.lora import adapters_off
 from support.memory import check_memory, room_to_gather
-from support.plots import plot
 from support.run import (
     Average, Log, Ranks, clip_gradients, load_checkpoint, make_optimizer, precision,
     refuse_finished, run_state, save_bad_step, save_checkpoint, setup, signals)
 from support.terminal import one_line, say
 from tasks import (
-    TASKS, Batch, Source, counts, first_pictures, guidance_of, in_use, micro_batches, rewards_of,
+    Batch, Source, counts, first_pictures, guidance_of, in_use, micro_batches, rewards_of,
     samples_of, token_states, truth_and_variety)
 
 TEXT_HALF = 0.8  # weight of a pair's text half; the image half has 1 [CoRL: lambda]
@@ -75,7 +75,6 @@ class Run:
     learner: Learner | None = None              # a SigLIP that learns from the policy's pictures
     start: int = 0                              # first step
     parts: list = field(default_factory=list)   # of the last step
-    silent: dict[str, int] = field(default_factory=dict)  # task -> steps in a row without a signal
 
 
 @dataclass
@@ -119,18 +118,12 @@ def one_step(run: Run, step: int) -> dict[str, float]:
 def act(run: Run, batch: Batch) -> Rollout:
     """1. Sample G trajectories of every row, at most --rollout_batch at once."""
     cfg, policy, task = run.cfg, run.policy, batch.task
-    rows_at_once = (
-        max(1, cfg.rollout_batch // cfg.group_size) if cfg.rollout_batch else len(batch.rows))
     rollouts = []
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
-        for i in range(0, len(batch.rows), rows_at_once):
-            rows, index = batch.rows[i:i + rows_at_once], batch.index[i:i + rows_at_once]
-            plan = task.plan(rows, batch.choices)
-            rollouts.append(
-                sample_plan(
-                    policy, plan, seed=cfg.seed, step=batch.step, prompts=index, G=cfg.group_size,
-                    guidance=guidance_of(cfg, task.sees))
-            )
+        for rows, index in row_parts(batch, cfg.rollout_batch, cfg.group_size):
+            rollouts.append(sample_plan(
+                policy, task.plan(rows, batch.choices), seed=cfg.seed, step=batch.step,
+                prompts=index, G=cfg.group_size, guidance=guidance_of(cfg, task.sees)))
     return join(rollouts)
 
 
@@ -264,20 +257,22 @@ def draw_first_pictures(run: Run, batch: Batch) -> Batch:
         with torch.autocast(run.policy.device.type, enabled=False):  # as the refinements are scored
             return rewards.combine(rewards.score(scoring, samples), weights)
 
-    rows_at_once = (
-        max(1, cfg.rollout_batch // cfg.initial) if cfg.rollout_batch else len(batch.rows))
-    rows, values = [], []
-    with (
-        precision(cfg, run.policy.device),
-        keep_gathered(run.policy, room_to_gather(run.policy.device))):
-        for i in range(0, len(batch.rows), rows_at_once):
+    rows, values, policy = [], [], run.policy
+    with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
+        for part, index in row_parts(batch, cfg.rollout_batch, cfg.initial):
             drawn, least = first_pictures(
-                run.policy, batch.rows[i:i + rows_at_once], batch.choices, seed=cfg.seed,
-                step=batch.step, index=batch.index[i:i + rows_at_once], n=cfg.initial, value=value,
-                guidance=guidance_of(cfg, False))
+                policy, part, batch.choices, seed=cfg.seed, step=batch.step, index=index,
+                n=cfg.initial, value=value, guidance=guidance_of(cfg, False))
             rows += drawn
             values.append(least)
     return replace(batch, rows=rows, initial=torch.cat(values))
+
+
+def row_parts(batch: Batch, samples: int, each: int):
+    """Parts of a batch, rows and indices, of at most `samples` samples at `each` a row; 0: one."""
+    count = max(1, samples // each) if samples else len(batch.rows)
+    for i in range(0, len(batch.rows), count):
+        yield batch.rows[i:i + count], batch.index[i:i + count]
 
 
 def rewards_in_use(run: Run, batch: Batch) -> dict[str, rewards.Reward]:
@@ -383,50 +378,33 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
     Beyond the clip range it acts as noise, which is said. Errors: ValueError far beyond it, where
     the two are different functions.
     """
-    cfg, out = run.cfg, {}
+    cfg, gaps = run.cfg, {}
     for part in parts:
-        gaps = []
-        with precision(cfg, run.policy.device):
-            for rollout, _ in micro_batches(part.rollout, cfg.micro):
-                gaps += replay_gaps(run.policy, rollout)
-        for kind, gap in gaps:
-            name, clip = f"{part.name}/{kind}", cfg.text_clip if kind == "text" else cfg.image_clip
-            out[f"self_check/{name}"] = max(gap, out.get(f"self_check/{name}", 0.0))
-            if gap > max(10 * clip, 0.05):
-                raise ValueError(
-                    f"self-check: rollout and replay differ by {gap:.2g} in log-probs "
-                    f"of {name}; they "
-                    "must be one function"
-                )
-            if gap > clip:
-                say(
-                    f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the "
-                    "clip range "
-                    f"{clip:g}"
-                )
-    return out
+        for rollout, _ in micro_batches(part.rollout, cfg.micro):
+            with torch.no_grad(), precision(cfg, run.policy.device):
+                scored_segments = replay_rollout(run.policy, rollout)
+            for scored in scored_segments:
+                name = f"{part.name}/{scored.kind}"
+                gaps[name] = max(scored.gap, gaps.get(name, 0.0))
+    for name, gap in gaps.items():
+        clip = cfg.text_clip if name.endswith("text") else cfg.image_clip
+        if gap > max(10 * clip, 0.05):
+            raise ValueError(f"self-check: rollout and replay differ by {gap:.2g} in log-probs of "
+                             f"{name}; they must be one function")
+        if gap > clip:
+            say(f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the clip "
+                f"range {clip:g}")
+    return {f"self_check/{name}": gap for name, gap in gaps.items()}
 
 
 def step_stats(run: Run) -> dict[str, float]:
-    """What is logged of a step's parts; a warning for a task without a signal."""
+    """What is logged of a step's parts."""
     out = {}
     for part in run.parts:
         local = {name: [value] for name, value in part.stats.items()}
         stats = run.ranks.mean_over_ranks(local) | part.group_stats
         out |= {f"{part.name}/{name}": value for name, value in stats.items()}
-        warn_of_silence(run, part)
     return out
-
-
-def warn_of_silence(run: Run, part: Part) -> None:
-    """Say once that all samples of each prompt got the same reward for three steps."""
-    tied = part.group_stats["frac_reward_zero_std"] == 1
-    run.silent[part.name] = run.silent.get(part.name, 0) + 1 if tied else 0
-    if run.silent[part.name] == 3 and run.ranks.rank == 0:
-        say(
-            f"warning: --{part.name} learned nothing for three steps: all samples of each prompt "
-            "get the same reward"
-        )
 
 
 def teach_referee(run: Run) -> dict[str, float]:
@@ -470,7 +448,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 if done > run.start and not run.policy.sharded:  # the last finished step is whole
                     keep(run, done, writer=ranks.rank)
                 raise
-            bar.set_postfix(headline(stats))
+            bar.set_postfix(loss=f"{stats['loss']:.3f}")
             stopping = torch.tensor([len(caught)], device=ranks.device)
             halt = bool(ranks.total(stopping).item())
             if halt or done == cfg.steps or due(done, cfg.save_every):
@@ -485,12 +463,6 @@ def train(cfg: Config, ranks: Ranks) -> None:
 
 def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def headline(stats: dict[str, float]) -> dict[str, str]:
-    """The rewards and the loss of a step, for the progress bar."""
-    shown = [name for name in stats if name.endswith("/reward") or name == "loss"]
-    return {name.split("/")[0]: f"{stats[name]:.3f}" for name in shown}
 
 
 def begin(cfg: Config, ranks: Ranks) -> Run:
@@ -568,11 +540,7 @@ def export(run: Run) -> None:
     if run.ranks.rank > 0:
         return
     if cfg.eval_every and run.log.evaluated:
-        before, after = load_policy(cfg.policy, device), load_policy(out / "policy", device)
-        evaluation.before_after(before, after, out / "before_after.png")
-        titles = {name: task.title for name, task in TASKS.items()}
-        plot([run.log.path], out / "curves.png", titles)
-        print(evaluation.summary(run.log.path))
+        print(evaluation.picture_run(run.log.path, cfg.policy, device))
     print(f"the policy is in {out / 'policy'}, its log in {run.log.path}")
 
 
