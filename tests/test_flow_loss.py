@@ -1,0 +1,399 @@
+"""How a flow policy learns: RatioNorm, weights of steps, penalties, the loss, a rising reward."""
+
+import dataclasses
+import doctest
+import inspect
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Normal, kl_divergence
+
+import flow_grpo
+import grpo
+from flow_grpo import (
+    Replay, draw_window, flow_grpo_loss, normalised_log_ratio, replay, rollout, select, shared_noise,
+    step_weights, time_grid, transition, transition_kl, velocity_mse)
+from velocities import exact_velocity, linear_velocity, sample_linear
+
+samplers = pytest.mark.parametrize("sampler", ["sde", "cps", "dance"])
+densities = pytest.mark.parametrize("density", ["mean", "sum"])
+either_ratio = pytest.mark.parametrize("ratio_norm", [False, True])
+late = st.floats(0.1, 0.95)
+
+
+def near(**options):
+    """A trajectory, its replay under another weight (a leaf), the frozen policy's replay, advantages."""
+    old, weight, other = sample_linear(**options)
+    other.requires_grad_()
+    adv = torch.randn(len(old.data), dtype=other.dtype)
+    return old, other, replay(linear_velocity(other), old), replay(linear_velocity(weight), old), adv
+
+
+# ---- ratio, weights, penalties ----
+
+
+@densities
+@samplers
+def test_ratio_norm_is_the_papers_formula_in_value_and_gradient(sampler, density):
+    old, other, new, _, _ = near(sampler=sampler, dtype=torch.float64, density=density)
+    value = normalised_log_ratio(old.latents[:, 1:], new.mean, old.means, old.std, density=density)
+    shift = (old.means - new.mean).square().flatten(2)
+    shift = shift.mean(2) if density == "mean" else shift.sum(2)
+    formula = old.std * (new.logp - old.logp + shift / (2 * old.std**2))
+    torch.testing.assert_close(value, formula)
+    mixed = torch.randn_like(value)
+    gradients = torch.autograd.grad((value * mixed).sum(), other, retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad((formula * mixed).sum(), other))
+
+
+def test_ratio_norm_centres_the_log_ratio_and_evens_its_spread_over_steps():
+    old, weight, _ = sample_linear(N=4000, W=5, density="sum")
+    shifted = replay(lambda x, t: linear_velocity(weight)(x, t) + 0.5, old)
+    shift = (shifted.mean - old.means).flatten(2).norm(dim=2).mean(0)                 # (W,)
+    plain = (shifted.logp - old.logp).mean(0)
+    torch.testing.assert_close(plain, -((shift / old.std) ** 2) / 2, rtol=0, atol=0.06)
+    normed = normalised_log_ratio(old.latents[:, 1:], shifted.mean, old.means, old.std, density="sum") / shift
+    torch.testing.assert_close(normed.mean(0), torch.zeros(5), rtol=0, atol=0.06)     # standard error 0.016
+    torch.testing.assert_close(normed.std(0), torch.ones(5), rtol=0, atol=0.06)
+
+
+@given(st.integers(4, 30), st.floats(0.5, 5), st.integers(0, 2), st.integers(1, 2))
+def test_step_weights_undo_the_step_sizes_of_the_window(K, shift, start, W):
+    times, window = time_grid(K, shift), (start, start + W)
+    weights = step_weights(times, window)
+    torch.testing.assert_close(-weights * times.diff()[start:start + W], torch.ones(W))
+    normalised = step_weights(times, window, normalise=True)
+    torch.testing.assert_close(normalised.mean(), torch.ones(()))
+    torch.testing.assert_close(normalised / normalised[0], weights / weights[0])
+
+
+@given(st.floats(0.05, 3), st.floats(0.05, 3))
+def test_the_kl_is_that_of_two_normal_distributions(first, second):
+    mean, mean_ref = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    std = torch.tensor([first, second], dtype=torch.float64)
+    exact = kl_divergence(Normal(mean, std[:, None]), Normal(mean_ref, std[:, None]))
+    torch.testing.assert_close(transition_kl(mean, mean_ref, std, density="sum"), exact.sum(2))
+    torch.testing.assert_close(transition_kl(mean, mean_ref, std), exact.mean(2))
+
+
+@given(t=late, part=late, a=late)
+def test_the_sde_kl_in_velocities_has_the_weight_that_its_docstring_states(t, part, a):
+    x, v, v_ref = torch.randn(3, 2, 1, 3, dtype=torch.float64)                        # (N, W, D)
+    (mean, std), (mean_ref, _) = (transition(x, u, t, t * part, noise_level=a) for u in (v, v_ref))
+    sigma, dt = a * math.sqrt(t / (1 - t)), t * (1 - part)
+    weight = dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
+    torch.testing.assert_close(transition_kl(mean, mean_ref, std[None]), weight * velocity_mse(v, v_ref))
+
+
+def test_the_velocity_mse_is_the_mean_squared_distance_of_each_sample_and_step():
+    v, v_ref = torch.randn(2, 2, 3, 4, 5)
+    expected = [[torch.nn.functional.mse_loss(a, b) for a, b in zip(*rows)] for rows in zip(v, v_ref)]
+    torch.testing.assert_close(velocity_mse(v, v_ref), torch.tensor(expected))
+    assert velocity_mse(v.bfloat16(), v_ref.bfloat16()).dtype == torch.float32
+
+
+# ---- the loss ----
+
+
+def test_the_loss_is_the_sum_over_samples_and_steps_of_surrogate_and_penalties_divided_by_total():
+    old, _, new, reference, adv = near()
+    weights, expected, clipped = [0.5, 1.0, 3.0], 0.0, 0
+    kl, mse = transition_kl(new.mean, reference.mean, old.std), velocity_mse(new.v, reference.v)
+    for n, A in enumerate(adv.tolist()):
+        for w in range(3):
+            ratio = math.exp((new.logp - old.logp)[n, w].item())
+            bounded = min(max(ratio, 1 - 0.003), 1 + 0.005)
+            clipped += ratio != bounded
+            expected -= weights[w] * min(ratio * A, bounded * A)
+            expected += 0.4 * kl[n, w].item() + 0.2 * mse[n, w].item()
+    loss, _ = flow_grpo_loss(
+        new, old, adv, total=11, low=0.003, high=0.005, weights=torch.tensor(weights), reference=reference,
+        kl_beta=0.4, mse_weight=0.2)
+    assert loss.item() == pytest.approx(expected / 11, rel=1e-4)
+    assert 0 < clipped < 18
+
+
+@densities
+def test_kl_and_ratio_norm_follow_the_density_of_the_trajectory(density):
+    old, _, new, reference, adv = near(density=density)
+    loss, stats = flow_grpo_loss(
+        new, old, adv, total=18, low=9.0, high=9.0, ratio_norm=True, reference=reference)
+    expected = transition_kl(new.mean, reference.mean, old.std, density=density).mean()
+    torch.testing.assert_close(stats["kl"], expected)
+    log = normalised_log_ratio(old.latents[:, 1:], new.mean, old.means, old.std, density=density)
+    torch.testing.assert_close(loss, -(log.exp() * adv[:, None]).mean())
+
+
+@either_ratio
+def test_before_any_update_ratios_are_one_and_the_gradient_is_that_of_the_weighted_log_density(ratio_norm):
+    old, weight, _ = sample_linear(dtype=torch.float64)
+    weight.requires_grad_()
+    new, adv = replay(linear_velocity(weight), old), torch.randn(6, dtype=torch.float64)
+    loss, stats = flow_grpo_loss(new, old, adv, total=18, low=1e-4, high=1e-4, ratio_norm=ratio_norm)
+    assert (stats["ratio/mean"], stats["ratio/std"], stats["approx_kl"]) == (1, 0, 0)
+    factor = old.std if ratio_norm else 1.0                   # RatioNorm weighs every step by its std
+    expected = -(adv[:, None] * new.logp * factor).mean()
+    gradient = torch.autograd.grad(loss, weight, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, weight))
+
+
+@samplers
+@either_ratio
+def test_the_losss_gradient_is_its_finite_difference(sampler, ratio_norm):
+    old, other, _, reference, adv = near(sampler=sampler, N=3, W=2, dtype=torch.float64)
+    reference = dataclasses.replace(reference, mean=reference.mean + 0.1, v=reference.v + 0.1)
+    options = dict(
+        total=6, low=0.5, high=0.5, ratio_norm=ratio_norm, weights=step_weights(old.times, old.window),
+        reference=reference, kl_beta=0.3, mse_weight=0.2)
+
+    def loss(weight):
+        return flow_grpo_loss(replay(linear_velocity(weight), old), old, adv, **options)[0]
+
+    assert torch.autograd.gradcheck(loss, other)
+
+
+@either_ratio
+def test_the_gradient_is_zero_beyond_the_clip_on_the_side_that_the_advantage_favours(ratio_norm):
+    old, _, _ = sample_linear(N=8, W=1)
+    for n in range(8):
+        one = select(old, slice(n, n + 1))
+        mean = (one.means + 0.01 * torch.randn_like(one.means)).requires_grad_()
+        logp = flow_grpo.gaussian_logp(one.latents[:, 1], mean[:, 0], one.std[0])[:, None]
+        new = Replay((0,), logp, mean, mean)
+        log = logp - one.logp
+        if ratio_norm:
+            log = normalised_log_ratio(one.latents[:, 1:], mean, one.means, one.std)
+        favoured = log.sign().flatten().detach()
+        for adv, clipped in ((favoured, True), (-favoured, False)):
+            loss, stats = flow_grpo_loss(new, one, adv, total=1, low=1e-7, high=1e-7, ratio_norm=ratio_norm)
+            (gradient,) = torch.autograd.grad(loss, mean, retain_graph=True)
+            assert (gradient == 0).all() == clipped
+            assert stats["clip_ratio/high_mean"] == (clipped and adv > 0)
+            assert stats["clip_ratio/low_mean"] == (clipped and adv < 0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+@pytest.mark.parametrize("steps", [[None], [(2,), (0,), (1,)]])
+@either_ratio
+def test_splitting_into_micro_batches_and_steps_changes_neither_loss_nor_gradient(parts, steps, ratio_norm):
+    old, weight, other = sample_linear(dtype=torch.float64)
+    other.requires_grad_()
+    adv, weights = torch.randn(6, dtype=torch.float64), torch.tensor([0.5, 1.0, 1.5])
+    options = dict(
+        total=18, low=0.01, high=0.02, ratio_norm=ratio_norm, weights=weights, kl_beta=0.1, mse_weight=0.3)
+
+    def loss_of(index, steps):
+        part = select(old, index)
+        reference = replay(linear_velocity(weight), part, steps=steps)
+        new = replay(linear_velocity(other), part, steps=steps)
+        return flow_grpo_loss(new, part, adv[index], reference=reference, **options)[0]
+
+    whole = loss_of(slice(None), None)
+    pieces = sum(loss_of(index, some) for index in torch.arange(6).chunk(parts) for some in steps)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(torch.autograd.grad(pieces, other), torch.autograd.grad(whole, other))
+
+
+def test_the_stats_are_means_over_samples_and_steps_without_gradient():
+    old, _, new, reference, _ = near()
+    adv = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.0, 3.0])
+    _, stats = flow_grpo_loss(new, old, adv, total=5, low=0.002, high=0.004, reference=reference)
+    log = (new.logp - old.logp).detach().double()
+    ratio, adv = log.exp(), adv[:, None]
+    low, high = ((ratio < 1 - 0.002) & (adv < 0)).double(), ((ratio > 1 + 0.004) & (adv > 0)).double()
+    assert low.any()
+    assert high.any()
+    expected = {
+        "clip_ratio/low_mean": low.mean(), "clip_ratio/high_mean": high.mean(), "ratio/mean": ratio.mean(),
+        "clip_ratio/step_mean": (low + high).mean(0), "ratio/std": ratio.std(correction=0),
+        "ratio/step_mean": ratio.mean(0), "ratio/step_std": ratio.std(0, correction=0),
+        "approx_kl": log.square().mean() / 2,
+        "kl": transition_kl(new.mean, reference.mean, old.std).mean(),
+        "velocity_mse": velocity_mse(new.v, reference.v).mean(),
+    }
+    assert set(stats) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(stats[name].double(), value.double().detach(), rtol=1e-3, atol=1e-7)
+        assert not stats[name].requires_grad
+
+
+@either_ratio
+def test_neither_the_old_policy_nor_the_reference_nor_the_advantage_receives_gradient(ratio_norm):
+    old, other, new, _, adv = near()
+    old = dataclasses.replace(old, logp=old.logp.requires_grad_(), means=old.means.requires_grad_())
+    frozen = other.detach().clone().requires_grad_()
+    reference = replay(linear_velocity(frozen), old)
+    leaves = [old.logp, old.means, frozen, adv.requires_grad_()]
+    loss, _ = flow_grpo_loss(
+        new, old, adv, total=18, low=1.0, high=1.0, ratio_norm=ratio_norm, reference=reference, kl_beta=1.0,
+        mse_weight=1.0)
+    gradient, *others = torch.autograd.grad(loss, [other, *leaves], allow_unused=True)
+    assert (gradient != 0).any()
+    assert all(g is None or (g == 0).all() for g in others)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(adv=torch.zeros(5)), "adv"), (dict(adv=torch.zeros(6, 1)), "adv"), (dict(total=0), "total"),
+    (dict(kl_beta=0.1), "reference"), (dict(mse_weight=0.1), "reference"),
+    (dict(reference=Replay((0,), *torch.zeros(3, 6, 1, 4))), "steps")])
+def test_a_loss_that_makes_no_sense_is_refused(change, words):
+    old, weight, _ = sample_linear()
+    arguments = dict(adv=torch.zeros(6), total=18, low=0.1, high=0.1) | change
+    with pytest.raises(ValueError, match=words):
+        flow_grpo_loss(replay(linear_velocity(weight), old), old, **arguments)
+
+
+@either_ratio
+def test_no_function_writes_into_its_arguments(ratio_norm):
+    old, _, new, reference, adv = near()
+    weights, records = torch.rand(3), (old, new, reference)
+    inputs = [x for r in records for x in vars(r).values() if isinstance(x, torch.Tensor)] + [adv, weights]
+    before = [x.clone() for x in inputs]
+    flow_grpo_loss(
+        new, old, adv, total=6, low=0.1, high=0.1, ratio_norm=ratio_norm, weights=weights,
+        reference=reference, kl_beta=0.1, mse_weight=0.1)
+    rollout(linear_velocity(torch.eye(4)), old.data, old.times, window=(0, 0), noise_level=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+# ---- any distance between policies ----
+
+
+def shifted_loss(gaps, adv, **options):
+    """(loss, gradient, *stats) if the plain log-ratio, or RatioNorm's with `ratio_norm`, is `gaps` (3, 2)."""
+    torch.manual_seed(0)
+    old, weight, _ = sample_linear(N=3, W=2, dtype=torch.float64)
+    same, gaps = replay(linear_velocity(weight), old), torch.tensor(gaps, dtype=torch.float64).view(3, 2)
+    logp, mean = (old.logp + gaps).requires_grad_(), same.mean
+    if options["ratio_norm"]:                             # which is linear in the mean
+        scale = normalised_log_ratio(old.latents[:, 1:], old.means + 1, old.means, old.std)
+        mean = (old.means + (gaps / scale)[..., None, None]).requires_grad_()
+    new, adv = Replay(same.steps, logp, mean, same.v), torch.tensor(adv, dtype=torch.float64)
+    loss, stats = flow_grpo_loss(new, old, adv, total=5, reference=same, **options)
+    (gradient,) = torch.autograd.grad(loss, mean if options["ratio_norm"] else logp)
+    return [loss.detach(), gradient, *stats.values()]
+
+
+def six(x):
+    return st.lists(x, min_size=6, max_size=6)
+
+
+far = st.one_of(st.floats(-1e4, 1e4), st.sampled_from([88.8, -88.8, grpo.LOG_RATIO_BOUND]))
+advantages = st.lists(st.one_of(st.floats(-5, 5), st.just(0.0)), min_size=3, max_size=3)
+options_of_a_loss = st.fixed_dictionaries(dict(
+    ratio_norm=st.booleans(), low=st.floats(0, 1), high=st.floats(0, 10), kl_beta=st.sampled_from([0.0, 0.1]),
+    weights=st.sampled_from([None, torch.tensor([0.5, 8.0])])))
+
+
+@given(six(far), advantages, options_of_a_loss)
+def test_loss_gradient_and_stats_are_finite_at_any_log_ratio(gaps, adv, options):
+    for value in shifted_loss(gaps, adv, **options):
+        assert value.isfinite().all()
+
+
+@given(six(st.floats(-19.9, 19.9)), advantages, options_of_a_loss)
+def test_within_20_nats_loss_gradient_and_stats_are_those_without_a_bound(gaps, adv, options):
+    bounded = shifted_loss(gaps, adv, **options)
+    with mock.patch.object(flow_grpo, "LOG_RATIO_BOUND", math.inf):
+        free = shifted_loss(gaps, adv, **options)
+    assert all(torch.equal(a, b) for a, b in zip(bounded, free, strict=True))
+
+
+@pytest.mark.parametrize("adv", [1.0, 0.0, -1.0])
+def test_a_sample_whose_log_density_fell_to_minus_infinity_has_ratio_and_gradient_zero(adv):
+    loss, gradient, *stats = shifted_loss([-math.inf] * 6, [adv] * 3, ratio_norm=False, low=0.2, high=0.2)
+    assert loss.item() == pytest.approx(0.8 * 6 / 5 if adv < 0 else 0.0)
+    assert (gradient == 0).all()
+    assert all(value.isfinite().all() for value in stats)
+
+
+@pytest.mark.parametrize("name", ["clipped_surrogate", "bounded_exp"])
+def test_what_both_policy_gradients_share_is_the_same_to_the_letter(name):
+    assert inspect.getsource(getattr(flow_grpo, name)) == inspect.getsource(getattr(grpo, name))
+    assert flow_grpo.LOG_RATIO_BOUND == grpo.LOG_RATIO_BOUND
+
+
+# ---- learning ----
+
+
+def test_the_example_in_the_docstring_is_true():
+    results = doctest.testmod(flow_grpo)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+@samplers
+def test_following_the_gradient_raises_the_reward(sampler):
+    shift = torch.zeros(2, requires_grad=True)
+    optimizer, B, G, rewards = torch.optim.Adam([shift], lr=0.03), 8, 16, []
+
+    def velocity(x, t):
+        return exact_velocity(0.0, 0.5)(x, t) + shift
+
+    for step in range(30):
+        window = draw_window(2, 0, 4, seed=0, step=step)
+        old = rollout(
+            velocity, shared_noise(torch.randn(B, 2), G), time_grid(5), window=window, noise_level=0.7,
+            sampler=sampler, step_noise=torch.randn(2, B * G, 2))
+        reward = (old.data[:, 0] > 0.3).float()
+        rewards.append(reward.mean().item())
+        adv = grpo.group_advantage(reward, G)
+        loss, _ = flow_grpo_loss(replay(velocity, old), old, adv, total=2 * B * G, low=0.2, high=0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sum(rewards[:5]) / 5 < 0.45
+    assert sum(rewards[-5:]) / 5 > 0.7
+    assert shift[0] < -0.3                                    # data moves against v
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    """The velocity of a small random SD3 transformer of diffusers, the transformer, its scheduler."""
+    from policy import declare_torchvision_ops
+    declare_torchvision_ops()
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=4, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8,
+        pos_embed_max_size=8)
+    prompts, pooled = torch.randn(4, 4, 16), torch.randn(4, 8)
+
+    def velocity(x, t):
+        return transformer(
+            x, timestep=1000 * t.expand(len(x)), encoder_hidden_states=prompts, pooled_projections=pooled,
+            return_dict=False)[0]
+
+    return velocity, transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def test_a_transformer_of_diffusers_learns(sd3):
+    velocity, transformer, scheduler = sd3
+    scheduler.set_timesteps(5)
+    old = rollout(
+        velocity, torch.randn(4, 4, 16, 16), scheduler.sigmas, window=(0, 2), noise_level=0.7,
+        step_noise=torch.randn(2, 4, 4, 16, 16))
+    loss, stats = flow_grpo_loss(replay(velocity, old), old, torch.randn(4), total=8, low=1e-4, high=1e-4)
+    loss.backward()
+    assert stats["ratio/mean"].item() == pytest.approx(1, abs=1e-5)
+    gradient = transformer.proj_out.weight.grad
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+def test_without_noise_a_rollout_is_the_loop_of_the_scheduler(sd3):
+    """So its sigmas are flow times, its timesteps are 1000 of them, and a prediction is noise - data."""
+    velocity, _, scheduler = sd3
+    x = start = torch.randn(4, 4, 16, 16)
+    scheduler.set_timesteps(6)
+    data = rollout(velocity, x, scheduler.sigmas, window=(0, 0), noise_level=0.0).data
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(velocity(x, timestep / 1000), timestep, x, return_dict=False)[0]
+    torch.testing.assert_close(data, x, rtol=1e-5, atol=1e-5)
+    assert (data - start).abs().max() > 0.1
