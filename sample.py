@@ -508,30 +508,27 @@ def refine(
     the prompt, and the instruction `look`, in the plan. system: BAGEL's think prompt before what
     writes a thought.
     """
-    N, out = len(prompts), []
-    for step in range(rounds + 1):
-        plan, guide, before = (again, guidance[1], out[-1]) if out else (first, guidance[0], None)
+    N = len(prompts)
+    looks = Read([look.format(prompt=prompt) for prompt in prompts])
+
+    def walk(given: list, plan: list, step: int, guide: Guidance | None):
         thinks = system and any(isinstance(item, Write) for item in plan)
-        given = [Read([THINK_TO_DRAW] * N)] if thinks else []
-        if before:
-            source = before.kept * 2 - 1
-            given += [
-                See(vit_pixels(policy, source), source),
-                Read([look.format(prompt=prompt) for prompt in prompts])]
-        else:
-            given.append(Read(prompts))
-        walked = sample_plan(
-            policy, given + plan, seed=seed, step=step, prompts=list(range(N)), G=1, guidance=guide)
-        drawn, texts = images_of(policy, walked), texts_of(policy, walked)
-        worth = value(drawn)
-        if not before:
-            out.append(Round(drawn, worth, drawn, worth, texts))
-            continue
-        better = {
-            "always": torch.ones_like(worth, dtype=torch.bool), "judge": worth > before.value,
-            "oracle": before.value < 1}[select]
-        kept = torch.where(better.to(drawn.device)[:, None, None, None], drawn, before.kept)
-        out.append(Round(drawn, worth, kept, torch.where(better, worth, before.value), texts))
+        start = [Read([THINK_TO_DRAW] * N)] if thinks else []
+        rollout = sample_plan(policy, start + given + plan, seed=seed, step=step,
+                              prompts=list(range(N)), G=1, guidance=guide)
+        drawn = images_of(policy, rollout)
+        return drawn, value(drawn), texts_of(policy, rollout)
+
+    drawn, worth, texts = walk([Read(prompts)], first, 0, guidance[0])
+    out = [Round(drawn, worth, drawn, worth, texts)]
+    for step in range(1, rounds + 1):
+        kept, best = out[-1].kept, out[-1].value
+        source = kept * 2 - 1
+        seen = [See(vit_pixels(policy, source), source), looks]
+        drawn, worth, texts = walk(seen, again, step, guidance[1])
+        better = {"always": worth == worth, "judge": worth > best, "oracle": best < 1}[select]
+        kept = torch.where(better.to(drawn.device)[:, None, None, None], drawn, kept)
+        out.append(Round(drawn, worth, kept, torch.where(better, worth, best), texts))
     return out
 
 
@@ -583,9 +580,6 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument(
         "--image_guidance", type=number(float, least=0),
         help="image guidance scale of an edit (1 for the toy, 2 for BAGEL)")
-    ap.add_argument(
-        "--renorm", choices=["global", "channel", "text_channel"],
-        help="how guided velocities are kept short")
     ap.add_argument("--out", default="samples.png", help="the image that is written")
     args = ap.parse_args(argv)
     with one_line("sample.py"):
@@ -611,7 +605,7 @@ def run(args: argparse.Namespace) -> str:
         return "\n".join(
             texts_of(policy, sample_plan(policy, plan, seed=args.seed, step=0, prompts=[0], G=G)))
     size, guidance = (args.size or scale["size"],) * 2, scale["edit" if args.edit else "guidance"]
-    asked = dict(text_scale=args.guidance, image_scale=args.image_guidance, renorm=args.renorm)
+    asked = dict(text_scale=args.guidance, image_scale=args.image_guidance)
     guidance = replace(
         guidance, **{name: value for name, value in asked.items() if value is not None})
     if args.edit:

@@ -411,15 +411,10 @@ def teach_referee(run: Run) -> dict[str, float]:
     """Let a referee that learns see the step's pictures and prompts. [LVRPO Fig. 4]"""
     if not run.learner:
         return {}
-
-    def add_gradients(optimizer) -> None:
-        run.ranks.add_gradients(optimizer, 1)
-
     losses = []
     for part in run.parts:
         if part.batch.task.draws:
-            images, prompts = part.samples.images, part.samples.prompts
-            losses.append(run.learner.learn(images, prompts, add_gradients, run.ranks.world))
+            losses.append(run.learner.learn(part.samples.images, part.samples.prompts, run.ranks))
     return run.ranks.mean_over_ranks({"referee/loss": losses}) if losses else {}
 
 
@@ -553,14 +548,12 @@ def main() -> None:
         cfg, ranks = parse(), setup()
         if ranks.rank == 0:
             print(describe(cfg))
-        if cfg.recipe != "pretrain":
-            train(cfg, ranks)
-        elif ranks.world == 1:
+        if cfg.recipe == "pretrain":
             from toy import pretrain
 
             pretrain.main(Path(cfg.out))
         else:
-            raise ValueError("--recipe pretrain runs in one process")
+            train(cfg, ranks)
     if dist.is_initialized():
         dist.destroy_process_group()
 

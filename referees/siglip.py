@@ -104,19 +104,18 @@ class Learner:
         own = torch.tensor(own, device=cosine.device)                               # (N, prompts)
         return -F.logsigmoid(own * (cosine * model.logit_scale.exp() + model.logit_bias)).sum()
 
-    def learn(self, images: Tensor, prompts: list[str], add: Callable, world: int) -> float:
+    def learn(self, images: Tensor, prompts: list[str], ranks) -> float:
         """One step on the mean loss, in parts of the encoder's batch size; returns the loss before.
 
-        add(optimizer) adds up the gradients of all `world` ranks. Each rank compares with its own
-        prompts.
+        The ranks add up their gradients; each compares its pictures with its own prompts.
         """
         self.optimizer.zero_grad()
         distinct, size, total = list(dict.fromkeys(prompts)), self.encoder.batch_size, 0.0
         for i in range(0, len(prompts), size):
             part = self.loss(images[i:i + size], prompts[i:i + size], distinct) / len(prompts)
-            (part / world).backward()
+            (part / ranks.world).backward()
             total += part.item()
-        add(self.optimizer)
+        ranks.add_gradients(self.optimizer, 1)
         self.optimizer.step()
         return total
 
@@ -169,13 +168,8 @@ class Clip:
         return unit(in_batches(self.text_features, self.batch_size, texts))         # (N, D)
 
 
-def load_clip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128):
-    """A frozen Clip, such as openai/clip-vit-large-patch14, or the OpenClip that lies there.
-
-    Errors: see load_model.
-    """
-    if is_open_clip(path):
-        return load_open_clip(path, device=device, batch_size=batch_size)
+def load_clip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Clip:
+    """A frozen Clip, such as openai/clip-vit-large-patch14. Errors: see load_model."""
     return Clip(*load_model("AutoModel", ("clip",), path, device, dtype), batch_size)
 
 

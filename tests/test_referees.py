@@ -129,11 +129,12 @@ def test_a_learning_siglip_comes_to_like_the_pictures_it_is_shown():
     def keep(optimizer):
         gradients.append([p.grad.clone() for p in encoder.model.parameters()])
 
+    keeping = SimpleNamespace(world=1, add_gradients=lambda optimizer, _: keep(optimizer))
     for encoder.batch_size in (4, 3):           # in parts the gradient is that of the whole
-        learner.learn(x, PROMPTS, keep, 1)
+        learner.learn(x, PROMPTS, keeping)
         encoder.model.load_state_dict(first)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients))
-    losses = [learner.learn(x, PROMPTS, lambda optimizer: None, 1) for _ in range(10)]
+    losses = [learner.learn(x, PROMPTS, ALONE) for _ in range(10)]
     assert losses[-1] < losses[0]
     assert Semantic(encoder)(samples_of(x=x)).mean() > before
     assert {name.split(".")[0] for name in learner.state()} == {"referee"}
