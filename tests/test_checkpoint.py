@@ -1,4 +1,4 @@
-"""Weights in and out: what is saved is what is read, and what cannot be computed with is refused in one line."""
+"""Weights in and out: what is saved is what is read; what does not fit is refused in one line."""
 
 import json
 import os
@@ -19,15 +19,16 @@ from policy import PolicyConfig
 from studies.bench import release_on_meta
 from support import checkpoint
 from support.checkpoint import (
-    load_adapters, load_policy, release_ae_name, release_name, save_adapters, save_policy, save_tensors)
+    load_adapters, load_policy, release_ae_name, release_name, save_adapters, save_policy,
+    save_tensors)
 from support.disk import one_line_error, read_json, write_atomic
 from support.lora import adapters, add_lora
 from support.run import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "bagel_tiny"
-SIZE = (16, 24)                                                 # 2 x 3 latent tokens of 8 pixels
-BIAS = "llm2vae.bias"                                           # a small tensor of the released layout
+SIZE = (16, 24)                                 # 2 x 3 latent tokens of 8 pixels
+BIAS = "llm2vae.bias"                           # a small tensor of the released layout
 
 
 @pytest.fixture
@@ -95,7 +96,9 @@ def test_saving_merges_adapters_and_loading_gives_the_same_function(tmp_path):
     x, tokens = torch.randn(1, 6, 16), torch.arange(5)[None]
     with torch.no_grad():
         ours, theirs = (
-            p.velocity(p.append_text(p.empty(1), tokens)[1], x, 0.3, SIZE) for p in (policy, load_policy(tmp_path)))
+            p.velocity(p.append_text(p.empty(1), tokens)[1], x, 0.3, SIZE)
+            for p in (policy, load_policy(tmp_path))
+        )
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -111,18 +114,24 @@ def test_a_file_of_two_dtypes_becomes_one_of_its_embedding(folder):
 
 
 def test_the_release_has_the_published_keys_and_shapes():
-    """The 7B configuration on the meta device: 1,223 tensors, 14,607,260,128 values, 244 of the autoencoder."""
+    """The 7B configuration on the meta device."""
     policy = release_on_meta(load_policy(GOLDEN).tokenizer)
-    state = {release_name(k): tuple(v.shape) for k, v in policy.state_dict().items() if not k.startswith("autoencoder.")}
+    state = {
+        release_name(k): tuple(v.shape)
+        for k, v in policy.state_dict().items()
+        if not k.startswith("autoencoder.")
+    }
     D, kv, I, W = 3584, 512, 18944, 1152
-    table = {"time_embedder.mlp.0.weight": (D, 256), "time_embedder.mlp.0.bias": (D,),
-             "time_embedder.mlp.2.weight": (D, D), "time_embedder.mlp.2.bias": (D,),
-             "vae2llm.weight": (D, 64), "vae2llm.bias": (D,), "llm2vae.weight": (64, D), "llm2vae.bias": (64,),
-             "latent_pos_embed.pos_embed": (4096, D), "vit_pos_embed.pos_embed": (4900, D),
-             "connector.fc1.weight": (D, W), "connector.fc1.bias": (D,),
-             "connector.fc2.weight": (D, D), "connector.fc2.bias": (D,)}
+    table = {
+        "time_embedder.mlp.0.weight": (D, 256), "time_embedder.mlp.0.bias": (D,),
+        "time_embedder.mlp.2.weight": (D, D), "time_embedder.mlp.2.bias": (D,),
+        "vae2llm.weight": (D, 64), "vae2llm.bias": (D,), "llm2vae.weight": (64, D),
+        "llm2vae.bias": (64,), "latent_pos_embed.pos_embed": (4096, D),
+        "vit_pos_embed.pos_embed": (4900, D), "connector.fc1.weight": (D, W),
+        "connector.fc1.bias": (D,), "connector.fc2.weight": (D, D), "connector.fc2.bias": (D,)}
     llm, vit = "language_model.model.", "vit_model.vision_model."
-    table |= {"language_model.lm_head.weight": (152064, D), f"{llm}embed_tokens.weight": (152064, D)}
+    table |= {
+        "language_model.lm_head.weight": (152064, D), f"{llm}embed_tokens.weight": (152064, D)}
     for e in ("", "_moe_gen"):
         table[f"{llm}norm{e}.weight"] = (D,)
         for layer in (f"{llm}layers.{n}." for n in range(28)):
@@ -136,12 +145,15 @@ def test_the_release_has_the_published_keys_and_shapes():
                 table[f"{layer}self_attn.{name}{e}.weight"] = (128,)
             for name, shape in (("gate", (I, D)), ("up", (I, D)), ("down", (D, I))):
                 table[f"{layer}mlp{e}.{name}_proj.weight"] = shape
-    table |= {f"{vit}embeddings.patch_embedding.weight": (W, 588), f"{vit}embeddings.position_embedding.weight": (4900, W),
-              f"{vit}embeddings.patch_embedding.bias": (W,)}
+    table |= {
+        f"{vit}embeddings.patch_embedding.weight": (W, 588),
+        f"{vit}embeddings.position_embedding.weight": (4900, W),
+        f"{vit}embeddings.patch_embedding.bias": (W,)}
     norms = [f"{vit}post_layernorm"]
     for layer in (f"{vit}encoder.layers.{n}." for n in range(26)):
         norms += [f"{layer}layer_norm1", f"{layer}layer_norm2"]
-        shapes = {f"self_attn.{p}_proj": (W, W) for p in ("q", "k", "v", "out")} | {"mlp.fc1": (4304, W), "mlp.fc2": (W, 4304)}
+        shapes = {f"self_attn.{p}_proj": (W, W) for p in ("q", "k", "v", "out")} | {
+            "mlp.fc1": (4304, W), "mlp.fc2": (W, 4304)}
         for name, shape in shapes.items():
             table |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}
     table |= {f"{name}.{kind}": (W,) for name in norms for kind in ("weight", "bias")}
@@ -157,7 +169,9 @@ def test_the_release_has_the_published_keys_and_shapes():
 def test_fields_that_a_release_leaves_out_take_their_classes_defaults(folder):
     llm, vit = read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json")
     llm["rope_parameters"] = {"rope_theta": llm.pop("rope_theta")}
-    del llm["rms_norm_eps"], llm["tie_word_embeddings"], vit["num_channels"], vit["layer_norm_eps"], vit["hidden_act"]
+    del (
+        llm["rms_norm_eps"], llm["tie_word_embeddings"], vit["num_channels"], vit["layer_norm_eps"],
+        vit["hidden_act"])
     (folder / "llm_config.json").write_text(json.dumps(llm))
     (folder / "vit_config.json").write_text(json.dumps(vit))
     pixels, logits = torch.rand(1, 3, 20, 30), []
@@ -214,11 +228,19 @@ def test_a_key_is_read_from_the_shard_that_the_index_names(folder):
     assert same_weights(load_policy(folder), load_policy(GOLDEN))
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda where: where.pop(BIAS), BIAS), (lambda where: where.update(strange="one.safetensors"), "strange"),
-    (lambda where: where.update({BIAS: "three.safetensors"}), "three.safetensors cannot be read"),
-    (lambda where: where.update({BIAS: ""}), "cannot be followed"),
-    (lambda where: where.update({BIAS: 1}), "cannot be followed"), (lambda where: where.clear(), "keys missing")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda where: where.pop(BIAS), BIAS),
+        (lambda where: where.update(strange="one.safetensors"), "strange"),
+        (
+            lambda where: where.update({BIAS: "three.safetensors"}),
+            "three.safetensors cannot be read"),
+        (lambda where: where.update({BIAS: ""}), "cannot be followed"),
+        (lambda where: where.update({BIAS: 1}), "cannot be followed"),
+        (lambda where: where.clear(), "keys missing"),
+    ],
+)
 def test_shards_that_are_not_what_their_index_says_are_refused(folder, change, words):
     where = cut(folder, "ema")
     change(where)
@@ -234,40 +256,55 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
         load_policy(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("file, field, value", [
-    ("llm", "rope_scaling", {"type": "linear"}), ("llm", "rope_scaling", {"type": "default", "rope_theta": 5e5}),
-    ("llm", "rope_scaling", {"type": "default", "mrope_section": [2, 3, 3]}),
-    ("llm", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}), ("llm", "rope_parameters", [1]),
-    ("llm", "rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}),
-    ("llm", "tie_word_embeddings", True), ("llm", "attention_bias", False), ("llm", "mlp_bias", True),
-    ("llm", "hidden_act", "gelu"), ("vit", "hidden_act", "relu"), ("bagel", "connector_act", "gelu"),
-    ("llm", "quantization_config", {"bits": 4}), ("llm", "num_attention_heads", 3), ("llm", "num_key_value_heads", 3),
-    ("vit", "num_attention_heads", 5), ("llm", "head_dim", 32), ("llm", "use_sliding_window", True),
-    ("llm", "layer_types", ["full_attention", "sliding_attention"]), ("llm", "model_type", "qwen3"),
-    ("vit", "rope", True), ("bagel", "vit_select_layer", -1), ("llm", "num_attention_heads", 0),
-    ("llm", "hidden_size", "wide"), ("llm", "vocab_size", 200), ("ae", "ch_mult", [])])
+@pytest.mark.parametrize(
+    "file, field, value",
+    [
+        ("llm", "rope_scaling", {"type": "linear"}),
+        ("llm", "rope_scaling", {"type": "default", "rope_theta": 5e5}),
+        ("llm", "rope_scaling", {"type": "default", "mrope_section": [2, 3, 3]}),
+        ("llm", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}),
+        ("llm", "rope_parameters", [1]),
+        ("llm", "rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}),
+        ("llm", "tie_word_embeddings", True), ("llm", "attention_bias", False),
+        ("llm", "mlp_bias", True), ("llm", "hidden_act", "gelu"), ("vit", "hidden_act", "relu"),
+        ("bagel", "connector_act", "gelu"), ("llm", "quantization_config", {"bits": 4}),
+        ("llm", "num_attention_heads", 3), ("llm", "num_key_value_heads", 3),
+        ("vit", "num_attention_heads", 5), ("llm", "head_dim", 32),
+        ("llm", "use_sliding_window", True),
+        ("llm", "layer_types", ["full_attention", "sliding_attention"]),
+        ("llm", "model_type", "qwen3"), ("vit", "rope", True), ("bagel", "vit_select_layer", -1),
+        ("llm", "num_attention_heads", 0), ("llm", "hidden_size", "wide"),
+        ("llm", "vocab_size", 200), ("ae", "ch_mult", [])],
+)
 def test_a_config_that_changes_what_is_computed_is_refused(folder, file, field, value):
     set_json(folder / f"{file}_config.json", **{field: value})
     assert "config" in refusal(folder)
 
 
 def test_a_config_may_say_what_is_implemented_and_what_changes_nothing(folder):
-    set_json(folder / "llm_config.json", head_dim=16, layer_types=["full_attention"] * 2, attention_dropout=0.1,
-             attention_bias=True, sliding_window=7, rope_scaling=None, quantization_config=None,
-             rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    set_json(
+        folder / "llm_config.json", head_dim=16, layer_types=["full_attention"] * 2,
+        attention_dropout=0.1, attention_bias=True, sliding_window=7, rope_scaling=None,
+        quantization_config=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     set_json(folder / "vit_config.json", vision_use_head=False, attention_dropout=0.1, rope=False)
     set_json(folder / "bagel_config.json", timestep_shift=3.0, vit_select_layer=-2)
     assert same_weights(load_policy(folder), load_policy(GOLDEN))
 
 
-@pytest.mark.parametrize("fields", [
-    dict(rope_theta=3e4), dict(rope_theta=None), dict(rope_theta=2e4, rope_parameters={"rope_type": "default"}),
-    dict(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 2e4}),
-    dict(rope_theta=1e4, rope_parameters={"rope_theta": 2e4}), dict(rope_theta=1e4, rope_scaling={"type": "default"}),
-    dict(rope_theta=None, rope_scaling={"type": "default", "rope_theta": 2e4})])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(rope_theta=3e4), dict(rope_theta=None),
+        dict(rope_theta=2e4, rope_parameters={"rope_type": "default"}),
+        dict(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 2e4}),
+        dict(rope_theta=1e4, rope_parameters={"rope_theta": 2e4}),
+        dict(rope_theta=1e4, rope_scaling={"type": "default"}),
+        dict(rope_theta=None, rope_scaling={"type": "default", "rope_theta": 2e4})],
+)
 def test_a_rotation_is_that_of_transformers_or_is_refused(folder, fields):
     path = folder / "llm_config.json"
-    path.write_text(json.dumps({k: v for k, v in (read_json(path) | fields).items() if v is not None}))
+    path.write_text(
+        json.dumps({k: v for k, v in (read_json(path) | fields).items() if v is not None}))
     theirs = Qwen2Config.from_dict(read_json(path)).rope_parameters["rope_theta"]
     try:
         assert load_policy(folder).config.rope_theta == theirs
@@ -289,22 +326,37 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
-@pytest.mark.parametrize("change, words", [
-    (without_config, "the config says"), (pickle_weights, "pickled weights are not read"), (truncate, "download it again"),
-    (lambda folder: save_file({}, folder / "ema.safetensors"), "keys missing"),
-    (lambda folder: edit_tensors(folder, lambda t: t.pop(BIAS)), BIAS),
-    (lambda folder: edit_tensors(folder, lambda t: t.update(strange=torch.zeros(1))), "strange"),
-    (lambda folder: edit_tensors(folder, lambda t: t.update({BIAS: torch.zeros(3)})), BIAS),
-    (lambda folder: edit_tensors(folder, lambda t: t.update({BIAS: torch.zeros(16, dtype=torch.long)})), "dtype")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (without_config, "the config says"),
+        (pickle_weights, "pickled weights are not read"),
+        (truncate, "download it again"),
+        (lambda folder: save_file({}, folder / "ema.safetensors"), "keys missing"),
+        (lambda folder: edit_tensors(folder, lambda t: t.pop(BIAS)), BIAS),
+        (
+            lambda folder: edit_tensors(folder, lambda t: t.update(strange=torch.zeros(1))),
+            "strange"),
+        (lambda folder: edit_tensors(folder, lambda t: t.update({BIAS: torch.zeros(3)})), BIAS),
+        (
+            lambda folder: edit_tensors(
+                folder, lambda t: t.update({BIAS: torch.zeros(16, dtype=torch.long)})),
+            "dtype",
+        ),
+    ],
+)
 def test_weights_that_are_not_the_configs_are_refused_by_name(folder, change, words):
     change(folder)
     assert words in refusal(folder)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-@pytest.mark.parametrize("stem, key, dtype", [
-    ("ema", BIAS, torch.float32), ("ema", "language_model.model.norm.weight", torch.bfloat16),
-    ("ae", "decoder.conv_out.bias", torch.float16)])
+@pytest.mark.parametrize(
+    "stem, key, dtype",
+    [
+        ("ema", BIAS, torch.float32), ("ema", "language_model.model.norm.weight", torch.bfloat16),
+        ("ae", "decoder.conv_out.bias", torch.float16)],
+)
 def test_weights_that_are_not_finite_are_refused_with_their_key(folder, stem, key, dtype, number):
     def spoil(tensors):
         tensors |= {name: value.to(dtype) for name, value in tensors.items()}
@@ -317,20 +369,32 @@ def test_weights_that_are_not_finite_are_refused_with_their_key(folder, stem, ke
 def test_weights_that_overflow_the_dtype_that_is_asked_for_are_refused(folder):
     edit_tensors(folder, lambda tensors: tensors[BIAS].fill_(1e5))
     load_policy(folder, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=f"{BIAS} holds numbers that are not finite in torch.float16"):
+    with pytest.raises(
+        ValueError, match=f"{BIAS} holds numbers that are not finite in torch.float16"):
         load_policy(folder, dtype=torch.float16)
 
 
 # ---- the tokenizer ----
 
 
-@pytest.mark.parametrize("name, content", [
-    ("vocab.json", b'{"a": "b"}'), ("vocab.json", b'{"a": '), ("merges.txt", b""), ("merges.txt", b"\xff\xfe"),
-    ("merges.txt", b"#version: 0.2\nqq zz\n"), ("tokenizer.json", b"null"), ("tokenizer.json", b"[" * 100_000),
-    ("tokenizer_config.json", b'{"eos_token": 3}'), ("tokenizer_config.json", b""), ("tokenizer_config.json", b"[]"),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": 3}}')])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("vocab.json", b'{"a": "b"}'),
+        ("vocab.json", b'{"a": '),
+        ("merges.txt", b""),
+        ("merges.txt", b"\xff\xfe"),
+        ("merges.txt", b"#version: 0.2\nqq zz\n"),
+        ("tokenizer.json", b"null"),
+        ("tokenizer.json", b"[" * 100_000),
+        ("tokenizer_config.json", b'{"eos_token": 3}'),
+        ("tokenizer_config.json", b""),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": 3}}'),
+    ],
+)
 def test_damaged_tokenizer_files_are_refused_whatever_the_libraries_raise(folder, name, content):
-    """tokenizers raises Exception itself, json a RecursionError, transformers half a dozen kinds."""
+    """tokenizers raises Exception itself, transformers half a dozen kinds."""
     (folder / name).write_bytes(content)
     assert "tokenizer" in refusal(folder)
 
@@ -352,7 +416,8 @@ def test_tokens_that_the_tokenizer_counts_otherwise_than_its_file_are_refused(fo
 def test_a_tokenizer_without_the_markers_is_refused(folder):
     added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
     kept = {place: token for place, token in added.items() if "vision" not in token["content"]}
-    set_json(folder / "tokenizer_config.json", added_tokens_decoder=kept, additional_special_tokens=[])
+    set_json(
+        folder / "tokenizer_config.json", added_tokens_decoder=kept, additional_special_tokens=[])
     assert "<|vision_start|>" in refusal(folder)
 
 
@@ -370,7 +435,10 @@ def test_an_export_over_a_folder_with_another_tokenizer_leaves_none_of_it(tmp_pa
     shutil.copytree(ROOT / "toy" / "policy", tmp_path / "p")
     save_policy(load_policy(GOLDEN), tmp_path / "p")
     assert not (tmp_path / "p" / "tokenizer.json").exists()
-    assert load_policy(tmp_path / "p").tokenizer.get_vocab() == load_policy(GOLDEN).tokenizer.get_vocab()
+    assert (
+        load_policy(tmp_path / "p").tokenizer.get_vocab()
+        == load_policy(GOLDEN).tokenizer.get_vocab()
+    )
 
 
 def test_a_policy_that_came_from_no_folder_writes_its_tokenizer(tmp_path):
@@ -391,12 +459,18 @@ def adapter(tmp_path_factory):
     for module in adapters(policy).values():
         torch.nn.init.normal_(module.B, std=0.1)
     save_adapters(policy, folder)
-    empty = ("alora_invocation_tokens auto_mapping corda_config eva_config exclude_modules layer_replication layers_pattern "
-             "layers_to_transform megatron_config modules_to_save revision target_parameters trainable_token_indices").split()
-    set_json(folder / "adapter_config.json", **dict.fromkeys(empty), alpha_pattern={}, rank_pattern={}, loftq_config={},
-             base_model_name_or_path="BAGEL", inference_mode=True, init_lora_weights=True, lora_bias=False,
-             lora_dropout=0.05, megatron_core="megatron.core", peft_version="0.18.0", qalora_group_size=16,
-             task_type="CAUSAL_LM", use_dora=False, use_qalora=False, use_rslora=False)
+    empty = (
+        "alora_invocation_tokens auto_mapping corda_config eva_config exclude_modules "
+        "layer_replication layers_pattern "
+        "layers_to_transform megatron_config modules_to_save revision target_parameters "
+        "trainable_token_indices"
+    ).split()
+    set_json(
+        folder / "adapter_config.json", **dict.fromkeys(empty), alpha_pattern={}, rank_pattern={},
+        loftq_config={}, base_model_name_or_path="BAGEL", inference_mode=True,
+        init_lora_weights=True, lora_bias=False, lora_dropout=0.05, megatron_core="megatron.core",
+        peft_version="0.18.0", qalora_group_size=16, task_type="CAUSAL_LM", use_dora=False,
+        use_qalora=False, use_rslora=False)
     return folder
 
 
@@ -406,20 +480,32 @@ def put_on(adapter, tmp_path, **fields):
     return load_adapters(load_policy(GOLDEN), tmp_path / "a")
 
 
-@pytest.mark.parametrize("fields, scale", [
-    ({}, 2.0), ({"use_rslora": True}, 4.0), ({"use_rslora": True, "lora_alpha": 3}, 1.5), ({"use_rslora": None}, 2.0)])
-def test_adapters_have_the_strength_that_peft_gives_them_and_keep_it(adapter, tmp_path, fields, scale):
+@pytest.mark.parametrize(
+    "fields, scale",
+    [
+        ({}, 2.0), ({"use_rslora": True}, 4.0), ({"use_rslora": True, "lora_alpha": 3}, 1.5),
+        ({"use_rslora": None}, 2.0)],
+)
+def test_adapters_have_the_strength_that_peft_gives_them_and_keep_it(
+    adapter, tmp_path, fields, scale
+):
     policy = put_on(adapter, tmp_path, **fields)
     save_adapters(policy, tmp_path / "again")
     for each in (policy, load_policy(GOLDEN, adapter=tmp_path / "again")):
         assert {module.alpha / module.rank for module in adapters(each).values()} == {scale}
 
 
-@pytest.mark.parametrize("field, value", [
-    ("rank_pattern", {"q_proj": 8}), ("use_dora", True), ("init_lora_weights", "pissa_niter_4"), ("fan_in_fan_out", True),
-    ("bias", "all"), ("modules_to_save", ["lm_head"]), ("layers_to_transform", [0]), ("peft_type", "ADALORA"),
-    ("of_tomorrow", True), ("r", None), ("lora_alpha", None)])
-def test_an_adapter_config_that_changes_what_is_computed_is_refused(adapter, tmp_path, field, value):
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rank_pattern", {"q_proj": 8}), ("use_dora", True), ("init_lora_weights", "pissa_niter_4"),
+        ("fan_in_fan_out", True), ("bias", "all"), ("modules_to_save", ["lm_head"]),
+        ("layers_to_transform", [0]), ("peft_type", "ADALORA"), ("of_tomorrow", True), ("r", None),
+        ("lora_alpha", None)],
+)
+def test_an_adapter_config_that_changes_what_is_computed_is_refused(
+    adapter, tmp_path, field, value
+):
     with pytest.raises(ValueError, match="adapter_config.json is not of plain LoRA: ") as error:
         put_on(adapter, tmp_path, **{field: value})
     assert "\n" not in str(error.value)
@@ -431,14 +517,16 @@ def test_an_adapter_of_another_rank_than_its_config_is_refused(adapter, tmp_path
 
 
 def test_an_adapter_config_may_say_what_changes_nothing(adapter, tmp_path):
-    changed = put_on(adapter, tmp_path, target_modules="all-linear", init_lora_weights="gaussian", lora_dropout=0.5,
-                     exclude_modules=["vision_model"], of_tomorrow=None)
+    changed = put_on(
+        adapter, tmp_path, target_modules="all-linear", init_lora_weights="gaussian",
+        lora_dropout=0.5, exclude_modules=["vision_model"], of_tomorrow=None)
     assert same_weights(changed, load_policy(GOLDEN, adapter=adapter))
 
 
 def test_adapters_that_are_not_finite_are_refused(tmp_path):
     save_adapters(add_lora(load_policy(GOLDEN), 2, 4.0), tmp_path)
-    edit_tensors(tmp_path, lambda tensors: tensors[max(tensors)].fill_(float("nan")), "adapter_model")
+    edit_tensors(
+        tmp_path, lambda tensors: tensors[max(tensors)].fill_(float("nan")), "adapter_model")
     with pytest.raises(ValueError, match="_proj.*not finite"):
         load_policy(GOLDEN, adapter=tmp_path)
 
@@ -466,17 +554,21 @@ def test_an_error_that_is_no_librarys_keeps_its_kind():
 
 
 def test_files_are_utf8_whatever_the_locale(folder, tmp_path):
-    """vocab.json as Qwen publishes it, raw UTF-8, a note in a config and a tag of a prompt that are not ASCII."""
+    """vocab.json as Qwen publishes it, a note in a config, and a tag of a prompt."""
     for name, fields in (("vocab.json", {}), ("bagel_config.json", {"note": "Qualität"})):
         text = json.dumps(read_json(folder / name) | fields, ensure_ascii=False)
         (folder / name).write_text(text, encoding="utf-8")
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a red circle", "tag": "größe"}\n', encoding="utf-8")
-    code = ("import sys; from support.checkpoint import load_policy, save_policy; from support.rows import read_prompts; "
-            "save_policy(load_policy(sys.argv[1]), sys.argv[2]); "
-            "sys.exit(len(read_prompts(sys.argv[3])[0]['tag']) != 5)")
-    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "q", prompts], cwd=ROOT, check=True,
-                   env=os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
+    code = (
+        "import sys; from support.checkpoint import load_policy, save_policy; from "
+        "support.rows import read_prompts; "
+        "save_policy(load_policy(sys.argv[1]), sys.argv[2]); "
+        "sys.exit(len(read_prompts(sys.argv[3])[0]['tag']) != 5)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, folder, tmp_path / "q", prompts], cwd=ROOT, check=True,
+        env=os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
     assert read_json(tmp_path / "q" / "bagel_config.json")["note"] == "Qualität"
     assert (tmp_path / "q" / "vocab.json").read_bytes() == (folder / "vocab.json").read_bytes()
 
@@ -495,10 +587,18 @@ def test_all_files_have_the_mode_of_the_umask(tmp_path, umask):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
 
 
-@pytest.mark.parametrize("error", [
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    OSError(28, "No space left on device")])
-def test_a_failed_write_is_an_oserror_that_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_a_failed_write_is_an_oserror_that_names_the_file_and_keeps_the_old_one(
+    tmp_path, monkeypatch, error
+):
     path = tmp_path / "w.safetensors"
     save_tensors({"a": torch.ones(2)}, path)
 
@@ -514,7 +614,7 @@ def test_a_failed_write_is_an_oserror_that_names_the_file_and_keeps_the_old_one(
 
 
 def test_an_export_that_fails_half_way_keeps_what_it_has_not_replaced(folder, monkeypatch):
-    """Weights first, tokenizer last: after any failure the folder loads, with old weights or with new ones."""
+    """Weights go first, the tokenizer last: after any failure the folder loads."""
     policy, write, old = load_policy(folder), Path.write_bytes, (folder / "vocab.json").read_bytes()
 
     def full(path, content):
@@ -542,8 +642,12 @@ def test_files_that_cannot_be_written_are_named(tmp_path):
 
 def test_a_save_clears_away_what_a_killed_one_left(tmp_path):
     path = tmp_path / "w.safetensors"
-    code = ("import os, sys, torch\nfrom pathlib import Path\nfrom support.checkpoint import save_tensors\n"
-            "os.replace = lambda *a: os._exit(9)\nsave_tensors({'a': torch.ones(3)}, Path(sys.argv[1]))")
+    code = (
+        "import os, sys, torch\nfrom pathlib import Path\nfrom support.checkpoint import "
+        "save_tensors\n"
+        "os.replace = lambda *a: os._exit(9)\nsave_tensors({'a': torch.ones(3)}, "
+        "Path(sys.argv[1]))"
+    )
     assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT).returncode == 9
     assert list(tmp_path.iterdir()) != []
     save_tensors({"a": torch.zeros(3)}, path)
@@ -555,7 +659,9 @@ def test_a_save_clears_away_what_a_killed_one_left(tmp_path):
 
 
 def run_tensors(scale=1.0):
-    return {"policy.a": scale * torch.ones(2, 3), "average.a": scale * torch.ones(2, 3), "adamw.step.a": torch.tensor(scale)}
+    return {
+        "policy.a": scale * torch.ones(2, 3), "average.a": scale * torch.ones(2, 3),
+        "adamw.step.a": torch.tensor(scale)}
 
 
 def write_checkpoint(out, tensors, kind):
@@ -565,7 +671,9 @@ def write_checkpoint(out, tensors, kind):
     if kind == "file":
         save_tensors(tensors, out / "checkpoint.safetensors")
     else:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(out / "checkpoint")), no_dist=True)
+        dcp.save(
+            tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(out / "checkpoint")),
+            no_dist=True)
 
 
 def is_unchanged(tensors):
@@ -581,12 +689,20 @@ def test_a_checkpoint_comes_back(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-@pytest.mark.parametrize("change, words", [
-    ({"policy.a": torch.ones(2, 3).bfloat16()}, "policy.a has shape .*bfloat16"),
-    ({"average.a": torch.ones(3, 2)}, r"average.a has shape \(\(3, 2\)"),
-    ({"adamw.step.a": torch.tensor(1)}, "adamw.step.a has shape"), ({"step": torch.tensor(-1)}, "step is -1"),
-    ({"step": torch.tensor(2.5)}, "step has shape"), ({"more": torch.ones(1)}, "1 keys extra")])
-def test_a_checkpoint_that_is_not_of_the_run_is_refused_before_anything_changes(tmp_path, kind, change, words):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"policy.a": torch.ones(2, 3).bfloat16()}, "policy.a has shape .*bfloat16"),
+        ({"average.a": torch.ones(3, 2)}, r"average.a has shape \(\(3, 2\)"),
+        ({"adamw.step.a": torch.tensor(1)}, "adamw.step.a has shape"),
+        ({"step": torch.tensor(-1)}, "step is -1"),
+        ({"step": torch.tensor(2.5)}, "step has shape"),
+        ({"more": torch.ones(1)}, "1 keys extra"),
+    ],
+)
+def test_a_checkpoint_that_is_not_of_the_run_is_refused_before_anything_changes(
+    tmp_path, kind, change, words
+):
     write_checkpoint(tmp_path, run_tensors(2.0) | change, kind)
     into = run_tensors()
     with pytest.raises(ValueError, match=words) as error:
@@ -598,7 +714,8 @@ def test_a_checkpoint_that_is_not_of_the_run_is_refused_before_anything_changes(
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, kind):
-    write_checkpoint(tmp_path, run_tensors(2.0) | {"average.a": torch.full((2, 3), float("nan"))}, kind)
+    write_checkpoint(
+        tmp_path, run_tensors(2.0) | {"average.a": torch.full((2, 3), float("nan"))}, kind)
     into = run_tensors()
     with pytest.raises(ValueError, match="average.a holds numbers that are not finite"):
         load_checkpoint(tmp_path, into)
@@ -610,13 +727,14 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, end):
     write_checkpoint(tmp_path, run_tensors(), "file")
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(ValueError, match="checkpoint.safetensors is not a whole checkpoint") as error:
+    with pytest.raises(
+        ValueError, match="checkpoint.safetensors is not a whole checkpoint") as error:
         load_checkpoint(tmp_path, run_tensors())
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_lacks_a_part_of_a_tensor_is_refused(tmp_path):
-    """As if the file of one of three ranks was not copied: the run's own numbers would stay in the hole."""
+    """As if the file of one of three ranks was not copied."""
     (tmp_path / "checkpoint").mkdir()
     for i in (0, 2):
         tensors = {"policy.a": torch.full((1, 3), float(i))}

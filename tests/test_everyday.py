@@ -1,4 +1,4 @@
-"""What an ordinary day does to a run: closed pipes, signals, two runs in one folder, other settings on resume, torn logs."""
+"""What an ordinary day does to a run: closed pipes, signals, folders in use, torn logs."""
 
 import io
 import json
@@ -23,8 +23,9 @@ from support.terminal import Terminal, one_line
 
 ROOT = Path(train.__file__).parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SMALL = ["--draw", "2", "--think", "0", "--ask", "0", "--edit", "0", "--kn", "0", "--sem", "0", "--group_size", "4",
-         "--eval_every", "0"]
+SMALL = [
+    "--draw", "2", "--think", "0", "--ask", "0", "--edit", "0", "--kn", "0", "--sem", "0",
+    "--group_size", "4", "--eval_every", "0"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -33,7 +34,10 @@ def run(out, *more):
 
 
 def rows(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def steps(out):
@@ -75,7 +79,9 @@ class Broken(io.StringIO):
         return self.file.fileno()
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")]
+)
 def test_a_write_that_fails_is_dropped_and_so_is_what_follows(tmp_path, error):
     with (tmp_path / "gone").open("w") as file:
         terminal = Terminal(Broken(error, file))
@@ -93,8 +99,12 @@ def test_a_terminal_that_knows_no_umlauts_gets_them_spelled():
     assert stream.buffer.getvalue() == b"ein St\\xfcck"
 
 
-@pytest.mark.parametrize("error, words", [
-    (ValueError("a\nb"), "x.py: a"), (FloatingPointError("nan"), "x.py: nan"), (RecursionError(""), "x.py: RecursionError")])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ValueError("a\nb"), "x.py: a"), (FloatingPointError("nan"), "x.py: nan"),
+        (RecursionError(""), "x.py: RecursionError")],
+)
 def test_what_a_person_can_mend_ends_in_one_line(error, words):
     with pytest.raises(SystemExit) as left, one_line("x.py"):
         raise error
@@ -122,8 +132,13 @@ def test_ctrl_c_while_a_program_loads_is_one_line(monkeypatch, capsys):
 
 @pytest.fixture
 def handlers():
-    """The usual handlers, also under nohup or in the background, which make a process ignore some signals."""
-    old = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)}
+    """The usual handlers, also under nohup or in the background, which make a process ignore some
+    signals.
+    """
+    old = {
+        n: signal.signal(n, signal.SIG_DFL)
+        for n in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
+    }
     yield old
     for number, handler in old.items():
         signal.signal(number, handler)
@@ -147,8 +162,9 @@ def test_nohup_is_respected(handlers):
 
 def test_a_closed_pipe_costs_a_run_nothing_and_a_signal_saves_it(tmp_path):
     """The reader goes at once, as `| head` does; the run goes on until it is stopped."""
-    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--steps", "400", "--out", tmp_path], cwd=ROOT, env=ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *SMALL, "--steps", "400", "--out", tmp_path], cwd=ROOT,
+        env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.close()
     log = tmp_path / "log.jsonl"
     while not log.exists() or log.read_text().count("\n") < 3:
@@ -160,7 +176,8 @@ def test_a_closed_pipe_costs_a_run_nothing_and_a_signal_saves_it(tmp_path):
 
 
 def test_a_signal_during_the_evaluation_saves_too(tmp_path, monkeypatch, handlers):
-    monkeypatch.setattr(evaluation, "evaluate_run", lambda run, step: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(
+        evaluation, "evaluate_run", lambda run, step: signal.raise_signal(signal.SIGTERM))
     run(tmp_path, "--steps", 5, "--eval_every", 5)
     assert step_of_checkpoint(tmp_path) == 1
 
@@ -174,13 +191,17 @@ def test_a_folder_has_one_owner_at_a_time(tmp_path):
         train.begin(parse([*SMALL, "--out", str(tmp_path)]), ALONE)
     first.close()
     Owner(tmp_path).close()
-    assert not list(tmp_path.iterdir())                         # nothing is left
+    assert not list(tmp_path.iterdir())         # nothing is left
 
 
 def test_a_killed_owner_leaves_the_folder_free(tmp_path):
-    code = ("import sys, time, pathlib\nfrom support.run import Owner\nowner = Owner(pathlib.Path(sys.argv[1]))\n"
-            "print('held', flush=True)\ntime.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=ENV, stdout=subprocess.PIPE)
+    code = (
+        "import sys, time, pathlib\nfrom support.run import Owner\nowner = "
+        "Owner(pathlib.Path(sys.argv[1]))\n"
+        "print('held', flush=True)\ntime.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, env=ENV, stdout=subprocess.PIPE)
     process.stdout.readline()
     with pytest.raises(ValueError, match="in use"):
         Owner(tmp_path)
@@ -191,7 +212,9 @@ def test_a_killed_owner_leaves_the_folder_free(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_can_be_resumed(older):
-    with pytest.raises(ValueError, match="holds a run of lvrpo, 2 steps; --resume goes on, another --out begins anew"):
+    with pytest.raises(
+        ValueError,
+        match="holds a run of lvrpo, 2 steps; --resume goes on, another --out begins anew"):
         run(older, "--steps", 2)
     run(older, "--steps", 3, "--resume")
     assert steps(older) == [0, 1, 2]
@@ -222,9 +245,11 @@ def test_a_rollout_that_is_not_finite_keeps_no_batch_of_the_step_before(tmp_path
         return act(*args)
 
     monkeypatch.setattr(train, "act", break_second)
-    with pytest.raises(FloatingPointError, match="step 1: text logits are not finite; stopped. .* none yet"):
+    with pytest.raises(
+        FloatingPointError, match="step 1: text logits are not finite; stopped. .* none yet"):
         run(tmp_path, "--steps", 2)
-    assert not [key for key in load_file(tmp_path / "bad_step_0.safetensors") if key.startswith("draw.")]
+    assert not [
+        key for key in load_file(tmp_path / "bad_step_0.safetensors") if key.startswith("draw.")]
 
 
 # ---- resuming ----
@@ -239,9 +264,14 @@ def test_a_resumed_run_says_and_logs_what_differs(older, capsys):
 
 
 def test_versions_commits_and_ranks_are_settings_too():
-    old = dict(config=dict(recipe="lvrpo", rows=dict(draw=1)), versions=dict(torch="2"), commit="a", world=1)
-    new = dict(config=dict(recipe="lvrpo", rows=dict(draw=2), out="x"), versions=dict(torch="3"), commit="b", world=2)
-    assert differences(old, new) == {"commit": ["a", "b"], "draw": [1, 2], "torch": ["2", "3"], "world": [1, 2]}
+    old = dict(
+        config=dict(recipe="lvrpo", rows=dict(draw=1)), versions=dict(torch="2"), commit="a",
+        world=1)
+    new = dict(
+        config=dict(recipe="lvrpo", rows=dict(draw=2), out="x"), versions=dict(torch="3"),
+        commit="b", world=2)
+    assert differences(old, new) == {
+        "commit": ["a", "b"], "draw": [1, 2], "torch": ["2", "3"], "world": [1, 2]}
     assert differences({}, {}) == {}
 
 
@@ -250,7 +280,9 @@ def tear(path):
     path.write_text("\n".join(["\x00" * 9, "", lines[1][:30], lines[2], ""]))
 
 
-@pytest.mark.parametrize("damage, kept", [(tear, [1]), (lambda path: path.write_text(""), []), (os.unlink, [])])
+@pytest.mark.parametrize(
+    "damage, kept", [(tear, [1]), (lambda path: path.write_text(""), []), (os.unlink, [])]
+)
 def test_a_damaged_or_missing_log_stops_no_resume_and_loses_no_other_row(older, damage, kept):
     damage(older / "log.jsonl")
     run(older, "--steps", 3, "--resume")

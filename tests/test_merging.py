@@ -38,7 +38,8 @@ def test_gaussian_merging_is_symmetric_and_scales_with_the_changes(seed, bound):
     a, b = change(seed), change(seed + 1, std=2.0)
     merged = gaussian_merge(a, b, bound)
     assert torch.equal(merged, gaussian_merge(b, a, bound))
-    assert torch.allclose(gaussian_merge(2 * a, 2 * b, bound), 2 * merged)  # a power of two: no entry changes sides
+    assert torch.allclose(
+        gaussian_merge(2 * a, 2 * b, bound), 2 * merged)  # a power of two: no entry changes sides
 
 
 @given(SEEDS)
@@ -49,7 +50,9 @@ def test_a_large_bound_is_the_average_and_0_is_the_sum(seed):
 
 
 def test_a_policy_merged_with_itself_keeps_its_bulk_and_doubles_its_outliers():
-    """Of a Gaussian, a twentieth of the entries, with a quarter of the squared norm, are outliers."""
+    """Of a Gaussian, a twentieth of the entries, with a quarter of the squared norm, are
+    outliers.
+    """
     a = change(0, 100_000)
     merged, outlier = gaussian_merge(a, a), (a - a.mean()).abs() >= 2 * a.std()
     assert torch.equal(merged[outlier], 2 * a[outlier])
@@ -58,7 +61,9 @@ def test_a_policy_merged_with_itself_keeps_its_bulk_and_doubles_its_outliers():
     assert (a[outlier].square().sum() / a.square().sum()).item() == pytest.approx(0.26, abs=0.01)
 
 
-@pytest.mark.parametrize("a, b", [(change(1), torch.zeros(200, dtype=torch.float64)), (change(1, 1), change(2, 1))])
+@pytest.mark.parametrize(
+    "a, b", [(change(1), torch.zeros(200, dtype=torch.float64)), (change(1, 1), change(2, 1))]
+)
 def test_changes_without_a_window_are_added(a, b):
     assert torch.equal(gaussian_merge(a, b), a + b)
 
@@ -100,7 +105,9 @@ def test_whole_policies_merge_and_load(pair, tmp_path, how):
 
 def adapt(folder, seed, rank):
     """Save random adapters, and in folder_whole the policy that they make."""
-    policy, generator = add_lora(load_policy(GOLDEN), rank=rank, alpha=2.0 * rank), torch.Generator().manual_seed(seed)
+    policy, generator = (
+        add_lora(load_policy(GOLDEN), rank=rank, alpha=2.0 * rank),
+        torch.Generator().manual_seed(seed))
     for module in adapters(policy).values():
         for factor in (module.A, module.B):
             torch.nn.init.normal_(factor, generator=generator)
@@ -117,11 +124,13 @@ def test_adapters_merge_by_their_dense_changes_also_with_a_whole_policy(tmp_path
     for first in (a, tmp_path / "a_whole"):
         merge(first, b, GOLDEN, tmp_path / "d")
         merged = tensors_of(tmp_path / "d")
-        for key in base:                                        # an entry at the window's edge may fall on either side
+        for key in base:  # an entry at the window's edge may fall on either side
             assert ((merged[key] - whole[key]).abs() < 1e-4).float().mean() > 0.99
 
 
-def test_a_merge_holds_one_tensor_at_a_time_and_is_stored_as_safetensors_stores(pair, tmp_path, monkeypatch):
+def test_a_merge_holds_one_tensor_at_a_time_and_is_stored_as_safetensors_stores(
+    pair, tmp_path, monkeypatch
+):
     sizes = []
 
     def note_size(one, two, bound):
@@ -138,11 +147,14 @@ def test_a_merge_holds_one_tensor_at_a_time_and_is_stored_as_safetensors_stores(
     assert all(torch.equal(again[key], merged[key]) for key in merged)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t, key: t.update({key: torch.cat([t[key]] * 2)}), "b: {key} has shape .* the base"),
-    (lambda t, key: t.pop(key), "b and the base do not fit: {key}"),
-    (lambda t, key: t.update(strange=t[key].clone()), "b and the base do not fit: strange"),
-    (lambda t, key: t.update({key: t[key] * float("nan")}), "{key} is not finite")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t, key: t.update({key: torch.cat([t[key]] * 2)}), "b: {key} has shape .* the base"),
+        (lambda t, key: t.pop(key), "b and the base do not fit: {key}"),
+        (lambda t, key: t.update(strange=t[key].clone()), "b and the base do not fit: strange"),
+        (lambda t, key: t.update({key: t[key] * float("nan")}), "{key} is not finite")],
+)
 def test_what_does_not_match_is_refused_by_name(pair, tmp_path, change, words):
     tensors = tensors_of(GOLDEN)
     key = sorted(tensors)[3]
@@ -166,5 +178,6 @@ def test_the_command_merges_and_says_in_one_line_what_is_wrong(pair, tmp_path, c
     main([*command, str(tmp_path / "c")])
     assert capsys.readouterr().out == f"wrote {tmp_path / 'c'}\n"
     load_policy(tmp_path / "c")
-    with pytest.raises(SystemExit, match="^support.merge: .* is one of the folders that are merged; .*$"):
+    with pytest.raises(
+        SystemExit, match="^support.merge: .* is one of the folders that are merged; .*$"):
         main([*command, str(pair[0])])

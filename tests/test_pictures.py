@@ -1,4 +1,4 @@
-"""Picture files: what is read is what viewers show, or a refusal in one line; what is written is whole and finite."""
+"""Picture files: what is read is what viewers show; what is written is whole and finite."""
 
 import io
 import struct
@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from support.checkpoint import load_policy
-from support.pictures import as_shown, fit_image, fit_size, open_picture, read_picture, save_grid, texture, to_tensor
+from support.pictures import (
+    as_shown, fit_image, fit_size, open_picture, read_picture, save_grid, texture, to_tensor)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
-RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(8, 0)                         # dark left, bright right
+RAMP = (
+    np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(8, 0))  # dark left, bright right
 
 
 def save(tmp_path, image, name="i.png", **options):
@@ -30,7 +32,8 @@ def pixels_of(path):
 
 
 def noise(height, width):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def refusal(path):
@@ -46,11 +49,15 @@ def refusal(path):
 
 CORNERS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 # The corners, row by row, that viewers show of a file whose rows hold red green / blue white.
-TURNED = {1: "red green blue white", 2: "green red white blue", 3: "white blue green red", 4: "blue white red green",
-          5: "red blue green white", 6: "blue red white green", 7: "white green blue red", 8: "green white red blue"}
+TURNED = {
+    1: "red green blue white", 2: "green red white blue", 3: "white blue green red",
+    4: "blue white red green", 5: "red blue green white", 6: "blue red white green",
+    7: "white green blue red", 8: "green white red blue"}
 
 
-@pytest.mark.parametrize("name, options", [("i.jpg", {"quality": 95, "subsampling": 0}), ("i.webp", {"lossless": True})])
+@pytest.mark.parametrize(
+    "name, options", [("i.jpg", {"quality": 95, "subsampling": 0}), ("i.webp", {"lossless": True})]
+)
 @pytest.mark.parametrize("orientation", TURNED)
 def test_a_picture_is_read_upright(tmp_path, name, options, orientation):
     image, exif = Image.new("RGB", (48, 32)), Image.Exif()
@@ -60,7 +67,8 @@ def test_a_picture_is_read_upright(tmp_path, name, options, orientation):
     shown = pixels_of(save(tmp_path, image, name, exif=exif, **options))
     assert shown.shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))
     corners = [shown[4, 4], shown[4, -5], shown[-5, 4], shown[-5, -5]]
-    nearest = [min(CORNERS, key=lambda name: np.abs(CORNERS[name] - corner).sum()) for corner in corners]
+    nearest = [
+        min(CORNERS, key=lambda name: np.abs(CORNERS[name] - corner).sum()) for corner in corners]
     assert nearest == TURNED[orientation].split()
 
 
@@ -74,16 +82,22 @@ def test_a_picture_is_turned_once(tmp_path):
 
 @pytest.mark.parametrize("name", ["i.png", "i.tif", "i.pgm"])
 def test_greys_of_more_than_eight_bits_are_refused(tmp_path, name):
-    assert "more than 8 bits" in refusal(save(tmp_path, Image.fromarray(RAMP.astype(np.uint16) * 257), name))
+    assert "more than 8 bits" in refusal(
+        save(tmp_path, Image.fromarray(RAMP.astype(np.uint16) * 257), name))
 
 
 def test_greys_that_are_fractions_are_refused(tmp_path):
-    assert "more than 8 bits" in refusal(save(tmp_path, Image.fromarray(RAMP.astype(np.float32) / 255), "i.tif"))
+    assert "more than 8 bits" in refusal(
+        save(tmp_path, Image.fromarray(RAMP.astype(np.float32) / 255), "i.tif"))
 
 
-@pytest.mark.parametrize("mode, name, options, near", [
-    ("1", "i.png", {}, 0), ("L", "i.png", {}, 0), ("P", "i.gif", {}, 0), ("P", "i.png", {}, 0), ("CMYK", "i.jpg", {}, 4),
-    ("YCbCr", "i.jpg", {}, 4), ("RGB", "i.webp", {"lossless": True}, 0), ("RGB", "i.bmp", {}, 0)])
+@pytest.mark.parametrize(
+    "mode, name, options, near",
+    [
+        ("1", "i.png", {}, 0), ("L", "i.png", {}, 0), ("P", "i.gif", {}, 0), ("P", "i.png", {}, 0),
+        ("CMYK", "i.jpg", {}, 4), ("YCbCr", "i.jpg", {}, 4),
+        ("RGB", "i.webp", {"lossless": True}, 0), ("RGB", "i.bmp", {}, 0)],
+)
 def test_every_mode_of_file_shows_the_same_picture(tmp_path, mode, name, options, near):
     plain = Image.fromarray(np.where(RAMP > 127, 255, 0).astype(np.uint8)).convert("RGB")
     shown = pixels_of(save(tmp_path, plain.convert(mode), name, **options))
@@ -94,16 +108,23 @@ PALETTE = Image.new("P", (8, 8), 1)
 PALETTE.putpalette([0, 0, 0, 255, 0, 0])
 
 
-@pytest.mark.parametrize("image, options, wanted", [
-    (Image.new("RGBA", (8, 8), (255, 0, 0, 128)), {}, (255, 127, 127)), (Image.new("LA", (8, 8), (0, 51)), {}, (204,) * 3),
-    (PALETTE, {"transparency": 1}, (255,) * 3), (PALETTE, {"transparency": b"\xff\x80"}, (255, 127, 127)),
-    (Image.new("RGB", (8, 8), (1, 2, 3)), {"transparency": (1, 2, 3)}, (255,) * 3),
-    (Image.new("L", (8, 8), 7), {"transparency": 7}, (255,) * 3)])
+@pytest.mark.parametrize(
+    "image, options, wanted",
+    [
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 128)), {}, (255, 127, 127)),
+        (Image.new("LA", (8, 8), (0, 51)), {}, (204,) * 3),
+        (PALETTE, {"transparency": 1}, (255,) * 3),
+        (PALETTE, {"transparency": b"\xff\x80"}, (255, 127, 127)),
+        (Image.new("RGB", (8, 8), (1, 2, 3)), {"transparency": (1, 2, 3)}, (255,) * 3),
+        (Image.new("L", (8, 8), 7), {"transparency": 7}, (255,) * 3)],
+)
 def test_what_is_clear_is_white(tmp_path, image, options, wanted):
     assert np.abs(pixels_of(save(tmp_path, image, **options)) - wanted).max() <= 1
 
 
-@pytest.mark.parametrize("name, options", [("i.gif", {}), ("i.webp", {"lossless": True}), ("i.tif", {})])
+@pytest.mark.parametrize(
+    "name, options", [("i.gif", {}), ("i.webp", {"lossless": True}), ("i.tif", {})]
+)
 def test_the_first_frame_of_a_moving_picture_is_read(tmp_path, name, options):
     first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     path = save(tmp_path, first, name, save_all=True, append_images=[second], **options)
@@ -112,8 +133,10 @@ def test_the_first_frame_of_a_moving_picture_is_read(tmp_path, name, options):
 
 # ---- what is no picture ----
 
-FORMATS = {"i.jpg": {"quality": 90}, "p.jpg": {"progressive": True}, "i.png": {}, "l.webp": {"lossless": True},
-           "i.gif": {}, "i.bmp": {}, "i.tif": {}, "z.tif": {"compression": "tiff_lzw"}}
+FORMATS = {
+    "i.jpg": {"quality": 90}, "p.jpg": {"progressive": True}, "i.png": {},
+    "l.webp": {"lossless": True}, "i.gif": {}, "i.bmp": {}, "i.tif": {},
+    "z.tif": {"compression": "tiff_lzw"}}
 
 
 @pytest.mark.parametrize("name, options", FORMATS.items())
@@ -126,7 +149,9 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(tmp_path, name, opti
         refusal(path)
 
 
-@pytest.mark.parametrize("place", [20, 29, 3000, -14, -18])     # sizes, their checksum, data, its checksum, the data's own
+@pytest.mark.parametrize(
+    "place", [20, 29, 3000, -14, -18]
+)  # sizes, their checksum, data, its checksum, the data's own
 def test_a_changed_bit_of_a_png_is_found(tmp_path, place):
     path = Path(save(tmp_path, noise(40, 52)))
     raw = bytearray(path.read_bytes())
@@ -138,7 +163,7 @@ def test_a_changed_bit_of_a_png_is_found(tmp_path, place):
 def test_a_png_without_pixels_is_refused(tmp_path):
     path = Path(save(tmp_path, Image.fromarray(RAMP)))
     raw = bytearray(path.read_bytes())
-    raw[16:24] = bytes(8)                                       # its width and height, and the right checksum
+    raw[16:24] = bytes(8)                       # its width and height, and the right checksum
     raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
     path.write_bytes(raw)
     refusal(path)
@@ -173,8 +198,11 @@ def test_what_is_no_file_is_named(tmp_path):
     refusal(tmp_path)
 
 
-def test_pictures_of_very_many_pixels_are_refused_and_of_many_read_without_a_word(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)         # PIL warns above it and refuses above twice of it
+def test_pictures_of_very_many_pixels_are_refused_and_of_many_read_without_a_word(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 400)         # PIL warns above it and refuses above twice of it
     assert "exceeds limit" in refusal(save(tmp_path, Image.new("RGB", (50, 20))))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -184,11 +212,14 @@ def test_pictures_of_very_many_pixels_are_refused_and_of_many_read_without_a_wor
 # ---- sizes ----
 
 
-def test_an_image_of_too_many_pixels_shrinks_each_side_by_the_ratio_of_areas_as_the_official_rule_does():
-    assert fit_size(610, 4594, 1024, 512, 16) == (128, 1024)    # 512 x 3856 by the first rule, above 14 * 14 * 9 * 1024
+def test_an_image_of_too_many_pixels_shrinks_each_side_by_the_ratio_of_areas_as_officially():
+    assert fit_size(610, 4594, 1024, 512, 16) == (
+        128, 1024)  # 512 x 3856 by the first rule, above 14 * 14 * 9 * 1024
 
 
-@given(st.integers(1, 30_000), st.integers(1, 30_000), st.sampled_from([(1024, 512, 16), (980, 224, 14), (32, 32, 16)]))
+@given(
+    st.integers(1, 30_000), st.integers(1, 30_000),
+    st.sampled_from([(1024, 512, 16), (980, 224, 14), (32, 32, 16)]))
 def test_every_size_is_brought_to_one_that_the_policy_reads(width, height, rule):
     longest, _, stride = rule
     for side in fit_size(width, height, *rule):
@@ -199,7 +230,8 @@ def test_every_size_is_brought_to_one_that_the_policy_reads(width, height, rule)
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1)])
 def test_a_picture_of_any_shape_is_read(tmp_path, size):
     red = torch.tensor([1.0, -1, -1])[:, None, None]
-    for pixels in read_picture(save(tmp_path, Image.new("RGB", size, (255, 0, 0))), load_policy(GOLDEN)):
+    for pixels in read_picture(
+        save(tmp_path, Image.new("RGB", size, (255, 0, 0))), load_policy(GOLDEN)):
         assert min(pixels.shape[1:]) >= 8
         assert torch.allclose(pixels, red.expand_as(pixels), atol=1e-6)
 

@@ -9,7 +9,8 @@ from PIL import Image
 from sample import TOY
 from support.checkpoint import load_policy
 from support.rows import (
-    choices_of_file, edits_of_file, pool_by_tag, questions_of_file, read_edits, read_prompts, read_questions)
+    choices_of_file, edits_of_file, pool_by_tag, questions_of_file, read_edits, read_prompts,
+    read_questions)
 
 RED = '{"prompt": "a red circle"}'
 
@@ -28,39 +29,57 @@ def write_rows(path, *rows):
 # ---- prompts ----
 
 
-@pytest.mark.parametrize("name, content, encoding", [
-    ("p.jsonl", RED, "utf-8"), ("p.json", f"{RED}\r\n\r\n", "utf-8-sig"), ("p.txt", "a red circle\r\n", "utf-8-sig"),
-    ("p", "  a red circle \n", "utf-8"), ("p.ndjson", f"\n{RED}\n", "utf-8")])
+@pytest.mark.parametrize(
+    "name, content, encoding",
+    [
+        ("p.jsonl", RED, "utf-8"), ("p.json", f"{RED}\r\n\r\n", "utf-8-sig"),
+        ("p.txt", "a red circle\r\n", "utf-8-sig"), ("p", "  a red circle \n", "utf-8"),
+        ("p.ndjson", f"\n{RED}\n", "utf-8")],
+)
 def test_prompts_are_read_as_their_files_ending_says(tmp_path, name, content, encoding):
     wanted = {"tag": "", "include": [], "prompt": "a red circle"}
     assert read_prompts(write(tmp_path / name, content, encoding)) == [wanted]
 
 
-@pytest.mark.parametrize("name, content, encoding, words", [
-    ("p.txt", RED, "utf-8", "p.txt:1: JSON in a file that its ending calls plain text"),
-    ("p", f"a circle\n[{RED}]", "utf-8", "p:2: JSON in a file"), ("p.txt", f"[\n {RED}\n]", "utf-8", "p.txt:1: JSON"),
-    ("p.json", f"[{RED}, {RED}]", "utf-8", "p.json:1: must be one object"),
-    ("p.jsonl", f"{RED}\n\n{{\n", "utf-8", "p.jsonl:3: not a JSON object"),
-    ("p.jsonl", "[" * 100_000, "utf-8", "p.jsonl:1: not a JSON object"),
-    ("p.csv", "prompt\na red circle", "utf-8", "its ending .csv must be .jsonl .* or .txt"),
-    ("p.txt", "a red circle", "utf-16", "not UTF-8 text"), ("p.txt", "ein Stück", "latin-1", "not UTF-8 text"),
-    ("p.jsonl", '{"prompt": "  "}', "utf-8", r"the text fields \['prompt'\]"), ("p.txt", "\n \n", "utf-8", "is empty")])
-def test_a_file_that_is_not_what_it_seems_is_refused_in_one_line(tmp_path, name, content, encoding, words):
+@pytest.mark.parametrize(
+    "name, content, encoding, words",
+    [
+        ("p.txt", RED, "utf-8", "p.txt:1: JSON in a file that its ending calls plain text"),
+        ("p", f"a circle\n[{RED}]", "utf-8", "p:2: JSON in a file"),
+        ("p.txt", f"[\n {RED}\n]", "utf-8", "p.txt:1: JSON"),
+        ("p.json", f"[{RED}, {RED}]", "utf-8", "p.json:1: must be one object"),
+        ("p.jsonl", f"{RED}\n\n{{\n", "utf-8", "p.jsonl:3: not a JSON object"),
+        ("p.jsonl", "[" * 100_000, "utf-8", "p.jsonl:1: not a JSON object"),
+        ("p.csv", "prompt\na red circle", "utf-8", "its ending .csv must be .jsonl .* or .txt"),
+        ("p.txt", "a red circle", "utf-16", "not UTF-8 text"),
+        ("p.txt", "ein Stück", "latin-1", "not UTF-8 text"),
+        ("p.jsonl", '{"prompt": "  "}', "utf-8", r"the text fields \['prompt'\]"),
+        ("p.txt", "\n \n", "utf-8", "is empty"),
+    ],
+)
+def test_a_file_that_is_not_what_it_seems_is_refused_in_one_line(
+    tmp_path, name, content, encoding, words
+):
     with pytest.raises(ValueError, match=words) as error:
         read_prompts(write(tmp_path / name, content, encoding))
     assert "\n" not in str(error.value)
 
 
 def test_a_count_that_is_not_given_is_one(tmp_path):
-    row = {"prompt": "a dog", "include": [{"class": "dog"}], "exclude": [{"class": "cat", "count": 2}]}
+    row = {
+        "prompt": "a dog", "include": [{"class": "dog"}], "exclude": [{"class": "cat", "count": 2}]}
     (metadata,) = read_prompts(write(tmp_path / "p.jsonl", json.dumps(row)))
     assert metadata["include"] == [{"class": "dog", "count": 1}]
     assert metadata["exclude"] == [{"class": "cat", "count": 2}]
 
 
-@pytest.mark.parametrize("clause", [
-    "dog", {"count": 1}, {"class": 3}, {"class": "dog", "count": 0}, {"class": "dog", "count": "two"},
-    {"class": "dog", "position": ["near", 0]}, {"class": "dog", "position": ["above"]}, {"class": "dog", "position": None}])
+@pytest.mark.parametrize(
+    "clause",
+    [
+        "dog", {"count": 1}, {"class": 3}, {"class": "dog", "count": 0},
+        {"class": "dog", "count": "two"}, {"class": "dog", "position": ["near", 0]},
+        {"class": "dog", "position": ["above"]}, {"class": "dog", "position": None}],
+)
 @pytest.mark.parametrize("name", ["include", "exclude"])
 def test_clauses_of_another_form_are_refused(tmp_path, name, clause):
     row = {"prompt": "a dog", name: [clause]}
@@ -74,16 +93,22 @@ def test_clauses_of_another_form_are_refused(tmp_path, name, clause):
 
 def test_an_answer_in_its_tags_is_taken_out_of_them(tmp_path):
     answers = ["<think> two </think><answer> 3 </answer>", "red"]
-    rows = read_questions(write_rows(tmp_path / "q.jsonl", *(dict(question="what ?", answer=a) for a in answers)))
+    rows = read_questions(
+        write_rows(tmp_path / "q.jsonl", *(dict(question="what ?", answer=a) for a in answers)))
     assert [row["answer"] for row in rows] == [" 3 ", "red"]
 
 
-@pytest.mark.parametrize("row, words", [
-    ({"answer": "?!"}, "no text can earn it"), ({"answer": "a </answer> b"}, "no text can earn it"),
-    ({"answer": "<answer> <answer> 3 </answer>"}, "no text can earn it"), ({"answer": "green"}, "must be the letter"),
-    ({"options": "ab"}, "options must be a list"), ({"options": ["a", 3]}, "question 'what"),
-    ({"question": ""}, "the text fields"), ({"image": "cut.png"}, "cut.png cannot be read"),
-    ({"image": "none.png"}, "none.png cannot be read")])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"answer": "?!"}, "no text can earn it"),
+        ({"answer": "a </answer> b"}, "no text can earn it"),
+        ({"answer": "<answer> <answer> 3 </answer>"}, "no text can earn it"),
+        ({"answer": "green"}, "must be the letter"), ({"options": "ab"}, "options must be a list"),
+        ({"options": ["a", 3]}, "question 'what"), ({"question": ""}, "the text fields"),
+        ({"image": "cut.png"}, "cut.png cannot be read"),
+        ({"image": "none.png"}, "none.png cannot be read")],
+)
 def test_a_question_that_nobody_could_answer_is_refused_when_it_is_read(tmp_path, row, words):
     good = dict(question="what ?", answer="b", options=["blue", "red"])
     path = write_rows(tmp_path / "q.jsonl", good, good | row)
@@ -95,13 +120,16 @@ def test_a_question_that_nobody_could_answer_is_refused_when_it_is_read(tmp_path
 
 def test_options_are_lettered_or_left_out(tmp_path):
     policy = load_policy(TOY)
-    path = write_rows(tmp_path / "q.jsonl", dict(question="what ?", answer="b", options=["blue", "red"], kind="color"))
+    path = write_rows(
+        tmp_path / "q.jsonl",
+        dict(question="what ?", answer="b", options=["blue", "red"], kind="color"))
     rows = read_questions(path)
-    (choice,), (question,) = (pool(rows, policy)((0,), 1, range(1)) for pool in (choices_of_file, questions_of_file))
+    (choice,), (question,) = (
+        pool(rows, policy)((0,), 1, range(1)) for pool in (choices_of_file, questions_of_file))
     assert (choice.text, choice.answer) == ("what ? (a) blue (b) red", "b")
     assert (question.text, question.answer, question.options) == ("what ?", "red", None)
     assert question.metadata["tag"] == "color"
-    assert question.source.shape == (3, 448, 448)               # as large as the published judge reads
+    assert question.source.shape == (3, 448, 448)  # as large as the published judge reads
 
 
 def test_an_edit_is_of_the_square_in_the_middle(tmp_path):
@@ -117,7 +145,8 @@ def test_an_edit_is_of_the_square_in_the_middle(tmp_path):
 
 
 def test_every_tag_has_its_turn():
-    pool = pool_by_tag([{"prompt": f"{tag}{i}", "tag": tag} for tag, n in (("a", 1), ("b", 50)) for i in range(n)])
+    pool = pool_by_tag(
+        [{"prompt": f"{tag}{i}", "tag": tag} for tag, n in (("a", 1), ("b", 50)) for i in range(n)])
     rows = [row for step in range(100) for row in pool((0, step, 0), 4, range(4))]
     assert 0.4 < sum(row.metadata["tag"] == "a" for row in rows) / len(rows) < 0.6
 
@@ -125,7 +154,8 @@ def test_every_tag_has_its_turn():
 def test_ranks_share_the_rows_of_a_step(tmp_path):
     """Each row is drawn by its place in the step, none twice while the file has enough."""
     colors = ["red", "green", "blue", "white"]
-    rows = read_questions(write_rows(tmp_path / "q.jsonl", *(dict(question=c, answer=c) for c in colors)))
+    rows = read_questions(
+        write_rows(tmp_path / "q.jsonl", *(dict(question=c, answer=c) for c in colors)))
     pool = questions_of_file(rows, load_policy(TOY))
     whole = [row.text for row in pool((0, 1), 4, range(4))]
     assert sorted(whole) == sorted(colors)
@@ -138,4 +168,5 @@ def test_a_picture_is_read_when_its_row_is_drawn(tmp_path):
     pool = questions_of_file(rows, load_policy(TOY))
     Image.new("RGB", (40, 20), (0, 0, 255)).save(tmp_path / "i.png")
     (row,) = pool((0,), 1, range(1))
-    assert torch.allclose(row.pixels, torch.tensor([-1.0, -1, 1])[:, None, None].expand_as(row.pixels), atol=1e-6)
+    assert torch.allclose(
+        row.pixels, torch.tensor([-1.0, -1, 1])[:, None, None].expand_as(row.pixels), atol=1e-6)
