@@ -336,8 +336,9 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--guidance", type=float, default=1.0, help="text guidance scale; 1: none")
     ap.add_argument("--against", default="", help="a policy folder: show the change from it")
-    ap.add_argument("--samples", type=number(int, least=2),
-                    help="pictures of each prompt, whose variety is measured; default: by task")
+    ap.add_argument(
+        "--samples", type=number(int, least=2),
+        help="pictures of each prompt, whose variety is measured; default: by task")
     ap.add_argument("--seed", type=int, default=1234, help="of held-out pictures and noise")
     ap.add_argument("--out", type=Path, default=Path("eval.json"), help="the table as JSON")
     a = ap.parse_args(argv)

@@ -1,4 +1,6 @@
-"""Claims: their arms are commands that parse, the runner starts what is missing and no more, the rule of verdicts, and the page."""
+"""Claims: their arms are commands that parse, the runner starts what is missing and no more, the
+rule of verdicts, and the page.
+"""
 
 import json
 import re
@@ -66,10 +68,14 @@ def test_the_page_is_what_the_kept_results_say():
 
 # ---- running ----
 
-LOG = [{"config": {"steps": 2, "eval_every": 25}}, {"step": 0, "seconds": 0.0, "eval": {"draw": [0.25, 0.1]}},
-       {"step": 0, "seconds": 1.0, "loss": 1.0, "ratio/0": 1.0}, {"step": 1, "seconds": 2.0, "loss": 3.0, "ratio/0": 2.0},
-       {"step": 1, "seconds": 2.5, "eval": {"draw": [0.9, 0.1]}},                      # where it was stopped once
-       {"step": 2, "seconds": 3.0, "eval": {"draw": [0.5, 0.1]}}]
+LOG = [
+    {"config": {"steps": 2, "eval_every": 25}},
+    {"step": 0, "seconds": 0.0, "eval": {"draw": [0.25, 0.1]}},
+    {"step": 0, "seconds": 1.0, "loss": 1.0, "ratio/0": 1.0},
+    {"step": 1, "seconds": 2.0, "loss": 3.0, "ratio/0": 2.0},
+    {"step": 1, "seconds": 2.5, "eval": {"draw": [0.9, 0.1]}},  # where it was stopped once
+    {"step": 2, "seconds": 3.0, "eval": {"draw": [0.5, 0.1]}},
+]
 
 
 def write_log(folder):
@@ -79,7 +85,9 @@ def write_log(folder):
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """Three small arms, of which c starts from a; the commands that are started in place of real runs, which end at once."""
+    """Three small arms, of which c starts from a; the commands that are started in place of real
+    runs, which end at once.
+    """
     monkeypatch.setattr(claims, "DOCS", tmp_path)
     monkeypatch.setattr(claims, "ARMS", {"a": "--steps 2", "b": "a --ins 0", "c": "--policy {a}"})
     rules = claims.Claim("nobody", "Rules help.", ("a", "b"), ("draw", "loss"), ("a > b : draw",))
@@ -117,7 +125,8 @@ def test_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(started
 def test_kept_results_of_more_seeds_are_not_overwritten(started, tmp_path):
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims" / "rules.json").write_text('{"seeds": 3}')
-    with pytest.raises(ValueError, match="rules.json holds 3 seeds; give --seeds 3 or more, or delete it"):
+    with pytest.raises(
+        ValueError, match="rules.json holds 3 seeds; give --seeds 3 or more, or delete it"):
         run_rules(tmp_path)
     assert not started
 
@@ -129,7 +138,9 @@ def test_a_measure_that_no_arm_holds_is_refused(started, tmp_path, monkeypatch):
         run_rules(tmp_path)
 
 
-def test_a_run_goes_on_if_it_was_begun_with_the_same_flags_and_else_begins_anew(started, tmp_path, monkeypatch):
+def test_a_run_goes_on_if_it_was_begun_with_the_same_flags_and_else_begins_anew(
+    started, tmp_path, monkeypatch
+):
     """Flags are its own, and those of the arm that it starts from."""
     for arm in "ac":
         claims.run_arm(arm, 0, tmp_path, threads=1)
@@ -154,7 +165,8 @@ def test_a_folder_that_is_not_the_runners_own_is_left_as_it_is(started, tmp_path
 
 def test_a_run_that_was_stopped_is_not_done(started, tmp_path, monkeypatch):
     """train.py ends with status 0 after Ctrl-C, but without a policy."""
-    monkeypatch.setattr(claims.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(
+        claims.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0))
     assert "a, seed 0: stopped" in claims.run_arm("a", 0, tmp_path, threads=1)
     assert not claims.is_done("a", 0, tmp_path)
 
@@ -165,7 +177,8 @@ def test_a_run_that_fails_is_one_line_and_holds_up_what_needs_it(started, tmp_pa
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(claims.subprocess, "run", fail)
-    monkeypatch.setitem(claims.CLAIMS, "rules", claims.Claim("nobody", "", ("c",), ("draw",), ("c > c : draw",)))
+    monkeypatch.setitem(
+        claims.CLAIMS, "rules", claims.Claim("nobody", "", ("c",), ("draw",), ("c > c : draw",)))
     text = run_rules(tmp_path)
     assert "rules: not all arms are there" in text
     assert "failed: a, seed 0: --group_size 1: a group needs 2 (exit 1)" in text
@@ -173,7 +186,8 @@ def test_a_run_that_fails_is_one_line_and_holds_up_what_needs_it(started, tmp_pa
 
 
 def test_an_unknown_claim_is_refused_and_the_list_names_all(capsys):
-    with pytest.raises(SystemExit, match="no claim is called flat-earth; the claims are frozen-referee"):
+    with pytest.raises(
+        SystemExit, match="no claim is called flat-earth; the claims are frozen-referee"):
         claims.main(["flat-earth"])
     claims.main(["--list"])
     assert set(claims.CLAIMS) <= set(capsys.readouterr().out.split())
@@ -190,9 +204,13 @@ def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path):
     (folder / "table.json").write_text(json.dumps({"table": table}))
     values = claims.values_of("r", 0, tmp_path)
     assert values["steps"] == [1, 2]
-    assert claims.compare({"r": [values]}, "r > r : refine, judge - best, judge")["difference"] == pytest.approx(0.1)
-    (folder / "table.json").write_text(json.dumps({"table": {"draw": [0.4, 0.02], "layout_entropy": [2.0, None]}}))
-    assert claims.values_of("r", 0, tmp_path) == {"minutes": 1.5, "steps": [1], "draw": [0.4], "layout_entropy": [2.0]}
+    assert claims.compare({"r": [values]}, "r > r : refine, judge - best, judge")[
+        "difference"
+    ] == pytest.approx(0.1)
+    (folder / "table.json").write_text(
+        json.dumps({"table": {"draw": [0.4, 0.02], "layout_entropy": [2.0, None]}}))
+    assert claims.values_of("r", 0, tmp_path) == {
+        "minutes": 1.5, "steps": [1], "draw": [0.4], "layout_entropy": [2.0]}
 
 
 def test_unevenness_over_noisy_steps_is_their_spread_over_their_mean():
@@ -201,10 +219,16 @@ def test_unevenness_over_noisy_steps_is_their_spread_over_their_mean():
     assert claims.unevenness({"clipped/0": [0.0], "clipped/1": [0.0]}, "clipped") == [0.0]
 
 
-@pytest.mark.parametrize("a, sign, b, verdict", [
-    ((0.5, 0.6, 0.55), ">", (0.3, 0.35, 0.33), HOLDS), ((0.3, 0.35, 0.33), ">", (0.5, 0.6, 0.55), FAILS),
-    ((0.5, 0.3, 0.4), ">", (0.4, 0.4, 0.38), OPEN), ((0.50, 0.51, 0.52), "~", (0.51, 0.52, 0.53), HOLDS),
-    ((0.3, 0.31, 0.32), "~", (0.5, 0.52, 0.51), FAILS), ((0.3, 0.5, 0.4), "~", (0.4, 0.4, 0.42), OPEN)])
+@pytest.mark.parametrize(
+    "a, sign, b, verdict",
+    [
+        ((0.5, 0.6, 0.55), ">", (0.3, 0.35, 0.33), HOLDS),
+        ((0.3, 0.35, 0.33), ">", (0.5, 0.6, 0.55), FAILS),
+        ((0.5, 0.3, 0.4), ">", (0.4, 0.4, 0.38), OPEN),
+        ((0.50, 0.51, 0.52), "~", (0.51, 0.52, 0.53), HOLDS),
+        ((0.3, 0.31, 0.32), "~", (0.5, 0.52, 0.51), FAILS),
+        ((0.3, 0.5, 0.4), "~", (0.4, 0.4, 0.42), OPEN)],
+)
 def test_a_comparison_is_judged_by_two_standard_errors_of_paired_differences(a, sign, b, verdict):
     values = {"a": [{"draw": [0.0, x]} for x in a], "b": [{"draw": [0.0, x]} for x in b]}
     assert claims.compare(values, f"a {sign} b : draw")["verdict"] == verdict
@@ -213,20 +237,28 @@ def test_a_comparison_is_judged_by_two_standard_errors_of_paired_differences(a, 
 def test_variety_is_compared_when_both_arms_reach_the_same_truth():
     slow = {"truth": [0.2, 0.3, 0.4], "variety": [2.0, 1.9, 1.8]}
     fast = {"truth": [0.2, 0.6, 0.5], "variety": [2.0, 1.0, 0.5]}
-    assert claims.values_when_equal(slow, fast, "variety", "truth") == pytest.approx((1.8, 1.5))       # both at 0.4
+    assert claims.values_when_equal(slow, fast, "variety", "truth") == pytest.approx(
+        (1.8, 1.5))                             # both at 0.4
     falling = {"truth": [0.2, 0.1], "variety": [2.0, 0.1]}
     assert claims.values_when_equal(slow, falling, "variety", "truth") == (2.0, 2.0)
-    assert claims.compare({"x": [slow], "y": [fast]}, "x > y : variety at truth")["difference"] == pytest.approx(0.3)
+    assert claims.compare({"x": [slow], "y": [fast]}, "x > y : variety at truth")[
+        "difference"
+    ] == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("verdicts, verdict", [
-    ((HOLDS, HOLDS), HOLDS), ((HOLDS, OPEN), OPEN), ((HOLDS, FAILS, OPEN), FAILS)])
+@pytest.mark.parametrize(
+    "verdicts, verdict",
+    [((HOLDS, HOLDS), HOLDS), ((HOLDS, OPEN), OPEN), ((HOLDS, FAILS, OPEN), FAILS)])
 def test_a_claim_holds_if_all_comparisons_do_and_fails_if_one_does(verdicts, verdict):
     assert claims.verdict_of([{"verdict": each} for each in verdicts]) == verdict
 
 
-@pytest.mark.parametrize("text, words", [
-    ("a > b : draw", "a > b in draw"), ("a > b : variety at draw", "a > b in variety at equal draw"),
-    ("a > a : refine, judge - best, judge", "refine, judge > best, judge")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a > b : draw", "a > b in draw"),
+        ("a > b : variety at draw", "a > b in variety at equal draw"),
+        ("a > a : refine, judge - best, judge", "refine, judge > best, judge")],
+)
 def test_a_comparison_is_told_as_people_say_it(text, words):
     assert str(claims.parse_comparison(text)) == words

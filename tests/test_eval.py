@@ -1,4 +1,6 @@
-"""The evaluation: held-out rows, their truth by the tag, honest errors, changes row by row; and the logs that hold it."""
+"""The evaluation: held-out rows, their truth by the tag, honest errors, changes row by row; and the
+logs that hold it.
+"""
 
 import json
 import math
@@ -33,7 +35,8 @@ def test_held_out_prompts_are_evaluation_prompts_of_every_tag():
 def test_held_out_questions_are_about_evaluation_scenes_and_cover_the_kinds(monkeypatch, pairs):
     asked = []
     monkeypatch.setattr(world, "QUESTIONS", 100)
-    monkeypatch.setattr(world, "question_row", lambda scene, question: asked.append((scene, question)))
+    monkeypatch.setattr(
+        world, "question_row", lambda scene, question: asked.append((scene, question)))
     world.held_out_questions(pairs)
     assert {shapes.scene_split(scene) for scene, _ in asked} == {"eval"}
     assert {shapes.shows_held_out(scene) for scene, _ in asked} == {pairs}
@@ -70,17 +73,25 @@ def test_pixels_survive_the_way_to_the_detector():
 
 def sample_by_hand(scene_of):
     """In place of `sample_task`: right answers and thoughts, and pictures of scene_of(metadata)."""
+
     def sample(policy, task, rows, seed, G, guidance=1.0):
         rows = [row for row in rows for _ in range(G)]
         texts, images = [], paint([scene_of(row.metadata) for row in rows]) if task.draws else None
         for row in rows:
             right = row.answer or row.metadata.get("thought")
             right = right or f"<think> {shapes.RIGHT} </think> {shapes.explicit(row.metadata)}"
-            texts.append(f"<think> so </think> <answer> {right} </answer>" if task.form == "answer" else right)
+            texts.append(
+                f"<think> so </think> <answer> {right} </answer>"
+                if task.form == "answer"
+                else right
+            )
         return Samples(
-            [row.text for row in rows], [row.metadata for row in rows], texts if task.writes else None, images,
-            sources=images, earlier=images, answers=[row.answer for row in rows] if rows[0].answer else None,
-            options=[row.options for row in rows], formats=[task.form] * len(rows) if task.form else None)
+            [row.text for row in rows], [row.metadata for row in rows],
+            texts if task.writes else None, images, sources=images, earlier=images,
+            answers=[row.answer for row in rows] if rows[0].answer else None,
+            options=[row.options for row in rows],
+            formats=[task.form] * len(rows) if task.form else None)
+
     return sample
 
 
@@ -110,7 +121,9 @@ def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(mo
 
 
 def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
-    """A painter that paints the first prompt of every tag alone, and the other prompts not at all."""
+    """A painter that paints the first prompt of every tag alone, and the other prompts not at
+    all.
+    """
     rng, first = np.random.default_rng(0), {}
 
     def scene_of(metadata):
@@ -122,12 +135,15 @@ def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
     tags = [row.metadata["tag"] for row in world.held_out_prompts()]
     assert len({tags.count(tag) for tag in shapes.TAGS}) > 1
     for tag in shapes.TAGS:
-        assert table[f"draw/{tag}"] == pytest.approx(mean_and_error([1.0] + [0.0] * (tags.count(tag) - 1)))
+        assert table[f"draw/{tag}"] == pytest.approx(
+            mean_and_error([1.0] + [0.0] * (tags.count(tag) - 1)))
     means, errors = zip(*(table[f"draw/{tag}"] for tag in shapes.TAGS))
     assert table["draw"] == pytest.approx((np.mean(means), math.hypot(*errors) / len(shapes.TAGS)))
 
 
-@pytest.mark.parametrize("name, low, high", [("draw", 0.2, 0.55), ("ask", 0.55, 0.9), ("choose", 0.5, 0.9)])
+@pytest.mark.parametrize(
+    "name, low, high", [("draw", 0.2, 0.55), ("ask", 0.55, 0.9), ("choose", 0.5, 0.9)]
+)
 def test_the_base_is_useful_but_imperfect(monkeypatch, name, low, high):
     monkeypatch.setattr(world, "QUESTIONS", 200)
     table = table_of(evaluation.evaluate_task(load_policy(TOY), TASKS[name], 0, 1.0, 2))
@@ -136,7 +152,8 @@ def test_the_base_is_useful_but_imperfect(monkeypatch, name, low, high):
 
 def test_thoughts_are_evaluated_greedily():
     """Samples of a prompt differ by their noise alone."""
-    texts = sample_task(load_policy(TOY), TASKS["think"], world.held_out_riddles()[:4], seed=0, G=6).texts
+    texts = sample_task(
+        load_policy(TOY), TASKS["think"], world.held_out_riddles()[:4], seed=0, G=6).texts
     assert all(len(set(texts[i:i + 6])) == 1 for i in range(0, 24, 6))
 
 
@@ -155,7 +172,8 @@ def test_a_change_is_paired_by_row_so_that_hard_prompts_cancel():
     change = paired_change(before, after)
     assert change["draw"] == pytest.approx((0.1, 0.0), abs=1e-9)
     assert change["layout_entropy"] == pytest.approx((-0.5, math.nan), nan_ok=True)
-    change = paired_change({"ask": [np.array([0.0, 1.0, 1.0])]}, {"ask": [np.array([1.0, 1.0, 0.0])]})
+    change = paired_change(
+        {"ask": [np.array([0.0, 1.0, 1.0])]}, {"ask": [np.array([1.0, 1.0, 0.0])]})
     assert change["ask"] == pytest.approx(mean_and_error([1.0, 0.0, -1.0]))
 
 
@@ -178,19 +196,32 @@ def test_one_sample_has_no_variety_and_is_refused(capsys):
 
 # ---- logs ----
 
-HEAD, TITLES = {"config": {"recipe": "lvrpo", "seed": 0}}, {name: task.title for name, task in TASKS.items()}
-EVAL = {"draw": [0.5, 0.01], "draw/held_out": [0.5, 0.01], "ask": [0.5, 0.01], "layout_entropy": [2.0, None]}
+HEAD, TITLES = (
+    {"config": {"recipe": "lvrpo", "seed": 0}}, {name: task.title for name, task in TASKS.items()})
+EVAL = {
+    "draw": [0.5, 0.01], "draw/held_out": [0.5, 0.01], "ask": [0.5, 0.01],
+    "layout_entropy": [2.0, None]}
 
 
 def write_log(path, *rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows),
+        encoding="utf-8")
     return path
 
 
 def test_logs_plot_and_sum_up_and_torn_lines_are_passed_over(tmp_path):
     log = write_log(
-        tmp_path / "log.jsonl", HEAD, {"step": 0, "seconds": 1.0, "eval": EVAL}, '{"step": 1, "sec', "", "null", "\x00\x00",
-        {"step": 9, "seconds": 61.0, "eval": EVAL | {"draw": [0.75, 0.01]}}, '{"step": 10, "sec')
+        tmp_path / "log.jsonl",
+        HEAD,
+        {"step": 0, "seconds": 1.0, "eval": EVAL},
+        '{"step": 1, "sec',
+        "",
+        "null",
+        "\x00\x00",
+        {"step": 9, "seconds": 61.0, "eval": EVAL | {"draw": [0.75, 0.01]}},
+        '{"step": 10, "sec',
+    )
     assert [row["step"] for row in read_log(log)[1]] == [0, 9]
     assert "+0.250 +- 0.014" in summary(log)
     plot([log], tmp_path / "curves.png", TITLES)
@@ -200,10 +231,13 @@ def test_logs_plot_and_sum_up_and_torn_lines_are_passed_over(tmp_path):
 def test_rows_of_a_log_need_not_hold_the_same_keys(tmp_path):
     """As a run leaves them that was resumed with other tasks; what is missing is a gap."""
     steps = [
-        {"step": 0, "seconds": 60.0, "draw/reward": 1.0, "ask/reward": 1.0}, {"step": 1, "seconds": 120.0, "draw/reward": 1.0},
-        {"step": 2, "seconds": 150.0, "resumed": {"seed": [0, 1]}}, {"step": 2, "seconds": 180.0, "think/reward": 0.5}]
+        {"step": 0, "seconds": 60.0, "draw/reward": 1.0, "ask/reward": 1.0},
+        {"step": 1, "seconds": 120.0, "draw/reward": 1.0},
+        {"step": 2, "seconds": 150.0, "resumed": {"seed": [0, 1]}},
+        {"step": 2, "seconds": 180.0, "think/reward": 0.5}]
     last = {"step": 3, "seconds": 240.0, "eval": {"draw": [0.6, 0.1], "think": [0.1, 0.1]}}
-    log = write_log(tmp_path / "a.jsonl", HEAD, {"step": 0, "seconds": 0.0, "eval": EVAL}, *steps, last)
+    log = write_log(
+        tmp_path / "a.jsonl", HEAD, {"step": 0, "seconds": 0.0, "eval": EVAL}, *steps, last)
     plot([log, write_log(tmp_path / "b.jsonl", HEAD, last)], tmp_path / "curves.png", TITLES)
     assert (tmp_path / "curves.png").exists()
     assert "draw" in summary(log)
@@ -220,4 +254,6 @@ def test_a_file_that_is_no_log_is_refused(tmp_path, content):
 
 def test_a_log_without_evaluations_is_not_plotted(tmp_path):
     with pytest.raises(ValueError, match="holds no evaluation to plot"):
-        plot([write_log(tmp_path / "x.jsonl", HEAD, {"step": 0, "seconds": 1.0})], tmp_path / "curves.png", TITLES)
+        plot(
+            [write_log(tmp_path / "x.jsonl", HEAD, {"step": 0, "seconds": 1.0})],
+            tmp_path / "curves.png", TITLES)

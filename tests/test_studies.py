@@ -1,4 +1,6 @@
-"""The studies besides the claims: benchmarks compare equal work, rewards against the truth, GenEval's folders."""
+"""The studies besides the claims: benchmarks compare equal work, rewards against the truth,
+GenEval's folders.
+"""
 
 import json
 
@@ -23,7 +25,10 @@ def test_every_way_of_a_benchmark_runs(work, plain, monkeypatch):
 
 def test_the_memory_of_a_recipe_shrinks_over_ranks(capsys):
     bench.main(["memory"])
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()[2:]
+    ]
     peak = {tuple(row[:3]): int(row[-1]) for row in cells}
     assert peak["all weights", "512", "8"] < peak["all weights", "512", "1"] / 4
     assert peak["adapters, both experts", "512", "1"] < peak["generation expert", "512", "1"]
@@ -59,7 +64,9 @@ def folder(tmp_path):
     """A folder of two pictures of each of three prompts, and the command that made it."""
     rows = shapes.prompts("eval")[:3]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--metadata", str(tmp_path / "m.jsonl"), "--samples", "2", "--steps", "2", "--out", str(tmp_path / "g")]
+    flags = [
+        "--metadata", str(tmp_path / "m.jsonl"), "--samples", "2", "--steps", "2", "--out",
+        str(tmp_path / "g")]
     geneval.main(flags)
     return tmp_path / "g", flags
 
@@ -86,7 +93,8 @@ def test_a_folder_is_gone_on_with_and_its_other_pictures_stay(folder):
 @pytest.mark.parametrize("more, words", [(["--seed", "7"], "seed"), (["--steps", "3"], "steps")])
 def test_a_folder_with_pictures_of_other_settings_is_refused(folder, more, words):
     out, flags = folder
-    with pytest.raises(SystemExit, match=f"holds pictures of other settings \\({words}\\); give another --out"):
+    with pytest.raises(
+        SystemExit, match=f"holds pictures of other settings \\({words}\\); give another --out"):
         geneval.main([*flags, *more])
 
 
@@ -99,5 +107,7 @@ def test_a_folder_with_pictures_of_other_prompts_is_refused(folder, tmp_path):
 
 def test_prompts_without_rules_are_refused(tmp_path):
     (tmp_path / "p.txt").write_text("a red circle")
-    with pytest.raises(SystemExit, match="--ins reads GenEval's include and exclude, which 1 rows of .*p.txt do not have"):
+    with pytest.raises(
+        SystemExit,
+        match="--ins reads GenEval's include and exclude, which 1 rows of .*p.txt do not have"):
         geneval.main(["--metadata", str(tmp_path / "p.txt")])
