@@ -49,7 +49,7 @@ def load_captioner(
 
 @dataclass
 class TextEncoder:
-    """A BERT-like encoder: states of a text's words, and BERTScore."""
+    """A BERT: states of a text's words, and BERTScore."""
 
     model: torch.nn.Module
     tokenizer: Callable
@@ -79,9 +79,9 @@ def load_text_encoder(
     path: str = TEXT_ENCODER, *, device="cpu", dtype=torch.float32, batch_size: int = 128
 ) -> TextEncoder:
     """A frozen TextEncoder. Errors: see load_model."""
-    kinds = ("bert", "mpnet", "roberta", "distilbert")
-    return TextEncoder(
-        *load_model("AutoModel", kinds, path, device, dtype, ("AutoTokenizer",)), batch_size)
+    model, tokenizer = load_model(
+        "AutoModel", ("bert",), path, device, dtype, ("AutoTokenizer",), heads=("cls.",))
+    return TextEncoder(model, tokenizer, batch_size)
 
 
 def load_lpips(*, device="cpu") -> Callable:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from referees.geneval import COLORS, best_by_class
 from referees.load import load_model
-from referees.siglip import Clip, OpenClip, load_clip
+from referees.siglip import Clip, load_clip
 from support.rows import Clause, Metadata
 
 COLOR_CLIP = "openai/clip-vit-large-patch14"    # GenEval's
@@ -92,8 +92,8 @@ class ZeroShot:
         if self.is_dino:
             text = ". ".join(names) + "."
         given = self.processor(
-            images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt"
-        ).to(self.model.device)
+            images=list(images), text=[text] * len(images), truncation=True, do_rescale=False,
+            return_tensors="pt").to(self.model.device)
         out = self.model(**given)
         scores = out.logits.float().sigmoid()                           # (N, Q, classes or words)
         if self.is_dino:
@@ -139,7 +139,7 @@ class ZeroShot:
 class Colors:
     """The colour of an object: CLIP's choice among GenEval's ten, by three templates each."""
 
-    clip: Clip | OpenClip
+    clip: Clip
 
     def __call__(self, crops: list[Tensor], names: list[str]) -> list[str]:
         """crops: (3, h, w) each, in [0, 1]; names: of their classes."""

@@ -59,11 +59,12 @@ def kind_of(path: str) -> str:
 
 def load_model(
     auto_class: str, model_types: tuple[str, ...], path: str, device, dtype=torch.float32,
-    parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor")
+    parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor"), heads: tuple[str, ...] = ()
 ) -> tuple:
     """(frozen model, *parts) of a local folder or hub name, by transformers' auto classes.
 
-    model_types: those that are accepted, none for any.
+    model_types: those that are accepted, none for any. heads: prefixes of keys that a release holds
+    for another use, which are left out.
     Errors, in one line: OSError for missing files; ValueError for another kind of model, and for
     weights that are damaged or not exactly the config's, which transformers would draw at random.
     """
@@ -77,6 +78,8 @@ def load_model(
         model, mismatches = getattr(transformers, auto_class).from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, dtype=dtype,
             output_loading_info=True, ignore_mismatched_sizes=True)
+        surplus = mismatches["unexpected_keys"]
+        mismatches["unexpected_keys"] = [key for key in surplus if not key.startswith(heads)]
         out = [freeze_model(model, device, **mismatches)]
         for part in parts:
             out.append(getattr(transformers, part).from_pretrained(path, trust_remote_code=False))
@@ -125,7 +128,7 @@ def numbers_in(path: str) -> int:
     except (LocalEntryNotFoundError, HFValidationError):
         return 0
     total = 0
-    for file in Path(folder).glob("*.safetensors"):
+    for file in Path(folder).glob("[!.]*.safetensors"):
         with loading_errors(path), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():
                 total += math.prod(tensors.get_slice(key).get_shape())

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from referees.load import load_model
-from referees.siglip import Clip
+from referees.siglip import Clip, load_clip
 
 
 @dataclass
@@ -42,5 +41,4 @@ def load_preference(
     if not path:
         raise ValueError(
             "--pref needs --pref_model: a folder or hub name, such as yuvalkirstain/PickScore_v1")
-    return ClipPreference(
-        Clip(*load_model("AutoModel", ("clip",), path, device, dtype), batch_size))
+    return ClipPreference(load_clip(path, device=device, dtype=dtype, batch_size=batch_size))

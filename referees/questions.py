@@ -210,7 +210,7 @@ def decompose(
     reason.
     Errors: ValueError if no prompt at all gets questions.
     """
-    rows = {}
+    rows, tags = {}, dict(semantic=", ".join(SEMANTIC), quality=", ".join(QUALITY))
     for row in read_prompts(path):
         key = json.dumps([row, model, ASK], sort_keys=True)
         rows[hashlib.sha256(key.encode()).hexdigest()[:16]] = row
@@ -223,7 +223,7 @@ def decompose(
             for i in range(0, len(waiting), batch):
                 keys = waiting[i:i + batch]
                 prompts = [rows[key]["prompt"] for key in keys]
-                requests = [request_for(prompt) for prompt in prompts]
+                requests = [ASK.format(prompt=prompt, **tags) for prompt in prompts]
                 answers = write(requests, 0.7 if attempt else 0.0)
                 for key, prompt, answer in zip(keys, prompts, answers):
                     try:
@@ -246,18 +246,17 @@ def decompose(
 def finished_rows(out: Path) -> set[str]:
     """The hashes of the rows that an earlier run wrote; a line that a kill has cut is removed."""
     text = out.read_text(encoding="utf-8") if out.exists() else ""
+    if text and '"hash": "' not in text.partition("\n")[0]:
+        raise ValueError(f"{out} holds what this program did not write; give another --out")
     whole = text[:text.rfind("\n") + 1]
     if whole != text:
         write_atomic(out, whole.encode())
     return {row.get("hash") for row in read_json_lines(str(out), ("prompt",))} if whole else set()
 
 
-def request_for(prompt: str) -> str:
-    return ASK.format(semantic=", ".join(SEMANTIC), quality=", ".join(QUALITY), prompt=prompt)
-
-
 def read_answer(prompt: str, answer: str) -> dict:
     """The two lists of questions in a model's answer. Errors: ValueError with what is wrong."""
+    answer = answer.rpartition("</think>")[2]
     try:
         found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
     except (ValueError, RecursionError) as error:
@@ -303,7 +302,8 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
         if temperature:
             sampling = dict(do_sample=True, temperature=temperature)
         tokens = model.generate(
-            **given, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **sampling)
+            **given, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id,
+            repetition_penalty=1.0, **sampling)  # a model's own penalty spoils JSON
         return tokenizer.batch_decode(
             tokens[:, given.input_ids.shape[1]:], skip_special_tokens=True)
 
@@ -325,8 +325,6 @@ def main(argv: list[str] | None = None) -> None:
         read_prompts(a.prompts)                 # before a large model is loaded
         if not a.out.resolve().parent.is_dir():
             raise FileNotFoundError(f"--out {a.out}: its folder does not exist")
-        if a.out.resolve() == Path(a.prompts).resolve():
-            raise ValueError(f"--out {a.out} is the file of prompts; give another")
         left = decompose(a.prompts, load_writer(a.llm, the_device()), a.llm, a.out)
         for prompt in left:
             say(f"left out: {prompt}")

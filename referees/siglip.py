@@ -189,18 +189,15 @@ class OpenClip:
     batch_size: int = 128
 
     @property
-    def size(self) -> int:
-        size = self.model.visual.preprocess_cfg["size"]
-        return size if isinstance(size, int) else size[0]
-
-    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def image_features(self, images: Tensor) -> Tensor:
-        cfg, size = self.model.visual.preprocess_cfg, (self.size, self.size)
-        pixels = to_pixels(
-            images.to(self.device), size, cfg["interpolation"], cfg["mean"], cfg["std"])
+        cfg = self.model.visual.preprocess_cfg
+        size = cfg["size"]
+        size = (size, size) if isinstance(size, int) else size
+        images = images.to(self.device)
+        pixels = to_pixels(images, size, cfg["interpolation"], cfg["mean"], cfg["std"])
         return self.model.encode_image(pixels, normalize=True)
 
     def text_features(self, texts: list[str]) -> Tensor:

@@ -197,7 +197,9 @@ def test_decomposition_writes_rows_whole_retries_resumes_and_leaves_out_what_sta
 
 
 def test_an_answer_is_validated():
-    assert read_answer("a red dog", ANSWER)["semantic_questions"][1] == LINE["semantic_questions"][1]
+    thought = '<think>I draft {"question": "is it red ?"} and {...}.</think>'
+    for answer in (ANSWER, thought + ANSWER):
+        assert read_answer("a red dog", answer)["semantic_questions"][1] == LINE["semantic_questions"][1]
     with pytest.raises(ValueError, match="the answer: prompt 'x': quality_questions must be"):
         read_answer("x", json.dumps({"semantic_questions": ["a ?"]}))
 
@@ -218,7 +220,7 @@ def test_a_real_language_model_is_asked_through_its_chat_template(tmp_path):
     prompts.write_text("a circle\n")
     refusals = {
         tmp_path / "q.jsonl": "gave no valid questions for any of 1 prompts in 5 tries each",
-        prompts: "is the file of prompts; give another",
+        prompts: "holds what this program did not write; give another --out",
         tmp_path / "no" / "q.jsonl": "its folder does not exist"}
     for out, words in refusals.items():
         with pytest.raises(SystemExit) as error:

@@ -291,6 +291,17 @@ def test_bertscore_is_1_for_equal_texts_and_that_of_each_pair_alone(folders):
     assert together[0].item() == pytest.approx(1, abs=1e-5)
 
 
+def test_a_bert_is_read_without_the_heads_of_its_pretraining(folders, tmp_path):
+    """As google-bert/bert-base-uncased is published."""
+    from transformers import BertForPreTraining
+    shutil.copytree(folders["bert"], tmp_path / "bert")
+    whole = BertForPreTraining.from_pretrained(folders["bert"])
+    whole.save_pretrained(tmp_path / "bert")
+    states, mask = captioner.load_text_encoder(str(tmp_path / "bert")).states(["a cat"])
+    expected, _ = captioner.load_text_encoder(folders["bert"]).states(["a cat"])
+    assert torch.allclose(states, expected, atol=1e-5)
+
+
 def test_lpips_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match="pip install lpips; or use --"):
