@@ -118,12 +118,11 @@ class ZeroShot:
 
         scores: (Q, classes); boxes: (Q, 4), centre and size relative to the image.
         """
-        H, W = side_y, side_x = size
-        if not self.is_dino:                    # OWLv2 pads to a square, to the right and below
-            side_y = side_x = max(size)
+        H, W = size
+        read_h, read_w = size if self.is_dino else [max(size)] * 2  # OWLv2 pads right and below
         centre, extent = boxes[:, :2], boxes[:, 2:]
         corners = torch.cat([centre - extent / 2, centre + extent / 2], 1)          # (Q, 4)
-        corners = corners * torch.tensor([side_x, side_y, side_x, side_y], device=boxes.device)
+        corners = corners * torch.tensor([read_w, read_h, read_w, read_h], device=boxes.device)
         corners = corners.clamp(min=0).minimum(torch.tensor([W, H, W, H], device=boxes.device))
         best, place = scores.max(-1)                                                # (Q,)
         found = []
