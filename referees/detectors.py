@@ -87,7 +87,7 @@ class ZeroShot:
         return found
 
     def score_classes(self, images: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Scores (N, Q, classes) in [0, 1]; boxes (N, Q, 4), centre and size in its units."""
+        """Scores (N, Q, classes) in [0, 1]; boxes (N, Q, 4), relative centre and size."""
         text = [f"a photo of a {name}" for name in names]
         if self.is_dino:
             text = ". ".join(names) + "."

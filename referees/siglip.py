@@ -45,7 +45,7 @@ class Siglip:
         return torch.tensor(ids, device=self.model.device)
 
     def vision_outputs(self, images: Tensor):
-        """The vision tower's last_hidden_state (N, P, D) and pooler_output (N, D), with a graph."""
+        """The vision tower's last_hidden_state (N, P, D) and pooler_output (N, D)."""
         return self.model.vision_model(pixel_values=self.pixels(images))
 
     def image_features(self, images: Tensor) -> Tensor:
