@@ -20,7 +20,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -378,7 +377,7 @@ def run_arm(arm: str, seed: int, out: Path, threads: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(begun, meaning(arm).encode())
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    start, output = time.monotonic(), folder / "output.txt"
+    output = folder / "output.txt"
     for command in todo:
         with output.open("a", encoding="utf-8") as file:
             python = [sys.executable, *command]
@@ -389,8 +388,6 @@ def run_arm(arm: str, seed: int, out: Path, threads: int) -> str:
             return f"{arm}, seed {seed}: {last[:200]} (exit {code}); see {output}"
     if not (folder / "policy").exists() and not (folder / "table.json").exists():
         return f"{arm}, seed {seed}: stopped; the same call goes on"
-    minutes = (time.monotonic() - start) / 60
-    write_atomic(folder / "minutes.txt", f"{minutes:.1f}".encode())  # for arms without a log
     write_atomic(folder / "done.txt", meaning(arm).encode())
     return ""
 
@@ -420,21 +417,20 @@ def run_missing(names: list[str], seeds: int, out: Path, threads: int, jobs: int
 
 
 def values_of(arm: str, seed: int, out: Path) -> dict:
-    """{"minutes": ., "steps": [...], key: [...]}, with one value for each evaluation."""
+    """{"steps": [...], key: [...]}, with one value for each evaluation."""
     folder = folder_of(arm, seed, out)
-    is_table = (folder / "table.json").exists()
-    return values_of_table(folder) if is_table else values_of_log(folder / "log.jsonl")
+    table = folder / "table.json"
+    return values_of_table(table) if table.exists() else values_of_log(folder / "log.jsonl")
 
 
-def values_of_table(folder: Path) -> dict:
+def values_of_table(path: Path) -> dict:
     """Of an evaluation, or of refinement's table, whose steps are the numbers of pictures drawn."""
-    minutes = float((folder / "minutes.txt").read_text(encoding="utf-8"))
     values = {}
-    for key, cell in read_json(folder / "table.json")["table"].items():
+    for key, cell in read_json(path)["table"].items():
         pairs = cell if isinstance(cell[0], list) else [cell]
         values[key] = [mean for mean, _ in pairs]
     longest = max(map(len, values.values()))
-    return {"minutes": minutes, "steps": list(range(1, 1 + longest))} | values
+    return {"steps": list(range(1, 1 + longest))} | values
 
 
 def values_of_log(path: Path) -> dict:
@@ -445,7 +441,7 @@ def values_of_log(path: Path) -> dict:
     planned = {*range(0, end, head["config"]["eval_every"]), end}
     evaluations = [row for row in rows if row.get("eval") and row["step"] in planned]
     steps = [row for row in rows if "loss" in row]
-    values = {"minutes": rows[-1]["seconds"] / 60, "steps": [row["step"] for row in evaluations]}
+    values = {"steps": [row["step"] for row in evaluations]}
     for key in evaluations[0]["eval"]:
         values[key] = [row["eval"][key][0] for row in evaluations]
     near = []
@@ -552,9 +548,8 @@ def result_of(name: str, seeds: int, out: Path) -> dict:
         for key in claim.measures:
             if key in runs[0]:
                 rounded[key] = [[float(f"{x:.4g}") for x in run[key]] for run in runs]
-        arms[arm] = {
-            "command": command_of(arm), "minutes": [round(run["minutes"], 1) for run in runs],
-            "steps": [first + step for step in runs[0]["steps"]], "values": rounded}
+        steps = [first + step for step in runs[0]["steps"]]
+        arms[arm] = {"command": command_of(arm), "steps": steps, "values": rounded}
     comparisons = [compare(values, text) for text in claim.compares]
     return {"claim": name, "paper": claim.paper, "says": claim.says, "seeds": seeds, "arms": arms,
             "comparisons": comparisons, "verdict": verdict_of(comparisons)}
@@ -606,13 +601,11 @@ def section(result: dict) -> list[str]:
     for key in measures_of(result):
         measures.append([key, *(print_seeds(arm["values"].get(key)) for arm in arms.values())])
     lines += ["", *markdown_table(["measure", *arms], measures)]
-    made = []
-    for arm, each in arms.items():
-        made.append([arm, f"{max(each['minutes']):.1f}", f"`{each['command']}`"])
+    made = [[arm, f"`{each['command']}`"] for arm, each in arms.items()]
     for parent in dict.fromkeys(parent for arm in arms for parent in parents_of(arm)):
         if parent not in arms:
-            made.append([f"{parent}, started from", "-", f"`{command_of(parent)}`"])
-    lines += ["", *markdown_table(["arm", "minutes", "command"], made)]
+            made.append([f"{parent}, started from", f"`{command_of(parent)}`"])
+    lines += ["", *markdown_table(["arm", "command"], made)]
     return lines + ["", f"![{name}](claims/{name}.png)"]
 
 
