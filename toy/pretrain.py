@@ -3,20 +3,18 @@
 `python -m toy.pretrain` measures the referees; `python eval.py` measures the base.
 
     tokenizer    the closed vocabulary of shapes.py, one word one token, and BAGEL's four markers
-    autoencoder  diffusers' AutoencoderKL, 32x32x3 pixels to 4x4x4, which the policy reads as 4 tokens
-                 of 16 features
-    base         the policy, by text cross-entropy and flow matching jointly, on pictures whose captions
-                 are partly wrong
-    siglip       the alignment referee: transformers' SiglipModel, sigmoid contrastive loss, right captions
-    judge        the yes/no referee: PaliGemmaForConditionalGeneration, cross-entropy on right answers
-    captioner    the captioning referee: BlipForConditionalGeneration, cross-entropy on captions that
-                 name everything
+    autoencoder  diffusers' AutoencoderKL: 32x32x3 pixels to 4x4x4, for the policy 4 tokens of 16
+    base         the policy: text cross-entropy and flow matching on partly wrong captions
+    siglip       the alignment referee: transformers' SiglipModel, sigmoid contrastive loss
+    judge        the yes/no referee: PaliGemmaForConditionalGeneration, cross-entropy on answers
+    captioner    the captioning referee: BlipForConditionalGeneration, captions of everything
 
-The base learns wrong things on purpose, as web captions teach them: WRONG_CAPTIONS of the pictures
-contradict their caption in one attribute, WRONG_THOUGHTS of the thoughts state a wrong fact and follow
-it, WRONG_COUNTS of the counting questions are answered by the next word (four by zero), and so on with
-the constants below. Imitation cannot repair what its data says; a reward can. Further pretraining on
-the same data is the control that the results show next to it.
+Referees learn from right texts alone. The base learns wrong things on purpose, as web captions
+teach them: WRONG_CAPTIONS of the pictures contradict their caption in one attribute, WRONG_THOUGHTS
+of the thoughts state a wrong fact and follow it, WRONG_COUNTS of the counting questions are
+answered by the next word (four by zero), and so on with the constants below. Imitation cannot
+repair what its data says; a reward can. Further pretraining on the same data is the control that
+the results show next to it.
 """
 
 import math
@@ -45,28 +43,31 @@ WRONG_THOUGHTS, WRONG_COUNTS, WRONG_SEEN, WRONG_EDITS, WRONG_REFLECTIONS = 0.5, 
 MISCOUNT = 0.8
 BROKEN_TAGS = {"count": 0.8, "relation": 0.7, "exists": 0.4, "color": 0.3, "shape": 0.3}
 LOOKS = (shapes.LOOK_AGAIN, "this is wrong , look again")
-SIZE, TEXTS = (32, 32), 4                               # pixels; texts about each scene of the corpus
-EVEN = (1, 1, 1, 1, 1, 1)                               # how often captions of each of TAGS are taken
-BOUND = (1, 1, 1, 1, 6, 3)                              # the last two are learned only if they are common
+SIZE, TEXTS, BATCH = (32, 32), 4, 64    # pixels; texts about each scene; captions a step
+EVEN = (1, 1, 1, 1, 1, 1)               # how often captions of each of TAGS are taken
+BOUND = (1, 1, 1, 1, 6, 3)              # the last two are learned only if they are common
 # Steps, learning rate, seed, scenes asked about a step (0: nothing but pictures of captions), tags.
 ROUNDS = ((2400, 2e-3, 2, 16, EVEN), (2200, 1.5e-3, 3, 20, EVEN), (1000, 1e-3, 4, 20, BOUND),
           (500, 1e-3, 5, 0, BOUND), (400, 7e-4, 6, 20, BOUND))
 CONFIG = PolicyConfig(
-    llm=dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=128, intermediate_size=256,
-             num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=0,
-             rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu", max_position_embeddings=128,
-             tie_word_embeddings=False),
-    vit=dict(model_type="siglip_vision_model", hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-             num_attention_heads=4, num_channels=3, patch_size=8, image_size=32, layer_norm_eps=1e-6,
-             hidden_act="gelu_pytorch_tanh"),
-    bagel=dict(latent_patch_size=2, max_latent_size=2, vit_max_num_patch_per_side=4,
-               connector_act="gelu_pytorch_tanh", vae_resize=[32, 32, 16], vit_resize=[32, 32, 8]),
-    ae=dict(resolution=32, in_channels=3, downsample=8, ch=8, out_ch=3, ch_mult=[1, 2, 4, 4],
-            num_res_blocks=1, z_channels=4, norm_groups=8, scale_factor=1.0, shift_factor=0.0))
+    llm=dict(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=128,
+        intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=0, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
+        max_position_embeddings=128, tie_word_embeddings=False),
+    vit=dict(
+        model_type="siglip_vision_model", hidden_size=64, intermediate_size=128,
+        num_hidden_layers=3, num_attention_heads=4, num_channels=3, patch_size=8, image_size=32,
+        layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
+    bagel=dict(
+        latent_patch_size=2, max_latent_size=2, vit_max_num_patch_per_side=4,
+        connector_act="gelu_pytorch_tanh", vae_resize=[32, 32, 16], vit_resize=[32, 32, 8]),
+    ae=dict(
+        resolution=32, in_channels=3, downsample=8, ch=8, out_ch=3, ch_mult=[1, 2, 4, 4],
+        num_res_blocks=1, z_channels=4, norm_groups=8, scale_factor=1.0, shift_factor=0.0))
 THINGS = tuple(product(shapes.SHAPES, shapes.COLORS))
 JUDGE_WORDS = ("answer", "clean", "whole", "shapes")
 QUALITY = {"ground": "is the picture clean ?", "shape": "are the shapes whole ?"}
-BATCH = 64
 
 
 # ---- training in general ----
@@ -160,8 +161,8 @@ def latent_statistics(policy):
 class Lesson:
     """Rows of one layout: [image in] [text read] -> [text written] [picture drawn].
 
-    Only the text that is read is always there; each image may have several texts. Texts are (tokens,
-    mask); pixels (N, 3, 32, 32); latents (N, 4, 16), also of an image that is drawn changed."""
+    Only the text that is read is always there; each image may have several texts. Texts are
+    (tokens, mask); pixels (N, 3, 32, 32); latents (N, 4, 16), also of an image that is redrawn."""
 
     def __init__(self, policy, read, write=(), draw=(), see=()):
         self.read = policy.encode_text(read)
@@ -181,15 +182,18 @@ class Corpus:
         rng, by_tag = np.random.default_rng(seed), shapes.prompts_by_tag("train")
 
         def draw_prompts(n):
-            return [shapes.pick(rng, by_tag[tag]) for _ in range(n // len(by_tag)) for tag in by_tag]
+            rounds = range(n // len(by_tag))
+            return [shapes.pick(rng, some) for _ in rounds for some in by_tag.values()]
 
         captions = draw_prompts(pictures)
-        self.captions = Lesson(policy, [m["prompt"] for m in captions], draw=scenes_of(captions, rng))
+        drawn = scenes_of(captions, rng)
+        self.captions = Lesson(policy, [m["prompt"] for m in captions], draw=drawn)
 
         riddles = [shapes.pick(rng, shapes.implicit_prompts("train")) for _ in range(thoughts)]
         written = [thought_of(m, rng) for m in riddles]
         meant = [shapes.captions_by_text()[thought.split("</think> ")[1]] for thought in written]
-        self.thoughts = Lesson(policy, [m["prompt"] for m in riddles], written, scenes_of(meant, rng))
+        drawn = scenes_of(meant, rng)
+        self.thoughts = Lesson(policy, [m["prompt"] for m in riddles], written, drawn)
 
         shown, asked = [], []                                   # TEXTS pairs for each scene
         for m in draw_prompts(scenes // 2):
@@ -211,8 +215,9 @@ class Corpus:
             look, reflection = reflection_of(m, shapes.pick(rng, by_tag[m["tag"]]), rng)
             looks.append(look)
             reflections.append(reflection)
-        self.reflections = Lesson(policy, looks, [r.text for r in reflections], [r.target for r in reflections],
-                                  [r.source for r in reflections])
+        self.reflections = Lesson(
+            policy, looks, [r.text for r in reflections], draw=[r.target for r in reflections],
+            see=[r.source for r in reflections])
 
 
 def encode(policy, pixels):
@@ -221,7 +226,7 @@ def encode(policy, pixels):
 
 
 def scenes_of(captions, rng):
-    """A scene for each caption; WRONG_CAPTIONS of its tag are of a caption that contradicts it."""
+    """A scene for each caption; WRONG_CAPTIONS of a tag's scenes contradict theirs."""
     scenes = []
     for m in captions:
         shown = shapes.wrong_metadata(m, rng) if rng.random() < WRONG_CAPTIONS[m["tag"]] else m
@@ -235,7 +240,7 @@ def thought_of(m, rng):
 
 
 def caption_of(m, rng, miscount):
-    """The caption of a picture, wrong WRONG_SEEN of the time; `miscount` of the numbers are wrong."""
+    """The caption of a picture, wrong WRONG_SEEN of the time, and `miscount` of the numbers."""
     caption = shapes.wrong_metadata(m, rng) if rng.random() < WRONG_SEEN else m
     if miscount and m["tag"] == "counting" and rng.random() < miscount:
         (clause,) = m["include"]
@@ -262,8 +267,9 @@ def question_and_answer(scene, rng) -> tuple[str, str]:
     text = f"{text} {shapes.THINK}"
     if rng.random() >= BROKEN_TAGS[question.kind]:
         return text, f"<think> {thought} </think> <answer> {written} </answer>"
-    broken = (f"<think> {thought} <answer> {written} </answer>", f"<think> {thought} </think> {written}")
-    return text, shapes.pick(rng, broken)
+    unclosed = f"<think> {thought} <answer> {written} </answer>"
+    bare = f"<think> {thought} </think> {written}"
+    return text, shapes.pick(rng, (unclosed, bare))
 
 
 def edit_of(rng) -> shapes.Edit:
@@ -272,7 +278,7 @@ def edit_of(rng) -> shapes.Edit:
         scene = shapes.random_scene(rng)
         try:
             edit, other = shapes.make_edit(scene, rng), shapes.make_edit(scene, rng)
-        except ValueError:                                      # nothing in it can be named or added
+        except ValueError:              # nothing in it can be named or added
             continue
         return edit._replace(target=other.target) if rng.random() < WRONG_EDITS else edit
 
@@ -280,8 +286,8 @@ def edit_of(rng) -> shapes.Edit:
 def reflection_of(m, other, rng) -> tuple[str, shapes.Reflection]:
     """(prompt and instruction, reflection).
 
-    The source is right, contradicts the prompt, or is of another prompt; the wrong ones are passed as
-    right, and left as they are, WRONG_REFLECTIONS of the time."""
+    The source is right, contradicts the prompt, or is of another prompt. WRONG_REFLECTIONS of the
+    sources are called right and left as they are."""
     sources = (m, shapes.wrong_metadata(m, rng), other)
     source = shapes.sample_scene(shapes.pick(rng, sources), rng)
     look = f"{m['prompt']} , {shapes.pick(rng, LOOKS)}"
@@ -294,10 +300,10 @@ def reflection_of(m, other, rng) -> tuple[str, shapes.Reflection]:
 def flow_loss(policy, context, data, generator):
     """Flow matching: mean of (v - (noise - data))^2.
 
-    Half of the times are drawn high, where the layout is decided."""
-    high = torch.randn(len(data), generator=generator)
-    high = high + 1.2 * (torch.rand(len(data), generator=generator) < 0.5)
-    t = torch.sigmoid(high).to(data.device)
+    Half of the times are drawn high, for these decide the layout."""
+    t = torch.randn(len(data), generator=generator)
+    t = t + 1.2 * (torch.rand(len(data), generator=generator) < 0.5)
+    t = torch.sigmoid(t).to(data.device)
     noise = torch.randn(data.shape, generator=generator).to(data.device)
     x = (1 - t[:, None, None]) * data + t[:, None, None] * noise
     return F.mse_loss(policy.velocity(context, x, t, SIZE), noise - data)
@@ -318,7 +324,8 @@ def base_loss(policy, corpus, generator, draws=2, scenes=20, tags=EVEN) -> dict:
         context = policy.empty(len(i))
         if lesson.pixels is not None:
             latents = None if lesson.latents is None else lesson.latents[i]
-            context = policy.append_image(context, lesson.pixels[i], latents, SIZE).repeat(lesson.texts)
+            context = policy.append_image(context, lesson.pixels[i], latents, SIZE)
+            context = context.repeat(lesson.texts)
         j = (i[:, None] * lesson.texts + torch.arange(lesson.texts)).flatten()
         tokens, mask = lesson.read
         _, context = policy.append_text(context, tokens[j], mask[j], logits=False)
@@ -349,7 +356,7 @@ def base_loss(policy, corpus, generator, draws=2, scenes=20, tags=EVEN) -> dict:
 def new_base(tokenizer) -> Policy:
     """A policy at CONFIG's sizes with xavier matrices.
 
-    With small initialisations it never learns where things are."""
+    With small initialisations it never learns the places of things."""
     llm = CONFIG.llm | {"vocab_size": len(tokenizer)}
     config = PolicyConfig(llm, CONFIG.vit, CONFIG.bagel, dict(CONFIG.ae))
     torch.manual_seed(0)
@@ -408,7 +415,7 @@ def xavier(model):
             nn.init.xavier_uniform_(p)
         elif "position_embedding" in name:
             nn.init.normal_(p, std=0.5)
-        elif name == "logit_scale":                             # as arXiv:2303.15343 begins, Sec. 3.2
+        elif name == "logit_scale":     # SigLIP's own start (arXiv:2303.15343, Sec. 3.2)
             nn.init.constant_(p, math.log(10.0))
         elif name == "logit_bias":
             nn.init.constant_(p, -10.0)
@@ -556,9 +563,9 @@ def ask_fact(rng) -> Asked:
 def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
     """(images, what is asked about them).
 
-    A third each is about prompts, answers, and single facts or the picture's quality, answered by yes
-    and no; of every four, one more is a plain question with its answer, which no reward asks and which
-    teaches the others."""
+    A third each is about prompts, answers, and single facts or the picture's quality, answered by
+    yes and no. Of every four, one more is a plain question with its answer: no reward asks it, but
+    it teaches the others."""
     images, batch_asked = [], []
     for i in range(batch):
         spoiled = None
@@ -597,8 +604,9 @@ def captioner_losses(captioner, readout, pool, rng):
     for _ in range(BATCH // 2):
         scenes.append(shapes.sample_scene(any_prompt(rng, pool), rng, training=False))
     captions = [f"<bos> {shapes.describe(scene)} <eos>" for scene in scenes]
-    text = captioner.tokenizer(captions, padding=True, padding_side="right", add_special_tokens=False,
-                               return_attention_mask=True, return_tensors="pt")
+    text = captioner.tokenizer(
+        captions, padding=True, padding_side="right", add_special_tokens=False,
+        return_attention_mask=True, return_tensors="pt")
     labels = text.input_ids.masked_fill(text.attention_mask == 0, -100)
     pixels = captioner.pixels(worn_pictures(scenes, rng))
     out = captioner.model(pixel_values=pixels, **text, labels=labels)
@@ -607,7 +615,8 @@ def captioner_losses(captioner, readout, pool, rng):
 
 def train_referee(name, referee, losses_of, seed, steps, lr):
     """Fit a referee together with a readout of its vision tower; the model is left frozen."""
-    rng, pool, readout = np.random.default_rng(seed), every_prompt(), Readout(pooled=name == "siglip")
+    rng, pool = np.random.default_rng(seed), every_prompt()
+    readout = Readout(pooled=name == "siglip")
     model = referee.model
     xavier(model)
     model.train().requires_grad_(True)
@@ -640,12 +649,13 @@ def referees_report(folder, n=600):
         cosines = []
         for shown in (asked, [shapes.wrong_metadata(m, rng) for m in asked]):
             scenes = [shapes.sample_scene(m, rng, training=False) for m in shown]
-            cosines.append((siglip.embed_images(exact_pictures(scenes)) * texts).sum(-1))       # (n,)
+            images = siglip.embed_images(exact_pictures(scenes))
+            cosines.append((images * texts).sum(-1))                            # (n,)
         right[f"siglip: right above wrong, {tag}"] = cosines[0] > cosines[1]
 
     judge = load_judge(str(folder / "judge"))
-    for name, ask, rest in (
-            ("prompts", ask_prompt, [{"": pool}]), ("answers", ask_answer, []), ("facts", ask_fact, [])):
+    asks = {"prompts": [ask_prompt, {"": pool}], "answers": [ask_answer], "facts": [ask_fact]}
+    for name, (ask, *rest) in asks.items():
         asked = [ask(rng, *rest) for _ in range(n)]
         pictures = exact_pictures([a.scene for a in asked])
         yes = judge.yes_probability(pictures, [a.question for a in asked]) > 0.5
@@ -678,7 +688,7 @@ def main(folder: Path):
     latent_statistics(policy)
     corpus = Corpus(policy)
     for number, (steps, lr, seed, scenes, tags) in enumerate(ROUNDS):
-        if number == 2:                 # captions teach wrong counts too, or counts come out nearly perfect
+        if number == 2:                 # wrong counts too, or counts come out nearly perfect
             corpus = Corpus(policy, seed=10, miscount=MISCOUNT)
         train_base(policy, corpus, steps, lr, seed, scenes, tags)
     save_policy(policy.eval(), folder / "policy")

@@ -1,10 +1,10 @@
 """A toy world of coloured shapes: pictures, what can be said about them, and an exact detector.
 
 Images are 32x32 RGB: one to four shapes on a plain ground, each in its own quadrant of a 2x2 grid.
-Prompts have GenEval's metadata format and its six tags (arXiv:2310.11513), so one checker serves the
-toy's detections and real ones. There are also implicit prompts that need a thought, questions with
-exact answers, edits, reflections, and wrong supervision on purpose: a base model with systematic
-errors leaves room for reinforcement, label noise alone does not.
+Prompts have GenEval's metadata format and its six tags (arXiv:2310.11513), so one checker serves
+the toy's detections and real ones. There are also implicit prompts that need a thought, questions
+with exact answers, edits, reflections, and wrong supervision on purpose: a base model with
+systematic errors leaves room for reinforcement, label noise alone does not.
 
 Left out: overlap, rotation, texture. Every object keeps to its quadrant, so a scene is read back
 exactly and a failed check is the policy's fault. HELD_OUT pairs of (color, shape) occur in no
@@ -15,8 +15,8 @@ uint8 (N, 32, 32, 3). Things are what a scene says (`discrete`) and what detecti
 All sampling takes a np.random.Generator.
 
     metadata, rng = prompts("train")[0], np.random.default_rng(0)
-    found = detect(render(sample_scene(metadata, rng)))[0]     # [{"class", "box", "score", "color"}, ...]
-    satisfies(metadata, read(found))                           # True
+    found = detect(render(sample_scene(metadata, rng)))[0]  # [{"class", "box", "score", "color"}]
+    satisfies(metadata, read(found))                        # True
 
 `python toy/shapes.py` prints prompts, and whether the detector reads their pictures back.
 """
@@ -29,8 +29,8 @@ from typing import NamedTuple
 import numpy as np
 
 SIZE, GROUND = 32, 245                                  # pixels; grey level of the plain ground
-COLORS = {"red": (225, 20, 30), "green": (20, 160, 60), "blue": (30, 70, 235), "yellow": (245, 220, 20),
-          "purple": (150, 20, 190), "orange": (245, 130, 20)}
+COLORS = {"red": (225, 20, 30), "green": (20, 160, 60), "blue": (30, 70, 235),
+          "yellow": (245, 220, 20), "purple": (150, 20, 190), "orange": (245, 130, 20)}
 INK = 225                                               # a full pixel's drop below the ground
 EDGE = 0.42                                             # more ink than this is shape
 SHAPES = ("circle", "square", "triangle")
@@ -38,7 +38,8 @@ CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))                # (row, col) of the quad
 HELD_OUT = (("purple", "circle"), ("green", "square"), ("orange", "triangle"))
 SPLITS = ("train", "eval")
 COUNTS = ("zero", "one", "two", "three", "four")
-RELATIONS = {"left of": ("col", -1), "right of": ("col", 1), "above": ("row", -1), "below": ("row", 1)}
+RELATIONS = {"left of": ("col", -1), "right of": ("col", 1),
+             "above": ("row", -1), "below": ("row", 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -46,21 +47,22 @@ COUNT_FACTS = ((2, "a bicycle", "wheels"), (2, "a bird", "wings"), (2, "a face",
                (3, "a triangle", "sides"), (3, "a tricycle", "wheels"), (3, "a clover", "leaves"),
                (4, "a square", "corners"), (4, "a car", "wheels"), (4, "a dog", "legs"))
 COLOR_FACTS = (("red", "blood"), ("red", "a cherry"), ("green", "grass"), ("green", "a leaf"),
-               ("blue", "the sky"), ("blue", "the sea"), ("yellow", "the sun"), ("yellow", "a lemon"),
-               ("purple", "a plum"), ("purple", "lavender"), ("orange", "a carrot"), ("orange", "a pumpkin"))
+               ("blue", "the sky"), ("blue", "the sea"), ("yellow", "the sun"),
+               ("yellow", "a lemon"), ("purple", "a plum"), ("purple", "lavender"),
+               ("orange", "a carrot"), ("orange", "a pumpkin"))
 LETTERS = ("(a)", "(b)", "(c)", "(d)")                  # of options
-CAPTION = "what is in the image ?"                      # asks for a caption
-THINK = "think first"                                   # after a question: asks for tags, thought and answer
-LOOK_AGAIN = "look again"                               # after a picture and its prompt: asks for a reflection
-RIGHT = "it is as it should be"                         # the diagnosis of a picture that needs no repair
-# The policy's embeddings follow this order; "this" and "wrong" are words that its training data has.
+CAPTION = "what is in the image ?"      # asks for a caption
+THINK = "think first"                   # after a question: asks for tags, thought and answer
+LOOK_AGAIN = "look again"               # after a picture and its prompt: asks for a reflection
+RIGHT = "it is as it should be"         # the diagnosis of a picture that needs no repair
+# The base's embeddings follow this order; "this" and "wrong" occur only in its pretraining.
 VOCABULARY = tuple("""
     <think> </think> <answer> </answer> ? , a an the and of in as many is are it there should be has
     what how color shape object photo picture drawing image circle circles square squares triangle
-    triangles red green blue yellow purple orange zero one two three four yes no not left right above
-    below make remove add (a) (b) (c) (d) think first look again this wrong bicycle bird face tricycle
-    clover car dog wheels wings eyes sides leaves corners legs blood cherry grass leaf sky sea sun lemon
-    plum lavender carrot pumpkin""".split())
+    triangles red green blue yellow purple orange zero one two three four yes no not left right
+    above below make remove add (a) (b) (c) (d) think first look again this wrong bicycle bird face
+    tricycle clover car dog wheels wings eyes sides leaves corners legs blood cherry grass leaf sky
+    sea sun lemon plum lavender carrot pumpkin""".split())
 
 
 class Object(NamedTuple):
@@ -100,7 +102,7 @@ class Question(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """An instruction, the scene before and after it, and metadata that only the latter satisfies."""
+    """An instruction, the scene before and after it, metadata that only the target satisfies."""
     instruction: str
     source: tuple[Object, ...]
     target: tuple[Object, ...]
@@ -139,7 +141,7 @@ def render(scene: Scene) -> np.ndarray:
     image = np.full((SIZE, SIZE, 3), float(GROUND))
     for o in scene:
         inside = depth(o.shape, grid[None, :] - o.x, grid[:, None] - o.y, o.radius) >= 0
-        cover = inside.reshape(SIZE, 2, SIZE, 2).mean((1, 3))[..., None]        # (32, 32, 1)
+        cover = inside.reshape(SIZE, 2, SIZE, 2).mean((1, 3))[..., None]  # (32, 32, 1)
         image += cover * (np.array(COLORS[o.color]) - image)
     return np.rint(image).astype(np.uint8)
 
@@ -190,7 +192,7 @@ def discrete(scene: Scene) -> Things:
 
 
 def in_relation(a: Thing, b: Thing, relation: str) -> bool:
-    """Whether a stands in `relation` to b, by quadrant; diagonal neighbours stand in two relations."""
+    """Whether a stands in `relation` to b, by quadrant; on a diagonal two relations hold."""
     axis, sign = RELATIONS[relation]
     return sign * (getattr(a, axis) - getattr(b, axis)) > 0
 
@@ -207,7 +209,8 @@ def satisfies(metadata: dict, things: Things) -> bool:
             group = [t for t in group if t.color == wanted["color"]]
         if "position" in wanted:
             relation, target = wanted["position"]
-            group = [t for t in group if any(in_relation(t, other, relation) for other in groups[target])]
+            anchors = groups[target]
+            group = [t for t in group if any(in_relation(t, other, relation) for other in anchors)]
         groups.append(group)
         if len(group) < wanted["count"]:
             return False
@@ -246,7 +249,7 @@ def article(words: str) -> str:
 
 
 def name_group(shape: str, count: int, color: str = "") -> str:
-    """"three circles", "an orange circle", "a circle"; the colour is said of single ones only."""
+    """"three circles", "an orange circle", "a circle": only a single one is given its colour."""
     return article(f"{color} {shape}".strip()) if count == 1 else f"{COUNTS[count]} {shape}s"
 
 
@@ -279,8 +282,8 @@ def exclude_more(include: list[dict]) -> list[dict]:
 def build(tag: str, include: list[dict], prefix: str = "") -> dict:
     """Metadata in GenEval's format; HELD_OUT pairs get the key "held_out".
 
-    Differs: every prompt excludes more objects of any shape than it names, not only counting prompts:
-    if extra objects are free, a policy soon fills its pictures with them."""
+    Differs: every prompt excludes more objects of any shape than it names, not only counting
+    prompts: if extra objects are free, a policy soon fills its pictures with them."""
     metadata = {"tag": tag, "include": [dict(clause) for clause in include]}
     metadata["exclude"] = exclude_more(include)
     metadata["prompt"] = prefix + explicit(metadata)
@@ -346,9 +349,9 @@ def captions_by_text() -> dict[str, dict]:
 def implicit_prompts(split: str) -> list[dict]:
     """Prompts that need knowledge ("as many circles as a triangle has sides").
 
-    They have the keys "implicit" and "thought". Each fact meets two shapes in train and the third in
-    eval; HELD_OUT pairs go to eval. The thought is "<think> a triangle has three sides </think> three
-    circles": it ends in the explicit prompt."""
+    They have the keys "implicit" and "thought". Each fact meets two shapes in train and the third
+    in eval; HELD_OUT pairs go to eval. The thought is "<think> a triangle has three sides </think>
+    three circles": it ends in the explicit prompt."""
     facts = []
     for count, owner, parts in COUNT_FACTS:
         riddle = f"as many {{}}s as {owner} has {parts}"
@@ -393,7 +396,8 @@ def wrong_metadata(metadata: dict, rng) -> dict:
 def wrong_thought(metadata: dict, rng) -> str:
     """The thought of an implicit prompt with another count or colour, followed to its prompt."""
     wrong = wrong_metadata(metadata, rng)
-    old, new = [m["include"][0].get("color", COUNTS[m["include"][0]["count"]]) for m in (metadata, wrong)]
+    clauses = metadata["include"][0], wrong["include"][0]
+    old, new = [c.get("color", COUNTS[c["count"]]) for c in clauses]
     fact, _ = metadata["thought"].split(" </think> ")
     words = [new if word == old else word for word in fact.split()]
     return f"{' '.join(words)} </think> {wrong['prompt']}"
@@ -472,7 +476,9 @@ def random_scene(rng, split: str = "train") -> Scene:
     is_eval(split)
     while True:
         cells = rng.permutation(4)[:int(rng.integers(1, 5))]
-        scene = tuple(place(rng, pick(rng, SHAPES), pick(rng, COLORS), *CELLS[cell]) for cell in cells)
+        scene = ()
+        for cell in cells:
+            scene += (place(rng, pick(rng, SHAPES), pick(rng, COLORS), *CELLS[cell]),)
         if scene_split(scene) == split:
             return scene
 
@@ -490,15 +496,15 @@ def question_kinds(scene: Scene) -> list[str]:
     return [kind for kind, can in possible.items() if can]
 
 
-def make_question(scene: Scene, rng, kind: str | None = None, training: bool = True) -> Question:
-    """A question about a scene; kind None draws one that the scene answers.
+def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Question:
+    """A question about a scene; without a kind, one of those that the scene answers.
 
-    exists and relation are yes half of the time. training: no question names a HELD_OUT pair that the
-    scene lacks. ValueError if the scene cannot answer the kind."""
+    exists and relation are yes half of the time. training: no question names a HELD_OUT pair that
+    the scene lacks. ValueError if the scene cannot answer the kind."""
     kinds = question_kinds(scene)
     kind = kind or pick(rng, kinds)
     if kind not in kinds:
-        raise ValueError(f"make_question: kind {kind!r} cannot be asked of this scene, only {kinds}")
+        raise ValueError(f"make_question: this scene answers {kinds}, not {kind!r}")
     shapes, answer = unique(scene, "shape"), pick(rng, ("yes", "no"))
     if kind == "count":
         shape = pick(rng, SHAPES)
@@ -522,7 +528,7 @@ def make_question(scene: Scene, rng, kind: str | None = None, training: bool = T
 
 
 def near_misses(pairs: list[tuple[str, str]], training: bool) -> list[tuple[str, str]]:
-    """Absent (color, shape) pairs that share one word with a present one, so both words are needed."""
+    """Absent (color, shape) pairs that share a word with a present one, so both words count."""
     out = []
     for color in COLORS:
         for shape in SHAPES:
@@ -603,26 +609,24 @@ def describe(scene: Scene) -> str:
 # ---- edits and reflections ----
 
 
-def make_edit(scene: Scene, rng, training: bool = True) -> Edit:
+def make_edit(scene: Scene, rng) -> Edit:
     """An edit of one object: another colour ("make the circle red"), removed or added.
 
-    A named shape is unique. training: makes no HELD_OUT pair. ValueError if nothing can be named or
-    added."""
+    A named shape is unique; no HELD_OUT pair is made. ValueError if nothing can be named or added."""
     edits = {}
     for o in unique(scene, "shape"):
         others = tuple(p for p in scene if p != o)
-        color = free_color(rng, o.shape, training, but=[o.color])
+        color = free_color(rng, o.shape, True, but=[o.color])
         edits[f"make the {o.shape} {color}"] = (*others, o._replace(color=color))
         if others:
             edits[f"remove the {o.shape}"] = others
     free = empty_cells(scene)
     if free:
         shape = pick(rng, SHAPES)
-        new = place(rng, shape, free_color(rng, shape, training), *pick(rng, free))
+        new = place(rng, shape, free_color(rng, shape, True), *pick(rng, free))
         edits[f"add {article(f'{new.color} {shape}')}"] = (*scene, new)
     if not edits:
-        raise ValueError("make_edit: four objects and no shape unique, nothing can be named or added; "
-                         "draw another scene")
+        raise ValueError("make_edit: four objects and no unique shape; draw another scene")
     verb = pick(rng, sorted({instruction.split()[0] for instruction in edits}))
     instruction = pick(rng, [instruction for instruction in edits if instruction.startswith(verb)])
     target = edits[instruction]
@@ -646,8 +650,8 @@ def clauses_of(scene: Scene) -> list[dict]:
 def judge_edit(source: Things, target: Things, things: Things) -> tuple[bool, bool]:
     """(whether the change is there, whether all else is as it was and nothing came along).
 
-    source and target are what the scenes of make_edit say, things what the edited picture says. An
-    added object may stand in any free quadrant."""
+    source and target are what the scenes of make_edit say, things what the edited picture says.
+    An added object may stand in any free quadrant."""
     gone, come = set(source) - set(target), set(target) - set(source)
     others = set(source) & set(target)
     rest = list(things)
@@ -667,7 +671,7 @@ def judge_edit(source: Things, target: Things, things: Things) -> tuple[bool, bo
 
 
 def critique(metadata: dict, things: Things) -> str:
-    """The first thing wrong with a picture, in words: a number, then a colour, then the relation."""
+    """The first thing wrong with a picture in words: a number, then a colour, then the relation."""
     for shape in SHAPES:
         count, wanted = count_of(things, shape), wanted_count(metadata["include"], shape)
         if count != wanted:
@@ -702,7 +706,7 @@ def repair(metadata: dict, scene: Scene, rng) -> Scene:
         else:
             o = place(rng, shape, color, *pick(rng, empty_cells(kept)))
         kept.append(o._replace(color=color) if (o.color, shape) in HELD_OUT else o)
-    colors = {clause["class"]: clause["color"] for clause in metadata["include"] if "color" in clause}
+    colors = {c["class"]: c["color"] for c in metadata["include"] if "color" in c}
     kept = [o._replace(color=colors.get(o.shape, o.color)) for o in kept]
 
     def moves(cells):
@@ -730,9 +734,9 @@ def make_reflection(metadata: dict, scene: Scene, rng) -> Reflection:
 def components(mask: np.ndarray) -> np.ndarray:
     """Connected components (4 neighbours) of each image of a bool (N, H, W) mask.
 
-    Returns a label per True pixel, in np.nonzero order. Every pixel takes the largest number among its
-    neighbours until nothing changes."""
-    padded = np.pad(mask, ((0, 0), (0, 1), (0, 1)))             # a False border, so that rolls do not wrap
+    Returns a label per True pixel, in np.nonzero order. Every pixel takes the largest number among
+    its neighbours until nothing changes."""
+    padded = np.pad(mask, ((0, 0), (0, 1), (0, 1)))     # the False border keeps rolls from wrapping
     number = padded * np.arange(1, padded.size + 1).reshape(padded.shape)
     before = None
     while before is None or (number != before).any():
@@ -748,13 +752,13 @@ def ramp(value: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip((value - low) / (high - low), 0.0, 1.0)
 
 
-def overlap(shape: str, x: np.ndarray, y: np.ndarray, area: np.ndarray, owner: np.ndarray) -> np.ndarray:
+def overlap(shape: str, x: np.ndarray, y: np.ndarray, area: np.ndarray, owner: np.ndarray):
     """IoU of each component with the smooth-edged shape of its area and centroid.
 
     x, y are each pixel's offset from its centroid."""
     unit_area = {"circle": np.pi, "square": 4.0, "triangle": 2.0}[shape]
     r = np.sqrt(area / unit_area)[owner]
-    below = r / 3 if shape == "triangle" else 0                 # a triangle's centroid lies below its centre
+    below = r / 3 if shape == "triangle" else 0         # a triangle's centroid is below its centre
     cover = np.clip(0.5 + depth(shape, x, y + below, r), 0, 1)
     hit = np.bincount(owner, cover)
     return hit / (2 * area - hit)
@@ -763,45 +767,50 @@ def overlap(shape: str, x: np.ndarray, y: np.ndarray, area: np.ndarray, owner: n
 def detect(images: np.ndarray) -> list[list[dict]]:
     """Per image a list of {"class", "box" [x1, y1, x2, y2], "score", "color"}, best first.
 
-    images: uint8 (N, 32, 32, 3), or one. Ink is a pixel's largest drop below the ground: every palette
-    colour has one channel near zero, so ink is the covered fraction whatever the colour, blurred or
-    not. A component's shape is the best of three templates, its colour the nearest palette direction.
-    The score in [0, 1] multiplies how well and how clearly shape and colour agree, how full the ink and
-    how clean the image's ground is, and whether the size is possible: junk loses on several at once."""
+    images: uint8 (N, 32, 32, 3), or one. Ink is a pixel's largest drop below the ground: every
+    palette colour has one channel near zero, so ink is the covered fraction whatever the colour,
+    blurred or not. A component's shape is the best of three templates, its colour the nearest
+    palette direction. The score in (0, 1] multiplies how well and how clearly shape and colour
+    agree, how full the ink and how clean the image's ground is, and whether the size is possible:
+    junk loses on several at once, and what scores 0 is left out."""
     images = np.asarray(images)
     if images.ndim == 3:
         images = images[None]
     if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError(f"detect: images are {images.dtype} {images.shape}, must be uint8 (N, 32, 32, 3)")
-    drop = (np.int16(GROUND) - images).astype(np.float32) / INK                 # (N, 32, 32, 3)
-    ink = drop.max(-1)                                                          # (N, 32, 32)
-    mask = ink > EDGE
-    bare = np.maximum((~mask).sum((1, 2)), 1)                                   # (N,) pixels of the ground
-    haze = np.where(mask, 0, ink).sum((1, 2)) / bare                            # (N,) their mean ink
-    n, y, x = np.nonzero(mask)                                                  # (P,) pixels of shapes
-    owner = components(mask)                                                    # (P,) their component
-    ink, drop = ink[mask], drop[mask]                                           # (P,), (P, 3)
-    area = np.bincount(owner)                                                   # (D,) pixels of components
-    image = np.zeros(len(area), int)
-    image[owner] = n                                                            # (D,) the image that has it
+        raise ValueError(
+            f"detect: images are {images.dtype} {images.shape}, must be uint8 (N, 32, 32, 3)")
 
-    def mean(value):                                                            # (P,) -> (D,)
+    drop = (np.int16(GROUND) - images).astype(np.float32) / INK     # (N, 32, 32, 3)
+    ink = drop.max(-1)                                              # (N, 32, 32)
+    mask = ink > EDGE
+    bare = np.maximum((~mask).sum((1, 2)), 1)                       # (N,) pixels of the ground
+    haze = np.where(mask, 0, ink).sum((1, 2)) / bare                # (N,) their mean ink
+
+    n, y, x = np.nonzero(mask)                                      # (P,) pixels of shapes
+    owner = components(mask)                                        # (P,) their component
+    ink, drop = ink[mask], drop[mask]                               # (P,), (P, 3)
+    area = np.bincount(owner)                                       # (D,) pixels of components
+    image = np.zeros(len(area), int)
+    image[owner] = n                                                # (D,) the image that has it
+
+    def mean(value):                                                # (P,) -> (D,)
         return np.bincount(owner, value) / area
 
     right, down = x - mean(x)[owner], y - mean(y)[owner]
-    fit = np.stack([overlap(shape, right, down, area, owner) for shape in SHAPES])              # (3, D)
-    palette = (GROUND - np.array(list(COLORS.values()))) / INK                                  # (6, 3)
+    fit = np.stack([overlap(shape, right, down, area, owner) for shape in SHAPES])  # (3, D)
+    palette = (GROUND - np.array(list(COLORS.values()))) / INK      # (6, 3)
     hue = drop / ink[:, None]
-    miss = np.sqrt([mean(((hue - color) ** 2).sum(1)) for color in palette])                    # (6, D)
+    miss = np.sqrt([mean(((hue - color) ** 2).sum(1)) for color in palette])  # (6, D)
     best, near = np.sort(fit, 0)[::-1], np.sort(miss, 0)
-    tip = 0.1 * (fit.argmax(0) == SHAPES.index("triangle"))                     # what pixels cost a triangle
+    tip = 0.1 * (fit.argmax(0) == SHAPES.index("triangle"))         # what pixels cost a triangle
     score = 1.0
     for value, none, full in (
             (best[0] + tip, 0.73, 0.86), (best[0] - best[1], 0.0, 0.07), (near[0], 0.35, 0.2),
             (near[1] - near[0], 0.0, 0.12), (mean(ink), 0.55, 0.72), (area, 15, 25),
             (area, 220, 170), (mean(haze[n]), 0.25, 0.15)):
-        score = score * ramp(value, none, full)                                 # (D,)
-    box = np.tile([SIZE, SIZE, 0, 0], (len(area), 1))                           # (D, 4)
+        score = score * ramp(value, none, full)                     # (D,)
+
+    box = np.tile([SIZE, SIZE, 0, 0], (len(area), 1))               # (D, 4)
     np.minimum.at(box, (owner, 0), x)
     np.minimum.at(box, (owner, 1), y)
     np.maximum.at(box, (owner, 2), x + 1)
@@ -835,19 +844,22 @@ def diversity(images: np.ndarray, detections: list[list[dict]], G: int) -> dict[
     layout_entropy in bits, at most log2 G; pairwise_distance, the RMS difference of two images in
     [0, 1]. ValueError if images do not fill their groups."""
     if G < 2 or len(images) % G or len(images) != len(detections):
-        raise ValueError(f"diversity: {len(images)} images, {len(detections)} detections, must be equal, "
-                         f"a multiple of G={G}>1")
+        raise ValueError(f"diversity: {len(images)} images and {len(detections)} detections, "
+                         f"must be as many, and a multiple of G={G}>1")
     layouts = np.array([layout(found) for found in detections]).reshape(-1, G)  # (B, G)
     share = np.stack([(layouts == bits).mean(1) for bits in range(16)])         # (16, B)
     bits = -share * np.log2(np.where(share > 0, share, 1))
     flat = np.asarray(images).reshape(-1, G, SIZE * SIZE * 3) / 255.0           # (B, G, P)
-    apart = [np.sqrt(((flat[:, i] - flat[:, j]) ** 2).mean(-1)) for i, j in combinations(range(G), 2)]
-    return {"layout_entropy": float(bits.sum(0).mean()) + 0.0, "pairwise_distance": float(np.mean(apart))}
+    apart = []
+    for i, j in combinations(range(G), 2):
+        apart.append(np.sqrt(((flat[:, i] - flat[:, j]) ** 2).mean(-1)))        # (B,)
+    entropy = float(bits.sum(0).mean()) + 0.0                       # + 0.0: never -0.0
+    return {"layout_entropy": entropy, "pairwise_distance": float(np.mean(apart))}
 
 
 if __name__ == "__main__":
     rng = np.random.default_rng(0)
     for metadata in prompts("train")[::60]:
         scene = sample_scene(metadata, rng)
-        exact = read(detect(render(scene))[0]) == discrete(scene)
-        print(f"{metadata['prompt']}: {describe(scene)}; {'read back exactly' if exact else 'misread'}")
+        verdict = "right" if read(detect(render(scene))[0]) == discrete(scene) else "WRONG"
+        print(f"{verdict}: {metadata['prompt']}: {describe(scene)}")

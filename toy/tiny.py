@@ -1,21 +1,20 @@
 """Tiny random models of the published classes, saved as real checkpoints are saved.
 
-A SigLIP, a PaliGemma judge, a BLIP captioner. Each `build_*` writes a model with its tokenizer and image
-processor into `folder` and returns (model, tokenizer)."""
+A SigLIP, a PaliGemma judge, a BLIP captioner. Each `build_*` writes a model with its tokenizer and
+image processor into `folder` and returns (model, tokenizer).
+"""
 
 from policy import declare_torchvision_ops
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<image>")
 ALWAYS = ("\n", "?", ".", ",", "yes", "no")
 SIDE = 32                                               # pixels of an image
-HALVES = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)        # (x - 0.5) / 0.5
+HALVES = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)  # (x - 0.5) / 0.5
 SMALL = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
 
 
 def word_tokenizer(vocabulary, *, append_eos, max_length):
-    """A lower-casing word-level tokenizer.
-
-    Line breaks and punctuation are words of their own."""
+    """A lower-casing word-level tokenizer; line breaks and punctuation are words."""
     declare_torchvision_ops()
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
@@ -26,24 +25,28 @@ def word_tokenizer(vocabulary, *, append_eos, max_length):
     words = list(dict.fromkeys((*SPECIAL, *ALWAYS, *(word.lower() for word in vocabulary))))
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = Lowercase()
-    tokenizer.pre_tokenizer = Sequence([Split(Regex(r"[ \t]+"), "removed"), Split(Regex(r"\n|[?.,]"), "isolated")])
+    tokenizer.pre_tokenizer = Sequence([
+        Split(Regex(r"[ \t]+"), "removed"), Split(Regex(r"\n|[?.,]"), "isolated")])
     if append_eos:
         end = ("<eos>", words.index("<eos>"))
         tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[end])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], model_max_length=max_length, model_input_names=["input_ids"])
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+        unk_token="<unk>", additional_special_tokens=["<image>"], model_max_length=max_length,
+        model_input_names=["input_ids"])
 
 
 def ids_of(tokenizer):
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
 
 
 def siglip_processor():
     """SigLIP's image processor at a small size, with bicubic resizing."""
     from transformers import SiglipImageProcessor
-    return SiglipImageProcessor(size={"height": SIDE, "width": SIDE}, resample=3, do_convert_rgb=None,
-                                image_seq_length=(SIDE // 8) ** 2, **HALVES)
+    return SiglipImageProcessor(
+        size={"height": SIDE, "width": SIDE}, resample=3, do_convert_rgb=None,
+        image_seq_length=(SIDE // 8) ** 2, **HALVES)
 
 
 def siglip_vision():
@@ -54,8 +57,9 @@ def siglip_vision():
 def build_siglip(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=True, max_length=24)
     from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
-    text = SiglipTextConfig(**SMALL, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=24,
-                            projection_size=64, **ids_of(tokenizer))
+    text = SiglipTextConfig(
+        **SMALL, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=24,
+        projection_size=64, **ids_of(tokenizer))
     config = SiglipConfig(text_config=text.to_dict(), vision_config=siglip_vision().to_dict())
     return save(folder, SiglipModel(config), tokenizer, siglip_processor())
 
@@ -63,8 +67,9 @@ def build_siglip(folder, vocabulary):
 def build_judge(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=False, max_length=128)
     from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    text = GemmaConfig(**SMALL, vocab_size=len(tokenizer), num_hidden_layers=3, num_key_value_heads=1, head_dim=16,
-                       max_position_embeddings=256, **ids_of(tokenizer))
+    text = GemmaConfig(
+        **SMALL, vocab_size=len(tokenizer), num_hidden_layers=3, num_key_value_heads=1, head_dim=16,
+        max_position_embeddings=256, **ids_of(tokenizer))
     vision = siglip_vision()
     vision.vision_use_head = False
     vision.projection_dim = 64
@@ -77,8 +82,9 @@ def build_judge(folder, vocabulary):
 def build_captioner(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=False, max_length=64)
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
-    text = dict(**SMALL, vocab_size=len(tokenizer), encoder_hidden_size=64, num_hidden_layers=2,
-                max_position_embeddings=64, sep_token_id=tokenizer.eos_token_id, **ids_of(tokenizer))
+    text = dict(
+        **SMALL, vocab_size=len(tokenizer), encoder_hidden_size=64, num_hidden_layers=2,
+        max_position_embeddings=64, sep_token_id=tokenizer.eos_token_id, **ids_of(tokenizer))
     vision = dict(**SMALL, num_hidden_layers=3, image_size=SIDE, patch_size=8)
     config = BlipConfig(text_config=text, vision_config=vision, projection_dim=64)
     processor = BlipImageProcessor(size={"height": SIDE, "width": SIDE}, resample=3, **HALVES)

@@ -1,7 +1,7 @@
-"""The toy world as tasks ask it: rows drawn from seeds, held-out rows, and what is true of a sample.
+"""The toy world as tasks ask it: rows drawn from seeds, held-out rows, what is true of a sample.
 
-Legend: B rows, G samples of each, N = B*G prompt-major. Pixels that the policy reads are in [-1, 1],
-images that rewards read in [0, 1]. Detections are None if there is no detector.
+Legend: B rows, G samples of each, N = B*G prompt-major. Pixels that the policy reads are in
+[-1, 1], images that rewards read in [0, 1]. Detections are None if there is no detector.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from referees.geneval import geneval_check
-from rewards import Samples, answer_accuracy, think_format
+from rewards import answer_accuracy, think_format
 from support.pictures import texture, to_bytes
 from support.rows import Metadata, Pool, Row, prompt_row
 from toy import shapes
@@ -76,7 +76,7 @@ def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
             continue
         try:
             return edit_row(shapes.make_edit(scene, rng))
-        except ValueError:                                      # nothing in it can be named or added
+        except ValueError:                              # nothing in it can be named or added
             continue
 
 
@@ -109,10 +109,10 @@ def evenly_spaced(rows: list, n: int) -> list:
 def held_out_prompts(pairs: bool = False) -> list[Row]:
     """Evaluation prompts, none of which is trained on.
 
-    At most PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training (3, 6, 9, 15, 32,
-    32), or, pairs=True, as many of all tags together that name a pair that training never shows.
-    Training has another phrasing of the same meaning, but for three in ten of position and nearly half
-    of color_attr."""
+    At most PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training (3, 6, 9, 15,
+    32, 32), or, pairs=True, as many of all tags together that name a pair that training never
+    shows. Training has another phrasing of the same meaning, but for three in ten of position and
+    nearly half of color_attr."""
     pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
     if pairs:
         return list(map(prompt_row, evenly_spaced(pool, PROMPTS_PER_TAG)))
@@ -164,22 +164,25 @@ def held_out_edits(pairs: bool = False) -> list[Row]:
 
 # ---- truths ----
 
+# As tasks.Task has them: truth(samples, detections) -> (N,), 1 if a sample is right; parts(samples,
+# detections, detector) -> {name: (N,)}; also(rows, samples, detections, G) -> {name: (B,)}.
+
 
 def detect(images: Tensor) -> list[list[dict]]:
     """The toy's exact detector on (N, 3, 32, 32) in [0, 1]."""
     return shapes.detect(to_bytes(images))
 
 
-def drawn_truth(samples: Samples, detections: list | None) -> Tensor | None:
-    """1 if GenEval's checker passes what the detector found, else 0. (N,)"""
+def drawn_truth(samples, detections) -> Tensor | None:
+    """1 if GenEval's checker passes what the detector found."""
     if detections is None:
         return None
     passed = [geneval_check(m, found)[0] for m, found in zip(samples.metadata, detections)]
     return torch.tensor(passed, dtype=torch.float)
 
 
-def edit_parts(samples: Samples, detections: list, detector) -> dict[str, Tensor]:
-    """Whether the asked change is there, and whether everything else is as it was. (N,) each"""
+def edit_parts(samples, detections, detector) -> dict[str, Tensor]:
+    """Whether the asked change is there, and whether everything else is as it was."""
     changed, kept = [], []
     for m, found in zip(samples.metadata, detections):
         is_changed, is_kept = shapes.judge_edit(m["source"], m["target"], shapes.read(found))
@@ -188,15 +191,15 @@ def edit_parts(samples: Samples, detections: list, detector) -> dict[str, Tensor
     return {"changed": torch.tensor(changed), "kept": torch.tensor(kept)}
 
 
-def edit_truth(samples: Samples, detections: list | None) -> Tensor | None:
-    """1 if the asked change is there and everything else is as it was. (N,)"""
+def edit_truth(samples, detections) -> Tensor | None:
+    """1 if the asked change is there and everything else is as it was."""
     if detections is None:
         return None
     parts = edit_parts(samples, detections, None)
     return parts["changed"] * parts["kept"]
 
 
-def answer_truth(samples: Samples, detections: list | None) -> Tensor:
+def answer_truth(samples, detections) -> Tensor:
     return answer_accuracy(samples)
 
 
@@ -204,15 +207,15 @@ def compare_with_first(images: str):
     """Parts of a refinement: what was true of the first picture, and what became of it.
 
     images: the field of Samples that has the first pictures."""
-    def parts(samples: Samples, detections: list, detector) -> dict[str, Tensor]:
+    def parts(samples, detections, detector) -> dict[str, Tensor]:
         first = drawn_truth(samples, detector(getattr(samples, images)))
         last = drawn_truth(samples, detections)
         return {"initial": first, "repaired": (1 - first) * last, "spoiled": first * (1 - last)}
     return parts
 
 
-def right_diagnoses(rows: list[Row], samples: Samples, detections: list, G: int) -> dict:
-    """Whether the diagnosis names the first thing that is wrong, or that nothing is. (B,)"""
+def right_diagnoses(rows, samples, detections, G) -> dict:
+    """Whether the diagnosis names the first thing that is wrong, or that nothing is."""
     right = []
     for text, m, found in zip(samples.texts, samples.metadata, detect(samples.sources)):
         diagnosis = shapes.critique(m, shapes.read(found))
@@ -220,18 +223,18 @@ def right_diagnoses(rows: list[Row], samples: Samples, detections: list, G: int)
     return {"diagnosis": np.reshape(right, (-1, G)).mean(1).tolist()}
 
 
-def right_thoughts(rows: list[Row], samples: Samples, detections: list, G: int) -> dict:
+def right_thoughts(rows, samples, detections, G) -> dict:
     thoughts = zip(samples.texts[::G], rows)
     return {"thought": [float(text == row.metadata["thought"]) for text, row in thoughts]}
 
 
 def format_kept(name: str):
-    def also(rows: list[Row], samples: Samples, detections: list, G: int) -> dict:
+    def also(rows, samples, detections, G) -> dict:
         return {name: think_format(samples)[::G].tolist()}
     return also
 
 
-def variety(rows: list[Row], samples: Samples, detections: list, G: int) -> dict:
+def variety(rows, samples, detections, G) -> dict:
     values = shapes.diversity(to_bytes(samples.images), detections, G)
     for name, value in texture(samples.images).items():
         values[f"draw/{name}"] = value.view(-1, G).mean(1).tolist()             # (B,)
