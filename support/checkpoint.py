@@ -247,9 +247,7 @@ IMPLEMENTED = {
 def check_config(config: PolicyConfig) -> None:
     """ValueError for a field that would change what is computed and is not implemented."""
     llm = config.llm
-    by_size = dict(
-        head_dim=config.head_dim, layer_types=["full_attention"] * llm["num_hidden_layers"])
-    for file, fields in (IMPLEMENTED | {"llm": IMPLEMENTED["llm"] | by_size}).items():
+    for file, fields in IMPLEMENTED.items():
         for name, only in fields.items():
             value = getattr(config, file).get(name)
             if value not in (None, only):
@@ -264,6 +262,8 @@ def check_config(config: PolicyConfig) -> None:
                 raise ValueError(
                     f"llm_config.json: {name} {value!r} in {home} is not implemented, only the "
                     f"default rotation with rope_theta {config.rope_theta!r}")
+    if llm.get("head_dim") not in (None, config.head_dim):
+        raise ValueError("llm_config.json: head_dim must be hidden_size / num_attention_heads")
     for file, whole, part in (
         ("llm", "hidden_size", "num_attention_heads"),
         ("llm", "num_attention_heads", "num_key_value_heads"),

@@ -271,7 +271,6 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
         ("llm", "num_attention_heads", 3), ("llm", "num_key_value_heads", 3),
         ("vit", "num_attention_heads", 5), ("llm", "head_dim", 32),
         ("llm", "use_sliding_window", True),
-        ("llm", "layer_types", ["full_attention", "sliding_attention"]),
         ("llm", "model_type", "qwen3"), ("vit", "rope", True), ("bagel", "vit_select_layer", -1),
         ("llm", "num_attention_heads", 0), ("llm", "hidden_size", "wide"),
         ("llm", "vocab_size", 200), ("ae", "ch_mult", [])],
