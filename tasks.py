@@ -345,8 +345,8 @@ class Source:
         self.scale = policy.config.scale
         self.questions = Questions(self.toy)
         self.pools, self.drawn_rows = {}, []    # drawn_rows: what r_ins will judge
-        if any(task.draws for task in self.tasks):
-            check_resolution(cfg.resolution, self.toy, policy)
+        if self.toy and cfg.resolution != shapes.SIZE:
+            raise ValueError(f"--resolution {cfg.resolution}: must be {shapes.SIZE}, the toy world")
         if self.toy:
             self.pools = {task.name: task.toy() for task in self.tasks}
             return
@@ -478,15 +478,6 @@ def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]
 
 
 # ---- what files must hold ----
-
-
-def check_resolution(resolution: int, toy: bool, policy: Policy) -> None:
-    side = policy.config.stride
-    most = side * policy.config.bagel["max_latent_size"]
-    if toy and resolution != shapes.SIZE:
-        raise ValueError(f"--resolution {resolution}: must be {shapes.SIZE}, the toy world")
-    if resolution % side or resolution > most:
-        raise ValueError(f"--resolution {resolution}: must be a multiple of {side} up to {most}")
 
 
 def check_rows(rows: list[dict], path: str, task: Task, cfg, policy: Policy) -> None:

@@ -47,7 +47,7 @@ from support.lora import adapters_off
 from support.memory import check_memory, room_to_gather
 from support.run import (
     Average, Log, Ranks, clip_gradients, load_checkpoint, make_optimizer, precision,
-    refuse_finished, run_state, save_bad_step, save_checkpoint, setup, signals)
+    refuse_finished, run_state, save_checkpoint, setup, signals)
 from support.terminal import one_line, say
 from tasks import (
     Batch, Source, counts, first_pictures, guidance_of, in_use, micro_batches, rewards_of,
@@ -437,8 +437,9 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 done = step + 1
                 run.log(step=step, **stats)                                         # 5. log
             except FloatingPointError as error:
-                where = save_bad_step(Path(cfg.out), ranks.rank, run.policy, step, run.parts)
-                raise FloatingPointError(f"step {step}: {error}; stopped. {where}") from error
+                raise FloatingPointError(
+                    f"step {step}: {error}; stopped. The checkpoint in {cfg.out}, if there is one, is of a step before"
+                ) from error
             except (ValueError, OSError):
                 if done > run.start and not run.policy.sharded:  # the last finished step is whole
                     keep(run, done, writer=ranks.rank)

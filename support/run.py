@@ -507,26 +507,3 @@ def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
         raise ValueError(f"{path}: step is {steps[path]}, must be 0 or above")
     read_checkpoint(path, into)
     return steps[path]
-
-
-def save_bad_step(out: Path, rank: int, policy: nn.Module, step: int, parts: list) -> str:
-    """Save the weights and the batches of a step whose loss or gradient is not finite, a file per
-    rank.
-
-    parts: train.Part of each task. Returns a sentence that names the files.
-    """
-    path = out / f"bad_step_{rank}.safetensors"
-    tensors = {"step": torch.tensor(step)}
-    for name, p in trainable(policy).items():
-        tensors[f"policy.{name}"] = p.to_local() if isinstance(p, DTensor) else p
-    for part in parts:
-        task = part.batch.task.name
-        tensors[f"{task}.adv"] = part.adv
-        for i, segment in enumerate(part.rollout.segments):
-            fields = vars(segment) | (vars(segment.flow) if getattr(segment, "flow", None) else {})
-            tensors |= {
-                f"{task}.{i}.{k}": v.clone() for k, v in fields.items() if isinstance(v, Tensor)}
-    save_tensors(tensors, path)
-    good = [p for p in (out / "checkpoint.safetensors", out / "checkpoint") if p.exists()]
-    last = good[0] if good else "none yet"
-    return f"Last good checkpoint: {last}. The weights and the batch of this step are in {path}"

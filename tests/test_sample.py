@@ -12,7 +12,7 @@ from policy import Guidance, guided_velocity
 from sample import (
     TOY, Draw, Read, Reader, See, Text, Write, images_of, join, main, replay_rollout,
     sample_generators, sample_plan, subset, texts_of)
-from studies.bench import plain_replay
+from plain_walks import plain_replay
 from support.checkpoint import load_policy
 
 SIZE = (16, 32)
