@@ -439,7 +439,7 @@ class Policy(nn.Module):
         vit_side = config.bagel["vit_max_num_patch_per_side"]
         self.register_buffer("latent_positions", sincos_table(latent_side, D))
         self.register_buffer("vit_positions", sincos_table(vit_side, D))
-        self.autoencoder = build_autoencoder(config.ae)
+        self.autoencoder = build_autoencoder(config.ae).requires_grad_(False)
         # Set by support/checkpoint.py: split over ranks, bytes if gathered, dtype of the file.
         self.sharded, self.gathered_bytes, self.stored = False, 0, None
 
