@@ -201,7 +201,7 @@ def test_the_command_line_draws_the_rounds_and_says_what_they_are_worth(tmp_path
     few = ["--rounds", "1", "--n", "2", "--out", out]
     refinement.main(["two squares", "--select", "oracle", *few])
     assert "round 0: mean" in capsys.readouterr().out
-    assert Image.open(out).width > 400
+    assert Image.open(out).width > 200
 
 
 def test_the_oracle_knows_only_the_toys_prompts(tmp_path, capsys):

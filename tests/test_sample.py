@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from plain_walks import plain_replay
 
 import flow_grpo
 from policy import Guidance, guided_velocity
 from sample import (
     TOY, Draw, Read, Reader, See, Text, Write, images_of, join, main, replay_rollout,
     sample_generators, sample_plan, subset, texts_of)
-from plain_walks import plain_replay
 from support.checkpoint import load_policy
 
 SIZE = (16, 32)
@@ -65,14 +65,13 @@ def test_replay_with_unchanged_weights_gives_the_log_probs_of_the_rollout(policy
     assert [scored.segment for scored in replay] == [s for s in rollout.segments if not s.is_given]
     for scored in replay:
         segment = scored.segment
-        assert_near(
-            logp_of(scored), segment.logp if isinstance(segment, Text) else segment.flow.logp)
+        kept = segment if isinstance(segment, Text) else segment.flow
+        assert_near(logp_of(scored), kept.logp)
 
 
 def test_sharing_what_was_read_is_the_plain_way_in_values_and_gradients(policy):
-    rollout = walk(policy, "think, draw", draw=DRAW)
-    thought = replace(rollout.segments[1], temperature=1.0)     # the plain way knows no other
-    rollout = replace(rollout, segments=(rollout.segments[0], thought, rollout.segments[2]))
+    plan = [Read(PROMPTS), Write(5), DRAW]
+    rollout = sample_plan(policy, plan, seed=1, step=0, prompts=[0, 1, 2], G=3)
     found = []
     for values in (map(logp_of, replay_rollout(policy, rollout)), plain_replay(policy, rollout)):
         text, image = values
@@ -310,7 +309,7 @@ def test_the_command_line_draws_thinks_edits_and_answers(tmp_path, capsys):
     assert Image.open(out).size[0] == 3 * 130 - 2
     main(["as many circles as a triangle has sides", "--think", "--n", "1", *few])
     assert "<think>" in capsys.readouterr().out
-    guidance = ["--guidance", "2", "--image_guidance", "1.5", "--renorm", "channel"]
+    guidance = ["--guidance", "2", "--image_guidance", "1.5"]
     main(["make the circle red", "--edit", out, "--n", "2", *guidance, *few])
     assert Image.open(out).size[0] == 2 * 130 - 2
     main(["how many circles ?", "--question", out])

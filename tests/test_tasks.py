@@ -201,8 +201,7 @@ def test_words_that_the_policy_was_never_taught_are_said(policy, tmp_path, capsy
 @pytest.mark.parametrize("flags, words", [
     (["--ask", "2"], "--ask 2 needs --questions; or set --ask 0"),
     (["--ins", "1"], "--ins reads GenEval's include and exclude, which 1 rows of"),
-    (["--dvreward", "1"], "questions"),
-    (["--resolution", "40"], "--resolution 40: must be a multiple of 16 up to 32")])
+    (["--dvreward", "1"], "questions")])
 def test_prompts_that_a_run_cannot_use_are_refused(policy, tmp_path, flags, words):
     (tmp_path / "p.txt").write_text("a red circle\n")
     with pytest.raises(ValueError, match=words):
@@ -232,11 +231,6 @@ def test_captions_that_no_rule_reads_go_with_the_models_of_the_cycle(policy, tmp
     flags = ["--pair_image", "1", "--recaption", "1", "--cycle_by", "models", "--questions", path]
     (batch,) = batches_of(policy, *flags)()
     assert batch.rows[0].text == "dogs running"
-
-
-def test_the_toys_pictures_have_one_size(policy):
-    with pytest.raises(ValueError, match="--resolution 16: must be 32, the toy world"):
-        batches_of(policy, "--draw", "2", "--resolution", "16")
 
 
 def test_token_matching_reads_the_frozen_reference_however_the_policy_moves(tmp_path):
