@@ -134,12 +134,10 @@ def captions_truth(policy: Policy, seed: int, per_prompt: int = 4) -> np.ndarray
         scenes += [shapes.sample_scene(row.metadata, rng) for _ in range(per_prompt)]
     questions = Read([shapes.CAPTION] * len(scenes))
     plan = [See(render_pixels(scenes)), questions, plain_choices().think]
-    index = list(range(len(scenes)))
-    rollout = sample_plan(policy, plan, seed=seed, step=0, prompts=index, G=1)
+    rollout = sample_plan(policy, plan, seed=seed, step=0, prompts=range(len(scenes)), G=1)
     meaning, right = shapes.captions_by_text(), []
-    for text, scene in zip(texts_of(policy, rollout), scenes):
-        known = text in meaning
-        right.append(known and shapes.satisfies(meaning[text], shapes.discrete(scene)))
+    for text, scene in zip(texts_of(policy, rollout), map(shapes.discrete, scenes)):
+        right.append(text in meaning and shapes.satisfies(meaning[text], scene))
     return mean_of_groups(torch.tensor(right), per_prompt)
 
 
@@ -273,22 +271,20 @@ def summary(path: Path) -> str:
 
 
 def before_after(
-    before: Policy, after: Policy, out: Path, per_prompt: int = 6, seed: int = 99
+    before: Policy, after: Policy, out: Path, shown: list[tuple[Task, list[Row]]] | None = None,
+    per_prompt: int = 6, seed: int = 99, dpi: int = 130
 ) -> None:
-    """Write a PNG of the same held-out prompts drawn by two policies from the same noise.
+    """Write a PNG of the same rows drawn by two policies from the same noise.
 
-    A green bar marks what the detector finds true, a red one what it does not. The picture that an
-    edit starts from stands first, with a grey bar.
+    shown: tasks with rows; None: see `gallery`. A green bar marks what the detector finds true, a
+    red one what it does not. The picture that an edit starts from stands first, with a grey bar.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = []
-    for task in TASKS.values():
-        if task.draws and task.held_out and not task.refines and task.rounds == 1:
-            shown.append((task, gallery_rows(task)))
+    shown = shown or gallery()
     count = sum(len(rows) for _, rows in shown)
     widths = [1] * per_prompt + [0.35] + [1] * per_prompt
     figure, axes = plt.subplots(count, len(widths), figsize=(11, 0.92 * count), width_ratios=widths)
@@ -301,15 +297,18 @@ def before_after(
             samples = sample_task(policy, task, rows, seed, per_prompt)
             show_samples(half[:len(rows)], task, rows, samples)
             half = half[len(rows):]
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.93, wspace=0.06, hspace=0.42)
-    save_figure(figure, out, dpi=130)
+    top = 1 - 0.35 / count if count < 6 else 0.93
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=top, wspace=0.06, hspace=0.42)
+    save_figure(figure, out, dpi=dpi)
 
 
-def gallery_rows(task: Task) -> list[Row]:
-    """A few held-out rows of a task: one of each tag, or two."""
-    rows = task.held_out(False)
-    by_tag = [[row for row in rows if row.metadata["tag"] == tag] for tag in task.tags]
-    return [evenly_spaced(some, 3)[1] for some in by_tag] or evenly_spaced(rows, 4)[1:3]
+def gallery() -> list[tuple[Task, list[Row]]]:
+    """Four held-out rows of each task that draws once."""
+    shown = []
+    for task in TASKS.values():
+        if task.draws and task.held_out and not task.refines and task.rounds == 1:
+            shown.append((task, evenly_spaced(task.held_out(False), 4)))
+    return shown
 
 
 def show_samples(axes: np.ndarray, task: Task, rows: list[Row], samples: Samples) -> None:
@@ -351,12 +350,11 @@ def run(a) -> str:
     values = evaluate_rows(load_toy_policy(a.policy, a.adapter), a.seed, a.guidance, a.samples)
     table = table_of(values)
     text = print_table(table)
-    result = {name: value for name, value in vars(a).items() if name != "out"}
-    result["table"] = as_json(table)
+    result = {"policy": a.policy, "seed": a.seed, "table": as_json(table)}
     if a.against:
         before = evaluate_rows(load_toy_policy(a.against), a.seed, a.guidance, a.samples)
         change = paired_change(before, values)
-        result["change"] = as_json(change)
+        result |= {"against": a.against, "change": as_json(change)}
         text = f"from {a.against} to {a.policy}\n{print_change(table_of(before), table, change)}"
     write_atomic(a.out, json.dumps(result, indent=1).encode())
     return f"{text}\n\nwritten to {a.out}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flow_grpo
 import train
-from eval import load_toy_policy, sample_task
+from eval import before_after, load_toy_policy
 from grpo import grpo_loss
 from policy import Policy
 from sample import TOY, images_of, replay_rollout, sample_plan
@@ -26,7 +26,6 @@ from support.plots import save_figure
 from support.run import Ranks
 from support.terminal import Arguments, number, one_line
 from tasks import TASKS
-from toy.world import detect
 
 DOCS = Path(__file__).parent.parent / "docs"
 # One prompt of one task, so that the step has one thought and one image of each of eight samples.
@@ -44,37 +43,37 @@ SAMPLE = 0                                      # the sample whose numbers are s
 
 PAGE = """# One step, with its numbers
 
-`python -m studies.tour` makes this page from the toy's policy: one prompt, eight samples, one update.
-It follows the six phases of `train.py`. This is the whole step:
+`python -m studies.tour` makes this page from the toy's policy: one prompt, eight samples, one
+update. It follows the six phases of `train.py`. This is the whole step:
 
 ```python
-{one_step}```
+{code[0]}```
 
-The prompt is *{prompt}*. The policy writes a thought, then draws: the layout
+The prompt is *{part.samples.prompts[0]}*. The policy writes a thought, then draws: the layout
 `[text prompt] -> [text*] [image*]`, of which the starred segments are its own.
 
 ## 1. Act
 
 ```python
-{act}```
+{code[1]}```
 
-`sample_plan` walks the layout without gradients and keeps, for each starred segment, what the update
-needs. Of the thought of sample {sample} these are the tokens and their log-probs:
+`sample_plan` walks the layout without gradients and keeps, for each starred segment, what the
+update needs. Of the thought of sample {sample} these are the tokens and their log-probs:
 
 {tokens}
 
-Of its image it keeps every noisy step. At the first, at t = {t:.3f} on the way to {t_next:.3f}, the
-first four of {entries} latent entries are:
+Of its image it keeps every noisy step. At the first, from t = {flow.times[0]:.3f} to
+{flow.times[1]:.3f}, the first four of {size} latent entries are:
 
 {noisy_step}
 
-`x_next` was drawn from a Gaussian with this mean and this std, {std:.4f}. So the step has a
-log-density, {logp:.4f} on average over the entries, and what was an ODE is a policy.
+`x_next` was drawn from a Gaussian with this mean and this std, {flow.std[0]:.4f}. So the step has a
+log-density, {flow.logp[0][0]:.4f} on average over the entries, and what was an ODE is a policy.
 
 ## 2. Reward
 
 ```python
-{reward}```
+{code[2]}```
 
 ![The group of eight pictures, best first](tour_group.png)
 
@@ -85,7 +84,7 @@ log-density, {logp:.4f} on average over the entries, and what was an ODE is a po
 ## 3. Compare
 
 ```python
-{compare}```
+{code[3]}```
 
 The advantage of a sample is its summed reward minus the mean of its group, divided by the group's
 spread. There is no value network: the group is the baseline.
@@ -94,33 +93,40 @@ spread. There is no value network: the group is the baseline.
 better, and its advantages are exactly 0. If a yes-or-no reward comes true with probability p, a
 group of G ties with probability p^G + (1-p)^G:
 
-{ties}
+| p | G = 4 | 8 | 16 | 24 |
+| --- | --- | --- | --- | --- |
+| 0.01 | 0.961 | 0.923 | 0.851 | 0.786 |
+| 0.1 | 0.656 | 0.430 | 0.185 | 0.080 |
+| 0.3 | 0.248 | 0.058 | 0.003 | 0.000 |
+| 0.5 | 0.125 | 0.008 | 0.000 | 0.000 |
 
-So prompts that are far too easy or far too hard teach nothing, and `frac_reward_zero_std` in the log
-is the number to look at.
+So prompts that are far too easy or far too hard teach nothing, and `frac_reward_zero_std` in the
+log is the number to look at.
 
 ## 4. Improve
 
 ```python
-{improve}```
+{code[4]}```
 
 Replay walks the same segments with the same calls, and gradients.
 
 **Why is the ratio 1 before the update?** Because nothing has changed yet: the policy that is scored
-is the policy that acted. The largest gap of a log-prob between rollout and replay here is below {gap:.4f}.
-The log's `self_check` holds this number for the first step of every run.
+is the policy that acted. Rollout and replay differ by rounding alone. The
+log's `self_check` holds this number for the first step of every run.
 
 **Why is the loss about 0 at the first update?** With a ratio of 1 the loss is minus the mean
 advantage, and advantages of a group add up to 0; only texts of different lengths leave something.
-Here the text loss is {text_value} and the image loss {image_value}. The gradient is not 0: its norm is
-{grad_norm:.2f}. Watch the reward, `grad_norm`, the clip ratio and the KL instead of the loss.
+Here the text loss is {text_start} and the image loss {image_start}. The gradient is not 0: its
+norm is {step.stats[grad_norm]:.2f}. Watch the reward, `grad_norm`, the clip ratio and the KL
+instead of the loss.
 
-After one update the ratio of the first noisy step of sample {sample} is {step_ratio:.4f}, and the ratios
-of its thought's tokens go from {low_ratio:.3f} to {high_ratio:.3f}.
+After one update the ratio of the first noisy step of sample {sample} is {step_ratio:.4f}, and the
+ratios of its thought's tokens go from {ratios[0]:.3f} to {ratios[1]:.3f}.
 
 **Why are the clip ranges of images so small?** The log-density of a step is a mean over entries, so
-its ratio is the {entries}th root of the density's ratio. It moves by thousandths where a token's
-moves by tenths. `image_clip` is {image_clip} here and 1e-6 for the 65,536 entries of a large image.
+its ratio is the {size}th root of the density's ratio. It moves by thousandths where a token's
+moves by tenths. `image_clip` is {cfg.image_clip} here and 1e-6 for the 65,536 entries of a large
+image.
 
 The loss of that step by hand, with the advantage {adv:.4f}:
 
@@ -139,11 +145,11 @@ grpo_loss returns {token_loss:.5f}
 ## 5. Log, 6. keep
 
 ```python
-{loop}```
+{code[5]}```
 
 A line of `out/log.jsonl` holds what the phases returned. A checkpoint holds the weights, their
 average and AdamW's moments, and no generator: random numbers derive from the seed and their place.
-{after}"""
+{end}"""
 
 AFTER = """
 ![The same noise before, after one update, and after a run](tour_noise.png)
@@ -156,7 +162,7 @@ def source_lines(function, first: str, count: int) -> str:
     """`count` lines of a function's source from the one that starts with `first`, dedented."""
     lines = inspect.getsource(function).split("\n")
     start = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
-    return textwrap.dedent("\n".join(lines[start:start + count])) + "\n"
+    return textwrap.dedent("\n".join(lines[start:start + count])).rstrip() + "\n"
 
 
 def tidy(x, digits: int = 4) -> str:
@@ -233,70 +239,55 @@ def by_hand(logp: float, logp_old: float, adv: float, clip: float) -> str:
     return HAND.format(**locals(), low=1 - clip, high=1 + clip)
 
 
+CODE = (
+    (train.one_step, "def one_step", 99), (train.act, "rollouts.append", 3),
+    (train.reward, "task, samples", 2), (train.compare, "for part in parts", 7),
+    (train.improve, "for piece in pieces", 2), (train.train, "stats = one_step", 4))
+
+
 def page(step: Step, after: bool) -> str:
     """The text of docs/tour.md."""
-    run, part, cfg, i = step.run, step.part, step.run.cfg, SAMPLE
+    part, cfg, i = step.part, step.run.cfg, SAMPLE
     text, flow = part.rollout.segments[1], part.rollout.segments[2].flow
     text_after, image_after = step.after[0].logp, step.after[1].flow.logp
-    chosen, one = text.chosen[i], slice(i, i + 1)
-    words = [run.policy.tokenizer.decode([token]) for token in text.tokens[i][chosen].tolist()]
+    chosen = text.chosen[i]
+    decode = step.run.policy.tokenizer.decode
+    words, logps = ["token"], ["log-prob", *text.logp[i][chosen].tolist()]
+    for token in text.tokens[i][chosen].tolist():
+        words.append(f"`{decode([token])}`")
     four = []
-    for name, value in (
-        ("x", flow.latents[i, 0]), ("v", step.before[1].flow.v[i, 0]), ("mean", flow.means[i, 0]),
-        ("x_next", flow.latents[i, 1])):
+    entries = {"x": flow.latents[i, 0], "mean": flow.means[i, 0], "x_next": flow.latents[i, 1]}
+    entries["v"] = step.before[1].flow.v[i, 0]
+    for name, value in entries.items():
         four.append([name, *value.flatten()[:4].tolist()])
     columns = part.rewards | {"sum": sum(part.rewards.values()), "advantage": part.adv}
-    order = part.adv.argsort(descending=True, stable=True).tolist()
-    scores = [[n, *(column[n].item() for column in columns.values())] for n in order]
-    ties = [[str(p), *(p**G + (1 - p) ** G for G in (4, 8, 16, 24))] for p in (0.01, 0.1, 0.3, 0.5)]
-    ratios = (text_after - text.logp)[i][chosen].exp()
+    scores = []
+    for n in part.adv.argsort(descending=True, stable=True).tolist():
+        scores.append([n, *(column[n].item() for column in columns.values())])
     token, adv = int(text.logp[i].argmin()), part.adv[i].item()
-    token_hand = by_hand(
-        text_after[i, token].item(), text.logp[i, token].item(), adv, cfg.text_clip)
-    step_hand = by_hand(image_after[i, 0].item(), flow.logp[i, 0].item(), adv, cfg.image_clip)
-    gap = (step.before[1].flow.logp - flow.logp).abs().max().item()
-    start = flow.window[0]
-    show = {"sample": i, "prompt": part.batch.rows[0].text, "adv": adv}
-    show["one_step"] = inspect.getsource(train.one_step)
-    show["act"] = source_lines(train.act, "rollouts.append", 5)
-    show["tokens"] = table(
-        ["token", *(f"`{word}`" for word in words)], [["log-prob", *text.logp[i][chosen].tolist()]],
-        2)
-    show["noisy_step"] = table(["", "1", "2", "3", "4"], four)
-    show["t"] = flow.times[start]
-    show["t_next"] = flow.times[start + 1]
-    show["std"] = flow.std[0]
-    show["logp"] = flow.logp[i, 0]
-    show["entries"] = flow.data[0].numel()
-    show["reward"] = source_lines(train.reward, "task, samples", 2)
-    show["rewards"] = table(["sample", *columns], scores, 3)
-    show["compare"] = source_lines(train.compare, "for part in parts", 7)
-    show["ties"] = table(["p", "G = 4", "8", "16", "24"], ties, 3)
-    show["improve"] = source_lines(train.improve, "for piece in pieces", 2)
-    show["gap"] = max(gap, 0.0001)
-    show["text_value"] = tidy(text_loss(step.before[0], part.adv, cfg))
-    show["image_value"] = tidy(image_loss(step.before[1], part.adv, cfg))
-    show["grad_norm"] = step.stats["grad_norm"]
-    show["step_ratio"] = math.exp(image_after[i, 0] - flow.logp[i, 0])
-    show["low_ratio"] = ratios.min()
-    show["high_ratio"] = ratios.max()
-    show["image_clip"] = cfg.image_clip
-    show["step_hand"] = step_hand
-    show["step_loss"] = image_loss(step.after[1], part.adv, cfg, one, (0,))
-    show["token_hand"] = token_hand
-    show["token_loss"] = text_loss(step.after[0], part.adv, cfg, slice(token, token + 1), one)
-    show["loop"] = source_lines(train.train, "stats = one_step", 4)
-    show["after"] = AFTER if after else ""
-    return PAGE.format(**show)
+    ratios = (text_after - text.logp)[i][chosen].exp()
+    step_ratio = (image_after - flow.logp)[i, 0].exp()
+    text_value = text_loss(step.before[0], part.adv, cfg)
+    image_value = image_loss(step.before[1], part.adv, cfg)
+    one, place = slice(i, i + 1), slice(token, token + 1)
+    step_loss = image_loss(step.after[1], part.adv, cfg, one, (0,))
+    token_loss = text_loss(step.after[0], part.adv, cfg, place, one)
+    step_hand = by_hand(image_after[i, 0], flow.logp[i, 0], adv, cfg.image_clip)
+    token_hand = by_hand(text_after[i, token], text.logp[i, token], adv, cfg.text_clip)
+    tokens = table(words, [logps], 2)
+    noisy_step = table(["", "1", "2", "3", "4"], four)
+    rewards = table(["sample", *columns], scores, 3)
+    code = [source_lines(*place) for place in CODE]
+    return PAGE.format(
+        **locals(), sample=i, size=flow.data[0].numel(), end=AFTER if after else "",
+        text_start=tidy(text_value), image_start=tidy(image_value))
 
 
 # ---- pictures ----
 
 
-def strip(images: Tensor, out: Path, titles: list[str], lines: list[str], right=None) -> None:
-    """Images (N, 3, H, W) in [0, 1] as a PNG, len(lines) rows; right: which get a green frame, else
-    red.
-    """
+def strip(images: Tensor, out: Path, titles: list[str], lines: list[str]) -> None:
+    """Write images (N, 3, H, W) in [0, 1] as a PNG of len(lines) rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -309,8 +300,6 @@ def strip(images: Tensor, out: Path, titles: list[str], lines: list[str], right=
     for place, (axis, image) in enumerate(zip(axes.flat, to_bytes(images))):
         axis.imshow(image, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
-        if right is not None:
-            axis.spines[:].set(color="tab:green" if right[place] else "tab:red", linewidth=2)
     for place, title in enumerate(titles):
         axes[0, place * columns // len(titles)].set_title(title, fontsize=8, loc="left")
     for axis, line in zip(axes[:, 0], lines):
@@ -326,21 +315,11 @@ def redraw(policy: Policy, part: train.Part, seed: int) -> Tensor:
     return images_of(policy, rollout)
 
 
-def first_picture(policies: list[Policy], out: Path, seed: int = 99) -> None:
-    """Four held-out prompts before and after a run: a colour, a number, a place, an edit."""
-    prompts = TASKS["draw"].held_out(False)
-    asked = [
-        (TASKS["draw"], next(row for row in prompts if row.metadata["prompt"] == prompt))
-        for prompt in SHOWN
-    ]
-    asked.append((TASKS["edit"], TASKS["edit"].held_out(False)[1]))
-    images, right = [], []
-    for policy in policies:
-        for task, row in asked:
-            samples = sample_task(policy, task, [row], seed, 4)
-            images.append(samples.images)
-            right += task.truth(samples, detect(samples.images)).tolist()
-    strip(torch.cat(images), out, [row.text for _, row in asked], ["before", "after"], right)
+def first_rows() -> list:
+    """Four held-out rows: a colour, a number, a place, an edit."""
+    draw, edit = TASKS["draw"], TASKS["edit"]
+    rows = [row for row in draw.held_out(False) if row.text in SHOWN]
+    return [(draw, rows), (edit, edit.held_out(False)[1:2])]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -358,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
             base, after = load_toy_policy(str(TOY)), load_toy_policy(a.after)
             drawn = [redraw(policy, step.part, a.seed) for policy in (base, step.run.policy, after)]
             strip(torch.cat(drawn), a.docs / "tour_noise.png", [], ["base", "one update", "a run"])
-            first_picture([base, after], a.docs / "first.png")
+            before_after(base, after, a.docs / "first.png", first_rows(), dpi=82)
         text = page(step, (a.docs / "tour_noise.png").exists())
         write_atomic(a.docs / "tour.md", text.encode())
         print(f"{a.docs / 'tour.md'} is written")
