@@ -514,8 +514,9 @@ def refine(
     def walk(given: list, plan: list, step: int, guide: Guidance | None):
         thinks = system and any(isinstance(item, Write) for item in plan)
         start = [Read([THINK_TO_DRAW] * N)] if thinks else []
-        rollout = sample_plan(policy, start + given + plan, seed=seed, step=step,
-                              prompts=list(range(N)), G=1, guidance=guide)
+        rollout = sample_plan(
+            policy, start + given + plan, seed=seed, step=step, prompts=list(range(N)), G=1,
+            guidance=guide)
         drawn = images_of(policy, rollout)
         return drawn, value(drawn), texts_of(policy, rollout)
 
@@ -602,12 +603,12 @@ def run(args: argparse.Namespace) -> str:
         pixels, _ = read_picture(args.question, policy)
         plan += [See(pixels[None]), prompt, write]
         G = args.n if args.temperature else 1
-        return "\n".join(
-            texts_of(policy, sample_plan(policy, plan, seed=args.seed, step=0, prompts=[0], G=G)))
+        rollout = sample_plan(policy, plan, seed=args.seed, step=0, prompts=[0], G=G)
+        return "\n".join(texts_of(policy, rollout))
     size, guidance = (args.size or scale["size"],) * 2, scale["edit" if args.edit else "guidance"]
     asked = dict(text_scale=args.guidance, image_scale=args.image_guidance)
-    guidance = replace(
-        guidance, **{name: value for name, value in asked.items() if value is not None})
+    given = {name: value for name, value in asked.items() if value is not None}
+    guidance = replace(guidance, **given)
     if args.edit:
         pixels, source = read_picture(args.edit, policy)
         plan.append(See(pixels[None], source[None]))
@@ -615,10 +616,11 @@ def run(args: argparse.Namespace) -> str:
     plan.append(prompt)
     if args.think:
         plan.append(write)
-    plan.append(Draw(size, flow_grpo.time_grid(args.steps or scale["steps"], scale["shift"])))
+    times = flow_grpo.time_grid(args.steps or scale["steps"], scale["shift"])
+    plan.append(Draw(size, times))
+    guided = guidance if guidance.text_scale > 1 else None
     rollout = sample_plan(
-        policy, plan, seed=args.seed, step=0, prompts=[0], G=args.n,
-        guidance=guidance if guidance.text_scale > 1 else None)
+        policy, plan, seed=args.seed, step=0, prompts=[0], G=args.n, guidance=guided)
     save_grid(images_of(policy, rollout), args.out, columns=min(args.n, 8), zoom=scale["zoom"])
     texts = dict.fromkeys(texts_of(policy, rollout) or [])
     return "\n".join([*texts, f"{args.n} images in {args.out}"])

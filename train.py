@@ -121,9 +121,11 @@ def act(run: Run, batch: Batch) -> Rollout:
     rollouts = []
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
         for rows, index in row_parts(batch, cfg.rollout_batch, cfg.group_size):
-            rollouts.append(sample_plan(
-                policy, task.plan(rows, batch.choices), seed=cfg.seed, step=batch.step,
-                prompts=index, G=cfg.group_size, guidance=guidance_of(cfg, task.sees)))
+            rollouts.append(
+                sample_plan(
+                    policy, task.plan(rows, batch.choices), seed=cfg.seed, step=batch.step,
+                    prompts=index, G=cfg.group_size, guidance=guidance_of(cfg, task.sees))
+            )
     return join(rollouts)
 
 
@@ -389,11 +391,15 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
     for name, gap in gaps.items():
         clip = cfg.text_clip if name.endswith("text") else cfg.image_clip
         if gap > max(10 * clip, 0.05):
-            raise ValueError(f"self-check: rollout and replay differ by {gap:.2g} in log-probs of "
-                             f"{name}; they must be one function")
+            raise ValueError(
+                f"self-check: rollout and replay differ by {gap:.2g} in log-probs of "
+                f"{name}; they must be one function"
+            )
         if gap > clip:
-            say(f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the clip "
-                f"range {clip:g}")
+            say(
+                f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the clip "
+                f"range {clip:g}"
+            )
     return {f"self_check/{name}": gap for name, gap in gaps.items()}
 
 
@@ -437,9 +443,7 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 done = step + 1
                 run.log(step=step, **stats)                                         # 5. log
             except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"step {step}: {error}; stopped. The checkpoint in {cfg.out}, if there is one, is of a step before"
-                ) from error
+                raise FloatingPointError(f"step {step}: {error}; stopped") from error
             except (ValueError, OSError):
                 if done > run.start and not run.policy.sharded:  # the last finished step is whole
                     keep(run, done, writer=ranks.rank)
