@@ -123,7 +123,6 @@ class Claim:
     measures: tuple[str, ...]                   # keys of an evaluation or of the log
     compares: tuple[str, ...]                                   # see parse_comparison
     reading: str = ""                                           # what the measures show besides
-    pictured: bool = False                      # whether its figure shows what is drawn
 
 
 VARIETY = ("layout_entropy", "pairwise_distance", "draw/saturation", "draw/roughness")
@@ -138,8 +137,7 @@ CLAIMS = {
                   "sem-trained > sem-frozen : draw/rewards/sem/mean"),
         reading="With either referee mean truth stops rising after 100 steps while layouts become "
                 "alike; with the one that learns, it falls in one seed of three. It learns by "
-                "SigLIP's own contrastive loss, so its cosines have a level of their own.",
-        pictured=True),
+                "SigLIP's own contrastive loss, so its cosines have a level of their own."),
     "full-rewards": Claim(
         paper="LVRPO",
         says="Rewards of drawings alone cost understanding, the full set helps it.",
@@ -197,8 +195,7 @@ CLAIMS = {
         reading="Without a penalty layouts become alike and pixels rougher; between the latent KL, "
                 "at lvrpo's weight, and the velocity penalty no difference can be told. UniGRPO's "
                 "own ablation is about a hacked preference model; r_ins cannot be hacked that way, "
-                "since the truth uses the same rules.",
-        pictured=True),
+                "since the truth uses the same rules."),
     "ratio-norm": Claim(
         paper="UniGRPO, GRPO-Guard",
         says="RatioNorm evens the ratio's spread over the noisy steps.",
@@ -363,7 +360,7 @@ def commands(arm: str, seed: int, out: Path) -> list[list[str]]:
     return [["train.py", *flags, "--save_every", "25", "--seed", str(seed), "--out", str(folder)]]
 
 
-def run_arm(arm: str, seed: int, out: Path, threads: int) -> str:
+def run_arm(arm: str, seed: int, out: Path) -> str:
     """Make an arm -> "" or, in one line, why it failed.
 
     A run that was stopped goes on if it was begun with the same flags, else its folder is removed.
@@ -376,7 +373,7 @@ def run_arm(arm: str, seed: int, out: Path, threads: int) -> str:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(begun, meaning(arm).encode())
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     output = folder / "output.txt"
     for command in todo:
         with output.open("a", encoding="utf-8") as file:
@@ -392,7 +389,7 @@ def run_arm(arm: str, seed: int, out: Path, threads: int) -> str:
     return ""
 
 
-def run_missing(names: list[str], seeds: int, out: Path, threads: int, jobs: int) -> list[str]:
+def run_missing(names: list[str], seeds: int, out: Path, jobs: int) -> list[str]:
     """Run the arms of some claims that are not done, parents first -> what failed, a line each."""
     arms = [arm for name in names for arm in CLAIMS[name].arms]
     for arm in arms:                                            # grows while it is walked
@@ -408,7 +405,7 @@ def run_missing(names: list[str], seeds: int, out: Path, threads: int, jobs: int
         if not ready:
             return failed + [f"{arm}, seed {seed}: needs an arm that failed" for arm, seed in todo]
         with ThreadPoolExecutor(jobs) as pool:
-            failed += filter(None, pool.map(lambda run: run_arm(*run, out, threads), ready))
+            failed += filter(None, pool.map(lambda run: run_arm(*run, out), ready))
         todo = [run for run in todo if run not in ready]
     return failed
 
@@ -539,10 +536,6 @@ def result_of(name: str, seeds: int, out: Path) -> dict:
     claim, values, arms = CLAIMS[name], {}, {}
     for arm in claim.arms:
         values[arm] = [values_of(arm, seed, out) for seed in range(seeds)]
-    for key in claim.measures:
-        if not any(key in runs[0] for runs in values.values()):
-            raise ValueError(f"{name}: no arm holds {key}; delete the arms' folders in {out}, "
-                             "and they are run again")
     for arm, runs in values.items():
         first, rounded = first_step(arm, values), {}
         for key in claim.measures:
@@ -620,49 +613,38 @@ def print_difference(comparison: dict) -> str:
 
 
 def print_seeds(runs: list[list[float]] | None) -> str:
-    """The mean of the last values over seeds, and each of them."""
+    """The mean of the last values over seeds, and each of them; three digits."""
     if runs is None:
         return "-"
     last = [run[-1] for run in runs]
-    return f"{print_short(np.mean(last))} ({', '.join(map(print_short, last))})"
+    return f"{np.mean(last):.3g} ({', '.join(f'{x:.3g}' for x in last)})"
 
 
-def print_short(x: float) -> str:
-    """Three decimals, or two digits of what is below a hundredth."""
-    return f"{x:.3f}" if abs(x) >= 0.01 or x == 0 else f"{x:.2g}"
-
-
-def save_claim_figure(result: dict, out: Path, pictures: dict[str, Path]) -> None:
+def save_claim_figure(result: dict, out: Path) -> None:
     """A PNG with a panel per measure: each arm over steps, the mean over seeds as a line, each seed
-    as a dot. An arm that is known at the end alone is a dot. Below: the given pictures, by arm."""
+    as a dot. An arm that is known only at the end is a dot, the base a level."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     arms, keys = result["arms"], measures_of(result)
     panels = {key: [(arm, each, key) for arm, each in arms.items()] for key in keys}
-    if len(arms) == 1:                                          # then its measures are compared
+    if len(arms) == 1:                          # then its measures are compared
         panels = {arm: [(key, each, key) for key in keys] for arm, each in arms.items()}
-    lines = math.ceil(len(panels) / 5)
-    columns = max(math.ceil(len(panels) / lines), len(pictures))
-    lines = lines + 1 if pictures else lines
+    columns = min(len(panels), 4)
+    lines = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 3.2 * lines),
                                 layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
     end = max(step for arm in arms.values() for step in arm["steps"])
     for axis, (title, series) in zip(axes.flat, panels.items()):
-        axis.set_axis_on()
         axis.set_title(title, fontsize=8)
         axis.set_xlabel("pictures drawn" if len(arms) == 1 else "step")
-        axis.spines[["top", "right"]].set_visible(False)
         for n, (label, arm, key) in enumerate(series):
             if key in arm["values"]:
                 plot_series(axis, arm["steps"], np.array(arm["values"][key]), end + 2 * n,
                             color=f"C{n}", label=label)
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
     axes[0][0].legend(frameon=False, fontsize=8)
-    for axis, (arm, path) in zip(axes[-1], pictures.items()):
-        axis.imshow(plt.imread(path))
-        axis.set_title(f"{arm}: drawn at the end", fontsize=9)
     save_figure(figure, out, dpi=90)
 
 
@@ -671,23 +653,15 @@ def plot_series(axis, steps: list[int], values: np.ndarray, end: int, **style) -
     if steps == [0]:
         axis.axhline(values.mean(), linestyle="--", linewidth=1, **style)
         return
-    at = np.array(steps if len(steps) > 1 else [end])
+    at = steps if len(steps) > 1 else [end]
     axis.plot(at, values.mean(0), marker="_", markersize=12, **style)
-    for run in values:
-        axis.plot(at, run, ".", color=style["color"], alpha=0.5)
-
-
-def last_pictures(claim: Claim, out: Path) -> dict[str, Path]:
-    """What the first seed of each arm drew at last, if the claim's figure shows it."""
-    if not claim.pictured:
-        return {}
-    return {arm: max((folder_of(arm, 0, out) / "samples").glob("*.png")) for arm in claim.arms}
+    axis.plot(at, values.T, ".", color=style["color"], alpha=0.5)
 
 
 # ---- the command line ----
 
 
-def run_claims(names: list[str], seeds: int, threads: int, jobs: int, out: Path) -> str:
+def run_claims(names: list[str], seeds: int, jobs: int, out: Path) -> str:
     """Run what is missing, keep results and figures, write the page; returns what to print.
 
     Errors: ValueError for an unknown name, and for kept results of more seeds.
@@ -704,14 +678,14 @@ def run_claims(names: list[str], seeds: int, threads: int, jobs: int, out: Path)
     out.mkdir(parents=True, exist_ok=True)
     kept.mkdir(parents=True, exist_ok=True)
     owner = Owner(out)                          # two calls would remove each other's runs
-    failed, lines = run_missing(names, seeds, out, threads, jobs), []
+    failed, lines = run_missing(names, seeds, out, jobs), []
     for name in names:
         if not all(is_done(arm, seed, out) for arm in CLAIMS[name].arms for seed in range(seeds)):
             lines.append(f"{name}: not all arms are there")
             continue
         result = result_of(name, seeds, out)
         write_atomic(kept / f"{name}.json", json.dumps(result, indent=1).encode())
-        save_claim_figure(result, kept / f"{name}.png", last_pictures(CLAIMS[name], out))
+        save_claim_figure(result, kept / f"{name}.png")
         lines += section(result)
     owner.close()
     write_atomic(DOCS / "claims.md", page().encode())
@@ -731,15 +705,14 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("names", nargs="*", help="claims to test, by name; all without one")
     ap.add_argument("--list", action="store_true", help="print the claims, run nothing")
     ap.add_argument("--seeds", type=count, default=3, help="seeds of each arm")
-    ap.add_argument("--threads", type=count, default=1, help="threads of each run")
-    ap.add_argument("--jobs", type=count, default=2, help="runs at the same time")
+    ap.add_argument("--jobs", type=count, default=2, help="runs at the same time, a thread each")
     ap.add_argument("--out", type=Path, default=Path("out/claims"), help="the folder of the arms")
     a = ap.parse_args(argv)
     with one_line("studies.claims"):
         if a.list:
             print(list_claims())
         else:
-            print(run_claims(a.names, a.seeds, a.threads, a.jobs, a.out))
+            print(run_claims(a.names, a.seeds, a.jobs, a.out))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 import flow_grpo
 from eval import Table, print_table, table_of
 from policy import Policy
-from referees.detectors import load_detector
+from referees.detectors import Detector, load_detector
 from referees.geneval import geneval_check
 from sample import SAMPLING, TOY, Draw, Read, images_of, sample_plan
 from support.checkpoint import load_policy
@@ -45,8 +44,7 @@ def draw_pictures(
         rollout = sample_plan(policy, [Read([row["prompt"]]), draw], seed=seed, step=0, prompts=[i],
                               G=samples, guidance=guidance)
         paths[0].parent.mkdir(parents=True, exist_ok=True)
-        metadata = json.dumps(row, ensure_ascii=False).encode()
-        write_atomic(paths[0].parents[1] / "metadata.jsonl", metadata)
+        write_atomic(paths[0].parents[1] / "metadata.jsonl", json.dumps(row).encode())
         for path, image in zip(paths, to_bytes(images_of(policy, rollout))):
             with replacing(path) as file:
                 Image.fromarray(image).save(file, format="png")
@@ -57,35 +55,28 @@ def paths_of(out: Path, row: int, samples: int) -> list[Path]:
 
 
 def judge_pictures(
-    rows: list[Metadata], out: Path, samples: int, detector, thresholds: dict
+    rows: list[Metadata], out: Path, samples: int, detector: Detector | None
 ) -> Table:
     """Judge the pictures by GenEval's rules: tag -> (share that passes, standard error over
-    prompts), and the mean of the tags, "overall". Writes out/results.jsonl as GenEval's own does.
+    prompts), and the mean of the tags, "overall". Writes each verdict into out/results.jsonl.
 
-    detector: images (N, 3, H, W) in [0, 1] and metadata -> detections of each.
+    detector: None for the toy's exact one.
     """
-    lines, right = [], []
+    lines, right, thresholds = [], [], detector.thresholds if detector else {}
     for i, row in enumerate(tqdm(rows, desc="judging")):
         paths = paths_of(out, i, samples)
         pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in paths])
-        found = detector(pixels.permute(0, 3, 1, 2) / 255, [row] * samples)
+        pixels = pixels.permute(0, 3, 1, 2) / 255                               # (G, 3, H, W)
+        found = detector(pixels, [row] * samples) if detector else detect(pixels)
         verdicts = [geneval_check(row, each, **thresholds) for each in found]
         right.append(np.mean([correct for correct, _ in verdicts]))
         for path, (correct, reason) in zip(paths, verdicts):
-            lines.append(json.dumps(dict(
-                filename=str(path.relative_to(out)), tag=row.get("tag", ""), prompt=row["prompt"],
-                correct=correct, reason=reason), ensure_ascii=False))
+            line = dict(filename=str(path), prompt=row["prompt"], correct=correct, reason=reason)
+            lines.append(json.dumps(line))
     write_atomic(out / "results.jsonl", "\n".join(lines).encode())
-    tags = [row.get("tag", "") for row in rows]
-    values = {}
-    for name in dict.fromkeys(tags):
-        values[name] = [np.array([share for share, tag in zip(right, tags) if tag == name])]
+    tags = np.array([row.get("tag", "") for row in rows])
+    values = {tag: [np.array(right)[tags == tag]] for tag in dict.fromkeys(tags)}
     return table_of(values | {"overall": sum(values.values(), [])})
-
-
-def detect_shapes(images: Tensor, metadata: list[Metadata]) -> list[list[dict]]:
-    """The toy's exact detector, called as a published one is."""
-    return detect(images)
 
 
 def begin_folder(out: Path, settings: dict) -> None:
@@ -130,14 +121,11 @@ def run(a) -> str:
     rows = read_prompts(str(a.metadata))
     check_rules(rows, str(a.metadata), "prompt")
     policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
-    scale, name = SAMPLING[policy.config.scale], a.detector or "the toy's exact one"
+    scale, detector = SAMPLING[policy.config.scale], None
     if a.detector:
         detector = load_detector(a.detector, device=policy.device)
         detector.check(rows)
-        thresholds = detector.thresholds
-    elif policy.config.scale == "toy":
-        detector, thresholds = detect_shapes, {}
-    else:
+    elif policy.config.scale != "toy":
         raise ValueError("GenEval's rules need --detector, such as "
                          "google/owlv2-base-patch16-ensemble")
     settings = dict(
@@ -146,8 +134,9 @@ def run(a) -> str:
     prompts = hashlib.sha256(a.metadata.read_bytes()).hexdigest()
     begin_folder(a.out, settings | dict(policy=weights_of(a.policy, a.adapter), prompts=prompts))
     draw_pictures(policy, rows, a.out, **settings)
-    table = judge_pictures(rows, a.out, a.samples, detector, thresholds)
-    return f"GenEval rules, detector {name}\n{print_table(table)}\npictures and results in {a.out}"
+    table = judge_pictures(rows, a.out, a.samples, detector)
+    head = f"GenEval rules, detector {a.detector or 'of the toy'}"
+    return f"{head}\n{print_table(table)}\npictures and results in {a.out}"
 
 
 if __name__ == "__main__":

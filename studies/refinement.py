@@ -5,7 +5,6 @@
 """
 
 import json
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from sample import SAMPLING, TOY, Draw, Read, Round, Write, images_of, refine, s
 from studies.tables import markdown_table
 from support.checkpoint import load_policy
 from support.disk import write_atomic
-from support.pictures import to_bytes
-from support.plots import save_figure
+from support.pictures import save_grid
 from support.terminal import Arguments, number, one_line, the_device
 from tasks import TASKS, WORDING
 from toy import shapes
@@ -42,12 +40,10 @@ def refine_prompts(
     """sample.refine with greedy diagnoses and the policy's own wording."""
     scale, wording = SAMPLING[policy.config.scale], WORDING[policy.config.scale]
     draw, write = plain_draw(policy), Write(scale["tokens"], temperature=0.0)
-    guidance = []
-    for each in (scale["guidance"], scale["edit"]):
-        guidance.append(each if each.text_scale > 1 else None)
+    guidance = scale["guidance"], scale["edit"]
     return refine(
         policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
-        guidance=tuple(guidance), system=wording.system_prompt)
+        guidance=guidance, system=wording.system_prompt)
 
 
 def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
@@ -112,34 +108,10 @@ def refinement_table(
 def print_refinement(table: dict[str, list[tuple[float, float]]]) -> str:
     """The table in markdown, a row per number of pictures drawn."""
     rows = []
-    for drawn, cells in enumerate(zip(*table.values()), start=1):
-        rows.append([f"{drawn}", *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)])
+    for cells in zip(*table.values()):
+        values = [f"{mean:.3f} ± {error:.3f}" for mean, error in cells]
+        rows.append([f"{len(rows) + 1}", *values])
     return "\n".join(markdown_table(["pictures drawn", *table], rows))
-
-
-# ---- the picture ----
-
-
-def save_rounds(rounds: list[Round], select: str, out: Path) -> None:
-    """A PNG with a row per sample: what each round drew, what was written before it, its value, and
-    whether it was kept."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    count, name = len(rounds[0].drawn), "right" if select == "oracle" else "judge"
-    figure, axes = plt.subplots(
-        count, len(rounds), figsize=(2.6 * len(rounds), 2.7 * count), squeeze=False,
-        layout="constrained")
-    for k, each in enumerate(rounds):
-        for n, image in enumerate(to_bytes(each.drawn)):
-            axis, text = axes[n, k], each.texts[n] if each.texts else ""
-            kept = "kept" if torch.equal(each.drawn[n], each.kept[n]) else "not kept"
-            axis.imshow(image, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            lines = textwrap.wrap(text, 36)[:4]
-            axis.set_title("\n".join(lines), fontsize=7, parse_math=False)
-            axis.set_xlabel(f"round {k}: {kept}, {name} {each.worth[n]:.2f}", fontsize=7)
-    save_figure(figure, out, dpi=120)
 
 
 # ---- the command line ----
@@ -180,9 +152,14 @@ def run(a) -> str:
     prompts = [a.prompt] * a.n
     value = value_of(a.select, prompts, judge, policy.device)
     rounds = refine_prompts(policy, prompts, a.rounds, a.select, value, a.seed)
-    save_rounds(rounds, a.select, out)
-    means = [f"round {k}: mean {each.value.mean():.3f}" for k, each in enumerate(rounds)]
-    return f"{', '.join(means)}; {a.n} samples in {out}"
+    images = torch.stack([each.drawn for each in rounds], dim=1).flatten(0, 1)  # sample-major
+    save_grid(images, str(out), columns=len(rounds), zoom=SAMPLING[policy.config.scale]["zoom"])
+    lines = [f"{out}: a row per sample, a column per round"]
+    for k, each in enumerate(rounds):
+        lines.append(f"round {k}: mean {each.value.mean():.3f}")
+        for worth, text in zip(each.worth, each.texts or [""] * a.n):
+            lines.append(f"  {worth:.2f}  {text}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

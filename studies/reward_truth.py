@@ -5,7 +5,6 @@
 
 import json
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from tasks import TASKS, token_states
 from toy import shapes
 from toy.world import detect, render_pixels
 
-COLUMNS = ("overall", "in_group", "share", "ms")
+COLUMNS = ("overall", "in_group", "share")
 
 
 def held_out_samples(policy: Policy, seed: int) -> tuple[Samples, Tensor]:
@@ -45,9 +44,9 @@ def held_out_samples(policy: Policy, seed: int) -> tuple[Samples, Tensor]:
     return samples, task.truth(samples, detect(samples.images)).double()
 
 
-def score_samples(policy: Policy, samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """name -> scores (N,), and milliseconds per picture, of every reward of pictures that the toy
-    can ask. tim compares the states of the policy itself."""
+def score_samples(policy: Policy, samples: Samples) -> dict[str, Tensor]:
+    """name -> scores (N,) of every reward of pictures that the toy can ask. tim compares the states
+    of the policy itself."""
     names, flags = [], ["--pair_image", "1"]
     for name, entry in REWARDS.items():
         asked = any(set(fields) <= {"images", "reals"} for fields in entry.reads)
@@ -57,14 +56,7 @@ def score_samples(policy: Policy, samples: Samples) -> tuple[dict[str, Tensor], 
     rewards = build_rewards(
         parse(flags), policy.device, detector=detect, rows=[], questions=Questions(True),
         states=token_states(lambda: nullcontext(policy), nullcontext, 512))
-    some = {name: column[:8] for name, column in vars(samples).items() if column is not None}
-    scores, times = {}, {}
-    for name in names:
-        score({name: rewards[name]}, Samples(**some))       # warms up
-        start = time.perf_counter()
-        scores |= score({name: rewards[name]}, samples)
-        times[name] = (time.perf_counter() - start) / len(samples.prompts) * 1000
-    return scores, times
+    return score({name: rewards[name] for name in names}, samples)
 
 
 def centre(values: Tensor, G: int) -> Tensor:
@@ -79,15 +71,13 @@ def correlation(a: Tensor, b: Tensor) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def truth_table(scores: dict[str, Tensor], times: dict[str, float], truth: Tensor, G: int) -> dict:
+def truth_table(scores: dict[str, Tensor], truth: Tensor, G: int) -> dict[str, dict]:
     """name -> its correlation with the truth over all samples ("overall") and within groups
-    ("in_group"), its share of the variance within groups if all rewards were added up ("share"),
-    and milliseconds per picture ("ms")."""
+    ("in_group"), and its share of the variance within groups if all rewards were added up."""
     share, table = variance_share(scores, {name: 1.0 for name in scores}, G), {}
     for name, values in scores.items():
         inside = correlation(centre(values, G), centre(truth, G))
-        row = correlation(values, truth), inside, share[name], times[name]
-        table[name] = dict(zip(COLUMNS, row))
+        table[name] = dict(zip(COLUMNS, (correlation(values, truth), inside, share[name])))
     return table
 
 
@@ -142,8 +132,8 @@ def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
     policy, G = load_toy_policy(a.policy), TASKS["draw"].samples
     samples, truth = held_out_samples(policy, a.seed)
-    scores, times = score_samples(policy, samples)
-    table, picture = truth_table(scores, times, truth, G), a.out.with_suffix(".png")
+    scores = score_samples(policy, samples)
+    table, picture = truth_table(scores, truth, G), a.out.with_suffix(".png")
     best_and_worst(scores, samples, truth, G, picture)
     result = {"policy": a.policy, "seed": a.seed, "table": table}
     write_atomic(a.out, json.dumps(result, indent=1).encode())

@@ -106,7 +106,7 @@ def started(monkeypatch, tmp_path):
 
 
 def run_rules(tmp_path):
-    return claims.run_claims(["rules"], seeds=1, threads=1, jobs=1, out=tmp_path / "runs")
+    return claims.run_claims(["rules"], seeds=1, jobs=1, out=tmp_path / "runs")
 
 
 def test_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(started, tmp_path):
@@ -136,15 +136,15 @@ def test_a_run_goes_on_if_it_was_begun_with_the_same_flags_and_else_begins_anew(
 ):
     """Flags are its own, and those of the arm that it starts from."""
     for arm in "ac":
-        claims.run_arm(arm, 0, tmp_path, threads=1)
+        claims.run_arm(arm, 0, tmp_path)
         (tmp_path / f"{arm}-0" / "checkpoint.safetensors").touch()
     for arm in "ac":
-        claims.run_arm(arm, 0, tmp_path, threads=1)
+        claims.run_arm(arm, 0, tmp_path)
     assert ["--resume" in command for command in started] == [False, False, True, True]
     monkeypatch.setitem(claims.ARMS, "a", "--steps 2 --kn 1")
     assert not claims.is_done("a", 0, tmp_path)
     assert not claims.is_done("c", 0, tmp_path)
-    claims.run_arm("c", 0, tmp_path, threads=1)
+    claims.run_arm("c", 0, tmp_path)
     assert "--resume" not in started[-1]
     assert not (tmp_path / "c-0" / "checkpoint.safetensors").exists()
 
@@ -152,7 +152,7 @@ def test_a_run_goes_on_if_it_was_begun_with_the_same_flags_and_else_begins_anew(
 def test_a_folder_that_is_not_the_runners_own_is_left_as_it_is(started, tmp_path):
     write_log(tmp_path / "a-0")
     (tmp_path / "a-0" / "mine.txt").touch()
-    claims.run_arm("a", 0, tmp_path, threads=1)
+    claims.run_arm("a", 0, tmp_path)
     assert (tmp_path / "a-0" / "mine.txt").exists()
 
 
@@ -160,7 +160,7 @@ def test_a_run_that_was_stopped_is_not_done(started, tmp_path, monkeypatch):
     """train.py ends with status 0 after Ctrl-C, but without a policy."""
     monkeypatch.setattr(
         claims.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0))
-    assert "a, seed 0: stopped" in claims.run_arm("a", 0, tmp_path, threads=1)
+    assert "a, seed 0: stopped" in claims.run_arm("a", 0, tmp_path)
     assert not claims.is_done("a", 0, tmp_path)
 
 

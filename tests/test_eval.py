@@ -16,7 +16,8 @@ from rewards import Samples
 from sample import TOY
 from support.checkpoint import load_policy
 from support.pictures import to_bytes
-from support.plots import plot, reward_curve
+from support.plots import plot
+from support.rows import Row
 from support.run import read_log
 from tasks import TASKS
 from toy import shapes, world
@@ -122,22 +123,17 @@ def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(mo
     assert table["draw"][1] == 0.0
 
 
-def test_shares_are_of_prompts_and_the_mean_weighs_tags_equally(monkeypatch):
-    """A policy that draws the first prompt of every tag right, and the other prompts wrong."""
-    rows = world.held_out_prompts()
-    tags = [row.metadata["tag"] for row in rows]
-    right = torch.tensor([tags.index(tag) == i for i, tag in enumerate(tags)]).repeat_interleave(2)
-    monkeypatch.setattr(evaluation, "sample_task", lambda *_: None)
+def test_shares_are_of_rows_and_the_mean_weighs_tags_equally(monkeypatch):
+    rows = [Row("", {"tag": tag}) for tag in ("few", "few", "many", "many", "many", "many")]
+    right = torch.tensor([1, 0, 1, 0, 0, 0]).repeat_interleave(2)                   # two samples each
     task = replace(
-        TASKS["ask"], truth=lambda samples, found: right, tags=shapes.TAGS, mean_of_tags=True,
+        TASKS["ask"], truth=lambda samples, found: right, tags=("few", "many"), mean_of_tags=True,
         held_out=lambda pairs: [] if pairs else rows)
+    monkeypatch.setattr(evaluation, "sample_task", lambda *_: None)
     table = table_of(evaluation.evaluate_task(None, task, 0, 1.0, 2))
-    assert len({tags.count(tag) for tag in shapes.TAGS}) > 1
-    for tag in shapes.TAGS:
-        wanted = mean_and_error([1.0] + [0.0] * (tags.count(tag) - 1))
-        assert table[f"ask/{tag}"] == pytest.approx(wanted)
-    means, errors = zip(*(table[f"ask/{tag}"] for tag in shapes.TAGS))
-    assert table["ask"] == pytest.approx((np.mean(means), math.hypot(*errors) / len(means)))
+    assert table["ask/few"] == pytest.approx((1 / 2, 1 / 2))
+    assert table["ask/many"] == pytest.approx((1 / 4, 1 / 4))
+    assert table["ask"] == pytest.approx((3 / 8, math.hypot(1 / 2, 1 / 4) / 2))
 
 
 @pytest.mark.parametrize(
@@ -206,40 +202,18 @@ def write_log(path, *rows):
     return path
 
 
-def test_logs_plot_and_sum_up_and_torn_lines_are_passed_over(tmp_path):
+def test_logs_plot_and_sum_up_with_torn_lines_and_other_keys(tmp_path):
+    """As a crash leaves them, and a run that was resumed with other tasks."""
+    first = {"step": 0, "seconds": 1.0, "eval": EVAL}
+    steps = [{"step": 0, "seconds": 9.0, "draw/reward": 1.0}, {"step": 1, "seconds": 9.0, "ask/reward": 1.0}]
+    last = {"step": 9, "seconds": 61.0, "eval": {"draw": [0.75, 0.01], "think": [0.1, 0.1]}}
     log = write_log(
-        tmp_path / "log.jsonl",
-        HEAD,
-        {"step": 0, "seconds": 1.0, "eval": EVAL},
-        '{"step": 1, "sec',
-        "",
-        "null",
-        "\x00\x00",
-        {"step": 9, "seconds": 61.0, "eval": EVAL | {"draw": [0.75, 0.01]}},
-        '{"step": 10, "sec',
-    )
-    assert [row["step"] for row in read_log(log)[1]] == [0, 9]
+        tmp_path / "log.jsonl", HEAD, first, '{"step": 1, "sec', "", "null", "\x00\x00", *steps, last,
+        '{"step": 10, "sec')
+    assert [row["step"] for row in read_log(log)[1]] == [0, 0, 1, 9]
     assert "+0.250 +- 0.014" in summary(log)
-    plot([log], tmp_path / "curves.png", TITLES)
+    plot([log, write_log(tmp_path / "other.jsonl", HEAD, last)], tmp_path / "curves.png", TITLES)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-def test_rows_of_a_log_need_not_hold_the_same_keys(tmp_path):
-    """As a run leaves them that was resumed with other tasks; what is missing is a gap."""
-    steps = [
-        {"step": 0, "seconds": 60.0, "draw/reward": 1.0, "ask/reward": 1.0},
-        {"step": 1, "seconds": 120.0, "draw/reward": 1.0},
-        {"step": 2, "seconds": 150.0, "resumed": {"seed": [0, 1]}},
-        {"step": 2, "seconds": 180.0, "think/reward": 0.5}]
-    last = {"step": 3, "seconds": 240.0, "eval": {"draw": [0.6, 0.1], "think": [0.1, 0.1]}}
-    log = write_log(
-        tmp_path / "a.jsonl", HEAD, {"step": 0, "seconds": 0.0, "eval": EVAL}, *steps, last)
-    plot([log, write_log(tmp_path / "b.jsonl", HEAD, last)], tmp_path / "curves.png", TITLES)
-    assert (tmp_path / "curves.png").exists()
-    assert "draw" in summary(log)
-    minutes, reward = reward_curve(steps)
-    assert list(minutes) == [1, 2, 3]
-    assert list(reward) == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}\n', "3\n", ""])

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sample import TOY
 from studies import bench, geneval, reward_truth
-from support.checkpoint import load_policy
 from toy import shapes, world
 
 # ---- memory ----
@@ -32,7 +30,7 @@ def test_every_reward_of_pictures_is_compared_with_the_truth(monkeypatch, tmp_pa
     reward_truth.main(["--out", str(tmp_path / "r.json")])
     table = json.loads((tmp_path / "r.json").read_text())["table"]
     assert table.keys() == {"sem", "kn", "dense", "ins", "recaption", "likeness", "dvreward", "tim"}
-    assert all(-1 <= row["overall"] <= 1 and row["ms"] > 0 for row in table.values())
+    assert all(-1 <= row["overall"] <= 1 for row in table.values())
     assert table["ins"]["overall"] > 0.5
     assert sum(row["share"] for row in table.values()) == pytest.approx(1)
     assert (tmp_path / "r.png").stat().st_size > 10_000
@@ -64,8 +62,8 @@ def folder(tmp_path):
 def test_genevals_folders_are_drawn_and_judged(folder, capsys):
     out, flags = folder
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [each["filename"] for each in results[:3]] == [
-        "00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png"]
+    assert len(results) == 6
+    assert results[2]["filename"] == str(out / "00001" / "samples" / "0000.png")
     metadata = json.loads((out / "00002" / "metadata.jsonl").read_text())
     assert metadata["prompt"] == shapes.prompts("eval")[2]["prompt"]
 
