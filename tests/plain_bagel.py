@@ -1,6 +1,7 @@
-"""BAGEL the plain way, from a folder's released keys: one sample, one full sequence, no cache, no batch, float64. The oracle of policy.py.
+"""BAGEL the plain way, from a folder's released keys: one sample, one sequence, no cache, no batch, float64.
 
-A sequence is a list of segments: ("text", ids), ("vit", pixels (3, H, W)), ("latents", x (M, F), t, (H, W)).
+The oracle of policy.py. A sequence is a list of segments: ("text", ids), ("vit", pixels (3, H, W)),
+("latents", x (M, F), t, (H, W)).
 """
 
 import json
@@ -12,94 +13,128 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 
+def cells(rows, columns, side):
+    """The ids of a grid's cells in a table of `side` columns, row by row."""
+    return torch.tensor([i * side + j for i in range(rows) for j in range(columns)])
+
+
 class Plain:
-    """The tensors of a policy folder, float64, and the four marker ids (start, end, image start, image end)."""
+    """The tensors of a policy folder, float64, and the ids of start, end, image start and image end."""
 
     def __init__(self, folder, markers):
-        read = lambda name: json.loads((Path(folder) / f"{name}_config.json").read_text())
-        self.llm, self.vit, self.bagel, self.ae = (read(name) for name in ("llm", "vit", "bagel", "ae"))
-        self.w = {k: v.double() for k, v in load_file(Path(folder) / "ema.safetensors").items()}
+        configs = [Path(folder) / f"{name}_config.json" for name in ("llm", "vit", "bagel", "ae")]
+        self.llm, self.vit, self.bagel, self.ae = (json.loads(config.read_text()) for config in configs)
+        self.w = {key: value.double() for key, value in load_file(Path(folder) / "ema.safetensors").items()}
         self.markers = markers
 
     def linear(self, x, name):
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
 
     def rms_norm(self, x, name):
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.llm["rms_norm_eps"]) * self.w[f"{name}.weight"]
+        scale = torch.sqrt((x * x).mean(-1, keepdim=True) + self.llm["rms_norm_eps"])
+        return x / scale * self.w[f"{name}.weight"]
 
     def layer_norm(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"], self.vit["layer_norm_eps"])
+        weight, bias = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.vit["layer_norm_eps"])
+
+    def mlp(self, x, first, second):
+        return self.linear(F.gelu(self.linear(x, first), approximate="tanh"), second)
 
     def vit_tokens(self, pixels):
         """(3, H, W) in [-1, 1] -> (M, D)."""
-        patch, heads, path = self.vit["patch_size"], self.vit["num_attention_heads"], "vit_model.vision_model."
-        cells = [(i, j) for i in range(pixels.shape[1] // patch) for j in range(pixels.shape[2] // patch)]
-        ids = torch.tensor([i * self.bagel["vit_max_num_patch_per_side"] + j for i, j in cells])
-        patches = torch.stack([pixels[:, i * patch:(i + 1) * patch, j * patch:(j + 1) * patch].permute(1, 2, 0).flatten() for i, j in cells])
-        x = self.linear(patches.double(), path + "embeddings.patch_embedding") + self.w[path + "embeddings.position_embedding.weight"][ids]
+        p, heads, path = self.vit["patch_size"], self.vit["num_attention_heads"], "vit_model.vision_model."
+        rows, columns = pixels.shape[1] // p, pixels.shape[2] // p
+        ids = cells(rows, columns, self.bagel["vit_max_num_patch_per_side"])
+        patches = []
+        for i in range(rows):
+            for j in range(columns):
+                patch = pixels[:, i * p:(i + 1) * p, j * p:(j + 1) * p]
+                patches.append(patch.permute(1, 2, 0).flatten())
+        x = self.linear(torch.stack(patches).double(), path + "embeddings.patch_embedding")
+        x = x + self.w[path + "embeddings.position_embedding.weight"][ids]
         for n in range(self.vit["num_hidden_layers"] - 1):
             layer = f"{path}encoder.layers.{n}."
             y = self.layer_norm(x, layer + "layer_norm1")
-            q, k, v = (self.linear(y, f"{layer}self_attn.{m}_proj").unflatten(1, (heads, -1)).transpose(0, 1) for m in "qkv")
+            projected = [self.linear(y, f"{layer}self_attn.{m}_proj") for m in "qkv"]
+            q, k, v = (z.unflatten(1, (heads, -1)).transpose(0, 1) for z in projected)        # (H, M, d)
             y = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v
             x = x + self.linear(y.transpose(0, 1).flatten(1), layer + "self_attn.out_proj")
-            y = F.gelu(self.linear(self.layer_norm(x, layer + "layer_norm2"), layer + "mlp.fc1"), approximate="tanh")
-            x = x + self.linear(y, layer + "mlp.fc2")
-        x = self.linear(self.layer_norm(x, path + "post_layernorm"), "connector.fc1")
-        return self.linear(F.gelu(x, approximate="tanh"), "connector.fc2") + self.w["vit_pos_embed.pos_embed"][ids]
+            y = self.layer_norm(x, layer + "layer_norm2")
+            x = x + self.mlp(y, layer + "mlp.fc1", layer + "mlp.fc2")
+        x = self.mlp(self.layer_norm(x, path + "post_layernorm"), "connector.fc1", "connector.fc2")
+        return x + self.w["vit_pos_embed.pos_embed"][ids]
 
     def latent_tokens(self, x, t, size):
         """(M, F) at flow time t -> (M, D)."""
         stride = self.ae["downsample"] * self.bagel["latent_patch_size"]
-        ids = torch.tensor([i * self.bagel["max_latent_size"] + j for i in range(size[0] // stride) for j in range(size[1] // stride)])
+        ids = cells(size[0] // stride, size[1] // stride, self.bagel["max_latent_size"])
         angles = float(t) * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
-        time = self.linear(F.silu(self.linear(torch.cat([angles.cos(), angles.sin()]), "time_embedder.mlp.0")), "time_embedder.mlp.2")
+        time = self.linear(torch.cat([angles.cos(), angles.sin()]), "time_embedder.mlp.0")
+        time = self.linear(F.silu(time), "time_embedder.mlp.2")
         return self.linear(x.double(), "vae2llm") + time + self.w["latent_pos_embed.pos_embed"][ids]
+
+    def embed(self, segments):
+        """All tokens of a sequence (n, D), and the expert, rotary position, segment and kind of each."""
+        table, (_, _, first, last) = self.w["language_model.model.embed_tokens.weight"], self.markers
+        tokens, rows, at = [], [], 0
+        for number, (kind, *what) in enumerate(segments):
+            if kind == "text":
+                x = table[torch.tensor(what[0])]
+                rows += [(False, at + i, number, True) for i in range(len(x))]
+                at += len(x)
+            else:                                               # an image and its markers share one position
+                x = self.vit_tokens(*what) if kind == "vit" else self.latent_tokens(*what)
+                marker = (False, at, number, False)
+                rows += [marker, *[(kind == "latents", at, number, False)] * len(x), marker]
+                x = torch.cat([table[first][None], x, table[last][None]])
+                at += 1
+            tokens.append(x)
+        return torch.cat(tokens), *(torch.tensor(column) for column in zip(*rows))
 
     def run(self, segments):
         """Final states of the last segment, its markers dropped: (n, D)."""
-        embed, (_, _, first, last) = self.w["language_model.model.embed_tokens.weight"], self.markers
-        tokens, generation, position, segment, at = [], [], [], [], 0
-        for s, (kind, *what) in enumerate(segments):
-            if kind == "text":
-                x, n = embed[torch.tensor(what[0])], len(what[0])
-                position += range(at, at + n)
-                at += n
-                generation += [False] * n
-            else:                                               # an image and its markers share one position
-                x = self.vit_tokens(*what) if kind == "vit" else self.latent_tokens(*what)
-                generation += [False, *[kind == "latents"] * len(x), False]
-                x = torch.cat([embed[first][None], x, embed[last][None]])
-                position += [at] * len(x)
-                at += 1
-            tokens.append(x)
-            segment += [s] * len(x)
-        x, gen, position, segment = torch.cat(tokens), torch.tensor(generation)[:, None], torch.tensor(position), torch.tensor(segment)
-        text = torch.tensor([segments[s][0] == "text" for s in segment])[:, None]
+        x, generates, position, segment, text = self.embed(segments)
         order = torch.arange(len(x))
-        sees = (segment[None] < segment[:, None]) | (segment[None] == segment[:, None]) & (~text | (order[None] <= order[:, None]))
+        same, earlier = segment[None] == segment[:, None], segment[None] < segment[:, None]
+        sees = earlier | same & (~text[:, None] | (order[None] <= order[:, None]))
         H, KV = self.llm["num_attention_heads"], self.llm["num_key_value_heads"]
         d = self.llm["hidden_size"] // H
-        angles = position[:, None] * self.llm["rope_theta"] ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-        cos, sin = (torch.cat([z, z], -1)[:, None] for z in (angles.cos(), angles.sin()))
-        rotate = lambda z: z * cos + torch.cat([-z[..., d // 2:], z[..., :d // 2]], -1) * sin
-        heads = lambda z: z.unflatten(1, (-1, d))
-        by_expert = lambda f: torch.where(gen, f("_moe_gen").flatten(1), f("").flatten(1))
+        rates = self.llm["rope_theta"] ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+        angles = (position[:, None] * rates).repeat(1, 2)[:, None]                            # (n, 1, d)
+
+        def rotate(z):                                          # (n, heads, d)
+            turned = torch.cat([-z[..., d // 2:], z[..., :d // 2]], -1)
+            return z * angles.cos() + turned * angles.sin()
+
+        def by_expert(function):
+            """function(suffix of its keys) for the expert of each token, entries flattened."""
+            return torch.where(generates[:, None], function("_moe_gen").flatten(1), function("").flatten(1))
+
         for n in range(self.llm["num_hidden_layers"]):
             layer = f"language_model.model.layers.{n}."
-            at_, mlp = layer + "self_attn.", layer + "mlp"
+
+            def project(m):
+                flat = by_expert(lambda e: self.linear(y, f"{layer}self_attn.{m}_proj{e}"))
+                return flat.unflatten(1, (-1, d))
+
+            def norm_heads(z, m):
+                z = by_expert(lambda e: self.rms_norm(z, f"{layer}self_attn.{m}_norm{e}"))
+                return rotate(z.unflatten(1, (-1, d)))
+
             y = by_expert(lambda e: self.rms_norm(x, f"{layer}input_layernorm{e}"))
-            q, k = (rotate(heads(by_expert(lambda e: self.rms_norm(heads(self.linear(y, f"{at_}{m}_proj{e}")), f"{at_}{m}_norm{e}"))))
-                    for m in "qk")
-            v = heads(by_expert(lambda e: self.linear(y, f"{at_}v_proj{e}")))
-            k, v = (torch.stack([z[:, h // (H // KV)] for h in range(H)], 1) for z in (k, v))                  # (n, H, d)
+            q, k, v = norm_heads(project("q"), "q"), norm_heads(project("k"), "k"), project("v")
+            k, v = (z.repeat_interleave(H // KV, dim=1) for z in (k, v))                      # (n, H, d)
             score = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(d)
-            y = torch.einsum("hij,jhd->ihd", torch.softmax(score.masked_fill(~sees, -torch.inf), -1), v).flatten(1)
-            x = x + by_expert(lambda e: self.linear(y, f"{at_}o_proj{e}"))
+            score = torch.softmax(score.masked_fill(~sees, -torch.inf), -1)
+            y = torch.einsum("hij,jhd->ihd", score, v).flatten(1)
+            x = x + by_expert(lambda e: self.linear(y, f"{layer}self_attn.o_proj{e}"))
             y = by_expert(lambda e: self.rms_norm(x, f"{layer}post_attention_layernorm{e}"))
-            x = x + by_expert(lambda e: self.linear(F.silu(self.linear(y, f"{mlp}{e}.gate_proj")) * self.linear(y, f"{mlp}{e}.up_proj"),
-                                                    f"{mlp}{e}.down_proj"))
-        x = by_expert(lambda e: self.rms_norm(x, f"language_model.model.norm{e}"))[segment == len(segments) - 1]
+            gate = by_expert(lambda e: self.linear(y, f"{layer}mlp{e}.gate_proj"))
+            y = F.silu(gate) * by_expert(lambda e: self.linear(y, f"{layer}mlp{e}.up_proj"))
+            x = x + by_expert(lambda e: self.linear(y, f"{layer}mlp{e}.down_proj"))
+        x = by_expert(lambda e: self.rms_norm(x, f"language_model.model.norm{e}"))
+        x = x[segment == len(segments) - 1]
         return x if segments[-1][0] == "text" else x[1:-1]
 
     def logits(self, segments):
@@ -115,12 +150,16 @@ class Plain:
         v = self.velocity(full, x, t, size)
         if g.text_scale <= 1 or not g.interval[0] < torch.tensor(t) <= g.interval[1]:
             return v
-        shorten = lambda z, **dim: z * (v.norm(**dim) / (z.norm(**dim) + 1e-8)).clamp(g.renorm_min, 1.0)
-        channel = dict(dim=-1, keepdim=True)
+
+        def shorten(z):
+            dims = {} if g.renorm == "global" else dict(dim=-1, keepdim=True)
+            return z * (v.norm(**dims) / (z.norm(**dims) + 1e-8)).clamp(g.renorm_min, 1.0)
+
         without = self.velocity(no_text, x, t, size)
         z = without + g.text_scale * (v - without)
-        z = shorten(z, **channel) if g.renorm == "text_channel" else z
+        if g.renorm == "text_channel":
+            z = shorten(z)
         if g.image_scale > 1:
             without = self.velocity(no_image, x, t, size)
             z = without + g.image_scale * (z - without)
-        return shorten(z) if g.renorm == "global" else shorten(z, **channel) if g.renorm == "channel" else z
+        return z if g.renorm == "text_channel" else shorten(z)

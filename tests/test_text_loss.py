@@ -247,9 +247,9 @@ def test_padding_affects_neither_loss_nor_gradient_nor_stats(seed, level, per, g
 def test_an_average_ignores_padding_and_counts_a_sequences_value_for_each_of_its_tokens(seed, per):
     x, _, _, _, mask = batch(seed)
     one = x[:, :1]
-    for given, expected in ((torch.where(mask, x, math.nan), x), (one, one.expand_as(mask))):
+    for values, expected in ((torch.where(mask, x, math.nan), x), (one, one.expand_as(mask))):
         expected = average(expected, mask, per=per, total=3)
-        torch.testing.assert_close(average(given, mask, per=per, total=3), expected)
+        torch.testing.assert_close(average(values, mask, per=per, total=3), expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
