@@ -19,7 +19,7 @@ import tasks
 import train
 from policy import Guidance
 from recipes import RECIPES, check, parse
-from sample import THINK_TO_DRAW, TOY, Rollout, replay_rollout, sample_plan
+from sample import THINK_TO_DRAW, TOY, Rollout, chosen_texts, replay_rollout, sample_plan
 from support.checkpoint import load_policy
 from tasks import (
     TASKS, Source, choices_of, counts, first_pictures, micro_batches, samples_of, truth_and_variety)
@@ -169,12 +169,13 @@ def test_alternating_gives_one_task_a_step_in_turns(policy):
 
 
 def test_losses_are_averaged_over_tokens_or_texts_and_over_noisy_steps(policy):
-    plan = TASKS["think"].plan(toy_rows("think"), choices())
+    """Two prompts of three samples, each of two texts and two images of two noisy steps."""
+    plan = TASKS["rounds"].plan(toy_rows("rounds"), choices())
     rollout = sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1], G=3)
-    tokens = rollout.segments[1].chosen.sum().item()
-    assert counts(rollout, "token", 9).tolist() == [tokens, 6 * 2]
-    assert counts(rollout, "sequence", 9).tolist() == [6, 12]
-    assert counts(rollout, "constant", 9).tolist() == [6 * 9, 12]
+    tokens = sum(text.chosen.sum().item() for text in chosen_texts(rollout))
+    assert counts(rollout, "token", 9).tolist() == [tokens, 6 * 2 * 2]
+    assert counts(rollout, "sequence", 9).tolist() == [6 * 2, 24]
+    assert counts(rollout, "constant", 9).tolist() == [6 * 2 * 9, 24]
 
 
 @given(st.integers(1, 5), st.integers(2, 6), st.integers(0, 12))
