@@ -380,8 +380,7 @@ def run_arm(arm: str, seed: int, out: Path) -> str:
             python = [sys.executable, *command]
             code = subprocess.run(python, cwd=ROOT, env=env, stdout=file, stderr=file).returncode
         if code:
-            lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line for line in reversed(lines) if line.strip()), "no output")
+            *_, last = ["no output", *output.read_text(errors="replace").strip().splitlines()]
             return f"{arm}, seed {seed}: {last[:200]} (exit {code}); see {output}"
     if not (folder / "policy").exists() and not (folder / "table.json").exists():
         return f"{arm}, seed {seed}: stopped; the same call goes on"
@@ -628,7 +627,7 @@ def save_claim_figure(result: dict, out: Path) -> None:
     import matplotlib.pyplot as plt
     arms, keys = result["arms"], measures_of(result)
     panels = {key: [(arm, each, key) for arm, each in arms.items()] for key in keys}
-    if len(arms) == 1:                          # then its measures are compared
+    if len(arms) == 1:                  # then its measures are compared, over pictures drawn
         panels = {arm: [(key, each, key) for key in keys] for arm, each in arms.items()}
     columns = min(len(panels), 4)
     lines = math.ceil(len(panels) / columns)
@@ -637,7 +636,7 @@ def save_claim_figure(result: dict, out: Path) -> None:
     end = max(step for arm in arms.values() for step in arm["steps"])
     for axis, (title, series) in zip(axes.flat, panels.items()):
         axis.set_title(title, fontsize=8)
-        axis.set_xlabel("pictures drawn" if len(arms) == 1 else "step")
+        axis.set_xlabel("step")
         for n, (label, arm, key) in enumerate(series):
             if key in arm["values"]:
                 plot_series(axis, arm["steps"], np.array(arm["values"][key]), end + 2 * n,

@@ -55,8 +55,7 @@ def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[T
     if select != "oracle":
         knowledge, rows = Knowledge(load_judge(judge, device=device)), [{}] * len(prompts)
         return lambda images: knowledge(Samples(prompts, rows, images=images)).cpu()
-    known = {m["prompt"]: m for split in ("train", "eval")
-             for m in (*shapes.prompts(split), *shapes.implicit_prompts(split))}
+    known = {m["prompt"]: m for split in shapes.SPLITS for m in shapes.prompts(split)}
     if strange := [prompt for prompt in prompts if prompt not in known]:
         raise ValueError("--select oracle asks the toy's exact detector, which knows only the "
                          f"toy's prompts, not {strange[0][:60]!r}; use --select judge")
@@ -122,7 +121,6 @@ def main(argv: list[str] | None = None) -> None:
                    description="Refinement: a picture of one prompt's rounds, or a table.")
     ap.add_argument("prompt", nargs="?", help="what to draw; without one: a table on held-out rows")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
-    ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--judge", default="", help="yes/no judge: a folder or hub name; default: the "
                     "toy's for the toy, PaliGemma 2 for BAGEL")
     ap.add_argument("--select", choices=["always", "judge", "oracle"], default="always",
@@ -139,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
-    policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
+    policy = load_policy(a.policy, device=the_device())
     out = a.out or Path("refine.png" if a.prompt else "refine.json")
     judge = a.judge or SAMPLING[policy.config.scale]["judge"]
     if not a.prompt:
