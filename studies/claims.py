@@ -627,7 +627,7 @@ def save_claim_figure(result: dict, out: Path) -> None:
     import matplotlib.pyplot as plt
     arms, keys = result["arms"], measures_of(result)
     panels = {key: [(arm, each, key) for arm, each in arms.items()] for key in keys}
-    if len(arms) == 1:                  # then its measures are compared, over pictures drawn
+    if len(arms) == 1:                          # then its measures are compared
         panels = {arm: [(key, each, key) for key in keys] for arm, each in arms.items()}
     columns = min(len(panels), 4)
     lines = math.ceil(len(panels) / columns)
@@ -636,7 +636,7 @@ def save_claim_figure(result: dict, out: Path) -> None:
     end = max(step for arm in arms.values() for step in arm["steps"])
     for axis, (title, series) in zip(axes.flat, panels.items()):
         axis.set_title(title, fontsize=8)
-        axis.set_xlabel("step")
+        axis.set_xlabel("pictures drawn" if len(arms) == 1 else "step")
         for n, (label, arm, key) in enumerate(series):
             if key in arm["values"]:
                 plot_series(axis, arm["steps"], np.array(arm["values"][key]), end + 2 * n,

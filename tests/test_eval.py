@@ -36,15 +36,13 @@ def test_held_out_prompts_are_evaluation_prompts_of_every_tag():
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_held_out_questions_are_about_evaluation_scenes_and_cover_the_kinds(monkeypatch, pairs):
-    asked = []
+    scenes, ask = [], world.question_row
     monkeypatch.setattr(world, "QUESTIONS", 100)
-    monkeypatch.setattr(
-        world, "question_row", lambda scene, question: asked.append((scene, question)))
-    world.held_out_questions(pairs)
-    assert {shapes.scene_split(scene) for scene, _ in asked} == {"eval"}
-    assert {shapes.shows_held_out(scene) for scene, _ in asked} == {pairs}
-    kinds = [question.kind for _, question in asked]
-    assert {kinds.count(kind) for kind in world.KINDS} == {len(asked) // len(world.KINDS)}
+    monkeypatch.setattr(world, "question_row", lambda *asked: scenes.append(asked[0]) or ask(*asked))
+    kinds = [row.metadata["tag"] for row in world.held_out_questions(pairs)]
+    assert {shapes.scene_split(scene) for scene in scenes} == {"eval"}
+    assert {shapes.shows_held_out(scene) for scene in scenes} == {pairs}
+    assert {kinds.count(kind) for kind in world.KINDS} == {len(kinds) // len(world.KINDS)}
 
 
 def test_spaced_rows_go_from_the_first_to_the_last():
@@ -60,12 +58,12 @@ def paint(scenes):
     return world.render_pixels(scenes) * 0.5 + 0.5
 
 
-def test_truth_is_one_of_scenes_that_satisfy_the_prompt_and_zero_of_wrong_ones():
+def test_a_picture_of_something_else_is_not_true():
     rng, metadata = np.random.default_rng(0), [row.metadata for row in world.held_out_prompts()]
-    for told, truth in ((metadata, 1), ([shapes.wrong_metadata(m, rng) for m in metadata], 0)):
-        images = paint([shapes.sample_scene(m, rng, training=False) for m in told])
-        samples = Samples([m["prompt"] for m in metadata], metadata, images=images)
-        assert set(world.drawn_truth(samples, world.detect(images)).tolist()) == {truth}
+    wrong = [shapes.wrong_metadata(m, rng) for m in metadata]
+    images = paint([shapes.sample_scene(m, rng, training=False) for m in wrong])
+    samples = Samples([m["prompt"] for m in metadata], metadata, images=images)
+    assert world.drawn_truth(samples, world.detect(images)).max() == 0
     assert world.drawn_truth(samples, None) is None
 
 
