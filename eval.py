@@ -297,7 +297,7 @@ def before_after(
             samples = sample_task(policy, task, rows, seed, per_prompt)
             show_samples(half[:len(rows)], task, rows, samples)
             half = half[len(rows):]
-    top = 1 - 0.35 / count if count < 6 else 0.93
+    top = 1 - 0.6 / count                       # room for the two headings
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=top, wspace=0.06, hspace=0.42)
     save_figure(figure, out, dpi=dpi)
 

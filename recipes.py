@@ -488,9 +488,10 @@ def check(cfg: Config, world: int) -> None:
            f"{learning} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
     refuse(learning and (cfg.shard or cfg.bf16), f"{learning} trains a whole SigLIP in fp32 on "
            "every rank; it does not go with --shard or --bf16")
-    halves = {task.name: cfg.rows[task.name] for task in used if task.pair}
-    refuse(len(set(halves.values())) > 1, f"{halves} are halves of the same rows; give both one "
-           "number, or one 0")
+    halves = [task.name for task in used if task.pair]
+    rows = " and ".join(f"--{name} {cfg.rows[name]}" for name in halves)
+    refuse(len({cfg.rows[name] for name in halves}) > 1, f"{rows} are halves of the same rows; "
+           "give both one number, or one 0")
     refuse(cfg.shard and "RANK" not in os.environ,
            "--shard cuts the policy over ranks; start with torchrun")
     own = Path(cfg.out) / "policy"

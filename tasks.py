@@ -345,6 +345,8 @@ class Source:
         self.scale = policy.config.scale
         self.questions = Questions(self.toy)
         self.pools, self.drawn_rows = {}, []    # drawn_rows: what r_ins will judge
+        if any(task.draws for task in self.tasks):
+            policy.latent_grid((cfg.resolution, cfg.resolution), 1)     # refuses what is no multiple
         if self.toy and cfg.resolution != shapes.SIZE:
             raise ValueError(f"--resolution {cfg.resolution}: must be {shapes.SIZE}, the toy world")
         if self.toy:
@@ -419,7 +421,7 @@ def token_states(reference: Callable, precision: Callable, size: int) -> Callabl
             for i in range(0, len(prompts), size):
                 part = slice(i, i + size)
                 image, image_mask, context = policy.image_states(pixels[part])
-                text, _ = policy.append_text(context, tokens[part], mask[part], states=True)
+                text, _ = policy.append_text(context, tokens[part], mask[part], logits=False)
                 parts.append((image, image_mask, text))
         image, image_mask, text = (torch.cat(column) for column in zip(*parts))
         words = mask & (tokens != policy.start) & (tokens != policy.end)

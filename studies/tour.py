@@ -34,7 +34,7 @@ STEP = (
     "--eval_every 0"
 )
 SHOWN = (
-    "a photo of a red square", "three circles",
+    "a photo of a red square", "a drawing of two squares",
     "a photo of a square left of a circle")     # in docs/first.png, and an edit
 HAND = """ratio   = exp({logp:.5f} - {logp_old:.5f}) = {ratio:.5f}
 clipped = clip(ratio, {low:g}, {high:g}) = {clipped:.5f}
