@@ -40,10 +40,10 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot tell at this size"
 
 PREAMBLE = f"""# Claims in miniature
 
-What the papers say, run again on the toy: `python -m studies.claims NAME --seeds 3 --threads 1
---jobs 2`. The arms are shorter than the recipes' runs. Nothing is tuned per arm; the recipes were
-tuned as they are. LVRPO's claim that larger policies learn faster (1.3B, 7B, 13B) is not run: the
-toy has weights of one width.
+What the papers say, run again on the toy: `python -m studies.claims NAME --seeds 3 --jobs 2`. The
+arms are shorter than the recipes' runs. Nothing is tuned per arm; the recipes were tuned as they
+are. LVRPO's claim that larger policies learn faster (1.3B, 7B, 13B) is not run: the toy has
+weights of one width.
 
 **The rule.** `a > b in x` is the difference of x between two arms, paired by seed, ± its standard
 error over seeds. It holds above two errors and fails below minus two. `a ~ b` says that a loses
