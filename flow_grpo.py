@@ -349,9 +349,9 @@ def replay_of(
 
 def select(trajectory: Trajectory, index: Tensor | slice) -> Trajectory:
     """Return the samples at `index`, a slice or an index tensor over N: a micro-batch."""
-    per_sample = ("latents", "means", "logp", "data")
-    chosen = {name: getattr(trajectory, name)[index] for name in per_sample}
-    return replace(trajectory, **chosen)
+    return replace(
+        trajectory, latents=trajectory.latents[index], means=trajectory.means[index],
+        logp=trajectory.logp[index], data=trajectory.data[index])
 
 
 # ---- ratio and penalties ----
@@ -514,7 +514,7 @@ def flow_loss_stats(
 # ---- a toy: python flow_grpo.py ----
 
 def in_plane(net: nn.Module) -> Velocity:
-    """Make a velocity in the plane of a network of (x, t, sin(pi t)): x (N, 2), t 0-dim or (N, 1)."""
+    """Make a velocity in the plane of a network of (x, t, sin(pi t)); t is 0-dim or (N, 1)."""
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         time = t.expand(len(x), 1)                                               # (N, 1)
         wave = torch.sin(math.pi * t).expand(len(x), 1)
@@ -581,33 +581,19 @@ def improve(
         mean = reward.mean().item()
         mse = stats["velocity_mse"]
         rewards.append(mean)
-        if update % max(1, updates // 8) == 0 or update == updates - 1:
+        if update % 10 == 9:
             print(f"update {update:3d}  reward {mean:.3f}  velocity mse {mse:.3f}")
     return rewards
 
 
-def draw_paths(net: nn.Module, noise: Tensor) -> Tensor:
-    """Sample by 40 steps of the ODE and return where every sample was, (K+1, N, 2)."""
-    velocity, path = in_plane(net), []
-
-    def visit(x: Tensor, t: Tensor) -> Tensor:
-        path.append(x)
-        return velocity(x, t)
-
-    drawn = rollout(visit, noise, time_grid(40), window=(0, 0), noise_level=0.0)
-    return torch.stack([*path, drawn.data])
-
-
-def save_picture(file: str, paths: dict[str, Tensor], rewards: list[float]) -> None:
-    """Draw the paths (K+1, N, 2) of every named policy and the rewards of training."""
+def save_picture(file: str, drawn: dict[str, Tensor], rewards: list[float]) -> None:
+    """Plot the samples (N, 2) of every named policy, and the rewards of training."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for ax, (name, path) in zip(axes, paths.items()):
-        x, y = path.unbind(-1)                                                   # (K+1, N) each
-        won = x[-1] + y[-1] > 0                                                  # (N,)
+    for ax, (name, data) in zip(axes, drawn.items()):
+        won = data.sum(1) > 0                                                    # (N,)
         share = won.float().mean()
-        ax.plot(x[:, :200], y[:, :200], color="grey", alpha=0.3, lw=0.5)
-        ax.scatter(x[-1], y[-1], c=won, cmap="RdYlGn", s=7, zorder=2)
+        ax.scatter(*data.T, c=won, cmap="RdYlGn", s=7)
         ax.axline((0, 0), slope=-1, color="grey")
         ax.set_title(f"{name}: {share:.0%} rewarded")
         ax.set_aspect(1)
@@ -628,8 +614,11 @@ def main() -> None:
     frozen = learn_ring(1000)
     net = copy.deepcopy(frozen)
     rewards = improve(net, frozen, updates=80)
-    paths = {"before": draw_paths(frozen, noise), "after": draw_paths(net, noise)}
-    save_picture(args.out, paths, rewards)
+    drawn = {}
+    for name, policy in (("before", frozen), ("after", net)):
+        path = rollout(in_plane(policy), noise, time_grid(40), window=(0, 0), noise_level=0.0)
+        drawn[name] = path.data                                                  # (N, 2)
+    save_picture(args.out, drawn, rewards)
     last = sum(rewards[-10:]) / 10
     if args.assert_reward is not None and last < args.assert_reward:
         raise SystemExit(

@@ -396,8 +396,8 @@ def learn_string(
 ) -> list[float]:
     """Train a table of logits per position and return the mean reward (0 to 1) of each step.
 
-    The reward is the fraction of right letters. Prints six lines. With two epochs per batch the
-    second one is off-policy, and the clip acts.
+    The reward is the fraction of right letters. With two epochs per batch the second one is
+    off-policy, and the clip acts.
     """
     alphabet = "abcdefghijklmnopqrstuvwxyz "
     goal = torch.tensor([alphabet.index(c) for c in target])                     # (L,)
@@ -424,7 +424,7 @@ def learn_string(
             optimizer.step()
         mean = reward.mean().item()
         rewards.append(mean)
-        if step % max(1, steps // 5) == 0 or step == steps - 1:
+        if step % 5 == 0 or step == steps - 1:
             text = "".join(alphabet[i] for i in table.argmax(-1))
             clipped = stats["clip_ratio/region_mean"]
             print(f"step {step:3d}  reward {mean:.3f}  clipped {clipped:.3f}  argmax '{text}'")

@@ -26,6 +26,7 @@ the context, D width, Dv width of the ViT, H heads, d width of a head, V vocabul
 import functools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -118,23 +119,22 @@ class Context:
     valid: Tensor                                     # (N, S) bool
     position: Tensor                                  # (N,) rotary position of the next token
 
+    def map_cache(self, function: Callable[[Tensor], Tensor]) -> "Context":
+        """Apply a function to the keys and values of every layer."""
+        keys, values = map(function, self.keys), map(function, self.values)
+        return replace(self, keys=tuple(keys), values=tuple(values))
+
     def repeat(self, G: int) -> "Context":
         """Repeat every row G times, prompt-major: a prompt is read once for its whole group."""
         def each(x: Tensor) -> Tensor:
             return x.repeat_interleave(G, dim=0)
 
-        keys = tuple(map(each, self.keys))
-        values = tuple(map(each, self.values))
-        return Context(keys, values, each(self.valid), each(self.position))
+        repeated = self.map_cache(each)
+        return replace(repeated, valid=each(self.valid), position=each(self.position))
 
     def with_room(self, L: int) -> "Context":
         """Copy the cache and preallocate L positions, which `append_keys` then fills in place."""
-        def longer(x: Tensor) -> Tensor:
-            return F.pad(x, (0, 0, 0, L))
-
-        keys = tuple(map(longer, self.keys))
-        values = tuple(map(longer, self.values))
-        return replace(self, keys=keys, values=values)
+        return self.map_cache(lambda x: F.pad(x, (0, 0, 0, L)))
 
 
 # ---- pieces ----
@@ -428,7 +428,7 @@ class Policy(nn.Module):
         self.embed = nn.Embedding(V, D)
         layers = range(config.llm["num_hidden_layers"])
         self.blocks = nn.ModuleList([Block(config) for _ in layers])
-        self.norms = nn.ModuleList([RMSNorm(D, config.rms_eps), RMSNorm(D, config.rms_eps)])
+        self.norms = nn.ModuleList([RMSNorm(D, config.rms_eps) for _ in range(2)])
         self.head = nn.Linear(D, V, bias=False)
         self.time_embedder = TimeEmbedder(D)
         self.latent_in = nn.Linear(config.latent_features, D)
@@ -477,11 +477,11 @@ class Policy(nn.Module):
 
     def decode_text(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """Return the words of tokens (N, L) under the mask (N, L), without start and end."""
-        texts = []
+        rows = []
         for row, chosen in zip(tokens.cpu(), mask.cpu()):
-            ids = [i for i in row[chosen].tolist() if i not in (self.start, self.end)]
-            texts.append(self.tokenizer.decode(ids))
-        return texts
+            ids = row[chosen].tolist()
+            rows.append([i for i in ids if i not in (self.start, self.end)])
+        return self.tokenizer.batch_decode(rows)
 
     # -- reading --
 
@@ -499,20 +499,18 @@ class Policy(nn.Module):
 
     def _read(
         self, context: Context, streams: dict[int, Tensor], position: Tensor, mask: Tensor,
-        causal: bool, keep: bool = True,
+        causal: bool, advance: Tensor | int | None,
     ) -> tuple[dict[int, Tensor], Context]:
         """Run the blocks over [understanding tokens | generation tokens] after a context.
 
         streams: tokens (N, L_e, D) by expert; position (rows of the context, L); mask (N, L).
-        Returns the streams after the final norm, and the longer context. Without `keep` that is the
-        context as it was, and each of its rows may serve several rows of the streams.
+        Returns the streams after the final norm, and the longer context, `advance` positions on.
+        For None it is the context as it was, each row of which may serve several of the streams.
         """
         N, L = mask.shape
-        rows = len(context.valid)
-        if N % rows or (keep and N != rows):
-            raise ValueError(f"{N} rows do not fit {rows} contexts")
-        valid = context.valid.repeat_interleave(N // rows, dim=0)                # (N, S)
-        position = position.repeat_interleave(N // rows, dim=0)                  # (N, L)
+        R = N // len(context.valid)
+        valid = context.valid.repeat_interleave(R, dim=0)                        # (N, S)
+        position = position.repeat_interleave(R, dim=0)                          # (N, L)
         before = valid[:, None, None, :].expand(-1, -1, L, -1)                   # (N, 1, L, S)
         allowed = torch.cat([before, own_attention(mask, causal)], dim=-1)       # (N, 1, L, S+L)
         allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)
@@ -521,24 +519,23 @@ class Policy(nn.Module):
         keys, values = [], []
         for block, past_keys, past_values in zip(self.blocks, context.keys, context.values):
             streams, k, v = block(streams, past_keys, past_values, cos, sin, allowed)
-            if keep:
+            if advance is not None:
                 keys.append(k)
                 values.append(v)
         out = {e: self.norms[e](x) for e, x in streams.items()}
-        if keep:
+        if advance is not None:
             valid = torch.cat([valid, mask], dim=1)                              # (N, S+L)
-            context = replace(context, keys=tuple(keys), values=tuple(values), valid=valid)
+            context = Context(tuple(keys), tuple(values), valid, context.position + advance)
         return out, context
 
     def append_text(
-        self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True,
-        states: bool = False,
-    ) -> tuple[Tensor | None, Context]:
+        self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True
+    ) -> tuple[Tensor, Context]:
         """Read text causally with the understanding expert -> logits (N, L, V), longer context.
 
         tokens (N, L) include <|im_start|> and <|im_end|>; mask (N, L), False = padding (right).
-        states=True returns the last hidden states (N, L, D) instead, after the final norm;
-        logits=False returns None instead, without the vocabulary product.
+        logits=False returns the last hidden states (N, L, D) instead, after the final norm,
+        without the vocabulary product.
         """
         if mask is None:
             mask = torch.ones_like(tokens)
@@ -546,12 +543,12 @@ class Policy(nn.Module):
         index = (mask.cumsum(1) - 1).clamp(min=0)                                # (N, L)
         streams = {UNDERSTANDING: self.embed(tokens)}
         position = context.position[:, None] + index                             # (N, L)
-        streams, longer = self._read(context, streams, position, mask, causal=True)
-        longer = replace(longer, position=context.position + mask.sum(1))
+        read = mask.sum(1)                                                       # (N,)
+        streams, longer = self._read(context, streams, position, mask, causal=True, advance=read)
         out = streams[UNDERSTANDING]                                             # (N, L, D)
-        if states:
-            return out, longer
-        return self.head(out) if logits else None, longer
+        if logits:
+            out = self.head(out)                                                 # (N, L, V)
+        return out, longer
 
     def append_image(
         self, context: Context, pixels=None, latents: Tensor | None = None, size=None
@@ -563,8 +560,6 @@ class Policy(nn.Module):
         be left out. Errors: see `grid_ids`.
         """
         if latents is not None:
-            ids, _ = self.latent_grid(size, len(latents))
-            latents = latents[:, :ids.shape[1]]       # drops padding beyond the largest size
             x, mask = self._embed_latents(latents, torch.zeros(()), size)
             _, context = self._image_block(context, x, mask, GENERATION)
         if pixels is not None:
@@ -590,11 +585,11 @@ class Policy(nn.Module):
         t (W,).repeat(N).
         """
         tokens, mask = self._embed_latents(x, t, size)
-        states, _ = self._image_block(context, tokens, mask, GENERATION, keep=False)
+        states, _ = self._image_block(context, tokens, mask, GENERATION, advance=None)
         return self.latent_out(states).float()
 
     def _image_block(
-        self, context: Context, patches: Tensor, mask: Tensor, expert: int, keep: bool = True
+        self, context: Context, patches: Tensor, mask: Tensor, expert: int, advance: int | None = 1
     ) -> tuple[Tensor, Context]:
         """Read one image: its two markers with the understanding expert, patches with `expert`.
 
@@ -610,19 +605,17 @@ class Policy(nn.Module):
             streams = {UNDERSTANDING: torch.cat([markers, patches], dim=1)}      # (N, 2+M, D)
         mask = torch.cat([mask.new_ones(N, 2), mask], dim=1)                     # (N, 2+M)
         position = context.position[:, None].expand(-1, 2 + M)
-        streams, longer = self._read(context, streams, position, mask, causal=False, keep=keep)
-        if keep:
-            longer = replace(longer, position=context.position + 1)
+        streams, longer = self._read(
+            context, streams, position, mask, causal=False, advance=advance)
         return streams[expert][:, -M:], longer
 
     # -- images --
 
     def embed_pixels(self, pixels) -> tuple[Tensor, Tensor]:
         """Return ViT tokens in the policy's width, positions added: (N, M, D), and mask (N, M)."""
-        patch, side = self.config.vit["patch_size"], self.config.bagel["vit_max_num_patch_per_side"]
-        sizes = [image.shape[-2:] for image in pixels]
-        ids, mask = grid_ids(sizes, patch, side)
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        patch = self.config.vit["patch_size"]
+        side = self.config.bagel["vit_max_num_patch_per_side"]
+        ids, mask = self._grid([image.shape[-2:] for image in pixels], patch, side)
         weight = self.connector["fc1"].weight
         rows = [patchify(image[None].to(weight), patch)[0] for image in pixels]
         patches, _ = pad_right(rows)                                             # (N, M, F)
@@ -634,6 +627,7 @@ class Policy(nn.Module):
     def _embed_latents(self, x: Tensor, t: Tensor, size) -> tuple[Tensor, Tensor]:
         """Return latent tokens in the policy's width, time and position added, and their mask."""
         ids, mask = self.latent_grid(size, len(x))
+        x = x[:, :ids.shape[1]]                       # drops padding beyond the largest size
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         time = self.time_embedder(t)                                             # (N, D)
         x = self.latent_in(x.to(self.latent_in.weight.dtype))                    # (N, M, D)
@@ -642,9 +636,13 @@ class Policy(nn.Module):
     def latent_grid(self, size, N: int) -> tuple[Tensor, Tensor]:
         """Return position ids and mask (N, M) of latents of one (height, width), or a list of N."""
         sizes = [size] if isinstance(size[0], int) else size
-        ids, mask = grid_ids(sizes, self.config.stride, self.config.bagel["max_latent_size"])
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        side = self.config.bagel["max_latent_size"]
+        ids, mask = self._grid(sizes, self.config.stride, side)
         return ids.expand(N, -1), mask.expand(N, -1)
+
+    def _grid(self, sizes: list, stride: int, side: int) -> tuple[Tensor, Tensor]:
+        ids, mask = grid_ids(sizes, stride, side)
+        return ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
     def encode(self, pixels) -> Tensor:

@@ -428,7 +428,7 @@ def test_tim_takes_the_policys_states_of_the_image_and_of_the_prompts_words_afte
         tokens, mask = policy.encode_text([prompt])
         with torch.no_grad():
             states, _, context = policy.image_states(images[i:i + 1] * 2 - 1)
-            words, _ = policy.append_text(context, tokens, mask, states=True)
+            words, _ = policy.append_text(context, tokens, mask, logits=False)
         assert torch.allclose(image[i], states[0], atol=1e-4)
         assert seen[i].all()
         assert read[i].sum() == len(prompt.split())
