@@ -189,7 +189,8 @@ class Corpus:
         drawn = scenes_of(captions, rng)
         self.captions = Lesson(policy, [m["prompt"] for m in captions], draw=drawn)
 
-        riddles = [shapes.pick(rng, shapes.implicit_prompts("train")) for _ in range(thoughts)]
+        implicit = shapes.implicit_prompts("train")
+        riddles = [shapes.pick(rng, implicit) for _ in range(thoughts)]
         written = [thought_of(m, rng) for m in riddles]
         meant = [shapes.captions_by_text()[thought.split("</think> ")[1]] for thought in written]
         drawn = scenes_of(meant, rng)
@@ -293,7 +294,7 @@ def reflection_of(m, other, rng) -> tuple[str, shapes.Reflection]:
     look = f"{m['prompt']} , {shapes.pick(rng, LOOKS)}"
     if rng.random() < WRONG_REFLECTIONS:
         text = f"<think> {shapes.RIGHT} </think> {shapes.explicit(m)}"
-        return look, shapes.Reflection(text, source, source, m)
+        return look, shapes.Reflection(text, source, source)
     return look, shapes.make_reflection(m, source, rng)
 
 

@@ -93,7 +93,7 @@ class Thing(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question about a scene; `about` holds the words that tell it from others of its kind."""
+    """A question about a scene; `about` has the words that tell it from others of its kind."""
     kind: str
     text: str
     answer: str
@@ -114,7 +114,6 @@ class Reflection(NamedTuple):
     text: str
     source: tuple[Object, ...]
     target: tuple[Object, ...]
-    metadata: dict
 
 
 Scene = tuple[Object, ...]
@@ -137,7 +136,7 @@ def depth(shape: str, x: np.ndarray, y: np.ndarray, r: float | np.ndarray) -> np
 
 def render(scene: Scene) -> np.ndarray:
     """The uint8 (32, 32, 3) picture of a scene, edges smoothed by 2x2 supersampling."""
-    grid = (np.arange(2 * SIZE) + 0.5) / 2                                      # (64,)
+    grid = (np.arange(2 * SIZE) + 0.5) / 2                          # (64,)
     image = np.full((SIZE, SIZE, 3), float(GROUND))
     for o in scene:
         inside = depth(o.shape, grid[None, :] - o.x, grid[:, None] - o.y, o.radius) >= 0
@@ -153,9 +152,9 @@ def damage(scene: Scene, rng, what: str) -> np.ndarray:
     image = render(scene)
     if what == "shape":
         o, wide = pick(rng, scene), int(rng.integers(3, 5))
-        box = [slice(c - o.radius - 1, c + o.radius + 1) for c in (o.y, o.x)]
-        axis = int(rng.integers(2))
-        start = (o.y, o.x)[axis] - wide // 2
+        centre, axis = (o.y, o.x), int(rng.integers(2))
+        box = [slice(c - o.radius - 1, c + o.radius + 1) for c in centre]
+        start = centre[axis] - wide // 2
         box[axis] = slice(start, start + wide)
         image[tuple(box)] = GROUND
     elif rng.random() < 0.5:
@@ -270,13 +269,13 @@ def is_eval(split: str) -> bool:
     return split == "eval"
 
 
-def clause(shape: str, **more) -> dict:
+def new_clause(shape: str, **more) -> dict:
     return {"class": shape, "count": 1, **more}
 
 
 def exclude_more(include: list[dict]) -> list[dict]:
-    """Clauses that no shape may meet: one more than it is included."""
-    return [clause(shape, count=wanted_count(include, shape) + 1) for shape in SHAPES]
+    """Clauses that forbid one more of each shape than is included."""
+    return [new_clause(shape, count=wanted_count(include, shape) + 1) for shape in SHAPES]
 
 
 def build(tag: str, include: list[dict], prefix: str = "") -> dict:
@@ -296,22 +295,22 @@ def compositions() -> Iterator[tuple[str, list]]:
     """(tag, ways) of every meaning; `ways` lists the include clauses of each order of saying it."""
     pairs = list(combinations(SHAPES, 2))
     for shape in SHAPES:
-        yield "single_object", [[clause(shape)]]
+        yield "single_object", [[new_clause(shape)]]
     for a, b in pairs:
-        yield "two_object", [[clause(a), clause(b)], [clause(b), clause(a)]]
+        yield "two_object", [[new_clause(a), new_clause(b)], [new_clause(b), new_clause(a)]]
     for shape in SHAPES:
         for count in (2, 3, 4):
-            yield "counting", [[clause(shape, count=count)]]
+            yield "counting", [[new_clause(shape, count=count)]]
     for shape in SHAPES:
         for color in COLORS:
-            yield "colors", [[clause(shape, color=color)]]
+            yield "colors", [[new_clause(shape, color=color)]]
     for a, b in pairs:
         for relation, opposite in OPPOSITE.items():
-            yield "position", [[clause(b), clause(a, position=[relation, 0])],
-                               [clause(a), clause(b, position=[opposite, 0])]]
+            yield "position", [[new_clause(b), new_clause(a, position=[relation, 0])],
+                               [new_clause(a), new_clause(b, position=[opposite, 0])]]
     for a, b in pairs:
         for color, other in permutations(COLORS, 2):
-            first, second = clause(a, color=color), clause(b, color=other)
+            first, second = new_clause(a, color=color), new_clause(b, color=other)
             yield "color_attr", [[first, second], [second, first]]
 
 
@@ -363,7 +362,7 @@ def implicit_prompts(split: str) -> list[dict]:
     for i, (tag, value, riddle, fact) in enumerate(facts):
         for j, shape in enumerate(SHAPES):
             for prefix in PREFIXES:
-                metadata = build(tag, [clause(shape, **value)])
+                metadata = build(tag, [new_clause(shape, **value)])
                 if ((i + i // 3 + j) % 3 == 0 or "held_out" in metadata) == wanted:
                     thought = f"<think> {fact} </think> {metadata['prompt']}"
                     metadata["prompt"] = prefix + riddle.format(shape)
@@ -641,9 +640,9 @@ def clauses_of(scene: Scene) -> list[dict]:
     for shape in SHAPES:
         colors = [o.color for o in scene if o.shape == shape]
         if len(set(colors)) == 1:
-            include.append(clause(shape, count=len(colors), color=colors[0]))
+            include.append(new_clause(shape, count=len(colors), color=colors[0]))
         elif colors:
-            include.append(clause(shape, count=len(colors)))
+            include.append(new_clause(shape, count=len(colors)))
     return include
 
 
@@ -725,7 +724,7 @@ def make_reflection(metadata: dict, scene: Scene, rng) -> Reflection:
     things = discrete(scene)
     target = scene if satisfies(metadata, things) else repair(metadata, scene, rng)
     text = f"<think> {critique(metadata, things)} </think> {explicit(metadata)}"
-    return Reflection(text, scene, target, metadata)
+    return Reflection(text, scene, target)
 
 
 # ---- the detector ----
