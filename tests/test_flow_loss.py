@@ -17,6 +17,7 @@ import grpo
 from flow_grpo import (
     Replay, draw_window, flow_grpo_loss, normalised_log_ratio, replay, rollout, select, shared_noise,
     step_weights, time_grid, transition, transition_kl, velocity_mse)
+from policy import declare_torchvision_ops
 from velocities import exact_velocity, linear_velocity, sample_linear
 
 samplers = pytest.mark.parametrize("sampler", ["sde", "cps", "dance"])
@@ -247,19 +248,6 @@ def test_a_loss_that_makes_no_sense_is_refused(change, words):
         flow_grpo_loss(replay(linear_velocity(weight), old), old, **arguments)
 
 
-@either_ratio
-def test_no_function_writes_into_its_arguments(ratio_norm):
-    old, _, new, reference, adv = near()
-    weights, records = torch.rand(3), (old, new, reference)
-    inputs = [x for r in records for x in vars(r).values() if isinstance(x, torch.Tensor)] + [adv, weights]
-    before = [x.clone() for x in inputs]
-    flow_grpo_loss(
-        new, old, adv, total=6, low=0.1, high=0.1, ratio_norm=ratio_norm, weights=weights,
-        reference=reference, kl_beta=0.1, mse_weight=0.1)
-    rollout(linear_velocity(torch.eye(4)), old.data, old.times, window=(0, 0), noise_level=0.0)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
-
-
 # ---- any distance between policies ----
 
 
@@ -351,49 +339,26 @@ def test_following_the_gradient_raises_the_reward(sampler):
     assert shift[0] < -0.3                                    # data moves against v
 
 
-@pytest.fixture(scope="module")
-def sd3():
-    """The velocity of a small random SD3 transformer of diffusers, the transformer, its scheduler."""
-    from policy import declare_torchvision_ops
+def test_without_noise_a_rollout_is_the_loop_of_diffusers_scheduler():
+    """So its sigmas are flow times, its timesteps are 1000 of them, and a prediction is noise - data."""
     declare_torchvision_ops()
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=16, patch_size=4, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8,
         pos_embed_max_size=8)
-    prompts, pooled = torch.randn(4, 4, 16), torch.randn(4, 8)
+    prompts, pooled, x = torch.randn(4, 4, 16), torch.randn(4, 8), torch.randn(4, 4, 16, 16)
 
+    @torch.no_grad()
     def velocity(x, t):
         return transformer(
             x, timestep=1000 * t.expand(len(x)), encoder_hidden_states=prompts, pooled_projections=pooled,
             return_dict=False)[0]
 
-    return velocity, transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)
-
-
-def test_a_transformer_of_diffusers_learns(sd3):
-    velocity, transformer, scheduler = sd3
-    scheduler.set_timesteps(5)
-    old = rollout(
-        velocity, torch.randn(4, 4, 16, 16), scheduler.sigmas, window=(0, 2), noise_level=0.7,
-        step_noise=torch.randn(2, 4, 4, 16, 16))
-    loss, stats = flow_grpo_loss(replay(velocity, old), old, torch.randn(4), total=8, low=1e-4, high=1e-4)
-    loss.backward()
-    assert stats["ratio/mean"].item() == pytest.approx(1, abs=1e-5)
-    gradient = transformer.proj_out.weight.grad
-    assert gradient.isfinite().all()
-    assert gradient.abs().max() > 0
-
-
-def test_without_noise_a_rollout_is_the_loop_of_the_scheduler(sd3):
-    """So its sigmas are flow times, its timesteps are 1000 of them, and a prediction is noise - data."""
-    velocity, _, scheduler = sd3
-    x = start = torch.randn(4, 4, 16, 16)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(6)
     data = rollout(velocity, x, scheduler.sigmas, window=(0, 0), noise_level=0.0).data
-    with torch.no_grad():
-        for timestep in scheduler.timesteps:
-            x = scheduler.step(velocity(x, timestep / 1000), timestep, x, return_dict=False)[0]
+    assert (data - x).abs().max() > 0.1
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(velocity(x, timestep / 1000), timestep, x, return_dict=False)[0]
     torch.testing.assert_close(data, x, rtol=1e-5, atol=1e-5)
-    assert (data - start).abs().max() > 0.1

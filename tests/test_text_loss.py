@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
 import grpo
-from grpo import (
-    average, bounded_exp, clipped_surrogate, grpo_loss, importance_ratio, kl_k3, loss_stats, token_logp)
+from grpo import bounded_exp, clipped_surrogate, grpo_loss, importance_ratio, kl_k3, token_logp
 
 LEVELS, UNITS = ("token", "sequence"), ("sequence", "token", "constant")
 seeds = st.integers(0, 2**31)
@@ -131,15 +130,6 @@ def test_a_ratio_is_the_quotient_of_probabilities_per_token_or_their_geometric_m
         assert ratio.item() == pytest.approx(expected)
 
 
-@given(numbers)
-def test_at_ratio_one_the_loss_is_minus_the_advantage_and_its_gradient_reinforces(adv):
-    logp = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    ratio = importance_ratio(logp[None], logp[None].detach(), torch.ones(1, 1))
-    loss = clipped_surrogate(ratio, double(adv), low=0.2, high=0.2)
-    assert loss.item() == -adv
-    assert torch.autograd.grad(loss, logp)[0].item() == pytest.approx(-adv)
-
-
 @given(st.floats(0, 4, allow_subnormal=False), numbers, st.floats(0, 0.9), st.floats(0, 0.9))
 def test_the_clipped_objective_is_never_above_the_unclipped(ratio, adv, low, high):
     assert -clipped_surrogate(double(ratio), double(adv), low=low, high=high) <= double(ratio) * double(adv)
@@ -241,15 +231,6 @@ def test_padding_affects_neither_loss_nor_gradient_nor_stats(seed, level, per, g
     soiled = loss_and_gradient(logp, old if given else None, adv, mask, logp_ref=ref, **options)
     assert_same(clean, soiled)
     assert (soiled[1][~mask] == 0).all()
-
-
-@given(seeds, units)
-def test_an_average_ignores_padding_and_counts_a_sequences_value_for_each_of_its_tokens(seed, per):
-    x, _, _, _, mask = batch(seed)
-    one = x[:, :1]
-    for values, expected in ((torch.where(mask, x, math.nan), x), (one, one.expand_as(mask))):
-        expected = average(expected, mask, per=per, total=3)
-        torch.testing.assert_close(average(values, mask, per=per, total=3), expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -397,20 +378,6 @@ def test_a_loss_that_makes_no_sense_is_refused_in_one_line(change, words):
     assert "\n" not in str(error.value)
 
 
-def test_no_function_writes_into_its_arguments():
-    logp, old, ref, adv, mask = batch(0)
-    arguments = [torch.where(mask, logp, math.nan), old, ref, adv, mask]
-    before = [x.clone() for x in arguments]
-    logp, options = arguments[0], dict(delta=1.5, beta=0.1, bias_correction_kl=True)
-    for level in LEVELS:
-        ratio = importance_ratio(logp, old, mask, level=level)
-        loss_stats(ratio, ref - old, adv[:, None], mask, low=0.1, high=0.1)
-        for per in UNITS:
-            grpo_loss(logp, old, adv, mask, total=2, per=per, level=level, logp_ref=ref, **options)
-    for a, b in zip(arguments, before):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
 # ---- the file by itself ----
 
 
@@ -425,12 +392,6 @@ def test_copied_alone_to_an_empty_folder_it_runs_and_learns(tmp_path):
     command = [sys.executable, "-I", "grpo.py", "--assert-reward", "0.9"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_reward_below_the_asserted_one_is_an_error(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["grpo.py", "--target", "toy", "--steps", "2", "--assert-reward", "0.9"])
-    with pytest.raises(SystemExit, match="expected at least 0.9"):
-        grpo.main()
 
 
 def test_the_toy_learns_from_chance_with_the_clip_at_work_and_leaves_the_global_generator_alone(capsys):
