@@ -18,8 +18,9 @@ text positions, W noisy steps.
 
 import os
 
-if __name__ == "__main__":  # before torch: threads that wait asleep leave a busy machine its cores
+if __name__ == "__main__":  # before torch: waiting threads sleep, and memory is not cut up
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import sys
 from contextlib import nullcontext

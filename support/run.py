@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from support.checkpoint import FLOATS, all_finite, full_tensor, save_tensors, shard_like, trainable
 from support.disk import one_line_error, write_atomic
-from support.terminal import say
+from support.terminal import say, the_device
 
 # ---- ranks ----
 
@@ -131,13 +131,11 @@ def clip_gradients(optimizer, most: float) -> Tensor:
 def setup() -> Ranks:
     """Read torchrun's environment and join its process group: nccl on GPUs, else gloo."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = the_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(rank, world, device)
 
 

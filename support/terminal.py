@@ -6,14 +6,27 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from support.disk import out_of_memory
 
-def the_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LONGEST = 1000                                  # characters of an error that a terminal shows
+
+
+def the_device(rank: int = 0) -> torch.device:
+    """The GPU of that number, or the CPU without one.
+
+    cuDNN's attention is off: with a mask its backward pass gives NaN at some lengths (keys % 128 ==
+    64), and it builds a plan for every number of keys.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", rank)
 
 
 class Terminal:
@@ -85,6 +98,20 @@ def number(
     return parse_number
 
 
+def plain_text(word: str) -> str:
+    """A type for argparse: a word that is text in the terminal's encoding."""
+    word.encode()                               # a ValueError for bytes that are no text
+    return word
+
+
+def new_file(word: str) -> Path:
+    """A type for argparse: a file to write, whose folder exists before any work is done for it."""
+    path = Path(word)
+    if not path.resolve().parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{word}: is a folder, or in a folder that does not exist")
+    return path
+
+
 def say(text: str) -> None:
     """A line to the terminal, above the progress bar."""
     tqdm.write(text, file=sys.stderr)
@@ -104,11 +131,11 @@ def one_line(program: str):
         sys.stdout.flush()
     except KeyboardInterrupt:
         end(program, "interrupted", 130)
-    except torch.cuda.OutOfMemoryError as error:
-        end(program, f"{first_line(error)}; try fewer samples at once")
-    except (ValueError, OSError, FloatingPointError, MemoryError, RecursionError) as error:
+    except (ValueError, OSError, FloatingPointError, RecursionError) as error:
         end(program, first_line(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            end(program, f"{first_line(error)}; the memory is full, try fewer samples at once")
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         end(program, "another rank stopped, and so does this one")
@@ -117,7 +144,8 @@ def one_line(program: str):
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 def end(program: str, why: str, status: int = 1) -> None:
