@@ -611,7 +611,8 @@ def describe(scene: Scene) -> str:
 def make_edit(scene: Scene, rng) -> Edit:
     """An edit of one object: another colour ("make the circle red"), removed or added.
 
-    A named shape is unique; no HELD_OUT pair is made. ValueError if nothing can be named or added."""
+    A named shape is unique; no HELD_OUT pair is made. ValueError if nothing can be named or
+    added."""
     edits = {}
     for o in unique(scene, "shape"):
         others = tuple(p for p in scene if p != o)
