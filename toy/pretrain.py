@@ -1,6 +1,6 @@
 """How every file of toy is made: `torchrun train.py --recipe pretrain`. Seeds are fixed.
 
-`python -m toy.pretrain` measures the referees; `python eval.py` measures the base.
+`python eval.py` measures the base, `python -m studies.reward_truth` what the referees are worth.
 
     tokenizer    the closed vocabulary of shapes.py, one word one token, and BAGEL's four markers
     autoencoder  diffusers' AutoencoderKL: 32x32x3 pixels to 4x4x4, for the policy 4 tokens of 16
@@ -639,45 +639,6 @@ def make_referees(folder):
         referee.model.save_pretrained(folder / name)
 
 
-def referees_report(folder, n=600):
-    """How right the referees in `folder` are on `n` new exact pictures of each kind."""
-    rng, right = np.random.default_rng(11), {}
-    pool = shapes.prompts("eval") + shapes.implicit_prompts("eval")
-    siglip = load_siglip(str(folder / "siglip"))
-    for tag in shapes.TAGS:
-        asked = [shapes.pick(rng, [m for m in pool if m["tag"] == tag]) for _ in range(n)]
-        texts = siglip.embed_texts([m["prompt"] for m in asked])                # (n, D)
-        cosines = []
-        for shown in (asked, [shapes.wrong_metadata(m, rng) for m in asked]):
-            scenes = [shapes.sample_scene(m, rng, training=False) for m in shown]
-            images = siglip.embed_images(exact_pictures(scenes))
-            cosines.append((images * texts).sum(-1))                            # (n,)
-        right[f"siglip: right above wrong, {tag}"] = cosines[0] > cosines[1]
-
-    judge = load_judge(str(folder / "judge"))
-    asks = {"prompts": [ask_prompt, {"": pool}], "answers": [ask_answer], "facts": [ask_fact]}
-    for name, (ask, *rest) in asks.items():
-        asked = [ask(rng, *rest) for _ in range(n)]
-        pictures = exact_pictures([a.scene for a in asked])
-        yes = judge.yes_probability(pictures, [a.question for a in asked]) > 0.5
-        right[f"judge: {name}"] = yes == torch.tensor([a.answer == "yes" for a in asked])
-    for what, question in QUALITY.items():
-        scenes = [shapes.random_scene(rng, "eval") for _ in range(n)]
-        spoiled = as_tensor([shapes.damage(scene, rng, what) for scene in scenes])
-        pictures = torch.cat([exact_pictures(scenes), spoiled])
-        yes = judge.yes_probability(pictures, [question] * (2 * n)) > 0.5
-        right[f"judge: {question}"] = yes == (torch.arange(2 * n) < n)
-
-    scenes = [shapes.random_scene(rng, "eval") for _ in range(n)]
-    captions = load_captioner(str(folder / "captioner")).captions(exact_pictures(scenes))
-    right["captioner"] = torch.tensor([c == shapes.describe(s) for c, s in zip(captions, scenes)])
-    lines = []
-    for name, hits in right.items():
-        error = hits.double().std(correction=0) / len(hits) ** 0.5
-        lines.append(f"{name:<40} {hits.double().mean():.3f} +- {error:.3f}")
-    return "\n".join(lines)
-
-
 def main(folder: Path):
     """Make everything in `folder` (toy): policy/, siglip/, judge/, captioner/."""
     torch.manual_seed(0)
@@ -694,8 +655,3 @@ def main(folder: Path):
         train_base(policy, corpus, steps, lr, seed, scenes, tags)
     save_policy(policy.eval(), folder / "policy")
     make_referees(folder)
-    print(referees_report(folder))
-
-
-if __name__ == "__main__":
-    print(referees_report(Path(__file__).parent))
