@@ -29,10 +29,10 @@ from support.checkpoint import keep_gathered, load_policy
 from support.disk import write_atomic
 from support.memory import room_to_gather
 from support.pictures import save_grid, to_bytes
-from support.plots import plot, save_figure
+from support.plots import plot, pyplot, save_figure
 from support.rows import Row
 from support.run import precision, read_log
-from support.terminal import Arguments, number, one_line, the_device
+from support.terminal import Arguments, new_file, number, one_line, the_device
 from tasks import (
     TASKS, WORDING, Choices, Source, Task, choices_of, first_pictures, guidance_of, random_place,
     samples_of)
@@ -97,14 +97,14 @@ def evaluate_rows(
 
 def evaluate_task(policy: Policy, task: Task, seed: int, guidance: float, G: int) -> RowValues:
     """One task's part of `evaluate_rows`."""
-    name, rows = task.name, task.held_out(False)
+    name, rows = task.name, task.held_out("test")
     samples = sample_task(policy, task, rows, seed, G, guidance)
     found = find(task, samples)
     right = mean_of_groups(task.truth(samples, found), G)                           # (B,)
     tags = np.array([row.metadata["tag"] for row in rows])
     values = {f"{name}/{tag}": [right[tags == tag]] for tag in task.tags}
     values[name] = sum(values.values(), []) if task.mean_of_tags else [right]
-    if unseen := task.held_out(True):
+    if unseen := task.held_out("unseen"):
         others = sample_task(policy, task, unseen, seed + 2, G, guidance)
         truth = task.truth(others, find(task, others))
         values[f"{name}/held_out"] = [mean_of_groups(truth, G)]
@@ -130,7 +130,7 @@ def mean_of_groups(values: Tensor, G: int) -> np.ndarray:
 def captions_truth(policy: Policy, seed: int, per_prompt: int = 4) -> np.ndarray:
     """(B,) the share of right greedy captions of `per_prompt` exact pictures of each prompt."""
     rng, scenes = np.random.default_rng(seed), []
-    for row in TASKS["draw"].held_out(False):
+    for row in TASKS["draw"].held_out("test"):
         scenes += [shapes.sample_scene(row.metadata, rng) for _ in range(per_prompt)]
     questions = Read([shapes.CAPTION] * len(scenes))
     plan = [See(render_pixels(scenes)), questions, plain_choices().think]
@@ -279,15 +279,11 @@ def before_after(
     shown: tasks with rows; None: see `gallery`. A green bar marks what the detector finds true, a
     red one what it does not. The picture that an edit starts from stands first, with a grey bar.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = shown or gallery()
     count = sum(len(rows) for _, rows in shown)
     widths = [1] * per_prompt + [0.35] + [1] * per_prompt
-    figure, axes = plt.subplots(count, len(widths), figsize=(11, 0.92 * count), width_ratios=widths)
+    figure, axes = pyplot().subplots(
+        count, len(widths), figsize=(11, 0.92 * count), width_ratios=widths)
     for axis in axes.flat:
         axis.set_axis_off()
     sides = {"before": (before, axes[:, :per_prompt]), "after": (after, axes[:, -per_prompt:])}
@@ -307,7 +303,7 @@ def gallery() -> list[tuple[Task, list[Row]]]:
     shown = []
     for task in TASKS.values():
         if task.draws and task.held_out and not task.refines and task.rounds == 1:
-            shown.append((task, evenly_spaced(task.held_out(False), 4)))
+            shown.append((task, evenly_spaced(task.held_out("test"), 4)))
     return shown
 
 
@@ -333,13 +329,17 @@ def main(argv: list[str] | None = None) -> None:
     ap = Arguments(description="Truth of a policy on the toy's held-out rows.")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
-    ap.add_argument("--guidance", type=float, default=1.0, help="text guidance scale; 1: none")
+    ap.add_argument(
+        "--guidance", type=number(float, least=1), default=1.0, help="text guidance scale; 1: none"
+    )
     ap.add_argument("--against", default="", help="a policy folder: show the change from it")
     ap.add_argument(
         "--samples", type=number(int, least=2),
         help="pictures of each prompt, whose variety is measured; default: by task")
-    ap.add_argument("--seed", type=int, default=1234, help="of held-out pictures and noise")
-    ap.add_argument("--out", type=Path, default=Path("eval.json"), help="the table as JSON")
+    ap.add_argument(
+        "--seed", type=number(int, least=0), default=1234, help="of held-out pictures and noise"
+    )
+    ap.add_argument("--out", type=new_file, default="eval.json", help="the table as JSON")
     a = ap.parse_args(argv)
     with one_line("eval.py"):
         print(run(a))
@@ -347,12 +347,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
-    values = evaluate_rows(load_toy_policy(a.policy, a.adapter), a.seed, a.guidance, a.samples)
+    policy = load_toy_policy(a.policy, a.adapter)
+    other = load_toy_policy(a.against) if a.against else None
+    values = evaluate_rows(policy, a.seed, a.guidance, a.samples)
     table = table_of(values)
     text = print_table(table)
     result = {"policy": a.policy, "seed": a.seed, "table": as_json(table)}
-    if a.against:
-        before = evaluate_rows(load_toy_policy(a.against), a.seed, a.guidance, a.samples)
+    if other:
+        before = evaluate_rows(other, a.seed, a.guidance, a.samples)
         change = paired_change(before, values)
         result |= {"against": a.against, "change": as_json(change)}
         text = f"from {a.against} to {a.policy}\n{print_change(table_of(before), table, change)}"

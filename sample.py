@@ -37,7 +37,7 @@ from grpo import token_logp
 from policy import Guidance, Policy, guided_velocity
 from support.checkpoint import load_policy
 from support.pictures import read_picture, save_grid, vit_pixels
-from support.terminal import Arguments, number, one_line, the_device
+from support.terminal import Arguments, number, one_line, plain_text, the_device
 
 TOY = Path(__file__).parent / "toy" / "policy"
 # The system prompts with which BAGEL was trained to think before an answer and before an image.
@@ -551,8 +551,8 @@ SAMPLING = {
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(description="Prompt in, PNG grid or answer out.", allow_abbrev=False)
     ap.add_argument(
-        "prompt", help="what to draw, what to ask about --question, or how to change --edit"
-    )
+        "prompt", type=plain_text,
+        help="what to draw, what to ask about --question, or how to change --edit")
     ap.add_argument(
         "--policy", default=str(TOY), help="a policy folder: toy/policy, out/policy, BAGEL-7B-MoT"
     )

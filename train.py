@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before torch: waiting threads sleep, and memory is
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -75,6 +76,7 @@ class Run:
     log: Log
     learner: Learner | None = None              # a SigLIP that learns from the policy's pictures
     start: int = 0                              # first step
+    between: bool = False                       # whether a step has changed the weights in part
     parts: list = field(default_factory=list)   # of the last step
 
 
@@ -243,6 +245,7 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
         norm = clip_gradients(run.optimizer, cfg.grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
+        run.between = True
         run.optimizer.step()
     total = ranks.total(torch.tensor(total, dtype=torch.float64, device=ranks.device))
     return ranks.mean_over_ranks(log) | {"loss": total.item(), "grad_norm": norm.item()}
@@ -428,8 +431,11 @@ def teach_referee(run: Run) -> dict[str, float]:
 # ---- the run ----
 
 
-def train(cfg: Config, ranks: Ranks) -> None:
-    """The six phases until --steps, or until a signal, which saves first."""
+def train(cfg: Config, ranks: Ranks) -> int:
+    """The six phases until --steps, or until a signal, which saves first; returns the exit status.
+
+    It is 0, or 128 and the signal's number. An error saves the last finished step.
+    """
     run = begin(cfg, ranks)
     with signals() as caught, run.log:
         evaluation.evaluate_run(run, run.start)
@@ -441,12 +447,12 @@ def train(cfg: Config, ranks: Ranks) -> None:
             try:
                 stats = one_step(run, step)
                 run.average.update(run.policy)
-                done = step + 1
+                done, run.between = step + 1, False
                 run.log(step=step, **stats)                                         # 5. log
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}; stopped") from error
-            except (ValueError, OSError):
-                if done > run.start and not run.policy.sharded:  # the last finished step is whole
+            except (ValueError, OSError, MemoryError, RuntimeError):
+                if done > run.start and not run.between and not run.policy.sharded:
                     keep(run, done, writer=ranks.rank)
                 raise
             bar.set_postfix(loss=f"{stats['loss']:.3f}")
@@ -456,10 +462,12 @@ def train(cfg: Config, ranks: Ranks) -> None:
                 keep(run, done)                                                     # 6. keep
             if halt:
                 say(f"stopped after step {step}, checkpoint saved; go on with --resume")
-                return
+                ranks.total(stopping)           # torchrun ends all ranks when the first leaves
+                return 128 + (caught or [signal.SIGTERM])[0]
             if cfg.eval_every and (done == cfg.steps or due(done, cfg.eval_every)):
                 evaluation.evaluate_run(run, done)
         export(run)
+    return 128 + caught[0] if caught else 0
 
 
 def due(done: int, every: int) -> bool:
@@ -546,6 +554,7 @@ def export(run: Run) -> None:
 
 
 def main() -> None:
+    status = 0
     with one_line("train.py"):
         if sys.argv[1:] == ["recipes"]:
             for scale in SCALES:
@@ -559,9 +568,11 @@ def main() -> None:
 
             pretrain.main(Path(cfg.out))
         else:
-            train(cfg, ranks)
+            status = train(cfg, ranks)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

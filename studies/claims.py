@@ -29,7 +29,7 @@ import numpy as np
 from eval import mean_and_error
 from studies.tables import markdown_table
 from support.disk import read_json, write_atomic
-from support.plots import save_figure
+from support.plots import pyplot, save_figure
 from support.run import CHECKPOINTS, Owner, read_log
 from support.terminal import Arguments, number, one_line, say
 
@@ -382,8 +382,6 @@ def run_arm(arm: str, seed: int, out: Path) -> str:
         if code:
             *_, last = ["no output", *output.read_text(errors="replace").strip().splitlines()]
             return f"{arm}, seed {seed}: {last[:200]} (exit {code}); see {output}"
-    if not (folder / "policy").exists() and not (folder / "table.json").exists():
-        return f"{arm}, seed {seed}: stopped; the same call goes on"
     write_atomic(folder / "done.txt", meaning(arm).encode())
     return ""
 
@@ -622,17 +620,14 @@ def print_seeds(runs: list[list[float]] | None) -> str:
 def save_claim_figure(result: dict, out: Path) -> None:
     """A PNG with a panel per measure: each arm over steps, the mean over seeds as a line, each seed
     as a dot. An arm that is known only at the end is a dot, the base a level."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     arms, keys = result["arms"], measures_of(result)
     panels = {key: [(arm, each, key) for arm, each in arms.items()] for key in keys}
     if len(arms) == 1:                          # then its measures are compared
         panels = {arm: [(key, each, key) for key in keys] for arm, each in arms.items()}
     columns = min(len(panels), 4)
     lines = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 3.2 * lines),
-                                layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(lines, columns, figsize=(3.6 * columns, 3.2 * lines),
+                                     layout="constrained", squeeze=False)
     end = max(step for arm in arms.values() for step in arm["steps"])
     for axis, (title, series) in zip(axes.flat, panels.items()):
         axis.set_title(title, fontsize=8)

@@ -4,7 +4,6 @@
         --detector google/owlv2-base-patch16-ensemble
 """
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from referees.detectors import Detector, load_detector
 from referees.geneval import geneval_check
 from sample import SAMPLING, TOY, Draw, Read, images_of, sample_plan
 from support.checkpoint import load_policy
-from support.disk import read_json, replacing, write_atomic
+from support.disk import fingerprint, read_json, replacing, write_atomic
 from support.pictures import to_bytes
 from support.rows import Metadata, check_rules, read_prompts
 from support.terminal import Arguments, number, one_line, the_device
@@ -82,12 +81,6 @@ def begin_folder(out: Path, settings: dict) -> None:
     write_atomic(path, json.dumps(settings, indent=1).encode())
 
 
-def weights_of(*folders: str) -> list:
-    """Name, size and time of a policy's weight files; a policy that is trained again has others."""
-    files = [file for folder in folders if folder for file in Path(folder).glob("*.safetensors")]
-    return sorted([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)
-
-
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.geneval", description="GenEval's rules on pictures of a policy.")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
@@ -96,12 +89,14 @@ def main(argv: list[str] | None = None) -> None:
                     help="prompts in GenEval's format, such as its evaluation_metadata.jsonl")
     ap.add_argument("--detector", default="",
                     help="a Grounding DINO or OWLv2: a folder or hub name; the toy has its own")
-    ap.add_argument("--guidance", type=float,
+    ap.add_argument("--guidance", type=number(float, least=1),
                     help="text guidance scale (1 for the toy, 4 for BAGEL)")
     ap.add_argument("--samples", type=number(int, least=1), default=4, help="images of each prompt")
-    ap.add_argument("--size", type=int, help="pixels per side (32 for the toy, 1024 for BAGEL)")
-    ap.add_argument("--steps", type=int, help="denoising steps (10 for the toy, 49 for BAGEL)")
-    ap.add_argument("--seed", type=int, default=0, help="of noise")
+    ap.add_argument("--size", type=number(int, least=1),
+                    help="pixels per side (32 for the toy, 1024 for BAGEL)")
+    ap.add_argument("--steps", type=number(int, least=1),
+                    help="denoising steps (10 for the toy, 49 for BAGEL)")
+    ap.add_argument("--seed", type=number(int, least=0), default=0, help="of noise")
     ap.add_argument("--out", type=Path, default=Path("geneval"), help="the folder of pictures")
     a = ap.parse_args(argv)
     with one_line("studies.geneval"):
@@ -123,8 +118,9 @@ def run(a) -> str:
     settings = dict(
         samples=a.samples, size=a.size or scale["size"], steps=a.steps or scale["steps"],
         text_scale=scale["guidance"].text_scale if a.guidance is None else a.guidance, seed=a.seed)
-    prompts = hashlib.sha256(a.metadata.read_bytes()).hexdigest()
-    begin_folder(a.out, settings | dict(policy=weights_of(a.policy, a.adapter), prompts=prompts))
+    read = dict(policy=a.policy, adapter=a.adapter, prompts=a.metadata)
+    content = {name: path and fingerprint(Path(path)) for name, path in read.items()}
+    begin_folder(a.out, settings | content)
     draw_pictures(policy, rows, a.out, **settings)
     table = judge_pictures(rows, a.out, a.samples, detector)
     head = f"GenEval rules, detector {a.detector or 'of the toy'}"

@@ -6,14 +6,14 @@
 from pathlib import Path
 
 from support.plots import plot
-from support.terminal import Arguments, one_line
+from support.terminal import Arguments, new_file, one_line
 from tasks import TASKS
 
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.plots", description="Curves of runs.")
     ap.add_argument("logs", nargs="+", type=Path, help="log.jsonl files")
-    ap.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture")
+    ap.add_argument("--out", type=new_file, default="curves.png", help="the picture")
     a = ap.parse_args(argv)
     with one_line("studies.plots"):
         plot(a.logs, a.out, {name: task.title for name, task in TASKS.items()})

@@ -22,7 +22,7 @@ from studies.tables import markdown_table
 from support.checkpoint import load_policy
 from support.disk import write_atomic
 from support.pictures import save_grid
-from support.terminal import Arguments, number, one_line, the_device
+from support.terminal import Arguments, new_file, number, one_line, plain_text, the_device
 from tasks import TASKS, WORDING
 from toy import shapes
 from toy.world import detect
@@ -78,7 +78,7 @@ def refinement_table(
     of as many pictures drawn anew, the one that the judge prefers, or any that is right. Held-out
     prompts, `samples` of each; the judge is asked one question about the whole prompt.
     """
-    prompts = [row.text for row in TASKS["draw"].held_out(False) for _ in range(samples)]
+    prompts = [row.text for row in TASKS["draw"].held_out("test") for _ in range(samples)]
     truth = value_of("oracle", prompts, judge, policy.device)
     judged = value_of("judge", prompts, judge, policy.device)
 
@@ -119,7 +119,8 @@ def print_refinement(table: dict[str, list[tuple[float, float]]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.refinement",
                    description="Refinement: a picture of one prompt's rounds, or a table.")
-    ap.add_argument("prompt", nargs="?", help="what to draw; without one: a table on held-out rows")
+    ap.add_argument("prompt", nargs="?", type=plain_text,
+                    help="what to draw; without one: a table on held-out rows")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--judge", default="", help="yes/no judge: a folder or hub name; default: the "
                     "toy's for the toy, PaliGemma 2 for BAGEL")
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--rounds", type=number(int, least=1), default=3, help="times it draws again")
     ap.add_argument("--n", type=number(int, least=1), default=4, help="samples of the prompt")
     ap.add_argument("--seed", type=number(int, least=0), default=1234, help="of noise and texts")
-    ap.add_argument("--out", type=Path, help="the file; default: refine.png, or refine.json")
+    ap.add_argument("--out", type=new_file, help="the file; default: refine.png, or refine.json")
     a = ap.parse_args(argv)
     with one_line("studies.refinement"):
         print(run(a))

@@ -24,8 +24,8 @@ from sample import TOY
 from studies.tables import markdown_table
 from support.disk import write_atomic
 from support.pictures import to_bytes
-from support.plots import save_figure
-from support.terminal import Arguments, one_line
+from support.plots import pyplot, save_figure
+from support.terminal import Arguments, new_file, number, one_line
 from tasks import TASKS, token_states
 from toy import shapes
 from toy.world import detect, render_pixels
@@ -37,7 +37,7 @@ def held_out_samples(policy: Policy, seed: int) -> tuple[Samples, Tensor]:
     """Samples of held-out prompts, 8 of each, with a picture of the prompt as the real one, and
     their truth (N,)."""
     rng, task, rows = np.random.default_rng(seed), TASKS["draw"], []
-    for row in task.held_out(False):
+    for row in task.held_out("test"):
         real = render_pixels([shapes.sample_scene(row.metadata, rng)])[0] * 0.5 + 0.5
         rows.append(replace(row, real=real))
     samples = sample_task(policy, task, rows, seed, task.samples)
@@ -98,12 +98,10 @@ def best_and_worst(
     A green bar marks what is true. Rewards differ in level between prompts, so that each score is
     taken from its group's mean.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     images, widths = to_bytes(samples.images), [1] * count + [0.4] + [1] * count
-    figure, axes = plt.subplots(len(scores), len(widths), figsize=(12, 0.95 * len(scores)),
-                                width_ratios=widths, squeeze=False)
+    figure, axes = pyplot().subplots(
+        len(scores), len(widths), figsize=(12, 0.95 * len(scores)), width_ratios=widths,
+        squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for line, (name, values) in zip(axes, scores.items()):
@@ -120,9 +118,12 @@ def best_and_worst(
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.reward_truth", description="Each reward against the truth.")
     ap.add_argument("--policy", default=str(TOY), help="the policy whose pictures are judged")
-    ap.add_argument("--seed", type=int, default=1234, help="of held-out pictures and noise")
-    ap.add_argument("--out", type=Path, default=Path("rewards.json"),
-                    help="the table; a picture of the same name shows what each reward likes")
+    ap.add_argument(
+        "--seed", type=number(int, least=0), default=1234, help="of held-out pictures and noise"
+    )
+    ap.add_argument(
+        "--out", type=new_file, default="rewards.json",
+        help="the table; a picture of the same name shows what each reward likes")
     a = ap.parse_args(argv)
     with one_line("studies.reward_truth"):
         print(run(a))

@@ -22,7 +22,7 @@ from policy import Policy
 from sample import TOY, images_of, replay_rollout, sample_plan
 from support.disk import write_atomic
 from support.pictures import to_bytes
-from support.plots import save_figure
+from support.plots import pyplot, save_figure
 from support.run import Ranks
 from support.terminal import Arguments, number, one_line
 from tasks import TASKS
@@ -288,14 +288,9 @@ def page(step: Step, after: bool) -> str:
 
 def strip(images: Tensor, out: Path, titles: list[str], lines: list[str]) -> None:
     """Write images (N, 3, H, W) in [0, 1] as a PNG of len(lines) rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = len(images) // len(lines)
     size = (9, 9 / columns * len(lines) + 0.4)
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(lines), columns, figsize=size, layout="constrained", squeeze=False)
     for place, (axis, image) in enumerate(zip(axes.flat, to_bytes(images))):
         axis.imshow(image, interpolation="nearest")
@@ -318,8 +313,8 @@ def redraw(policy: Policy, part: train.Part, seed: int) -> Tensor:
 def first_rows() -> list:
     """Four held-out rows: a colour, a number, a place, an edit."""
     draw, edit = TASKS["draw"], TASKS["edit"]
-    rows = [row for row in draw.held_out(False) if row.text in SHOWN]
-    return [(draw, rows), (edit, edit.held_out(False)[1:2])]
+    rows = [row for row in draw.held_out("test") if row.text in SHOWN]
+    return [(draw, rows), (edit, edit.held_out("test")[1:2])]
 
 
 def main(argv: list[str] | None = None) -> None:

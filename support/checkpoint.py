@@ -40,22 +40,28 @@ def open_tensors(folder: Path, stem: str) -> dict:
     """Open stem.safetensors, or the shards that stem.safetensors.index.json names: key -> file.
 
     No tensor is read yet. Errors: FileNotFoundError without such a file; ValueError or OSError for
-    a damaged one.
+    a damaged one, and for tensors that are no floats.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.exists():
         file = open_file(single)
-        return {key: file for key in file.keys()}
-    if not index.exists():
+        opened = {key: file for key in file.keys()}
+    elif not index.exists():
         raise FileNotFoundError(
             f"{folder} has no {single.name}; pickled weights are not read, convert them")
-    with one_line_error(f"{index} cannot be followed"):
-        file_of = dict(read_json(index)["weight_map"])
-        shards = {name: open_file(folder / name) for name in sorted(set(file_of.values()))}
-    stored = {(key, name) for name, file in shards.items() for key in file.keys()}
-    for key, name in sorted(file_of.items() - stored):
-        raise ValueError(f"{index} names {name} for {key}, which it lacks; download both again")
-    return {key: shards[name] for key, name in file_of.items()}
+    else:
+        with one_line_error(f"{index} cannot be followed"):
+            file_of = dict(read_json(index)["weight_map"])
+            shards = {name: open_file(folder / name) for name in sorted(set(file_of.values()))}
+        stored = {(key, name) for name, file in shards.items() for key in file.keys()}
+        for key, name in sorted(file_of.items() - stored):
+            raise ValueError(f"{index} names {name} for {key}, which it lacks; download both again")
+        opened = {key: shards[name] for key, name in file_of.items()}
+    for key, file in opened.items():
+        dtype = file.get_slice(key).get_dtype()
+        if dtype not in FLOATS:
+            raise ValueError(f"{single}: {key} has dtype {dtype}, not one of {list(FLOATS)}")
+    return opened
 
 
 def open_file(path: Path):
@@ -91,8 +97,6 @@ def assign(
     wanted, state, stored = module.state_dict(), {}, None
     for key, name in names.items():
         value, place = opened[key].get_tensor(key), wanted[name]
-        if value.dtype not in FLOATS.values():
-            raise ValueError(f"{file}: {key} has dtype {value.dtype}, not one of {list(FLOATS)}")
         stored = stored or value.dtype          # the embedding is first, and most of the numbers
         if value.shape[2:] == (1, 1) and place.ndim == 2:
             value = value.flatten(1)            # the autoencoder's 1x1 convolutions
@@ -401,7 +405,7 @@ ADAPTER_PLAIN = {
 def open_adapters(folder: Path) -> tuple[int, float, dict]:
     """(rank, alpha, key -> open file) of a folder of adapters, which add alpha/rank * B A.
 
-    Errors: ValueError for anything but plain LoRA.
+    Errors: ValueError for anything but plain LoRA, and for tensors of another rank.
     """
     path = folder / "adapter_config.json"
     config = read_json(path)
@@ -412,7 +416,13 @@ def open_adapters(folder: Path) -> tuple[int, float, dict]:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         if config.get("use_rslora"):
             alpha *= math.sqrt(rank)            # peft then divides alpha by sqrt(r)
-    return rank, alpha, open_tensors(folder, "adapter_model")
+    opened = open_tensors(folder, "adapter_model")
+    for key, file in opened.items():
+        shape = file.get_slice(key).get_shape()
+        own = shape[:1] if ".lora_A." in key else shape[-1:]
+        if own != [rank]:
+            raise ValueError(f"{folder}: {key} has shape {shape}, the config says rank {rank}")
+    return rank, alpha, opened
 
 
 def load_adapters(policy: Policy, folder: str | Path) -> Policy:

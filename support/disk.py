@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and reading errors that fit in one line."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 LIBRARY_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
     ImportError, SafetensorError, StrictDataclassError, CheckpointException)
+PART = 2**16                                    # bytes of a file that a fingerprint reads at once
 
 
 class one_line_error(AbstractContextManager):
@@ -22,7 +24,7 @@ class one_line_error(AbstractContextManager):
 
     It becomes an OSError if it was one, else a ValueError; `what` names the file or folder. A bare
     Exception is caught too, because tokenizers raises it, and no except clause could catch it
-    alone. torch.OutOfMemoryError passes.
+    alone. What `out_of_memory` names passes: the file is not to blame.
     """
 
     def __init__(self, what: str, kinds: tuple[type, ...] = LIBRARY_ERRORS):
@@ -30,7 +32,7 @@ class one_line_error(AbstractContextManager):
 
     def __exit__(self, kind, error, trace):
         expected = kind is Exception or isinstance(error, self.kinds)
-        if not expected or isinstance(error, torch.OutOfMemoryError):
+        if not expected or out_of_memory(error):
             return
         if isinstance(error, CheckpointException):              # it holds the errors of all ranks
             error = next(iter(error.failures.values()))[0]
@@ -39,6 +41,33 @@ class one_line_error(AbstractContextManager):
             reason = f"{type(error).__name__}: {reason}"
         found = OSError if isinstance(error, OSError) else ValueError
         raise found(f"{self.what}: {reason}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on a CPU it is a plain RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "out of memory" in text or "alloc" in text
+
+
+def fingerprint(path: Path) -> str:
+    """A name for the content of a file, or of the weights and configs in a folder.
+
+    Of a file of many gigabytes 256 parts are read, which weights that were trained do not share.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("[!.]*.safetensors")) + sorted(path.glob("[!.]*.json"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name if path.is_dir() else ''} {size} ".encode())
+        with file.open("rb") as content:
+            for start in range(0, size, max(PART, size // 256)):
+                content.seek(start)
+                digest.update(content.read(PART))
+    return digest.hexdigest()[:16]
 
 
 def read_json(path: Path, default: dict | None = None) -> dict:

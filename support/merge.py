@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.checkpoint import FLOATS, adapter_key, all_finite, open_adapters, open_tensors
-from support.disk import replacing
-from support.terminal import Arguments, one_line
+from support.checkpoint import (
+    FLOATS, IMPLEMENTED, TOKENIZER_FILES, adapter_key, all_finite, open_adapters, open_tensors)
+from support.disk import read_json, replacing
+from support.terminal import Arguments, number, one_line
 
 
 def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
@@ -55,7 +56,8 @@ def changes_of(folder: Path, base: dict) -> Callable[[str, Tensor], Tensor]:
         rank, alpha, opened = open_adapters(folder)
         stems = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in opened}
         keys = {f"{stem}.weight" for stem in stems}
-        differ = keys - base.keys()
+        factors = {adapter_key(key, factor) for key in keys for factor in ("A", "B")}
+        differ = keys - base.keys() | opened.keys() ^ factors
     else:
         opened = open_tensors(folder, "ema")
         differ = opened.keys() ^ base.keys()
@@ -88,7 +90,9 @@ def merge(
     One tensor is in memory at a time, so that two 7B policies merge on any machine. What is not
     trained is the base's.
     """
-    opened = open_tensors(base, "ema")
+    opened, ae = open_tensors(base, "ema"), open_tensors(base, "ae")
+    for name in ("llm", "vit"):
+        read_json(base / f"{name}_config.json")                 # no policy loads without them
     change_one, change_two = changes_of(first, opened), changes_of(second, opened)
     if out.resolve() in (first.resolve(), second.resolve(), base.resolve()):
         raise ValueError(f"{out} is one of the folders that are merged; give another --out")
@@ -103,19 +107,21 @@ def merge(
             raise ValueError(f"{key} is not finite after merging; are {first} and {second} whole?")
         return value
 
-    slices = {key: opened[key].get_slice(key) for key in sorted(opened)}
-    save_stream(slices, merge_tensor, out / "ema.safetensors")
-    for path in sorted(base.iterdir()):
-        small = path.suffix in (".json", ".txt") and not path.name.startswith("ema.")
-        if small or path.name.startswith("ae."):
-            with replacing(out / path.name) as file:
-                shutil.copyfile(path, file)
+    save_stream(opened, merge_tensor, out / "ema.safetensors")
+    save_stream(ae, lambda key: ae[key].get_tensor(key), out / "ae.safetensors")
+    for name in (*TOKENIZER_FILES, *(f"{part}_config.json" for part in IMPLEMENTED)):
+        if (base / name).is_file():
+            with replacing(out / name) as file:
+                shutil.copyfile(base / name, file)
+        else:                                   # a file of another policy would be read too
+            (out / name).unlink(missing_ok=True)
 
 
-def save_stream(slices: dict, value: Callable[[str], Tensor], path: Path) -> None:
-    """Write a safetensors file tensor by tensor: a header from the slices, then each value(key)."""
-    header, start = {}, 0
-    for key, tensor in slices.items():
+def save_stream(opened: dict, value: Callable[[str], Tensor], path: Path) -> None:
+    """Write a safetensors file tensor by tensor: a header from open files, then each value(key)."""
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for key in sorted(opened):
+        tensor = opened[key].get_slice(key)
         dtype, shape = tensor.get_dtype(), tensor.get_shape()
         end = start + math.prod(shape) * FLOATS[dtype].itemsize
         header[key] = dict(dtype=dtype, shape=shape, data_offsets=[start, end])
@@ -124,7 +130,7 @@ def save_stream(slices: dict, value: Callable[[str], Tensor], path: Path) -> Non
     text += b" " * (-len(text) % 8)
     with replacing(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for key in slices:
+        for key in sorted(opened):
             file.write(value(key).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
@@ -132,12 +138,16 @@ def main(argv: list[str] | None = None) -> None:
     ap = Arguments(
         prog="support.merge", description="merge two policies that were trained from one base")
     ap.add_argument(
-        "policies", nargs=2, type=Path, help="two policy folders, or folders of adapters")
+        "policies", nargs=2, type=Path, help="two policy folders, or folders of adapters"
+    )
     ap.add_argument(
-        "--base", type=Path, required=True, help="the policy folder that both were trained from")
+        "--base", type=Path, required=True, help="the policy folder that both were trained from"
+    )
     ap.add_argument("--out", type=Path, required=True, help="the policy folder to write")
     ap.add_argument("--how", choices=list(MERGES), default="gaussian")
-    ap.add_argument("--bound", type=float, default=2.0, help="stds inside which gaussian averages")
+    ap.add_argument(
+        "--bound", type=number(float, least=0), default=2.0,
+        help="stds inside which gaussian averages")
     a = ap.parse_args(argv)
     with one_line("support.merge"):
         merge(*a.policies, a.base, a.out, a.how, a.bound)

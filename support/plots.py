@@ -1,6 +1,7 @@
 """Curves of runs, from their logs, and the one way in which a figure is written."""
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -20,13 +21,12 @@ def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
     for path, _, rows in runs:
         if not any(row.get("eval") for row in rows):
             raise ValueError(f"{path} holds no evaluation to plot")
-    import matplotlib.pyplot as plt
-
     keys = evaluated_keys([row for _, _, rows in runs for row in rows if "eval" in row], titles)
     lines = 2 if len(keys) > 4 else 1
     columns = -(-(len(keys) + 1) // lines)
     size = (3.4 * columns, 3.4 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(
+        lines, columns, figsize=size, layout="constrained", squeeze=False)
     *panels, last = axes.flatten()[:len(keys) + 1]
     for axis in axes.flatten()[len(keys) + 1:]:
         axis.set_axis_off()
@@ -76,7 +76,7 @@ def reward_curve(rows: list[dict]) -> tuple[list[float], list[float]]:
     """Minutes, and the mean of the tasks' rewards, each divided by the mean of its first five."""
     minutes, means, first = [], [], {}
     for row in rows:
-        rewards = {key: value for key, value in row.items() if re.fullmatch(r"\w+/reward", key)}
+        rewards = {key: value for key, value in row.items() if re.fullmatch("[^/]+/reward", key)}
         for key, value in rewards.items():
             first.setdefault(key, []).append(value)
         if rewards:
@@ -86,11 +86,20 @@ def reward_curve(rows: list[dict]) -> tuple[list[float], list[float]]:
     return minutes, [np.mean([value / scale[key] for key, value in step.items()]) for step in means]
 
 
-def save_figure(figure, out: Path, dpi: int) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
+def pyplot():
+    """matplotlib's pyplot, which writes files and opens no window.
+
+    A notebook hands its own backend to the programs that it starts, where it may not be installed.
+    """
+    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save_figure(figure, out: Path, dpi: int) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
     png = io.BytesIO()
     figure.savefig(png, dpi=dpi, format="png")
-    plt.close(figure)
+    pyplot().close(figure)
     write_atomic(Path(out), png.getvalue())

@@ -1,6 +1,7 @@
 """Rows of files: prompts, questions and edits, each honoured or refused by file and line."""
 
 import json
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,11 +23,15 @@ RELATIONS = ("above", "below", "left of", "right of")
 
 # One thing that a picture must show, or must not. [GenEval] "class" is a word of Python, hence the
 # call.
-Clause = TypedDict("Clause", {
-    "class": str,                               # what to look for, "dog"
-    "count": int,                               # how many of it; 1 if a file does not say
-    "color": NotRequired[str],
-    "position": NotRequired[tuple[str, int]]})  # its relation to the clause of that number
+Clause = TypedDict(
+    "Clause",
+    {
+        "class": str,                           # what to look for, "dog"
+        "count": int,                           # how many of it; 1 if a file does not say
+        "color": NotRequired[str],
+        "position": NotRequired[tuple[str, int]],
+    },
+)                                               # its relation to the clause of that number
 
 
 class Metadata(TypedDict):
@@ -51,7 +56,7 @@ def read_lines(path: str) -> list[tuple[int, str]]:
         raise FileNotFoundError(f"file {path} does not exist")
     with one_line_error(f"file {path} is not UTF-8 text, save it as UTF-8"):
         text = Path(path).read_bytes().decode("utf-8-sig")
-    lines = text.replace("\r\n", "\n").split("\n")             # splitlines would cut at U+2028 too
+    lines = text.replace("\r\n", "\n").split("\n")              # splitlines would cut at U+2028 too
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise ValueError(f"file {path} is empty; it must hold one entry a line")
@@ -59,16 +64,74 @@ def read_lines(path: str) -> list[tuple[int, str]]:
 
 
 def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
-    """JSON objects, one a line, each with the needed text fields; errors name file and line."""
+    """JSON objects, one a line, with the needed text fields and with all of GenEval's fields.
+
+    A field that is null is left out. Errors: ValueError, with file and line.
+    """
     rows = []
     for number, line in read_lines(path):
-        with one_line_error(f"{path}:{number}: not a JSON object; each line must be one"):
-            row = json.loads(line)
+        where = f"{path}:{number}"
+        with one_line_error(f"{where}: not a JSON object; each line must be one"):
+            row = drop_null(json.loads(line, parse_constant=lambda word: None))  # pandas' NaN
+            json.dumps(row, ensure_ascii=False).encode()        # half a character is no text
         if not isinstance(row, dict) or not all(has_text(row, name) for name in needed):
-            raise ValueError(
-                f"{path}:{number}: must be one object with the text fields {list(needed)}")
+            raise ValueError(f"{where}: must be one object with the text fields {list(needed)}")
+        row = {"tag": "", "include": [], **row}
+        wanted = "a class, a count of at least 1, perhaps a color and a position to an earlier one"
+        with one_line_error(f"{where}: every clause must have {wanted}"):
+            check_clauses(row)
+        for name in ("prompt", "question", "instruction", "caption"):
+            if has_text(row, name):
+                row[name] = without_image_place(row[name], where)
         rows.append(row)
     return rows
+
+
+def drop_null(value):
+    """A value of JSON without fields that are null, as exporters write what is not there."""
+    if isinstance(value, dict):
+        return {name: drop_null(field) for name, field in value.items() if field is not None}
+    return [drop_null(item) for item in value] if isinstance(value, list) else value
+
+
+def check_clauses(row: dict) -> None:
+    """Check a row's tag and clauses, and fill in the count and the case of colours.
+
+    Errors: ValueError for a clause of another form; of exclude only the class and count are read.
+    """
+    if not isinstance(row["tag"], str):
+        raise ValueError(f"not the tag {row['tag']}")
+    for half, fields in (("include", Clause.__annotations__), ("exclude", ("class", "count"))):
+        for place, clause in enumerate(row.get(half, [])):
+            count = clause.setdefault("count", 1)
+            right = [type(count) is int and count >= 1, has_text(clause, "class")]
+            right.append(set(clause) <= set(fields))
+            if "color" in clause:
+                clause["color"] = clause["color"].strip().lower()
+                right.append(has_text(clause, "color"))
+            if "position" in clause:
+                relation, other = clause["position"]
+                right += [relation in RELATIONS, type(other) is int and 0 <= other < place]
+            if not all(right):
+                raise ValueError(f"not {clause}")
+
+
+IMAGE_PLACE = r"(?:</?\|?(?:image|img|vision)[^<>]*>|\[IMG\])"  # of many programs' questions
+
+
+def without_image_place(text: str, where: str) -> str:
+    """A text without the place of its image, which is read before the text anyway.
+
+    Errors: ValueError for a place among the words, or of a video.
+    """
+    place = IMAGE_PLACE
+    text = re.sub(rf"^\s*({place}\s*)+|(\s*{place})+\s*$", "", text, flags=re.IGNORECASE)
+    if not text or re.search(rf"{place}|<\|?video[^<>]*>", text, re.IGNORECASE):
+        raise ValueError(
+            f"{where}: {text[:60]!r} holds the place of an image; one image is read, before the "
+            "text: word the row without"
+        )
+    return text
 
 
 def has_text(row: dict, name: str) -> bool:
@@ -83,8 +146,7 @@ def read_prompts(path: str) -> list[Metadata]:
     """
     ending = Path(path).suffix.lower()
     if ending in (".jsonl", ".json", ".ndjson"):
-        rows = read_json_lines(path, ("prompt",))
-        return [with_clauses(path, row, row["prompt"]) for row in rows]
+        return read_json_lines(path, ("prompt",))
     if ending not in (".txt", ""):
         raise ValueError(
             f"file {path}: its ending {ending} must be .jsonl (JSON objects) or .txt (plain text)")
@@ -93,7 +155,8 @@ def read_prompts(path: str) -> list[Metadata]:
         if is_json(line):
             raise ValueError(
                 f"{path}:{number}: JSON in a file that its ending calls plain text; name it .jsonl")
-        prompts.append(Metadata(tag="", include=[], prompt=line.strip()))
+        prompt = without_image_place(line.strip(), f"{path}:{number}")
+        prompts.append(Metadata(tag="", include=[], prompt=prompt))
     return prompts
 
 
@@ -103,21 +166,6 @@ def is_json(line: str) -> bool:
         return isinstance(json.loads(line), dict | list)
     except ValueError:
         return line.strip() in ("{", "[")       # the first line of an indented file
-
-
-def with_clauses(path: str, row: dict, text: str) -> dict:
-    """A row with all of GenEval's fields. Errors: ValueError for fields of another form."""
-    row = {"tag": "", "include": [], **row}
-    wanted = "a class, a count of at least 1 and perhaps a position such as [\"left of\", 0]"
-    with one_line_error(f"{path}: {text[:60]!r}: every clause must have {wanted}"):
-        for clause in [*row["include"], *row.get("exclude", [])]:
-            clause.setdefault("count", 1)
-            relation, other = clause.get("position", (RELATIONS[0], 0))
-            texts = isinstance(clause["class"], str) and isinstance(row["tag"], str)
-            numbers = type(clause["count"]) is int and type(other) is int
-            if not texts or not numbers or clause["count"] < 1 or relation not in RELATIONS:
-                raise ValueError(f"not {clause}")
-    return row
 
 
 def read_questions(path: str) -> list[dict]:
@@ -163,7 +211,6 @@ def read_edits(path: str) -> list[dict]:
     They may have a caption of the edited image, GenEval's clauses, and questions for a judge.
     """
     rows = read_json_lines(path, ("image", "instruction"))
-    rows = [with_clauses(path, row, row["instruction"]) for row in rows]
     check_images(path, rows)
     return rows
 
@@ -178,7 +225,8 @@ def check_rules(rows: list[dict], path: str, text: str) -> None:
         raise ValueError(
             f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not "
             f"have, such as {bare[0][:60]!r}; add them, or set --ins 0 and use --sem, --kn or "
-            "--dvreward")
+            "--dvreward"
+        )
 
 
 # ---- rows as tasks ask them ----
@@ -192,12 +240,12 @@ class Row:
 
     text: str                                   # the prompt or the question
     metadata: Metadata
-    pixels: Tensor | None = None                # (3, H, W) the given image as the policy reads it
-    source: Tensor | None = None                # (3, H, W) the given image as rewards read it
+    pixels: Tensor | None = None  # (3, H, W) the given image as the policy reads it
+    source: Tensor | None = None  # (3, H, W) the given image as rewards read it
     answer: str | None = None
     options: list[str] | None = None            # of a multiple-choice question
-    real: Tensor | None = None                  # (3, H, W) the real image of a prompt, for rewards
-    full: Tensor | None = None                  # (3, H, W) the given image for the autoencoder
+    real: Tensor | None = None  # (3, H, W) the real image of a prompt, for rewards
+    full: Tensor | None = None  # (3, H, W) the given image for the autoencoder
     wanted: str = ""                            # a caption of the edited image, for rewards
 
 
@@ -260,7 +308,7 @@ def choice_row(row: dict, policy: Policy) -> Row:
 def caption_row(row: dict, policy: Policy) -> Row:
     """A caption as a prompt, with its real image."""
     pixels, _ = read_picture(row["image"], policy)
-    return Row(row["caption"], {"tag": "", "include": [], **row}, real=reward_pixels(pixels))
+    return Row(row["caption"], row, real=reward_pixels(pixels))
 
 
 def edit_row(row: dict, policy: Policy) -> Row:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from support.checkpoint import FLOATS, all_finite, full_tensor, save_tensors, shard_like, trainable
-from support.disk import one_line_error, write_atomic
+from support.disk import fingerprint, one_line_error, write_atomic
 from support.terminal import say, the_device
 
 # ---- ranks ----
@@ -143,6 +143,10 @@ def setup() -> Ranks:
 
 # Settings that may differ between a run and its resumption without changing what is computed.
 FREE = ("resume", "out", "steps", "eval_every", "save_every", "micro", "rollout_batch")
+# Settings that name a file or folder, which is compared by its content if it lies here.
+FILES = (
+    "policy", "prompts", "questions", "edits", "siglip", "judge", "captioner", "pref_model",
+    "detector")
 
 
 class Log:
@@ -158,9 +162,12 @@ class Log:
         self.evaluated, self.waiting, self.opened, self.owner = set(), [], False, None
         versions = dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        paths = {name: Path(config[name]) for name in FILES if config.get(name)}
+        files = {name: fingerprint(path) for name, path in paths.items() if path.exists()}
         command = " ".join(sys.argv)
         self.head = dict(
-            config=config, command=command, commit=commit(), world=world, versions=versions)
+            config=config, command=command, commit=commit(), world=world, versions=versions,
+            files=files)
         self.start = time.monotonic()
         if active:
             out.mkdir(parents=True, exist_ok=True)
@@ -287,7 +294,7 @@ def flatten_head(head: dict) -> dict:
             flat |= value
         elif name not in FREE:
             flat[name] = value
-    return flat
+    return flat | (head.get("files") or {})
 
 
 def commit() -> str | None:
@@ -328,8 +335,8 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
 
 @contextmanager
 def signals():
-    """A list to which SIGINT, SIGTERM, SIGQUIT and SIGHUP append their names; the old handlers come
-    back afterwards.
+    """A list to which SIGINT, SIGTERM, SIGQUIT and SIGHUP append their numbers; the old handlers
+    come back afterwards.
 
     A SIGHUP that is ignored, as nohup does, stays ignored.
     """
@@ -339,7 +346,7 @@ def signals():
         ignored = (
             name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN)
         if number is not None and not ignored:
-            old[number] = signal.signal(number, lambda n, _: caught.append(signal.Signals(n).name))
+            old[number] = signal.signal(number, lambda n, _: caught.append(n))
     try:
         yield caught
     finally:

@@ -157,10 +157,10 @@ def test_a_folder_that_is_not_the_runners_own_is_left_as_it_is(started, tmp_path
 
 
 def test_a_run_that_was_stopped_is_not_done(started, tmp_path, monkeypatch):
-    """train.py ends with status 0 after Ctrl-C, but without a policy."""
+    """train.py ends with status 130 after Ctrl-C."""
     monkeypatch.setattr(
-        claims.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=0))
-    assert "a, seed 0: stopped" in claims.run_arm("a", 0, tmp_path)
+        claims.subprocess, "run", lambda command, **_: SimpleNamespace(returncode=130))
+    assert "(exit 130)" in claims.run_arm("a", 0, tmp_path)
     assert not claims.is_done("a", 0, tmp_path)
 
 

@@ -78,17 +78,41 @@ def test_a_count_that_is_not_given_is_one(tmp_path):
     [
         "dog", {"count": 1}, {"class": 3}, {"class": "dog", "count": 0},
         {"class": "dog", "count": "two"}, {"class": "dog", "position": ["near", 0]},
-        {"class": "dog", "position": ["above"]}, {"class": "dog", "position": None}],
+        {"class": "dog", "position": ["above"]}, {"class": "dog", "position": ["above", 1]},
+        {"class": "dog", "position": ["above", -1]}, {"class": "dog", "color": ""},
+        {"class": "dog", "colour": "red"}],
 )
 @pytest.mark.parametrize("name", ["include", "exclude"])
 def test_clauses_of_another_form_are_refused(tmp_path, name, clause):
-    row = {"prompt": "a dog", name: [clause]}
-    with pytest.raises(ValueError, match="p.jsonl: 'a dog': every clause must have") as error:
+    row = {"prompt": "a dog", name: [{"class": "cat"}, clause]}
+    with pytest.raises(ValueError, match="p.jsonl:1: every clause must have") as error:
         read_prompts(write(tmp_path / "p.jsonl", json.dumps(row)))
     assert "\n" not in str(error.value)
 
 
+def test_what_is_null_is_not_there_and_colours_are_in_small_letters(tmp_path):
+    content = (
+        '{"prompt": "a dog", "tag": null, "caption": NaN, "exclude": null, "include": [{"class": '
+        '"dog", "count": null, "color": "Red", "position": null}]}')
+    (metadata,) = read_prompts(write(tmp_path / "p.jsonl", content))
+    dog = {"class": "dog", "count": 1, "color": "red"}
+    assert metadata == {"prompt": "a dog", "tag": "", "include": [dog]}
+
+
 # ---- questions and edits ----
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>\nwhat ?", "what ?\n<image>", "<|image_1|> <img>what ?", "[IMG] what ?"])
+def test_the_place_of_the_image_is_no_part_of_a_question(tmp_path, text):
+    (row,) = read_questions(write_rows(tmp_path / "q.jsonl", dict(question=text, answer="red")))
+    assert row["question"] == "what ?"
+
+
+@pytest.mark.parametrize("text", ["is <image 1> red ?", "<image>", "<video>\nwhat ?"])
+def test_a_place_that_cannot_be_taken_out_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="q.jsonl:1: .* holds the place of an image"):
+        read_questions(write_rows(tmp_path / "q.jsonl", dict(question=text, answer="red")))
 
 
 def test_an_answer_in_its_tags_is_taken_out_of_them(tmp_path):
@@ -106,7 +130,8 @@ def test_an_answer_in_its_tags_is_taken_out_of_them(tmp_path):
         ({"answer": "<answer> <answer> 3 </answer>"}, "no text can earn it"),
         ({"answer": "green"}, "must be the letter"), ({"options": "ab"}, "options must be a list"),
         ({"options": ["a", 3]}, "question 'what"), ({"question": ""}, "the text fields"),
-        ({"image": "cut.png"}, "cut.png cannot be read"),
+        ({"image": "cut.png"}, "cut.png cannot be read"), ({"question": "\ud800"}, "not a JSON"),
+        ({"image": "AAAA" * 9999}, "AAAA cannot be read"), ({"include": [{}]}, "every clause"),
         ({"image": "none.png"}, "none.png cannot be read")],
 )
 def test_a_question_that_nobody_could_answer_is_refused_when_it_is_read(tmp_path, row, words):
