@@ -24,10 +24,13 @@ tensor([1.5000, 0.0000])
 
 import math
 import os
+import re
 import string
 import traceback
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +59,6 @@ class Samples:
                     f"Samples: {name} has {len(column)} entries for {len(self.prompts)} prompts")
         for name in ("images", "sources", "reals", "earlier"):
             x = getattr(self, name)
-            if isinstance(x, list):
-                sizes = sorted({tuple(image.shape[-2:]) for image in x})
-                raise ValueError(f"Samples: {name} have the sizes {sizes}, must all be of one")
             if x is not None and (x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point()):
                 raise ValueError(
                     f"Samples: {name} is {x.dtype} {tuple(x.shape)}, "
@@ -94,7 +94,7 @@ def score(rewards: dict[str, Reward], samples: Samples) -> dict[str, Tensor]:
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{os.path.basename(place.filename)}:{place.lineno}"
             what = " ".join(f"{type(error).__name__}: {error} ({where})".split())
-            raise _reward_error(name, samples.prompts[:1], what) from error
+            raise _reward_error(name, samples.prompts[0], what) from error
         scores[name] = _checked_scores(name, value, samples.prompts)                # (N,)
     return scores
 
@@ -105,20 +105,19 @@ def _checked_scores(name: str, value, prompts: list[str]) -> Tensor:
     Errors: RewardError.
     """
     if not isinstance(value, Tensor):
-        raise _reward_error(name, prompts[:1], f"it returned a {type(value).__name__}, no tensor")
+        raise _reward_error(name, prompts[0], f"it returned a {type(value).__name__}, no tensor")
     if value.shape != (len(prompts),) or not value.is_floating_point():
         what = f"it returned {value.dtype} {tuple(value.shape)}, not a float for each sample"
-        raise _reward_error(name, prompts[:1], what)
+        raise _reward_error(name, prompts[0], what)
     value = value.detach().float().cpu()
     for n, number in enumerate(value.tolist()):
         if not math.isfinite(number):
-            raise _reward_error(name, prompts[n:], f"it returned {number} for sample {n}")
+            raise _reward_error(name, prompts[n], f"it returned {number} for sample {n}")
     return value
 
 
-def _reward_error(name: str, prompts: list[str], what: str) -> RewardError:
-    prompt = prompts[0] if prompts else ""
-    return RewardError(f"reward '{name}' failed on prompt {prompt!r}: {what}")
+def _reward_error(name: str, prompt: str, what: str) -> RewardError:
+    return RewardError(f"reward '{name}' failed on prompt {prompt[:200]!r}: {what}")
 
 
 def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
@@ -136,25 +135,44 @@ def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
 
 # ---- written answers ----
 
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty").split()
 NUMBERS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
+# How mathematical and other texts write an answer -> how it is compared.
+SPELLINGS = (
+    (r"\\[dt]?frac *{([^{}]*)} *{([^{}]*)}", r"\1/\2"), ("\u2044", "/"), ("[\u2212\u2013]", "-"),
+    (r"\\(?:text|mathrm|mathbf) *{([^{}]*)}", r"\1"), (r"\\boxed *{([^{}]*)}", r"\1"),
+    (r"\\[()\[\],;! ]", ""), (r"[ \\]*%", "%"), (r"(?<=\d),(?=\d{3}(?!\d))", ""))
+NUMBER = r"(?<![\w.])[+-]?(?:\d+\.?\d*|\.\d+)(?![\w.])"
 
 
 def final_answer(text: str) -> str:
-    """The answer in a text: in its first <answer> after the thought, else all that follows it."""
+    """The answer in a text: in its first <answer> after the thought, else all that follows it.
+
+    What stands after "####" is the answer alone, as GSM8K writes it.
+    """
     text = text.rpartition("</think>")[2]
     inside, closed, _ = text.partition("<answer>")[2].partition("</answer>")
-    return inside if closed else text
+    return (inside if closed else text).rpartition("####")[2]
 
 
 def normalise_answer(text: str) -> str:
-    """An answer without case, punctuation and extra spaces, number words up to ten as digits.
+    """An answer without case, punctuation and extra spaces, its numbers in one spelling.
 
-    A sign before it and a point stay.
+    Words up to twenty, 1,000, 3.0, +3 and \\boxed{3} become plain digits; a sign and a point stay.
     """
-    text = text.casefold().strip()
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    for spelling, plain in SPELLINGS:
+        text = re.sub(spelling, plain, text)
     text = text.lstrip("\"'`([{*_$ \t\n").rstrip("\"'`)]}*_$.,;:!? \t\n")
+    text = re.sub(NUMBER, _plain_number, text)
     return " ".join(NUMBERS.get(word, word) for word in text.split())
+
+
+def _plain_number(found: re.Match) -> str:
+    """"+03.50" -> "3.5"."""
+    return format(Decimal(found[0]).normalize(), "f")
 
 
 def right_option(answer: str, options: list[str]) -> int:
