@@ -78,33 +78,38 @@ def sample_task(
 
 
 def evaluate_rows(
-    policy: Policy, seed: int = 1234, guidance: float = 1.0, samples: int | None = None
+    policy: Policy, seed: int = 1234, guidance: float = 1.0, samples: int | None = None,
+    split: str = "test"
 ) -> RowValues:
     """What each held-out row is worth to a policy.
 
     The names are <task>/<tag>, <task>, <task>/held_out (pairs of colour and shape that training
     never shows), what a task measures besides its truth, and captions. guidance: see `sample_task`.
-    samples: of each row of a task that draws; None: as many as its evaluation takes.
+    samples: of each row of a task that draws; None: as many as its evaluation takes. split: "test",
+    or "validation", to tune on.
     """
     values = {}
     for place, task in enumerate(TASKS.values()):
         if task.held_out:
             G = samples if samples and task.draws else task.samples
-            values |= evaluate_task(policy, task, seed + place, guidance, G)
+            values |= evaluate_task(policy, task, seed + place, guidance, G, split)
     values["captions"] = [captions_truth(policy, seed)]
     return values
 
 
-def evaluate_task(policy: Policy, task: Task, seed: int, guidance: float, G: int) -> RowValues:
+def evaluate_task(
+    policy: Policy, task: Task, seed: int, guidance: float, G: int, split: str = "test"
+) -> RowValues:
     """One task's part of `evaluate_rows`."""
-    name, rows = task.name, task.held_out("test")
+    name, rows = task.name, task.held_out(split)
     samples = sample_task(policy, task, rows, seed, G, guidance)
     found = find(task, samples)
     right = mean_of_groups(task.truth(samples, found), G)                           # (B,)
     tags = np.array([row.metadata["tag"] for row in rows])
     values = {f"{name}/{tag}": [right[tags == tag]] for tag in task.tags}
     values[name] = sum(values.values(), []) if task.mean_of_tags else [right]
-    if unseen := task.held_out("unseen"):
+    unseen = task.held_out("unseen") if split == "test" else []
+    if unseen:
         others = sample_task(policy, task, unseen, seed + 2, G, guidance)
         truth = task.truth(others, find(task, others))
         values[f"{name}/held_out"] = [mean_of_groups(truth, G)]
@@ -337,6 +342,9 @@ def main(argv: list[str] | None = None) -> None:
         "--samples", type=number(int, least=2),
         help="pictures of each prompt, whose variety is measured; default: by task")
     ap.add_argument(
+        "--split", choices=["test", "validation"], default="test",
+        help="the rows that are reported, or others to tune on")
+    ap.add_argument(
         "--seed", type=number(int, least=0), default=1234, help="of held-out pictures and noise"
     )
     ap.add_argument("--out", type=new_file, default="eval.json", help="the table as JSON")
@@ -349,12 +357,12 @@ def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
     policy = load_toy_policy(a.policy, a.adapter)
     other = load_toy_policy(a.against) if a.against else None
-    values = evaluate_rows(policy, a.seed, a.guidance, a.samples)
+    values = evaluate_rows(policy, a.seed, a.guidance, a.samples, a.split)
     table = table_of(values)
     text = print_table(table)
-    result = {"policy": a.policy, "seed": a.seed, "table": as_json(table)}
+    result = {"policy": a.policy, "seed": a.seed, "split": a.split, "table": as_json(table)}
     if other:
-        before = evaluate_rows(other, a.seed, a.guidance, a.samples)
+        before = evaluate_rows(other, a.seed, a.guidance, a.samples, a.split)
         change = paired_change(before, values)
         result |= {"against": a.against, "change": as_json(change)}
         text = f"from {a.against} to {a.policy}\n{print_change(table_of(before), table, change)}"

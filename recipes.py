@@ -303,8 +303,11 @@ class Config:
     )
     alternate: bool = setting(False, "one task a step, in turns")
     normalise: str = setting(
-        "sum", "add rewards, then normalise [LVRPO]; or normalise each, then add [CoRL's code]",
-        choices=("sum", "each"))
+        "sum",
+        "add rewards, then normalise [LVRPO]; or normalise each, then add [TRL's "
+        "normalize_then_sum]",
+        choices=("sum", "each"),
+    )
     advantage: str = setting(
         "group",
         "whose std divides the centred reward: the group's (GRPO), the batch's "
@@ -509,28 +512,41 @@ def check(cfg: Config, world: int) -> None:
         why = f"it reads {reads}, which no sample of {names} has"
         refuse(weight and not scores, f"--{name} {weight} would score nothing: {why}")
     refining = any(task.refines for task in used)
-    refuse((cfg.rectify != "off" or cfg.initial > 1) and not refining,
-           f"--rectify {cfg.rectify} --initial {cfg.initial} are for refinements, and no task of "
-           "this run refines; see --reflect")
+    refuse(
+        (cfg.rectify != "off" or cfg.initial > 1) and not refining,
+        f"--rectify {cfg.rectify} --initial {cfg.initial} are for refinements, and no task of "
+        "this run refines; see --reflect",
+    )
     each = cfg.normalise == "each"
-    refuse(each and refining, "--normalise each compares no refinement with its first picture; set "
-           "--reflect 0")
-    refuse(each and cfg.advantage != "group", f"--advantage {cfg.advantage} has no effect: "
-           "--normalise each divides each reward by its group's std; leave one out")
+    refuse(
+        each and refining,
+        "--normalise each compares no refinement with its first picture; set --reflect 0")
+    refuse(
+        each and cfg.advantage != "group",
+        f"--advantage {cfg.advantage} has no effect: "
+        "--normalise each divides each reward by its group's std; leave one out",
+    )
     learning = f"--train_referee {cfg.train_referee}" if cfg.train_referee else ""
-    refuse(learning and not (cfg.weights["sem"] or cfg.weights["dense"]),
-           f"{learning} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
-    refuse(learning and (cfg.shard or cfg.bf16), f"{learning} trains a whole SigLIP in fp32 on "
-           "every rank; it does not go with --shard or --bf16")
+    refuse(
+        learning and not (cfg.weights["sem"] or cfg.weights["dense"]),
+        f"{learning} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
+    refuse(
+        learning and (cfg.shard or cfg.bf16),
+        f"{learning} trains a whole SigLIP in fp32 on "
+        "every rank; it does not go with --shard or --bf16",
+    )
     halves = [task.name for task in used if task.pair]
     rows = " and ".join(f"--{name} {cfg.rows[name]}" for name in halves)
-    refuse(len({cfg.rows[name] for name in halves}) > 1, f"{rows} are halves of the same rows; "
-           "give both one number, or one 0")
-    refuse(cfg.shard and "RANK" not in os.environ,
-           "--shard cuts the policy over ranks; start with torchrun")
+    refuse(
+        len({cfg.rows[name] for name in halves}) > 1,
+        f"{rows} are halves of the same rows; give both one number, or one 0")
+    refuse(
+        cfg.shard and "RANK" not in os.environ,
+        "--shard cuts the policy over ranks; start with torchrun")
     own = Path(cfg.out) / "policy"
-    refuse(Path(cfg.policy).resolve() == own.resolve(), f"--policy {cfg.policy} is where this run "
-           "would write its own policy; give another --out")
+    refuse(
+        Path(cfg.policy).resolve() == own.resolve(),
+        f"--policy {cfg.policy} is where this run would write its own policy; give another --out")
     refuse(cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, or the average would never move")
     check_window(cfg)
 
@@ -545,15 +561,22 @@ def check_task(cfg: Config, task: Task, world: int) -> None:
     less = count - count % world
     fitting = f"{less} or {less + world}" if less else f"{world}"
     refuse(count % world, f"{flag} prompts do not divide over {world} ranks; {fitting} would")
-    refuse(not task.draws and not cfg.lr_understanding, f"{flag} rows teach the understanding "
-           f"expert, which --lr_understanding 0 freezes; set --{task.name} 0")
+    refuse(
+        not task.draws and not cfg.lr_understanding,
+        f"{flag} rows teach the understanding "
+        f"expert, which --lr_understanding 0 freezes; set --{task.name} 0",
+    )
 
 
 def check_window(cfg: Config) -> None:
     """ValueError for noisy steps that do not fit the grid."""
     cps = cfg.sampler == "cps"
-    refuse(cps and cfg.noise_level >= 2, f"--noise_level {cfg.noise_level}: must be below 2 for "
-           "cps, else std is 0")
+    refuse(
+        cps and cfg.noise_level >= 2,
+        f"--noise_level {cfg.noise_level}: must be below 2 for cps, else std is 0")
     last = cfg.denoise_steps - 1 if cps else cfg.denoise_steps  # cps has no noise in its last step
-    refuse(not cfg.window <= cfg.window_high <= last, f"--window {cfg.window} before --window_high "
-           f"{cfg.window_high} does not fit in {last} noisy steps")
+    refuse(
+        not cfg.window <= cfg.window_high <= last,
+        f"--window {cfg.window} before --window_high "
+        f"{cfg.window_high} does not fit in {last} noisy steps",
+    )

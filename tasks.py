@@ -94,7 +94,7 @@ class Task:
     truth: Callable[[Samples, list | None], Tensor | None]
     toy: Callable[[], Pool]                     # rows of the toy world
     file: str  # the setting that names its file: prompts, questions, edits
-    text: str                                   # the field of a file's row that the policy reads
+    reads: tuple[str, ...]                      # fields that a file's row must have, its text first
     pool: Callable[[list[dict], Policy], Pool]  # rows of that file
     writes: str = ""                            # the setting that bounds the tokens that it writes
     form: str = ""  # the tags that its texts are asked for: "thought", "answer"
@@ -104,13 +104,18 @@ class Task:
     rounds: int = 1                             # how often it draws
     # Logged with truth: samples, detections, detector -> name -> (N,).
     parts: Callable[[Samples, list, Callable], dict] | None = None
-    # Rows of the evaluation; True: of (colour, shape) pairs that training never shows.
-    held_out: Callable[[bool], list[Row]] | None = None
+    # Rows of the evaluation, of a split: "test", "unseen" or "validation" (toy/world.py).
+    held_out: Callable[[str], list[Row]] | None = None
     samples: int = 1                            # of each row in an evaluation
     tags: tuple[str, ...] = ()                  # that an evaluation tells apart
     mean_of_tags: bool = False  # whether its headline weighs tags alike, as GenEval does
     # Evaluated with truth: rows, samples, detections, G -> name -> one per row.
     also: Callable[[list[Row], Samples, list, int], dict] | None = None
+
+    @property
+    def text(self) -> str:
+        """The field of a file's row that the policy reads."""
+        return self.reads[0]
 
     @property
     def draws(self) -> bool:
@@ -202,7 +207,7 @@ TABLE = (
     Task(
         name="draw", title="text to image", help="prompts a step that are drawn at once",
         plan=draw_plan, gives=("images",), truth=drawn_truth,
-        toy=lambda: pool_by_tag(shapes.prompts("train")), file="prompts", text="prompt",
+        toy=lambda: pool_by_tag(shapes.prompts("train")), file="prompts", reads=("prompt",),
         pool=prompts_of_file, held_out=held_out_prompts, samples=8, tags=shapes.TAGS,
         mean_of_tags=True, also=variety),
     Task(
@@ -210,49 +215,49 @@ TABLE = (
         help="prompts a step that are thought about, then drawn", plan=think_plan,
         gives=("texts", "images", "formats"), truth=drawn_truth, writes="think_tokens",
         form="thought", toy=lambda: pool_by_tag(shapes.implicit_prompts("train")), file="prompts",
-        text="prompt", pool=prompts_of_file, held_out=held_out_riddles, samples=4,
+        reads=("prompt",), pool=prompts_of_file, held_out=held_out_riddles, samples=4,
         also=right_thoughts),
     Task(
         name="ask", title="open questions", help="questions a step", plan=ask_plan, gives=ASKED,
         truth=answer_truth, writes="answer_tokens", toy=lambda: toy_rows(open_question),
-        file="questions", text="question", pool=questions_of_file, held_out=held_out_questions,
+        file="questions", reads=("question",), pool=questions_of_file, held_out=held_out_questions,
         tags=KINDS),
     Task(
         name="choose", title="multiple choice",
         help="multiple-choice questions a step, answered with a thought, in tags", plan=reason_plan,
         gives=REASONED, truth=answer_truth, writes="think_tokens", form="answer",
-        toy=lambda: toy_rows(choice_question), file="questions", text="question",
+        toy=lambda: toy_rows(choice_question), file="questions", reads=("question", "options"),
         pool=choices_of_file, held_out=held_out_choices, tags=KINDS,
         also=format_kept("choose/format")),
     Task(
         name="reason", title="open questions with a thought",
         help="open questions a step, answered with a thought, in tags", plan=reason_plan,
         gives=REASONED, truth=answer_truth, writes="think_tokens", form="answer",
-        toy=lambda: toy_rows(open_question), file="questions", text="question",
+        toy=lambda: toy_rows(open_question), file="questions", reads=("question",),
         pool=questions_of_file, held_out=held_out_reasons, tags=KINDS,
         also=format_kept("reason/format")),
     Task(
         name="pair_image", title="pairs, image half",
         help="image halves of pairs a step: captions that are drawn", plan=draw_plan,
         gives=("images", "reals"), truth=drawn_truth, pair="image",
-        toy=lambda: toy_rows(lambda rng: toy_pair(rng)[0]), file="questions", text="caption",
+        toy=lambda: toy_rows(lambda rng: toy_pair(rng)[0]), file="questions", reads=("caption",),
         pool=captions_of_file),
     Task(
         name="pair_text", title="pairs, text half",
         help="text halves of pairs a step: questions about the same rows' real images",
         plan=reason_plan, gives=REASONED, truth=answer_truth, writes="think_tokens", form="answer",
         pair="text", toy=lambda: toy_rows(lambda rng: toy_pair(rng)[1]), file="questions",
-        text="question", pool=choices_of_file),
+        reads=("question",), pool=choices_of_file),
     Task(
         name="edit", title="edits", help="edits a step", plan=edit_plan,
         gives=("images", "sources"), truth=edit_truth, parts=edit_parts, sees=True,
-        toy=lambda: toy_rows(toy_edit), file="edits", text="instruction", pool=edits_of_file,
+        toy=lambda: toy_rows(toy_edit), file="edits", reads=("instruction",), pool=edits_of_file,
         held_out=held_out_edits, samples=2, tags=("make", "remove", "add")),
     Task(
         name="reflect", title="refinements",
         help="prompts a step whose first picture is looked at and drawn again", plan=reflect_plan,
         gives=("images",), truth=drawn_truth, writes="think_tokens", sees=True, refines=True,
-        toy=lambda: pool_by_tag(shapes.prompts("train")), file="prompts", text="prompt",
+        toy=lambda: pool_by_tag(shapes.prompts("train")), file="prompts", reads=("prompt",),
         pool=prompts_of_file, held_out=held_out_prompts, samples=4, tags=shapes.TAGS,
         also=right_diagnoses, parts=compare_with_first("sources")),
     Task(
@@ -260,8 +265,8 @@ TABLE = (
         help="prompts a step that are thought about, drawn, looked at and drawn again",
         plan=rounds_plan, gives=("texts", "images", "formats"), truth=drawn_truth,
         writes="think_tokens", form="thought",
-        toy=lambda: pool_by_tag(shapes.implicit_prompts("train")), file="prompts", text="prompt",
-        pool=prompts_of_file, held_out=held_out_riddles, samples=4,
+        toy=lambda: pool_by_tag(shapes.implicit_prompts("train")), file="prompts",
+        reads=("prompt",), pool=prompts_of_file, held_out=held_out_riddles, samples=4,
         parts=compare_with_first("earlier"), rounds=2),
 )
 TASKS = {task.name: task for task in TABLE}
@@ -346,7 +351,7 @@ class Source:
         self.questions = Questions(self.toy)
         self.pools, self.drawn_rows = {}, []    # drawn_rows: what r_ins will judge
         if any(task.draws for task in self.tasks):
-            policy.latent_grid((cfg.resolution, cfg.resolution), 1)     # refuses what is no multiple
+            policy.latent_grid((cfg.resolution, cfg.resolution), 1)  # refuses what is no multiple
         if self.toy and cfg.resolution != shapes.SIZE:
             raise ValueError(f"--resolution {cfg.resolution}: must be {shapes.SIZE}, the toy world")
         if self.toy:
@@ -484,30 +489,23 @@ def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]
 
 def check_rows(rows: list[dict], path: str, task: Task, cfg, policy: Policy) -> None:
     """ValueError for rows of a file that a task cannot use or a reward cannot score; a warning for
-    unknown words.
-    """
-    if bare := [row for row in rows if not row.get(task.text)]:
-        raise ValueError(
-            f"--{task.name} reads \"{task.text}\", which {len(bare)} rows of {path} "
-            "do not have; add it, or "
-            f"set --{task.name} 0"
-        )
-    if task.name == "choose" and (
-        bare := [row["question"] for row in rows if not row.get("options")]):
-        raise ValueError(
-            f"--choose needs options in every row of {path}; {bare[0][:60]!r} has none")
-    texts, room = [row[task.text] for row in rows], getattr(cfg, task.writes) if task.writes else 0
-    policy.token_ids(texts, room)
-    unknown = policy.tokenizer.unk_token_id     # BAGEL's tokenizer has none: it spells every word
-    if unknown is not None:
-        strange = [
-            t for t in texts if unknown in policy.tokenizer(t, add_special_tokens=False).input_ids]
-        if strange:
-            say(
-                f"warning: {len(strange)} of {len(texts)} rows of {path} hold words that the "
-                "policy was never taught, "
-                f"such as {strange[0][:60]!r}"
+    words that the policy was never taught."""
+    for field in task.reads:
+        if bare := [row for row in rows if not row.get(field)]:
+            raise ValueError(
+                f"--{task.name} reads \"{field}\", which {len(bare)} rows of {path} "
+                "do "
+                f"not have; add it, or set --{task.name} 0"
             )
+    room = getattr(cfg, task.writes) if task.writes else 0
+    tokenized = policy.token_ids([row[task.text] for row in rows], room)
+    unknown = policy.tokenizer.unk_token_id     # BAGEL's tokenizer has none: it spells every word
+    strange = [row[task.text] for row, ids in zip(rows, tokenized) if unknown in ids]
+    if strange:
+        say(
+            f"warning: {len(strange)} of {len(rows)} rows of {path} hold words that the policy was "
+            f"never taught, such as {strange[0][:60]!r}"
+        )
     if task.draws:
         check_drawn(rows, path, task, cfg)
     for answer in dict.fromkeys(row["answer"] for row in rows if task.writes and "answer" in row):
@@ -523,16 +521,16 @@ def check_drawn(rows: list[dict], path: str, task: Task, cfg) -> None:
     if cfg.weights["ins"]:
         check_rules(rows, path, task.text)
     text = task.text
-    if task.sees and task.file == "edits":      # rewards read a caption of the edited image
+    if task.file == "edits":                    # rewards read a caption of the edited image
+        text = "caption"
         reading = [name for name in ("sem", "kn", "dense", "recaption", "tim") if cfg.weights[name]]
-        bare = [row["instruction"] for row in rows if not str(row.get("caption") or "").strip()]
+        bare = [row[task.text] for row in rows if not row.get("caption")]
         if reading and bare:
             raise ValueError(
                 f"--{reading[0]} compares an edited image with a caption of it, and "
-                f"{bare[0][:60]!r} in "
-                f"{path} has no \"caption\"; add it, or use --dvreward or --ins alone"
+                f"{bare[0][:60]!r} in {path} has no \"caption\"; add it, or use "
+                "--dvreward or --ins alone"
             )
-        text = "caption"
     if cfg.weights["recaption"] and cfg.cycle_by == "rules":
         for row in rows:
             caption_tuples(row.get(text, ""))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import load_toy_policy, sample_task
+from eval import load_toy_policy, mean_and_error, mean_of_groups, sample_task
 from grpo import variance_share
 from policy import Policy
 from recipes import parse
@@ -136,7 +136,8 @@ def run(a) -> str:
     scores = score_samples(policy, samples)
     table, picture = truth_table(scores, truth, G), a.out.with_suffix(".png")
     best_and_worst(scores, samples, truth, G, picture)
-    result = {"policy": a.policy, "seed": a.seed, "table": table}
+    means = {name: mean_and_error(mean_of_groups(each, G)) for name, each in scores.items()}
+    result = {"policy": a.policy, "seed": a.seed, "means": means, "table": table}
     write_atomic(a.out, json.dumps(result, indent=1).encode())
     return f"{print_rewards(table)}\nwritten to {a.out}, best and worst pictures to {picture}"
 

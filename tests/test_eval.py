@@ -26,7 +26,7 @@ from toy import shapes, world
 
 
 def test_held_out_prompts_are_evaluation_prompts_of_every_tag():
-    known, unseen = world.held_out_prompts(), world.held_out_prompts(pairs=True)
+    known, unseen = world.held_out_prompts("test"), world.held_out_prompts("unseen")
     training = {metadata["prompt"] for metadata in shapes.prompts("train")}
     assert not {row.text for row in known + unseen} & training
     assert {row.metadata["tag"] for row in known} == set(shapes.TAGS)
@@ -39,7 +39,7 @@ def test_held_out_questions_are_about_evaluation_scenes_and_cover_the_kinds(monk
     scenes, ask = [], world.question_row
     monkeypatch.setattr(world, "QUESTIONS", 100)
     monkeypatch.setattr(world, "question_row", lambda *asked: scenes.append(asked[0]) or ask(*asked))
-    kinds = [row.metadata["tag"] for row in world.held_out_questions(pairs)]
+    kinds = [row.metadata["tag"] for row in world.held_out_questions("unseen" if pairs else "test")]
     assert {shapes.scene_split(scene) for scene in scenes} == {"eval"}
     assert {shapes.shows_held_out(scene) for scene in scenes} == {pairs}
     assert {kinds.count(kind) for kind in world.KINDS} == {len(kinds) // len(world.KINDS)}
@@ -59,7 +59,7 @@ def paint(scenes):
 
 
 def test_a_picture_of_something_else_is_not_true():
-    rng, metadata = np.random.default_rng(0), [row.metadata for row in world.held_out_prompts()]
+    rng, metadata = np.random.default_rng(0), [row.metadata for row in world.held_out_prompts("test")]
     wrong = [shapes.wrong_metadata(m, rng) for m in metadata]
     images = paint([shapes.sample_scene(m, rng, training=False) for m in wrong])
     samples = Samples([m["prompt"] for m in metadata], metadata, images=images)
@@ -126,7 +126,7 @@ def test_shares_are_of_rows_and_the_mean_weighs_tags_equally(monkeypatch):
     right = torch.tensor([1, 0, 1, 0, 0, 0]).repeat_interleave(2)                   # two samples each
     task = replace(
         TASKS["ask"], truth=lambda samples, found: right, tags=("few", "many"), mean_of_tags=True,
-        held_out=lambda pairs: [] if pairs else rows)
+        held_out=lambda split: rows if split == "test" else [])
     monkeypatch.setattr(evaluation, "sample_task", lambda *_: None)
     table = table_of(evaluation.evaluate_task(None, task, 0, 1.0, 2))
     assert table["ask/few"] == pytest.approx((1 / 2, 1 / 2))
@@ -146,7 +146,7 @@ def test_the_base_is_useful_but_imperfect(monkeypatch, name, low, high):
 def test_thoughts_are_evaluated_greedily():
     """Samples of a prompt differ by their noise alone."""
     texts = sample_task(
-        load_policy(TOY), TASKS["think"], world.held_out_riddles()[:4], seed=0, G=6).texts
+        load_policy(TOY), TASKS["think"], world.held_out_riddles("test")[:4], seed=0, G=6).texts
     assert all(len(set(texts[i:i + 6])) == 1 for i in range(0, 24, 6))
 
 

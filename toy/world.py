@@ -18,11 +18,13 @@ from support.rows import Metadata, Pool, Row, prompt_row
 from toy import shapes
 
 KINDS = ("count", "color", "shape", "exists", "relation")       # of questions
-PROMPTS_PER_TAG, THOUGHTS, QUESTIONS, EDITS = 32, 96, 1000, 200  # rows of an evaluation
+PROMPTS_PER_TAG, THOUGHTS, QUESTIONS, EDITS = 32, 96, 1000, 200         # rows of an evaluation
+VALIDATION = 1000  # added to the seed of rows that are drawn, for the validation split
 
 
 class EditMetadata(Metadata):
     """An edit's metadata, with what the pictures before and after it say."""
+
     source: shapes.Things
     target: shapes.Things
 
@@ -38,15 +40,18 @@ def render_pixels(scenes: list[shapes.Scene]) -> Tensor:
 
 def toy_rows(make: Callable[[np.random.Generator], Row]) -> Pool:
     """Rows of the toy world, each made from (key, number of the row) by itself."""
+
     def draw(key: tuple, count: int, mine: range) -> list[Row]:
         return [make(np.random.default_rng((*key, i))) for i in mine]
+
     return draw
 
 
 def question_row(scene: shapes.Scene, question: shapes.Question) -> Row:
     pixels = render_pixels([scene])[0]
-    return Row(question.text, {"tag": question.kind, "include": []}, pixels, pixels * 0.5 + 0.5,
-               question.answer, question.options)
+    return Row(
+        question.text, {"tag": question.kind, "include": []}, pixels, pixels * 0.5 + 0.5,
+        question.answer, question.options)
 
 
 def open_question(rng: np.random.Generator) -> Row:
@@ -65,8 +70,9 @@ def edit_row(edit: shapes.Edit) -> Row:
     metadata: EditMetadata = edit.metadata | {
         "tag": edit.instruction.split()[0], "source": shapes.discrete(edit.source),
         "target": shapes.discrete(edit.target)}
-    return Row(edit.instruction, metadata, pixels, pixels * 0.5 + 0.5, full=pixels,
-               wanted=shapes.describe(edit.target))
+    return Row(
+        edit.instruction, metadata, pixels, pixels * 0.5 + 0.5, full=pixels,
+        wanted=shapes.describe(edit.target))
 
 
 def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
@@ -76,7 +82,7 @@ def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
             continue
         try:
             return edit_row(shapes.make_edit(scene, rng))
-        except ValueError:                              # nothing in it can be named or added
+        except ValueError:                      # nothing in it can be named or added
             continue
 
 
@@ -91,6 +97,8 @@ def toy_pair(rng: np.random.Generator) -> tuple[Row, Row]:
     All tags are equally likely."""
     metadata = shapes.pick(rng, train_prompts()[shapes.pick(rng, shapes.TAGS)])
     scene = shapes.sample_scene(metadata, rng)
+    while shapes.scene_split(scene) == "eval":  # whose questions the evaluation asks
+        scene = shapes.sample_scene(metadata, rng)
     question = shapes.make_question(scene, rng)
     if rng.random() < 0.5:
         question = shapes.make_choice(question, rng)
@@ -106,41 +114,49 @@ def evenly_spaced(rows: list, n: int) -> list:
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
 
 
-def held_out_prompts(pairs: bool = False) -> list[Row]:
-    """Evaluation prompts, none of which is trained on.
+# Of each function the split is "test", which the reported numbers are of; "unseen", pairs of colour
+# and shape that training never shows; or "validation", to tune on: prompts of training with noise
+# of their own, and other scenes.
 
-    At most PROMPTS_PER_TAG of every tag whose (colour, shape) pairs occur in training (3, 6, 9, 15,
-    32, 32), or, pairs=True, as many of all tags together that name a pair that training never
-    shows. Training has another phrasing of the same meaning, but for three in ten of position and
-    nearly half of color_attr."""
-    pool = [m for m in shapes.prompts("eval") if ("held_out" in m) == pairs]
-    if pairs:
+
+def prompts_of_split(prompts: Callable, split: str) -> list[Metadata]:
+    """The prompts of training for validation, else those of the evaluation, unseen pairs or not."""
+    pool = prompts("train" if split == "validation" else "eval")
+    return [m for m in pool if ("held_out" in m) == (split == "unseen")]
+
+
+def held_out_prompts(split: str) -> list[Row]:
+    """Prompts of the evaluation, none of which is trained on: at most PROMPTS_PER_TAG of every tag.
+
+    The test has 3, 6, 9, 15, 32 and 32. Training has another phrasing of the same meaning, but for
+    three in ten of position and nearly half of color_attr. Unseen pairs count together."""
+    pool, rows = prompts_of_split(shapes.prompts, split), []
+    if split == "unseen":
         return list(map(prompt_row, evenly_spaced(pool, PROMPTS_PER_TAG)))
-    rows = []
     for tag in shapes.TAGS:
-        some = evenly_spaced([m for m in pool if m["tag"] == tag], PROMPTS_PER_TAG)
-        rows += map(prompt_row, some)
+        tagged = [m for m in pool if m["tag"] == tag]
+        rows += map(prompt_row, evenly_spaced(tagged, PROMPTS_PER_TAG))
     return rows
 
 
-def held_out_riddles(pairs: bool = False) -> list[Row]:
-    """Implicit prompts of the evaluation; there are none of pairs that training never shows."""
-    if pairs:
+def held_out_riddles(split: str) -> list[Row]:
+    """Implicit prompts; there are none of unseen pairs."""
+    if split == "unseen":
         return []
-    pool = [m for m in shapes.implicit_prompts("eval") if "held_out" not in m]
+    pool = prompts_of_split(shapes.implicit_prompts, split)
     return list(map(prompt_row, evenly_spaced(pool, THOUGHTS)))
 
 
-def held_out_questions(pairs: bool = False, seed: int = 7, choice: bool = False) -> list[Row]:
+def held_out_questions(split: str, seed: int = 7, choice: bool = False) -> list[Row]:
     """QUESTIONS scenes that training never asks about, one question each, kinds in turn.
 
-    pairs: half as many, each with a (colour, shape) pair that training never shows. choice: half as
-    many, with lettered options."""
-    rng, rows = np.random.default_rng(seed), []
-    wanted = QUESTIONS // 2 if pairs or choice else QUESTIONS
+    Half as many of unseen pairs, and, choice=True, of questions with lettered options."""
+    unseen, rows = split == "unseen", []
+    rng = np.random.default_rng(seed + VALIDATION if split == "validation" else seed)
+    wanted = QUESTIONS // 2 if unseen or choice else QUESTIONS
     while len(rows) < wanted:
         kind, scene = KINDS[len(rows) % len(KINDS)], shapes.random_scene(rng, "eval")
-        if shapes.shows_held_out(scene) == pairs and kind in shapes.question_kinds(scene):
+        if shapes.shows_held_out(scene) == unseen and kind in shapes.question_kinds(scene):
             question = shapes.make_question(scene, rng, kind, training=False)
             if choice:
                 question = shapes.make_choice(question, rng)
@@ -148,18 +164,18 @@ def held_out_questions(pairs: bool = False, seed: int = 7, choice: bool = False)
     return rows
 
 
-def held_out_choices(pairs: bool = False) -> list[Row]:
-    return [] if pairs else held_out_questions(seed=8, choice=True)
+def held_out_choices(split: str) -> list[Row]:
+    return [] if split == "unseen" else held_out_questions(split, seed=8, choice=True)
 
 
-def held_out_reasons(pairs: bool = False) -> list[Row]:
-    return [] if pairs else held_out_questions(seed=9)[:QUESTIONS // 2]
+def held_out_reasons(split: str) -> list[Row]:
+    return [] if split == "unseen" else held_out_questions(split, seed=9)[:QUESTIONS // 2]
 
 
-def held_out_edits(pairs: bool = False) -> list[Row]:
+def held_out_edits(split: str) -> list[Row]:
     """EDITS scenes that training never shows, one edit each."""
-    rng = np.random.default_rng(10)
-    return [] if pairs else [toy_edit(rng, "eval") for _ in range(EDITS)]
+    rng = np.random.default_rng(10 + VALIDATION if split == "validation" else 10)
+    return [] if split == "unseen" else [toy_edit(rng, "eval") for _ in range(EDITS)]
 
 
 # ---- truths ----
@@ -207,10 +223,12 @@ def compare_with_first(images: str):
     """Parts of a refinement: what was true of the first picture, and what became of it.
 
     images: the field of Samples that has the first pictures."""
+
     def parts(samples, detections, detector) -> dict[str, Tensor]:
         first = drawn_truth(samples, detector(getattr(samples, images)))
         last = drawn_truth(samples, detections)
         return {"initial": first, "repaired": (1 - first) * last, "spoiled": first * (1 - last)}
+
     return parts
 
 
@@ -231,11 +249,12 @@ def right_thoughts(rows, samples, detections, G) -> dict:
 def format_kept(name: str):
     def also(rows, samples, detections, G) -> dict:
         return {name: think_format(samples)[::G].tolist()}
+
     return also
 
 
 def variety(rows, samples, detections, G) -> dict:
     values = shapes.diversity(to_bytes(samples.images), detections, G)
     for name, value in texture(samples.images).items():
-        values[f"draw/{name}"] = value.view(-1, G).mean(1).tolist()             # (B,)
+        values[f"draw/{name}"] = value.view(-1, G).mean(1).tolist()                 # (B,)
     return values
