@@ -25,7 +25,6 @@ the context, D width, Dv width of the ViT, H heads, d width of a head, V vocabul
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -333,7 +332,7 @@ class Vit(nn.Module):
         """Encode patches (N, M, F) at ids (N, M) -> (N, M, Dv)."""
         x = self.embeddings["patch_embedding"](patches)
         x = x + self.embeddings["position_embedding"](ids).to(x.dtype)           # (N, M, Dv)
-        allowed = own_attention(mask, causal=False)                              # (N, 1, M, M)
+        allowed = own_attention(mask, causal=False)                              # (N, 1, 1, M)
         for block in self.encoder["layers"]:
             x = block(x, allowed)
         return self.post_layernorm(x)
@@ -342,19 +341,22 @@ class Vit(nn.Module):
 # ---- masks and grids ----
 
 def own_attention(mask: Tensor, causal: bool) -> Tensor:
-    """Return who sees whom inside one appended segment: mask (N, L) -> (N, 1, L, L), rows query.
+    """Return who sees whom inside one appended segment of mask (N, L), rows query.
 
-        text "a b c"        image of 3 tokens        text with one padded position
-        1 0 0               1 1 1                    1 0 0
-        1 1 0               1 1 1                    1 1 0
-        1 1 1               1 1 1                    . . 1   (it sees itself: no row is empty)
+    (N, 1, L, L) for text; (N, 1, 1, L) for an image, whose tokens all see the same.
+
+        text "a b c"        text with one padded position               image of 3 tokens
+        1 0 0               1 0 0                                       1 1 1
+        1 1 0               1 1 0
+        1 1 1               . . 1   (it sees itself: no row is empty)
     """
+    columns = mask[:, None, None, :]
+    if not causal:
+        return columns
     L = mask.shape[1]
-    order = torch.ones(L, L, dtype=torch.bool, device=mask.device)               # (L, L)
-    if causal:
-        order = order.tril()
+    before = mask.new_ones(L, L).tril()                                          # (L, L)
     itself = torch.eye(L, dtype=torch.bool, device=mask.device)
-    return (mask[:, None, None, :] & order) | itself
+    return (columns & before) | itself
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -507,13 +509,14 @@ class Policy(nn.Module):
         Returns the streams after the final norm, and the longer context, `advance` positions on.
         For None it is the context as it was, each row of which may serve several of the streams.
         """
-        N, L = mask.shape
-        R = N // len(context.valid)
+        R = len(mask) // len(context.valid)
         valid = context.valid.repeat_interleave(R, dim=0)                        # (N, S)
         position = position.repeat_interleave(R, dim=0)                          # (N, L)
-        before = valid[:, None, None, :].expand(-1, -1, L, -1)                   # (N, 1, L, S)
-        allowed = torch.cat([before, own_attention(mask, causal)], dim=-1)       # (N, 1, L, S+L)
-        allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)
+        own = own_attention(mask, causal)                                        # (N, 1, L or 1, L)
+        before = valid[:, None, None, :].expand(-1, -1, own.shape[2], -1)
+        allowed = torch.cat([before, own], dim=-1)                               # (.., L or 1, S+L)
+        if own.shape[2] > 1:                          # one row serves all queries of a key head
+            allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)
         dtype = streams[UNDERSTANDING].dtype
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, dtype)
         keys, values = [], []
@@ -649,14 +652,16 @@ class Policy(nn.Module):
         """Return clean latent tokens (N, M, F), fp32: scale * (posterior mean - shift).
 
         pixels (N, 3, H, W), or a list of (3, H_i, W_i), in [-1, 1]; then tokens are padded right.
-        Each side must be a multiple of the stride. Errors: see `check_finite`.
+        Each side must be a multiple of the stride. Autocast is off inside, as in `decode`.
+        Errors: see `check_finite`.
         """
         if isinstance(pixels, list):
             latents = [self.encode(image[None])[0] for image in pixels]
             return pad_right(latents)[0]
         ae = self.config.ae
         pixels = pixels.to(self.device, self.autoencoder.dtype)
-        posterior = self.autoencoder.encode(pixels).latent_dist                  # (N, z, h, w)
+        with torch.autocast(self.device.type, enabled=False):
+            posterior = self.autoencoder.encode(pixels).latent_dist              # (N, z, h, w)
         z = ae["scale_factor"] * (posterior.mean.float() - ae["shift_factor"])
         check_finite(z, "latents")
         return patchify(z, self.config.bagel["latent_patch_size"])
@@ -670,8 +675,8 @@ class Policy(nn.Module):
         ae, patch = self.config.ae, self.config.bagel["latent_patch_size"]
         z = unpatchify(latents, patch, size[0] // self.config.stride)            # (N, z, h, w)
         z = z / ae["scale_factor"] + ae["shift_factor"]
-        z = z.to(self.autoencoder.dtype)
-        pixels = self.autoencoder.decode(z).sample.float()
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = self.autoencoder.decode(z.to(self.autoencoder.dtype)).sample.float()
         check_finite(pixels, "pixels")
         return pixels
 
@@ -717,17 +722,6 @@ class Policy(nn.Module):
                 f"text logits are not finite at token {bad[0, 0]}; the policy's weights or its "
                 "precision are at fault")
         return tokens, mask, logp
-
-    # -- parameters --
-
-    def trainable_by_expert(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trainable parameters by expert; "generation" has latent and time layers."""
-        groups = {"understanding": [], "generation": []}
-        for name, parameter in self.named_parameters():
-            generates = re.search(r"experts\.1\.|norms\.1\.|^latent_|^time_embedder", name)
-            if parameter.requires_grad:
-                groups["generation" if generates else "understanding"].append(parameter)
-        return groups
 
 
 def invert_cumulative(logp: Tensor, uniforms: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ def draw_pictures(
     00000/samples/0000.png and so on. The official script can judge them too."""
     scale = SAMPLING[policy.config.scale]
     draw = Draw((size, size), flow_grpo.time_grid(steps, scale["shift"]))
-    guidance = replace(scale["guidance"], text_scale=text_scale) if text_scale > 1 else None
+    guidance = None
+    if text_scale > 1:                          # at every step, as the official script guides
+        guidance = replace(scale["guidance"], text_scale=text_scale, interval=(0.0, 1.0))
     for i, row in enumerate(tqdm(rows, desc="drawing")):
         paths = paths_of(out, i, samples)
         if all(path.exists() for path in paths):

@@ -28,8 +28,8 @@ class LoRA(nn.Module):
             return y
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.A.dtype)
-        change = self.alpha / self.rank * (x @ self.A.T @ self.B.T)
-        return y + change.to(y.dtype)
+        narrow = x @ self.A.T * (self.alpha / self.rank)                          # (..., rank)
+        return y + (narrow @ self.B.T).to(y.dtype)
 
 
 def add_lora(

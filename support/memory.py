@@ -55,12 +55,12 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     cache = 2 * layers * key                    # keys and values
     inputs = layers * width * 4 * (1 if cfg.checkpointing else 12)
     block = ((5 if cfg.lora else 3) * llm["intermediate_size"] + 8 * width) * byte
-    mask = 3 * policy.config.queries_per_key * (context + image)        # which tokens it sees
+    mask = 3 * policy.config.queries_per_key * context          # which tokens a written one sees
     logits = llm["vocab_size"] * (byte + 12)
 
-    rollout = 2 * context * cache + max(image, 1) * block + max(image, context) * mask
+    rollout = 2 * context * cache + max(image, 1) * block
     replay = 3 * context * cache + (noisy + context) * inputs
-    replay += max(noisy, context) * (block + mask) + written * logits
+    replay += max(noisy, context) * block + written * (mask + logits)
     need["rollout"] = samples * rollout + gathered
     need["replay"] = micro * replay + gathered
     return {name: size / 1e9 for name, size in need.items()}

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from policy import Guidance, Policy, RMSNorm, guided_velocity, own_attention
 from sample import TOY
-from support.checkpoint import load_policy
+from support.checkpoint import load_policy, trainable_by_expert
 
 SIZE = (32, 48)                                                 # 2 x 3 latent tokens of 16 pixels
 few = settings(max_examples=15)
@@ -165,10 +166,29 @@ def test_later_text_cannot_change_earlier_logits_and_image_tokens_see_one_anothe
     assert (moved.abs().amax(-1) > 1e-5).all()
 
 
-def test_a_padded_query_sees_itself_so_that_no_row_is_empty():
-    for causal in (True, False):
-        allowed = own_attention(torch.zeros(1, 3, dtype=torch.bool), causal)
-        assert torch.equal(allowed[0, 0], torch.eye(3, dtype=torch.bool))
+def test_a_padded_query_of_a_text_sees_itself_so_that_no_row_is_empty():
+    allowed = own_attention(torch.zeros(1, 3, dtype=torch.bool), causal=True)
+    assert torch.equal(allowed[0, 0], torch.eye(3, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_one_row_of_the_mask_serves_all_tokens_of_an_image_as_a_full_mask_does(policy, monkeypatch):
+    (tokens, mask), sizes, attend = words(3), [(32, 48), (16, 16), (64, 32)], F.scaled_dot_product_attention
+    x, rows = torch.randn(3, 8, 16), []
+
+    def attend_fully(q, k, v, attn_mask):
+        rows.append(attn_mask.shape[2])
+        return attend(q, k, v, attn_mask=attn_mask.expand(-1, -1, q.shape[2], -1).contiguous())
+
+    def read_and_draw():
+        _, context = policy.append_text(policy.empty(3), tokens, mask)
+        context = policy.append_image(context, pixels=[torch.ones(3, 16, 24)] * 3, latents=x, size=sizes)
+        return policy.velocity(context, x, 0.4, sizes)[policy.latent_grid(sizes, 3)[1]]
+
+    ours = read_and_draw()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend_fully)
+    torch.testing.assert_close(ours, read_and_draw(), atol=1e-6, rtol=0)
+    assert rows.count(1) == len(rows) - len(policy.blocks)      # only the text's blocks have more
 
 
 @torch.no_grad()
@@ -189,7 +209,7 @@ def test_text_and_pixels_reach_every_understanding_parameter_and_no_other(policy
     context = policy.append_image(policy.empty(1), pixels=torch.rand(1, 3, 16, 16))
     logits, _ = policy.append_text(context, torch.arange(6)[None])
     logits.square().sum().backward()
-    groups = policy.trainable_by_expert()
+    groups = trainable_by_expert(policy)
     assert all(p.grad is not None for p in groups["understanding"])
     assert all(p.grad is None for p in groups["generation"])
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -211,6 +231,16 @@ def test_the_velocity_is_float32_and_the_cache_follows_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         _, context = load_policy(TOY).append_text(policy.empty(1), torch.arange(4)[None])
     assert {x.dtype for x in (*context.keys, *context.values)} == {torch.bfloat16}
+
+
+def test_the_autoencoder_keeps_its_precision_under_autocast(policy):
+    """So that a picture drawn in a rollout is the picture that a reward sees."""
+    pixels = torch.rand(2, 3, *SIZE) * 2 - 1
+    latents = policy.encode(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(policy.encode(pixels), latents)
+        inside = policy.decode(latents, SIZE)
+    assert torch.equal(inside, policy.decode(latents, SIZE))
 
 
 def test_images_of_several_sizes_encode_as_each_alone_and_padding_is_zero(policy):
