@@ -408,10 +408,11 @@ def argument_parser() -> Arguments:
         "--scale", choices=[*SCALES],
         help="settings that depend on size; default: by the width of --policy")
     for name, task in TASKS.items():
-        ap.add_argument(f"--{name}", type=number(int, least=0), help=task.help.replace("%", "%%"))
+        about = task.help.replace("%", "%%")
+        ap.add_argument(f"--{name}", dest=name, type=number(int, least=0), help=about)
     for name, entry in REWARDS.items():
-        ap.add_argument(
-            f"--{name}", type=number(float), help=f"weight of {entry.help.replace('%', '%%')}")
+        about = f"weight of {entry.help.replace('%', '%%')}"
+        ap.add_argument(f"--{name}", dest=name, type=number(float), help=about)
     for f in SETTINGS:
         bounds = f.metadata
         if f.type is bool:

@@ -350,6 +350,7 @@ class Source:
         self.scale = policy.config.scale
         self.questions = Questions(self.toy)
         self.pools, self.drawn_rows = {}, []    # drawn_rows: what r_ins will judge
+        self.texts = {}                         # task -> what rewards will read of its file's rows
         if any(task.draws for task in self.tasks):
             policy.latent_grid((cfg.resolution, cfg.resolution), 1)  # refuses what is no multiple
         if self.toy and cfg.resolution != shapes.SIZE:
@@ -367,11 +368,18 @@ class Source:
             if task.file not in rows:
                 rows[task.file] = [with_questions(row, path) for row in READERS[task.file](path)]
             check_rows(rows[task.file], path, task, cfg, policy)
+            name = "caption" if task.file == "edits" else task.text
+            self.texts[task.name] = [row.get(name) or row[task.text] for row in rows[task.file]]
             if task.draws:
                 self.drawn_rows += rows[task.file]
                 if cfg.weights["dvreward"] and cfg.dv_by != "holistic":
                     self.questions.check(rows[task.file], task.text)
             self.pools[task.name] = task.pool(rows[task.file], policy)
+
+    def texts_for(self, reward: str) -> list[str]:
+        """What a reward will read of the files' rows."""
+        texts = [some for name, some in self.texts.items() if reward in rewards_of(TASKS[name])]
+        return sum(texts, [])
 
     def batches(self, step: int, ranks) -> list[Batch]:
         """This rank's share of the step's rows, one Batch per task in use."""

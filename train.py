@@ -60,6 +60,10 @@ TEXT_HALF = 0.8  # weight of a pair's text half; the image half has 1 [CoRL: lam
 # ---- what lives through a run, and through a step ----
 
 
+class Stop(Exception):
+    """A signal asks the run to end before its step moves a weight, or after it."""
+
+
 @dataclass
 class Run:
     """What lives through a run."""
@@ -78,6 +82,13 @@ class Run:
     start: int = 0                              # first step
     between: bool = False                       # whether a step has changed the weights in part
     parts: list = field(default_factory=list)   # of the last step
+    caught: list[int] = field(default_factory=list)  # numbers of the signals of this rank
+
+    def stop_if_asked(self) -> None:
+        """Raise Stop on every rank if one of them caught a signal; all must call it as often."""
+        asked = torch.tensor([len(self.caught)], device=self.ranks.device)
+        if self.ranks.total(asked).item():
+            raise Stop
 
 
 @dataclass
@@ -124,6 +135,7 @@ def act(run: Run, batch: Batch) -> Rollout:
     rollouts = []
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
         for rows, index in row_parts(batch, cfg.rollout_batch, cfg.group_size):
+            run.stop_if_asked()
             rollouts.append(
                 sample_plan(
                     policy, task.plan(rows, batch.choices), seed=cfg.seed, step=batch.step,
@@ -222,17 +234,20 @@ def share_advantage(halves: list[Part], cfg: Config, ranks: Ranks) -> None:
 def improve(run: Run, parts: list[Part]) -> dict[str, float]:
     """4. Take --epochs optimiser steps on the parts.
 
-    Micro-batches and ranks add up, since each loss is divided by global counts.
+    Micro-batches and ranks add up, since each loss is divided by global counts. Raises Stop, if it
+    is asked to, before the first of the steps.
     """
     if not parts:                               # momentum must not move the weights either
         return {"loss": 0.0, "grad_norm": 0.0}
     cfg, ranks, policy = run.cfg, run.ranks, run.policy
     pieces = [piece for part in parts for piece in pieces_of(run, part)]
     averaged = ranks.world if policy.sharded else 1  # FSDP2 averages over ranks, our losses add up
-    for _ in range(cfg.epochs):
+    for epoch in range(cfg.epochs):
         run.optimizer.zero_grad()
         total, log = 0.0, {}                    # log: name -> values of the micro-batches
         for piece in pieces:
+            if epoch == 0:
+                run.stop_if_asked()
             loss, stats = piece_loss(policy, piece, cfg)
             for name, value in stats.items():
                 log.setdefault(f"{piece.task}/{name}", []).append(value)
@@ -266,6 +281,7 @@ def draw_first_pictures(run: Run, batch: Batch) -> Batch:
     rows, values, policy = [], [], run.policy
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
         for part, index in row_parts(batch, cfg.rollout_batch, cfg.initial):
+            run.stop_if_asked()
             drawn, least = first_pictures(
                 policy, part, batch.choices, seed=cfg.seed, step=batch.step, index=index,
                 n=cfg.initial, value=value, guidance=guidance_of(cfg, False))
@@ -295,6 +311,7 @@ class Piece:
     adv: Tensor                                                         # (samples of the rollout,)
     totals: dict[str, float]  # "text", "image": what tasks.counts gives for the whole step
     reference: list | None  # the frozen policy's replay, if a penalty compares with it
+    old: dict[int, Tensor] = field(default_factory=dict)  # a text's place -> its log-probs, (n, L)
 
 
 def pieces_of(run: Run, part: Part) -> list[Piece]:
@@ -309,6 +326,7 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
     for rollout, rows in micro_batches(part.rollout, cfg.micro):
         reference = None
         if cfg.penalised:
+            run.stop_if_asked()
             with (
                 torch.no_grad(), precision(cfg, policy.device),
                 reference_of(policy, run.frozen) as frozen):
@@ -319,26 +337,32 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
 
 
 def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a micro-batch, a scalar, and its stats: the sum over its chosen segments."""
+    """The loss of a micro-batch, a scalar, and its stats: the sum over its chosen segments.
+
+    The old log-probs of its texts are those of the first call, at which their ratios are exactly 1:
+    in bf16, decoding and replay round otherwise, which at some tokens is more than the clip range.
+    """
     with precision(cfg, policy.device):
         scored = replay_rollout(policy, piece.rollout)
     loss, log = 0.0, {}
     for i, segment in enumerate(scored):
         reference = piece.reference[i] if piece.reference else None
-        segment_loss = text_loss if isinstance(segment.segment, Text) else image_loss
-        term, stats = segment_loss(segment, reference, piece.adv, piece.totals, cfg)
+        if isinstance(segment.segment, Text):
+            old = piece.old.setdefault(i, segment.logp.detach())
+            term, stats = text_loss(segment, old, reference, piece.adv, piece.totals, cfg)
+        else:
+            term, stats = image_loss(segment, reference, piece.adv, piece.totals, cfg)
         loss = loss + term
         log |= stats
     return loss, log
 
 
 def text_loss(
-    scored, reference, adv: Tensor, totals: dict, cfg: Config
+    scored, old: Tensor, reference, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted GRPO loss of one written text; adv (n,)."""
-    text = scored.segment
+    """The weighted GRPO loss of one written text; old (n, L), adv (n,)."""
     loss, stats = grpo_loss(
-        scored.logp, text.logp, adv, text.chosen, total=totals["text"], per=cfg.text_average,
+        scored.logp, old, adv, scored.segment.chosen, total=totals["text"], per=cfg.text_average,
         level=cfg.text_ratio, low=cfg.text_clip, high=cfg.text_clip_high or cfg.text_clip,
         beta=cfg.text_beta, logp_ref=None if reference is None else reference.logp)
     return cfg.text_weight * loss, as_numbers("text", stats)
@@ -379,10 +403,10 @@ def reference_of(policy: Policy, frozen: Policy | None):
 
 
 def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
-    """The largest gap of log-probs between rollout and replay, before any update.
+    """Mean and 0.99 quantile of |replay - rollout| of log-probs, before any update.
 
-    Beyond the clip range it acts as noise, which is said. Errors: ValueError far beyond it, where
-    the two are different functions.
+    A gap beyond the clip range is said. Errors: ValueError far beyond it, where the two are
+    different functions.
     """
     cfg, gaps = run.cfg, {}
     for part in parts:
@@ -390,9 +414,13 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
             with torch.no_grad(), precision(cfg, run.policy.device):
                 scored_segments = replay_rollout(run.policy, rollout)
             for scored in scored_segments:
-                name = f"{part.name}/{scored.kind}"
-                gaps[name] = max(scored.gap, gaps.get(name, 0.0))
-    for name, gap in gaps.items():
+                gaps.setdefault(f"{part.name}/{scored.kind}", []).append(scored.gaps)
+    out = {}
+    for name, parts in gaps.items():
+        values = torch.cat(parts)
+        mean, high = values.mean().item(), values.quantile(0.99).item()
+        out |= {f"self_check/{name}/mean": mean, f"self_check/{name}/q99": high}
+        gap = max(mean, high)
         clip = cfg.text_clip if name.endswith("text") else cfg.image_clip
         if gap > max(10 * clip, 0.05):
             raise ValueError(
@@ -404,7 +432,7 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
                 f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the clip "
                 f"range {clip:g}"
             )
-    return {f"self_check/{name}": gap for name, gap in gaps.items()}
+    return out
 
 
 def step_stats(run: Run) -> dict[str, float]:
@@ -437,7 +465,7 @@ def train(cfg: Config, ranks: Ranks) -> int:
     It is 0, or 128 and the signal's number. An error saves the last finished step.
     """
     run = begin(cfg, ranks)
-    with signals() as caught, run.log:
+    with signals() as run.caught, run.log:
         evaluation.evaluate_run(run, run.start)
         steps = range(run.start, cfg.steps)
         bar = tqdm(
@@ -449,25 +477,25 @@ def train(cfg: Config, ranks: Ranks) -> int:
                 run.average.update(run.policy)
                 done, run.between = step + 1, False
                 run.log(step=step, **stats)                                         # 5. log
+                bar.set_postfix(loss=f"{stats['loss']:.3f}")
+                run.stop_if_asked()
+            except Stop:
+                keep(run, done)
+                say(f"stopped after {done} steps, checkpoint saved; go on with --resume")
+                ranks.total(torch.zeros(1, device=ranks.device))  # torchrun ends all ranks when the first leaves
+                return 128 + (run.caught or [signal.SIGTERM])[0]
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}; stopped") from error
             except (ValueError, OSError, MemoryError, RuntimeError):
                 if done > run.start and not run.between and not run.policy.sharded:
                     keep(run, done, writer=ranks.rank)
                 raise
-            bar.set_postfix(loss=f"{stats['loss']:.3f}")
-            stopping = torch.tensor([len(caught)], device=ranks.device)
-            halt = bool(ranks.total(stopping).item())
-            if halt or done == cfg.steps or due(done, cfg.save_every):
+            if done == cfg.steps or due(done, cfg.save_every):
                 keep(run, done)                                                     # 6. keep
-            if halt:
-                say(f"stopped after step {step}, checkpoint saved; go on with --resume")
-                ranks.total(stopping)           # torchrun ends all ranks when the first leaves
-                return 128 + (caught or [signal.SIGTERM])[0]
             if cfg.eval_every and (done == cfg.steps or due(done, cfg.eval_every)):
                 evaluation.evaluate_run(run, done)
         export(run)
-    return 128 + caught[0] if caught else 0
+    return 128 + run.caught[0] if run.caught else 0
 
 
 def due(done: int, every: int) -> bool:
@@ -498,7 +526,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
             cfg.rollout_batch or 512)
         scoring = build_rewards(
             cfg, ranks.device, detector=source.detector, rows=source.drawn_rows, states=states,
-            questions=source.questions)
+            questions=source.questions, texts=source.texts_for)
         if cfg.train_referee:
             learner = Learner(scoring.get("sem", scoring.get("dense")).encoder, cfg.train_referee)
     average = Average(policy, cfg.ema)

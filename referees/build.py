@@ -10,7 +10,7 @@ from referees.captions import tuple_similarity
 from referees.detectors import COLOR_CLIP, load_detector
 from referees.geneval import fraction_kept
 from referees.judge import load_judge
-from referees.load import numbers_in
+from referees.load import numbers_in, warn_of_cut
 from referees.preferences import load_preference
 from referees.siglip import OpenClip, is_open_clip, load_open_clip, load_siglip
 from rewards import (
@@ -22,13 +22,14 @@ from support.terminal import say
 
 def build_rewards(
     cfg, device, *, detector: Callable | None, rows: list[Metadata], states: Callable | None,
-    questions: Callable
+    questions: Callable, texts: Callable[[str], list[str]] | None = None
 ) -> dict[str, Reward]:
     """Every reward with a weight in cfg.weights, by name; a model that two ask is loaded once.
 
     detector: the toy's exact one, images -> detections; None for pictures of files.
     rows: the metadata that r_ins will judge, which a published detector checks.
     states, questions: what TokenMatch and Decomposed are given.
+    texts: reward -> what it will read of the rows of files; texts too long for its model are said.
     Errors: OSError and ValueError, in one line, for models that cannot be loaded or are not named.
     """
     asked = weighted_rewards(cfg)
@@ -91,7 +92,23 @@ def build_rewards(
         out["accuracy"] = answer_accuracy
     if "format" in asked:
         out["format"] = think_format
+    if unknown := asked - out.keys():
+        raise ValueError(f"no line of referees/build.py builds the reward {min(unknown)}")
+    for name, reward in out.items():
+        if texts and (model := text_model(reward)):
+            warn_of_cut(name, model.text_ids, texts(name))
     return out
+
+
+def text_model(reward: Reward):
+    """The model by which a reward reads the texts of its samples, or None."""
+    if isinstance(reward, Semantic | Dense):
+        return reward.encoder
+    if isinstance(reward, Knowledge):
+        return reward.judge
+    if isinstance(reward, Preference):
+        return reward.model.clip
+    return None
 
 
 def weighted_rewards(cfg) -> set[str]:

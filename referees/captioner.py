@@ -55,14 +55,20 @@ class TextEncoder:
     tokenizer: Callable
     batch_size: int = 128
 
+    def read_texts(self, texts: list[str], **how):
+        """The tokenizer's ids and masks of texts, cut at the longest that the model reads."""
+        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        return self.tokenizer(texts, truncation=True, max_length=longest, **how)
+
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        return self.read_texts(texts).input_ids
+
     @torch.no_grad()
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """The last layer's states (N, L, D), and the mask (N, L) of what is no special token."""
-        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
-        given = self.tokenizer(
-            texts, padding=True, padding_side="right", truncation=True, max_length=longest,
-            return_attention_mask=True, return_special_tokens_mask=True, return_tensors="pt")
-        given = given.to(self.model.device)
+        given = self.read_texts(
+            texts, padding=True, padding_side="right", return_attention_mask=True,
+            return_special_tokens_mask=True, return_tensors="pt").to(self.model.device)
 
         def last_states(ids: Tensor, mask: Tensor) -> Tensor:
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -88,18 +88,36 @@ class ZeroShot:
 
     def score_classes(self, images: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
         """Scores (N, Q, classes) in [0, 1]; boxes (N, Q, 4), relative centre and size."""
-        text = [f"a photo of a {name}" for name in names]
-        if self.is_dino:
-            text = ". ".join(names) + "."
+        texts = self.texts(names)
+        text = texts[0] if self.is_dino else texts
         given = self.processor(
-            images=list(images), text=[text] * len(images), truncation=True, do_rescale=False,
-            return_tensors="pt").to(self.model.device)
+            images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt")
+        given = given.to(self.model.device)
         out = self.model(**given)
         scores = out.logits.float().sigmoid()                           # (N, Q, classes or words)
         if self.is_dino:
             words = self.words_of_names(text, names)
             scores = torch.stack([scores[..., places].amax(-1) for places in words], -1)
         return scores, out.pred_boxes.float()
+
+    def texts(self, names: list[str]) -> list[str]:
+        """What the model is asked for these classes: one text of Grounding DINO, or one each."""
+        if self.is_dino:
+            return [". ".join(names) + "."]
+        return [f"a photo of a {name}" for name in names]
+
+    def check(self, names: list[str]) -> None:
+        """ValueError for classes of more tokens than the model reads."""
+        config = self.model.config
+        longest = config.text_config.max_position_embeddings
+        if self.is_dino:
+            longest = config.max_text_len
+        for text in self.texts(names):
+            length = len(self.processor.tokenizer(text).input_ids)
+            if length > longest:
+                raise ValueError(
+                    f"the detector reads {longest} tokens, and {text[:80]!r} has {length}; give "
+                    "the class a shorter name")
 
     def words_of_names(self, text: str, names: list[str]) -> list[list[int]]:
         """The places of the tokens of each name in "first. second. third."."""
@@ -190,7 +208,9 @@ class Detector:
         return {"threshold": self.find.threshold, "counting_threshold": self.find.threshold}
 
     def check(self, metadata: list[Metadata]) -> None:
-        """ValueError if a clause asks for a colour that is none of the ten."""
+        """ValueError for a colour that is none of the ten, and for a class of too many words."""
+        for names in {tuple(names_of(m)): names_of(m) for m in metadata}.values():
+            self.find.check(names)
         clauses = [clause for m in metadata for clause in clauses_of(m)]
         colors = {clause["color"] for clause in clauses if "color" in clause}
         if unknown := sorted(colors - set(COLORS)):
@@ -198,11 +218,7 @@ class Detector:
                 f"GenEval's colours are {', '.join(COLORS)}, not {', '.join(unknown[:5])}")
 
     def __call__(self, images: Tensor, metadata: list[Metadata]) -> list[list[dict]]:
-        classes = []
-        for m in metadata:
-            names = [clause["class"] for clause in clauses_of(m)]
-            classes.append(list(dict.fromkeys(names)))
-        found = self.find(images, classes)
+        found = self.find(images, [names_of(m) for m in metadata])
         crops, judged = [], []
         for image, m, things in zip(images, metadata, found):
             for thing in self.things_to_colour(m, things):
@@ -225,6 +241,11 @@ class Detector:
 
 def clauses_of(metadata: Metadata) -> list[Clause]:
     return [*metadata.get("include", []), *metadata.get("exclude", [])]
+
+
+def names_of(metadata: Metadata) -> list[str]:
+    """The classes that a prompt names, each once."""
+    return list(dict.fromkeys(clause["class"] for clause in clauses_of(metadata)))
 
 
 def load_detector(

@@ -52,21 +52,20 @@ class Judge:
     def pixels(self, images: Tensor) -> Tensor:
         return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
 
-    def rows(self, questions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, (R, L) each.
+    def text_ids(self, questions: list[str]) -> list[list[int]]:
+        """The tokens of questions, cut at `max_question`; they bring no image tokens of their own."""
+        texts, image = [" ".join(text.split()) for text in questions], self.model.config.image_token_id
+        rows = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return [[i for i in ids if i != image][:self.max_question] for ids in rows]
 
-        A question is cut at `max_question` tokens, and cannot bring image tokens of its own.
-        """
+    def rows(self, questions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (R, L) each."""
         vision, image = self.model.config.vision_config, self.model.config.image_token_id
         pad, device = self.tokenizer.pad_token_id, self.model.device
         patches = (vision.image_size // vision.patch_size) ** 2
         head = [image] * patches + [self.tokenizer.bos_token_id]
-        texts = ["\n"] + [" ".join(question.split()) for question in questions]
-        newline, *asked = self.tokenizer(texts, add_special_tokens=False).input_ids
-        rows = []
-        for ids in asked:
-            words = [i for i in ids if i != image][:self.max_question]
-            rows.append(head + words + newline)
+        newline = self.tokenizer("\n", add_special_tokens=False).input_ids
+        rows = [head + ids + newline for ids in self.text_ids(questions)]
         longest = max(map(len, rows))
         ids = [[pad] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -137,6 +136,8 @@ class ChatJudge(Judge):
     while the published path goes through 8 bits and back.
     Errors: Judge's, and ValueError for a model that is made to think first.
     """
+
+    max_question: int = 2**20                   # it reads what its context holds
 
     def __post_init__(self):
         super().__post_init__()

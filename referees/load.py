@@ -6,6 +6,7 @@ remote code. Weights that are damaged, or not exactly those of the config, are r
 Notation: N images (N, 3, H, W) in [0, 1].
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from policy import declare_torchvision_ops
 from support.disk import one_line_error
+from support.terminal import say
 
 
 def loading_errors(path: str) -> one_line_error:
@@ -113,6 +115,22 @@ def in_batches(function: Callable, batch_size: int, *columns) -> Tensor:
     for i in range(0, len(columns[0]), batch_size):
         out.append(function(*(column[i:i + batch_size] for column in columns)))
     return torch.cat(out)
+
+
+def warn_of_cut(reward: str, text_ids: Callable, texts: list[str]) -> None:
+    """Say how many texts the model of a reward does not read to their end.
+
+    text_ids: texts -> what the model reads. Of a text that is cut it stays the same with a word
+    more. The longest texts are tried, down to the first that is read whole.
+    """
+
+    def is_cut(text: str) -> bool:
+        return text_ids([text]) == text_ids([f"{text} more"])
+
+    texts = sorted(set(texts), key=len, reverse=True)
+    if cut := list(itertools.takewhile(is_cut, texts)):
+        say(f"warning: the model of --{reward} reads too few tokens for {len(cut)} of {len(texts)} "
+            f"texts, whose ends earn nothing, such as {cut[0][:60]!r}")
 
 
 def numbers_in(path: str) -> int:

@@ -24,9 +24,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rewards import NUMBER_WORDS
-from support.disk import write_atomic
+from support.disk import fingerprint, write_atomic
 from support.rows import Metadata, read_json_lines, read_prompts
-from support.terminal import Arguments, one_line, say, the_device
+from support.terminal import Arguments, new_file, one_line, say, the_device
 
 SEMANTIC = (
     "Style", "Environment", "Viewpoint", "Existence", "Count", "Attribute", "Action", "Spatial",
@@ -69,7 +69,7 @@ def questions_by_rule(
 
     An include clause is asked about existence, number, colour and relation; an exclude clause,
     unless its class is included, about there being none.
-    Errors: ValueError without include clauses, and for a relation to no earlier clause.
+    Errors: ValueError without include clauses.
     """
     if not metadata.get("include"):
         raise ValueError(
@@ -96,10 +96,6 @@ def questions_by_rule(
             ask(f"is the {name} {color} ?" if count == 1 else colored, "Attribute", there)
         if "position" in clause:
             relation, target = clause["position"]
-            if not 0 <= target < len(existence):
-                raise ValueError(
-                    f"prompt {prompt[:60]!r}: position {clause['position']} of {name} names no "
-                    "earlier include clause")
             other = metadata["include"][target]["class"]
             ask(f"is the {name} {relation} the {other} ?", "Spatial", there, existence[target])
         existence.append(there)
@@ -211,8 +207,9 @@ def decompose(
     Errors: ValueError if no prompt at all gets questions.
     """
     rows, tags = {}, dict(semantic=", ".join(SEMANTIC), quality=", ".join(QUALITY))
+    writer = fingerprint(Path(model)) if Path(model).is_dir() else model
     for row in read_prompts(path):
-        key = json.dumps([row, model, ASK], sort_keys=True)
+        key = json.dumps([row, writer, ASK], sort_keys=True)
         rows[hashlib.sha256(key.encode()).hexdigest()[:16]] = row
     done = finished_rows(out)
     waiting, reasons = [key for key in rows if key not in done], {}
@@ -318,13 +315,11 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument(
         "--llm", required=True, help="a chat model: a folder or hub name, such as Qwen/Qwen3-8B")
     ap.add_argument(
-        "--out", type=Path, default=Path("with_questions.jsonl"),
+        "--out", type=new_file, default="with_questions.jsonl",
         help="where the rows are added with their questions; rows that it has are not asked again")
     a = ap.parse_args(argv)
     with one_line("referees.questions"):
         read_prompts(a.prompts)                 # before a large model is loaded
-        if not a.out.resolve().parent.is_dir():
-            raise FileNotFoundError(f"--out {a.out}: its folder does not exist")
         left = decompose(a.prompts, load_writer(a.llm, the_device()), a.llm, a.out)
         for prompt in left:
             say(f"left out: {prompt}")

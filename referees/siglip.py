@@ -44,6 +44,9 @@ class Siglip:
             lower, padding="max_length", truncation=True, max_length=length).input_ids
         return torch.tensor(ids, device=self.model.device)
 
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokens(texts).tolist()
+
     def vision_outputs(self, images: Tensor):
         """The vision tower's last_hidden_state (N, P, D) and pooler_output (N, D)."""
         return self.model.vision_model(pixel_values=self.pixels(images))
@@ -151,11 +154,16 @@ class Clip:
         return self.model.visual_projection(
             self.model.vision_model(pixel_values=pixels).pooler_output)
 
-    def text_features(self, texts: list[str]) -> Tensor:
+    def read_texts(self, texts: list[str], **how):
+        """The tokenizer's ids and mask of texts, cut at the longest that the model reads."""
         longest = self.model.config.text_config.max_position_embeddings
-        given = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
-        ).to(self.model.device)
+        return self.tokenizer(texts, truncation=True, max_length=longest, **how)
+
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        return self.read_texts(texts).input_ids
+
+    def text_features(self, texts: list[str]) -> Tensor:
+        given = self.read_texts(texts, padding=True, return_tensors="pt").to(self.model.device)
         out = self.model.text_model(input_ids=given.input_ids, attention_mask=given.attention_mask)
         return self.model.text_projection(out.pooler_output)
 
@@ -199,6 +207,9 @@ class OpenClip:
         images = images.to(self.device)
         pixels = to_pixels(images, size, cfg["interpolation"], cfg["mean"], cfg["std"])
         return self.model.encode_image(pixels, normalize=True)
+
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts).tolist()
 
     def text_features(self, texts: list[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)

@@ -131,7 +131,8 @@ def one_line(program: str):
         sys.stdout.flush()
     except KeyboardInterrupt:
         end(program, "interrupted", 130)
-    except (ValueError, OSError, FloatingPointError, RecursionError) as error:
+    except (
+        ValueError, OSError, FloatingPointError, RecursionError, argparse.ArgumentError) as error:
         end(program, first_line(error))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):

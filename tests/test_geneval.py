@@ -125,12 +125,6 @@ def test_a_box_at_the_same_centre_has_no_relation_and_a_relation_to_nothing_requ
     assert geneval_clauses(beside(0, 1), [thing("square")]) == [(1.0, ""), (1.0, "")]
 
 
-@pytest.mark.parametrize("position", [["left of", 1], ["left of", -1], ["beside", 0]])
-def test_a_relation_that_could_never_be_judged_is_refused(position):
-    with pytest.raises(ValueError, match="position"):
-        geneval_check(beside(1, 1, position), [thing("circle"), thing("square", 9)])
-
-
 # ---- detectors ----
 
 
@@ -244,6 +238,11 @@ def test_only_objects_that_a_clause_judges_get_a_colour(detector):
         assert all("color" in each for each in best[:count])
         assert not any("color" in each for each in best[count:])
     assert not any("color" in each for each in found[1])
+
+
+def test_a_class_of_more_tokens_than_the_detector_reads_is_refused_before_a_run(detector):
+    with pytest.raises(ValueError, match=r"the detector reads \d+ tokens, and .* has \d+; give"):
+        detector.check([{"include": [{"class": "cat dog " * 200, "count": 1}]}])
 
 
 def test_a_colour_that_geneval_does_not_know_and_a_model_of_another_kind_are_refused(detector, folders):

@@ -53,15 +53,9 @@ def test_the_rule_asks_what_metadata_say_and_nothing_twice():
     assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize(
-    "include, words",
-    [
-        ([], "has no objects to ask about"),
-        ([{"class": "dog", "count": 1, "position": ["above", 3]}], "names no earlier include clause")],
-)
-def test_metadata_without_something_to_ask_about_are_refused(include, words):
-    with pytest.raises(ValueError, match=words):
-        questions_by_rule("a mood", {"include": include}, TOY_QUALITY)
+def test_metadata_without_something_to_ask_about_are_refused():
+    with pytest.raises(ValueError, match="has no objects to ask about"):
+        questions_by_rule("a mood", {"include": []}, TOY_QUALITY)
 
 
 def test_every_toy_prompt_is_decomposed_into_questions_that_its_judge_can_read():
@@ -220,8 +214,7 @@ def test_a_real_language_model_is_asked_through_its_chat_template(tmp_path):
     prompts.write_text("a circle\n")
     refusals = {
         tmp_path / "q.jsonl": "gave no valid questions for any of 1 prompts in 5 tries each",
-        prompts: "holds what this program did not write; give another --out",
-        tmp_path / "no" / "q.jsonl": "its folder does not exist"}
+        prompts: "holds what this program did not write; give another --out"}
     for out, words in refusals.items():
         with pytest.raises(SystemExit) as error:
             questions.main([str(prompts), "--llm", str(folder), "--out", str(out)])

@@ -492,6 +492,17 @@ def test_a_reward_without_its_model_is_refused(flags, words):
         built(*flags, detector=None)
 
 
+@pytest.mark.parametrize("reward", ["sem", "kn", "pref", "open_clip"])
+def test_texts_that_a_model_does_not_read_to_their_end_are_said_before_a_run(folders, reward, capsys):
+    flags = {
+        "sem": ["--kn", "0"], "kn": ["--sem", "0"],
+        "pref": ["--pref", "1", "--pref_model", folders["clip"], "--sem", "0", "--kn", "0"],
+        "open_clip": ["--siglip", folders["open_clip"], "--kn", "0"]}[reward]
+    built(*flags, "--accuracy", "0", texts=lambda name: ["a cat", "a red cat " * 60])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said == [said[0]] and "too few tokens for 1 of 2 texts" in said[0]
+
+
 def test_dense_needs_a_model_that_gives_patches(folders):
     with pytest.raises(ValueError, match="--dense reads patches"):
         built("--dense", "1", "--siglip", folders["open_clip"])
