@@ -28,7 +28,10 @@ def test_a_sharded_policy_needs_less_memory_on_each_of_more_gpus(capsys):
 def test_every_reward_of_pictures_is_compared_with_the_truth(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(world, "PROMPTS_PER_TAG", 2)
     reward_truth.main(["--out", str(tmp_path / "r.json")])
-    table = json.loads((tmp_path / "r.json").read_text())["table"]
+    result = json.loads((tmp_path / "r.json").read_text())
+    table = result["table"]
+    assert result["means"].keys() == table.keys()
+    assert 0 < result["means"]["sem"][0] < 1
     assert table.keys() == {"sem", "kn", "dense", "ins", "recaption", "likeness", "dvreward", "tim"}
     assert all(-1 <= row["overall"] <= 1 for row in table.values())
     assert table["ins"]["overall"] > 0.5
