@@ -272,7 +272,7 @@ CLAIMS = {
         compares=("rectify-group > rectify-off : reflect",
                   "rectify-group > rectify-off : reflect/repaired",
                   "rectify-off > rectify-group : reflect/spoiled", "rectify-off > base : reflect"),
-        reading="It repairs and spoils more than a reward that is left as it is."),
+        reading="In the mean it repairs and spoils more than rewards that are left as they are."),
     "rectification-code": Claim(
         paper="AlphaGRPO, its code",
         says="A refinement that does not improve must get the first picture's reward.",
