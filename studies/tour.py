@@ -21,8 +21,7 @@ from grpo import grpo_loss
 from policy import Policy
 from sample import TOY, images_of, replay_rollout, sample_plan
 from support.disk import write_atomic
-from support.pictures import to_bytes
-from support.plots import pyplot, save_figure
+from support.pictures import save_grid
 from support.run import Ranks
 from support.terminal import Arguments, number, one_line
 from tasks import TASKS
@@ -77,7 +76,7 @@ log-density, {flow.logp[0][0]:.4f} on average over the entries, and what was an 
 
 ![The group of eight pictures, best first](tour_group.png)
 
-*The eight pictures, from the highest advantage to the lowest.*
+*The eight pictures, from the highest advantage to the lowest, in the order of the table.*
 
 {rewards}
 
@@ -154,7 +153,8 @@ average and AdamW's moments, and no generator: random numbers derive from the se
 AFTER = """
 ![The same noise before, after one update, and after a run](tour_noise.png)
 
-*The same noise drawn by the base, after this one update, and after `torchrun train.py`.*
+*The same noise, a column each: drawn by the base, after this one update, and after
+`torchrun train.py`.*
 """
 
 
@@ -286,22 +286,6 @@ def page(step: Step, after: bool) -> str:
 # ---- pictures ----
 
 
-def strip(images: Tensor, out: Path, titles: list[str], lines: list[str]) -> None:
-    """Write images (N, 3, H, W) in [0, 1] as a PNG of len(lines) rows."""
-    columns = len(images) // len(lines)
-    size = (9, 9 / columns * len(lines) + 0.4)
-    figure, axes = pyplot().subplots(
-        len(lines), columns, figsize=size, layout="constrained", squeeze=False)
-    for place, (axis, image) in enumerate(zip(axes.flat, to_bytes(images))):
-        axis.imshow(image, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-    for place, title in enumerate(titles):
-        axes[0, place * columns // len(titles)].set_title(title, fontsize=8, loc="left")
-    for axis, line in zip(axes[:, 0], lines):
-        axis.set_ylabel(line, fontsize=8)
-    save_figure(figure, out, dpi=100)
-
-
 def redraw(policy: Policy, part: train.Part, seed: int) -> Tensor:
     """The step's samples as a policy draws them from the same noise."""
     plan = part.batch.task.plan(part.batch.rows, part.batch.choices)
@@ -326,12 +310,12 @@ def main(argv: list[str] | None = None) -> None:
     with one_line("studies.tour"), tempfile.TemporaryDirectory() as scratch:
         step = one_update(a.seed, Path(scratch))
         order = step.part.adv.argsort(descending=True, stable=True)
-        titles = [f"{n}: {step.part.adv[n]:+.2f}" for n in order.tolist()]
-        strip(step.part.samples.images[order], a.docs / "tour_group.png", titles, [""])
+        images = step.part.samples.images[order]
+        save_grid(images, a.docs / "tour_group.png", columns=len(images), zoom=3)
         if a.after:
             base, after = load_toy_policy(str(TOY)), load_toy_policy(a.after)
             drawn = [redraw(policy, step.part, a.seed) for policy in (base, step.run.policy, after)]
-            strip(torch.cat(drawn), a.docs / "tour_noise.png", [], ["base", "one update", "a run"])
+            save_grid(torch.cat(drawn), a.docs / "tour_noise.png", columns=len(images), zoom=3)
             before_after(base, after, a.docs / "first.png", first_rows(), dpi=82)
         text = page(step, (a.docs / "tour_noise.png").exists())
         write_atomic(a.docs / "tour.md", text.encode())
