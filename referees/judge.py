@@ -53,8 +53,9 @@ class Judge:
         return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
 
     def text_ids(self, questions: list[str]) -> list[list[int]]:
-        """The tokens of questions, cut at `max_question`; they bring no image tokens of their own."""
-        texts, image = [" ".join(text.split()) for text in questions], self.model.config.image_token_id
+        """The tokens of questions, at most `max_question`, and no image tokens of their own."""
+        image = self.model.config.image_token_id
+        texts = [" ".join(question.split()) for question in questions]
         rows = self.tokenizer(texts, add_special_tokens=False).input_ids
         return [[i for i in ids if i != image][:self.max_question] for ids in rows]
 

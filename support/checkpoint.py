@@ -268,13 +268,6 @@ def check_config(config: PolicyConfig) -> None:
                     f"default rotation with rope_theta {config.rope_theta!r}")
     if llm.get("head_dim") not in (None, config.head_dim):
         raise ValueError("llm_config.json: head_dim must be hidden_size / num_attention_heads")
-    for file, whole, part in (
-        ("llm", "hidden_size", "num_attention_heads"),
-        ("llm", "num_attention_heads", "num_key_value_heads"),
-        ("vit", "hidden_size", "num_attention_heads")):
-        fields = getattr(config, file)
-        if fields[whole] % fields[part]:
-            raise ValueError(f"{file}_config.json: {whole} must be a multiple of {part}")
 
 
 TOKENIZER_FILES = (
@@ -508,11 +501,20 @@ def freeze(policy: Policy, trained: tuple[str, ...], lora: int, checkpointing: b
     """Leave only the named experts trainable: adapters of rank `lora`, or at 0 all weights."""
     if lora:
         add_lora(policy, lora, 2.0 * lora, tuple(EXPERTS[name] for name in trained))
-    for name, params in policy.trainable_by_expert().items():
+    for name, params in trainable_by_expert(policy).items():
         for p in params:
             p.requires_grad_(name in trained)
     for block in policy.blocks:
         block.checkpointing = checkpointing
+
+
+def trainable_by_expert(policy: Policy) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters by expert; "generation" has the latent and time layers too."""
+    groups = {name: [] for name in EXPERTS}
+    for name, p in trainable(policy).items():
+        generates = re.search(r"experts\.1\.|norms\.1\.|^latent_|^time_embedder", name)
+        groups["generation" if generates else "understanding"].append(p)
+    return groups
 
 
 def trainable(policy: nn.Module) -> dict[str, nn.Parameter]:

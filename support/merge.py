@@ -3,9 +3,6 @@
     python -m support.merge A B --base BASE --out C
 """
 
-import json
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +10,9 @@ import torch
 from torch import Tensor
 
 from support.checkpoint import (
-    FLOATS, IMPLEMENTED, TOKENIZER_FILES, adapter_key, all_finite, open_adapters, open_tensors)
-from support.disk import read_json, replacing
+    IMPLEMENTED, TOKENIZER_FILES, adapter_key, all_finite, open_adapters, open_tensors,
+    save_tensors)
+from support.disk import read_json, write_atomic
 from support.terminal import Arguments, number, one_line
 
 
@@ -87,51 +85,29 @@ def merge(
 ) -> None:
     """Write the policy folder `out`: the base, with the merged changes of two policies or adapters.
 
-    One tensor is in memory at a time, so that two 7B policies merge on any machine. What is not
-    trained is the base's.
+    What is not trained is the base's. Only the merged policy is held in memory.
+    Errors: ValueError for what does not fit, and for an `out` that holds files.
     """
     opened, ae = open_tensors(base, "ema"), open_tensors(base, "ae")
     for name in ("llm", "vit"):
         read_json(base / f"{name}_config.json")                 # no policy loads without them
     change_one, change_two = changes_of(first, opened), changes_of(second, opened)
-    if out.resolve() in (first.resolve(), second.resolve(), base.resolve()):
-        raise ValueError(f"{out} is one of the folders that are merged; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-
-    def merge_tensor(key: str) -> Tensor:
-        stored = opened[key].get_tensor(key)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files already; give another --out")
+    merged = {}
+    for key, file in opened.items():
+        stored = file.get_tensor(key)
         own = stored.float()
         change = MERGES[how](change_one(key, own), change_two(key, own), bound)
-        value = (own + change).to(stored.dtype)
-        if not all_finite(value):
+        merged[key] = (own + change).to(stored.dtype)
+        if not all_finite(merged[key]):
             raise ValueError(f"{key} is not finite after merging; are {first} and {second} whole?")
-        return value
-
-    save_stream(opened, merge_tensor, out / "ema.safetensors")
-    save_stream(ae, lambda key: ae[key].get_tensor(key), out / "ae.safetensors")
+    out.mkdir(parents=True, exist_ok=True)
+    save_tensors(merged, out / "ema.safetensors")
+    save_tensors({key: file.get_tensor(key) for key, file in ae.items()}, out / "ae.safetensors")
     for name in (*TOKENIZER_FILES, *(f"{part}_config.json" for part in IMPLEMENTED)):
         if (base / name).is_file():
-            with replacing(out / name) as file:
-                shutil.copyfile(base / name, file)
-        else:                                   # a file of another policy would be read too
-            (out / name).unlink(missing_ok=True)
-
-
-def save_stream(opened: dict, value: Callable[[str], Tensor], path: Path) -> None:
-    """Write a safetensors file tensor by tensor: a header from open files, then each value(key)."""
-    header, start = {"__metadata__": {"format": "pt"}}, 0
-    for key in sorted(opened):
-        tensor = opened[key].get_slice(key)
-        dtype, shape = tensor.get_dtype(), tensor.get_shape()
-        end = start + math.prod(shape) * FLOATS[dtype].itemsize
-        header[key] = dict(dtype=dtype, shape=shape, data_offsets=[start, end])
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as part, open(part, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in sorted(opened):
-            file.write(value(key).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            write_atomic(out / name, (base / name).read_bytes())
 
 
 def main(argv: list[str] | None = None) -> None:

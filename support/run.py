@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from support.checkpoint import FLOATS, all_finite, full_tensor, save_tensors, shard_like, trainable
+from support.checkpoint import (
+    FLOATS, all_finite, full_tensor, save_tensors, shard_like, trainable, trainable_by_expert)
 from support.disk import fingerprint, one_line_error, write_atomic
 from support.terminal import say, the_device
 
@@ -47,6 +48,10 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(x)
         return x
+
+    def wait(self) -> None:
+        """Wait until every rank is here."""
+        self.total(torch.zeros(1, device=self.device)).item()
 
     def gather(self, x: Tensor) -> Tensor:
         """Concatenate equal-sized x of all ranks in rank order."""
@@ -107,7 +112,7 @@ def make_optimizer(
     place.
     """
     groups = []
-    for expert, params in policy.trainable_by_expert().items():
+    for expert, params in trainable_by_expert(policy).items():
         whole = [p for p in params if not isinstance(p, DTensor)]
         cut = [p for p in params if isinstance(p, DTensor)]  # the two kinds do not mix in one group
         groups += [dict(params=some, lr=rates[expert]) for some in (whole, cut) if some]
@@ -266,12 +271,7 @@ def refuse_finished(out: Path) -> None:
     """
     if not any((out / name).exists() for name in ("log.jsonl", *CHECKPOINTS)):
         return
-    head, rows = read_rows(out / "log.jsonl") if (out / "log.jsonl").exists() else (None, [])
-    recipe = head["config"].get("recipe", "?") if head else "?"
-    steps = 1 + max((row["step"] for row in rows if "loss" in row), default=-1)
-    raise ValueError(
-        f"{out} holds a run of {recipe}, {steps} steps; --resume goes on, another --out begins anew"
-    )
+    raise ValueError(f"{out} holds a run; --resume goes on, another --out begins anew")
 
 
 def differences(old: dict, new: dict) -> dict[str, list]:
@@ -352,6 +352,20 @@ def signals():
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+class Stop(Exception):
+    """A signal asks the run to end, and no weight has moved since the last whole step."""
+
+
+def stop_if_asked(run) -> None:
+    """Raise Stop on all ranks if one of them caught a signal; all must call it equally often.
+
+    run: a train.Run, of which this reads `ranks` and `caught`.
+    """
+    caught = torch.tensor([len(run.caught)], device=run.ranks.device)
+    if run.ranks.total(caught).item():
+        raise Stop
 
 
 # ---- the checkpoint ----

@@ -269,7 +269,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
         ("llm", "mlp_bias", True), ("llm", "hidden_act", "gelu"), ("vit", "hidden_act", "relu"),
         ("bagel", "connector_act", "gelu"), ("llm", "quantization_config", {"bits": 4}),
         ("llm", "num_attention_heads", 3), ("llm", "num_key_value_heads", 3),
-        ("vit", "num_attention_heads", 5), ("llm", "head_dim", 32),
+        ("llm", "head_dim", 32),
         ("llm", "use_sliding_window", True),
         ("llm", "model_type", "qwen3"), ("vit", "rope", True), ("bagel", "vit_select_layer", -1),
         ("llm", "num_attention_heads", 0), ("llm", "hidden_size", "wide"),

@@ -1,5 +1,6 @@
 """What an ordinary day does to a run: closed pipes, signals, folders in use, torn logs."""
 
+import argparse
 import io
 import json
 import os
@@ -12,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import sample
 import train
 from recipes import parse
 from support.run import Log, Owner, Ranks, differences, read_rows, signals
-from support.terminal import Terminal, one_line
+from support.terminal import Terminal, new_file, one_line
 
 ROOT = Path(train.__file__).parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -103,7 +104,15 @@ def test_a_terminal_that_knows_no_umlauts_gets_them_spelled():
     "error, words",
     [
         (ValueError("a\nb"), "x.py: a"), (FloatingPointError("nan"), "x.py: nan"),
-        (RecursionError(""), "x.py: RecursionError")],
+        (RecursionError(""), "x.py: RecursionError"),
+        (ValueError("a" * 9999), f"x.py: {'a' * 1000} ..."),
+        (MemoryError(), "x.py: MemoryError; the memory is full, try fewer samples at once"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "x.py: DefaultCPUAllocator: can't allocate memory: 9 bytes; the memory is full, try "
+            "fewer samples at once",
+        ),
+    ],
 )
 def test_what_a_person_can_mend_ends_in_one_line(error, words):
     with pytest.raises(SystemExit) as left, one_line("x.py"):
@@ -125,6 +134,20 @@ def test_ctrl_c_while_a_program_loads_is_one_line(monkeypatch, capsys):
         sample.main(["a red circle"])
     assert left.value.code == 130
     assert capsys.readouterr().err == "sample.py: interrupted\n"
+
+
+def test_a_file_to_write_lies_in_a_folder_that_exists(tmp_path):
+    assert new_file(str(tmp_path / "a.png")) == tmp_path / "a.png"
+    for path in (tmp_path, tmp_path / "no" / "a.png"):
+        with pytest.raises(argparse.ArgumentTypeError, match="a folder that does not exist"):
+            new_file(str(path))
+
+
+def test_the_backend_of_a_notebook_does_not_reach_a_run():
+    """Jupyter sets MPLBACKEND for what it starts, where matplotlib_inline may not be installed."""
+    code = "from support.plots import pyplot; print(pyplot().get_backend().lower())"
+    env = ENV | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env) == b"agg\n"
 
 
 # ---- signals ----
@@ -179,7 +202,7 @@ def test_a_signal_during_the_evaluation_saves_too(tmp_path, monkeypatch, handler
     monkeypatch.setattr(
         evaluation, "evaluate_run", lambda run, step: signal.raise_signal(signal.SIGTERM))
     run(tmp_path, "--steps", 5, "--eval_every", 5)
-    assert step_of_checkpoint(tmp_path) == 1
+    assert step_of_checkpoint(tmp_path) < 5
 
 
 # ---- the folder ----
@@ -214,7 +237,7 @@ def test_a_killed_owner_leaves_the_folder_free(tmp_path):
 def test_a_folder_that_holds_a_run_is_refused_and_can_be_resumed(older):
     with pytest.raises(
         ValueError,
-        match="holds a run of lvrpo, 2 steps; --resume goes on, another --out begins anew"):
+        match="holds a run; --resume goes on, another --out begins anew"):
         run(older, "--steps", 2)
     run(older, "--steps", 3, "--resume")
     assert steps(older) == [0, 1, 2]
@@ -266,6 +289,18 @@ def test_versions_commits_and_ranks_are_settings_too():
     assert differences(old, new) == {
         "commit": ["a", "b"], "draw": [1, 2], "torch": ["2", "3"], "world": [1, 2]}
     assert differences({}, {}) == {}
+
+
+def test_weights_and_rows_are_compared_by_content(tmp_path):
+    heads = []
+    for name, number in (("a", 1.0), ("b", 1.0), ("c", 1.0 + 2**-20)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((40_000,), number)}, tmp_path / name / "ema.safetensors")
+        (tmp_path / name / "notes.md").write_text(name)
+        log = Log(tmp_path / "out", {"policy": str(tmp_path / name), "siglip": "a/hub"}, False, 1)
+        heads.append(log.head)
+    assert differences(*heads[:2]) == {}
+    assert differences(*heads[1:]).keys() == {"policy"}
 
 
 def tear(path):

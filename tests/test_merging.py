@@ -1,11 +1,13 @@
 """Merging: two policies that were trained from one base become one, tensor by tensor."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.checkpoint import load_policy, save_adapters, save_policy
@@ -122,29 +124,44 @@ def test_adapters_merge_by_their_dense_changes_also_with_a_whole_policy(tmp_path
     whole, base = tensors_of(tmp_path / "c"), tensors_of(GOLDEN)
     assert any(not torch.equal(whole[key], base[key]) for key in base)
     for first in (a, tmp_path / "a_whole"):
-        merge(first, b, GOLDEN, tmp_path / "d")
-        merged = tensors_of(tmp_path / "d")
+        out = tmp_path / f"{first.name}_and_b"
+        merge(first, b, GOLDEN, out)
+        merged = tensors_of(out)
         for key in base:  # an entry at the window's edge may fall on either side
             assert ((merged[key] - whole[key]).abs() < 1e-4).float().mean() > 0.99
 
 
-def test_a_merge_holds_one_tensor_at_a_time_and_is_stored_as_safetensors_stores(
-    pair, tmp_path, monkeypatch
-):
-    sizes = []
+def test_a_merged_folder_holds_what_a_saved_one_holds(pair, tmp_path):
+    base = shutil.copytree(GOLDEN, tmp_path / "base", copy_function=shutil.copyfile)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    merge(*pair, base, tmp_path / "c")
+    save_policy(load_policy(base), tmp_path / "saved")
+    files = {path.name for path in (tmp_path / "c").iterdir()}
+    assert files == {path.name for path in (tmp_path / "saved").iterdir()}
+    with safe_open(tmp_path / "c" / "ema.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
-    def note_size(one, two, bound):
-        sizes.append(one.numel())
-        return average_merge(one, two)
 
-    monkeypatch.setitem(MERGES, "average", note_size)
-    merge(*pair, GOLDEN, tmp_path / "c", "average")
-    merged = tensors_of(tmp_path / "c")
-    assert sorted(sizes) == sorted(x.numel() for x in merged.values())
-    save_file(merged, tmp_path / "again.safetensors")
-    again = load_file(tmp_path / "again.safetensors")
-    assert again.keys() == merged.keys()
-    assert all(torch.equal(again[key], merged[key]) for key in merged)
+def cut_factor(tensors, key):
+    tensors[key] = tensors[key][:1] if ".lora_A." in key else tensors[key][:, :1]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (cut_factor, "{key} has shape .*, the config says rank 2"),
+        (lambda tensors, key: tensors.pop(key), "{key} is in only one of them")],
+)
+def test_adapters_that_do_not_load_do_not_merge(pair, tmp_path, change, words):
+    folder = adapt(tmp_path / "a", 1, 2)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = min(tensors)
+    change(tensors, key)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=words.format(key=key)):
+        merge(folder, pair[1], GOLDEN, tmp_path / "c")
+    with pytest.raises(ValueError):
+        load_policy(GOLDEN, adapter=folder)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +170,8 @@ def test_a_merge_holds_one_tensor_at_a_time_and_is_stored_as_safetensors_stores(
         (lambda t, key: t.update({key: torch.cat([t[key]] * 2)}), "b: {key} has shape .* the base"),
         (lambda t, key: t.pop(key), "b and the base do not fit: {key}"),
         (lambda t, key: t.update(strange=t[key].clone()), "b and the base do not fit: strange"),
-        (lambda t, key: t.update({key: t[key] * float("nan")}), "{key} is not finite")],
+        (lambda t, key: t.update({key: t[key] * float("nan")}), "{key} is not finite"),
+        (lambda t, key: t.update({key: t[key].to(torch.float8_e4m3fn)}), "{key} has dtype F8_E4M3")],
 )
 def test_what_does_not_match_is_refused_by_name(pair, tmp_path, change, words):
     tensors = tensors_of(GOLDEN)
@@ -166,8 +184,8 @@ def test_what_does_not_match_is_refused_by_name(pair, tmp_path, change, words):
     assert not (tmp_path / "c" / "ema.safetensors").exists()
 
 
-def test_a_policy_is_not_written_over_itself_nor_made_of_none(pair, tmp_path):
-    with pytest.raises(ValueError, match="is one of the folders that are merged"):
+def test_a_policy_is_not_written_over_another_nor_made_of_none(pair, tmp_path):
+    with pytest.raises(ValueError, match="a holds files already; give another --out"):
         merge(*pair, GOLDEN, pair[0])
     with pytest.raises(FileNotFoundError, match="has no ema.safetensors"):
         merge(pair[0], tmp_path, GOLDEN, tmp_path / "c")
@@ -179,5 +197,5 @@ def test_the_command_merges_and_says_in_one_line_what_is_wrong(pair, tmp_path, c
     assert capsys.readouterr().out == f"wrote {tmp_path / 'c'}\n"
     load_policy(tmp_path / "c")
     with pytest.raises(
-        SystemExit, match="^support.merge: .* is one of the folders that are merged; .*$"):
+        SystemExit, match="^support.merge: .* holds files already; give another --out$"):
         main([*command, str(pair[0])])
