@@ -23,6 +23,7 @@ features, W noisy steps.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,11 +159,11 @@ class Scored:
         return "text" if self.flow is None else "image"
 
     @property
-    def gap(self) -> float:
-        """The largest |log-prob of the replay - log-prob of the rollout|."""
+    def gaps(self) -> Tensor:
+        """|replay - rollout| of the log-probs of what was chosen: tokens, or noisy steps."""
         if self.flow is None:
-            return (self.logp - self.segment.logp).abs().max().item()
-        return (self.flow.logp - self.segment.flow.logp).abs().max().item()
+            return (self.logp - self.segment.logp)[self.segment.chosen].abs()
+        return (self.flow.logp - self.segment.flow.logp).flatten().abs()
 
 
 class Reader:
@@ -375,76 +376,64 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
 # ---- parts of rollouts ----
 
 
+# The fields that hold a row per prompt or sample.
+ROWS = {
+    Text: ("tokens", "mask", "chosen", "logp"),
+    Picture: ("size", "pixels", "latents", "flow"),
+    flow_grpo.Trajectory: ("latents", "means", "logp", "data"),
+}
+
+
+def map_rows(function: Callable, *records):
+    """The first record, with its fields of rows as `function` makes them from those of all records.
+
+    What is None, and one size for all, stays.
+    """
+    changed = {}
+    for name in ROWS[type(records[0])]:
+        columns = [getattr(record, name) for record in records]
+        if type(columns[0]) in ROWS:
+            changed[name] = map_rows(function, *columns)
+        elif isinstance(columns[0], Tensor | list):
+            changed[name] = function(*columns)
+    return replace(records[0], **changed)
+
+
 def subset(rollout: Rollout, prompts: range, samples: range | None = None) -> Rollout:
     """Some prompts of a rollout, and some samples of each (None: all): a micro-batch."""
     samples = range(rollout.G) if samples is None else samples
-    rows = [prompt * rollout.G + sample for prompt in prompts for sample in samples]
-    segments, repeated = [], False
+    rows = list(prompts)
+    segments = []
     for segment in rollout.segments:
-        repeated = (
-            repeated or not segment.is_given)   # from the first chosen segment on there are N rows
-        segments.append(take_rows(segment, rows if repeated else list(prompts)))
+        if not segment.is_given:                # from the first chosen segment on there are N rows
+            rows = [prompt * rollout.G + sample for prompt in prompts for sample in samples]
+        segments.append(map_rows(functools.partial(pick_rows, rows), segment))
     return replace(rollout, segments=tuple(segments), B=len(prompts), G=len(samples))
 
 
-def take_rows(segment: Text | Picture, rows: list[int]) -> Text | Picture:
-    """A segment of some of its rows."""
-
-    def pick(x):
-        if x is None or isinstance(x, tuple):   # one size for all
-            return x
-        return [x[i] for i in rows] if isinstance(x, list) else x[rows]
-
-    if isinstance(segment, Text):
-        names = ("tokens", "mask", "chosen", "logp")
-        return replace(segment, **{name: pick(getattr(segment, name)) for name in names})
-    flow = segment.flow and flow_grpo.select(segment.flow, torch.tensor(rows))
-    names = ("size", "pixels", "latents")
-    return replace(segment, flow=flow, **{name: pick(getattr(segment, name)) for name in names})
+def pick_rows(rows: list[int], column: Tensor | list) -> Tensor | list:
+    return [column[i] for i in rows] if isinstance(column, list) else column[rows]
 
 
 def join(rollouts: list[Rollout]) -> Rollout:
     """One rollout of several that follow the same plan for other prompts; texts are padded to the
     longest.
     """
-    segments = []
-    for same in zip(*(rollout.segments for rollout in rollouts)):
-        if isinstance(same[0], Text):
-            segments.append(join_fields(same, ("tokens", "mask", "chosen", "logp")))
-            continue
-        segment = join_fields(same, ("size", "pixels", "latents"))
-        if not segment.is_given:
-            flows = [picture.flow for picture in same]
-            segment = replace(
-                segment, flow=join_fields(flows, ("latents", "means", "logp", "data")))
-        segments.append(segment)
-    return replace(rollouts[0], segments=tuple(segments), B=sum(rollout.B for rollout in rollouts))
+    together = zip(*(rollout.segments for rollout in rollouts))
+    segments = tuple(map_rows(join_rows, *same) for same in together)
+    return replace(rollouts[0], segments=segments, B=sum(rollout.B for rollout in rollouts))
 
 
-def join_fields(records: list, names: tuple[str, ...]):
-    """The first record with the named fields of all records concatenated; one size for all, and
-    None, stay.
+def join_rows(*columns: Tensor | list) -> Tensor | list:
+    """All rows in one; tensors (n_i, L_i) or (n_i, M_i, F) are padded with zeros along dimension 1.
     """
-    joint = {}
-    for name in names:
-        columns = [getattr(record, name) for record in records]
-        if columns[0] is None or isinstance(columns[0], tuple):
-            joint[name] = columns[0]
-        elif isinstance(columns[0], list):
-            joint[name] = [x for column in columns for x in column]
-        else:
-            joint[name] = torch.cat(pad_to_longest(columns))
-    return replace(records[0], **joint)
-
-
-def pad_to_longest(columns: list[Tensor]) -> list[Tensor]:
-    """Tensors (n_i, L_i) or (n_i, M_i, F), padded with zeros along dimension 1; others as they
-    are.
-    """
-    if columns[0].ndim not in (2, 3):
-        return columns
+    if isinstance(columns[0], list):
+        return sum(columns, [])
+    if columns[0].ndim > 3:
+        return torch.cat(columns)
     longest = max(x.shape[1] for x in columns)
-    return [F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in columns]
+    unpadded = (0, 0) * (columns[0].ndim - 2)
+    return torch.cat([F.pad(x, (*unpadded, 0, longest - x.shape[1])) for x in columns])
 
 
 def chosen_texts(rollout: Rollout) -> list[Text]:

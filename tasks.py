@@ -11,7 +11,7 @@ reads are in [-1, 1], images that rewards read in [0, 1].
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -308,6 +308,12 @@ class Batch:
     choices: Choices
     index: list[int]  # of each row among the step's, over ranks and tasks: seeds
     initial: Tensor | None = None  # (B,) value of the picture that each row refines
+
+    def parts(self, samples: int, each: int) -> Iterator[tuple[list[Row], list[int]]]:
+        """Rows and indices of at most `samples` samples at `each` a row; 0: of all at once."""
+        count = max(1, samples // each) if samples else len(self.rows)
+        for i in range(0, len(self.rows), count):
+            yield self.rows[i:i + count], self.index[i:i + count]
 
 
 def choices_of(

@@ -48,8 +48,8 @@ from support.checkpoint import (
 from support.lora import adapters_off
 from support.memory import check_memory, room_to_gather
 from support.run import (
-    Average, Log, Ranks, clip_gradients, load_checkpoint, make_optimizer, precision,
-    refuse_finished, run_state, save_checkpoint, setup, signals)
+    Average, Log, Ranks, Stop, clip_gradients, load_checkpoint, make_optimizer, precision,
+    refuse_finished, run_state, save_checkpoint, setup, signals, stop_if_asked)
 from support.terminal import one_line, say
 from tasks import (
     Batch, Source, counts, first_pictures, guidance_of, in_use, micro_batches, rewards_of,
@@ -58,10 +58,6 @@ from tasks import (
 TEXT_HALF = 0.8  # weight of a pair's text half; the image half has 1 [CoRL: lambda]
 
 # ---- what lives through a run, and through a step ----
-
-
-class Stop(Exception):
-    """A signal asks the run to end before its step moves a weight, or after it."""
 
 
 @dataclass
@@ -82,13 +78,7 @@ class Run:
     start: int = 0                              # first step
     between: bool = False                       # whether a step has changed the weights in part
     parts: list = field(default_factory=list)   # of the last step
-    caught: list[int] = field(default_factory=list)  # numbers of the signals of this rank
-
-    def stop_if_asked(self) -> None:
-        """Raise Stop on every rank if one of them caught a signal; all must call it as often."""
-        asked = torch.tensor([len(self.caught)], device=self.ranks.device)
-        if self.ranks.total(asked).item():
-            raise Stop
+    caught: list[int] = field(default_factory=list)  # this rank's signals, by number
 
 
 @dataclass
@@ -134,8 +124,8 @@ def act(run: Run, batch: Batch) -> Rollout:
     cfg, policy, task = run.cfg, run.policy, batch.task
     rollouts = []
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
-        for rows, index in row_parts(batch, cfg.rollout_batch, cfg.group_size):
-            run.stop_if_asked()
+        for rows, index in batch.parts(cfg.rollout_batch, cfg.group_size):
+            stop_if_asked(run)
             rollouts.append(
                 sample_plan(
                     policy, task.plan(rows, batch.choices), seed=cfg.seed, step=batch.step,
@@ -247,7 +237,7 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
         total, log = 0.0, {}                    # log: name -> values of the micro-batches
         for piece in pieces:
             if epoch == 0:
-                run.stop_if_asked()
+                stop_if_asked(run)
             loss, stats = piece_loss(policy, piece, cfg)
             for name, value in stats.items():
                 log.setdefault(f"{piece.task}/{name}", []).append(value)
@@ -280,21 +270,14 @@ def draw_first_pictures(run: Run, batch: Batch) -> Batch:
 
     rows, values, policy = [], [], run.policy
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
-        for part, index in row_parts(batch, cfg.rollout_batch, cfg.initial):
-            run.stop_if_asked()
+        for part, index in batch.parts(cfg.rollout_batch, cfg.initial):
+            stop_if_asked(run)
             drawn, least = first_pictures(
                 policy, part, batch.choices, seed=cfg.seed, step=batch.step, index=index,
                 n=cfg.initial, value=value, guidance=guidance_of(cfg, False))
             rows += drawn
             values.append(least)
     return replace(batch, rows=rows, initial=torch.cat(values))
-
-
-def row_parts(batch: Batch, samples: int, each: int):
-    """Parts of a batch, rows and indices, of at most `samples` samples at `each` a row; 0: one."""
-    count = max(1, samples // each) if samples else len(batch.rows)
-    for i in range(0, len(batch.rows), count):
-        yield batch.rows[i:i + count], batch.index[i:i + count]
 
 
 def rewards_in_use(run: Run, batch: Batch) -> dict[str, rewards.Reward]:
@@ -326,7 +309,7 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
     for rollout, rows in micro_batches(part.rollout, cfg.micro):
         reference = None
         if cfg.penalised:
-            run.stop_if_asked()
+            stop_if_asked(run)
             with (
                 torch.no_grad(), precision(cfg, policy.device),
                 reference_of(policy, run.frozen) as frozen):
@@ -388,10 +371,8 @@ def as_numbers(kind: str, stats: dict[str, Tensor]) -> dict[str, float]:
     """
     out = {}
     for name, value in stats.items():
-        if value.ndim:
-            out |= {f"{kind}/{name}/{i}": x for i, x in enumerate(value.tolist())}
-        else:
-            out[f"{kind}/{name}"] = value.item()
+        for i, number in enumerate(value.flatten().tolist()):
+            out[f"{kind}/{name}/{i}" if value.ndim else f"{kind}/{name}"] = number
     return out
 
 
@@ -478,11 +459,11 @@ def train(cfg: Config, ranks: Ranks) -> int:
                 done, run.between = step + 1, False
                 run.log(step=step, **stats)                                         # 5. log
                 bar.set_postfix(loss=f"{stats['loss']:.3f}")
-                run.stop_if_asked()
+                stop_if_asked(run)
             except Stop:
                 keep(run, done)
                 say(f"stopped after {done} steps, checkpoint saved; go on with --resume")
-                ranks.total(torch.zeros(1, device=ranks.device))  # torchrun ends all ranks when the first leaves
+                ranks.wait()                    # torchrun ends all ranks when the first leaves
                 return 128 + (run.caught or [signal.SIGTERM])[0]
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}; stopped") from error
