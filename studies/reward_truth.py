@@ -23,8 +23,6 @@ from rewards import REWARDS, Samples, score
 from sample import TOY
 from studies.tables import markdown_table
 from support.disk import write_atomic
-from support.pictures import to_bytes
-from support.plots import pyplot, save_figure
 from support.terminal import Arguments, new_file, number, one_line
 from tasks import TASKS, token_states
 from toy import shapes
@@ -90,31 +88,6 @@ def print_rewards(table: dict[str, dict]) -> str:
     return "\n".join(markdown_table(["reward", *COLUMNS], rows))
 
 
-def best_and_worst(
-    scores: dict[str, Tensor], samples: Samples, truth: Tensor, G: int, out: Path, count: int = 8
-) -> None:
-    """A PNG with a row per reward: the pictures that it likes most, left, and least, right.
-
-    A green bar marks what is true. Rewards differ in level between prompts, so that each score is
-    taken from its group's mean.
-    """
-    images, widths = to_bytes(samples.images), [1] * count + [0.4] + [1] * count
-    figure, axes = pyplot().subplots(
-        len(scores), len(widths), figsize=(12, 0.95 * len(scores)), width_ratios=widths,
-        squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for line, (name, values) in zip(axes, scores.items()):
-        order = centre(values, G).argsort(descending=True, stable=True).tolist()
-        line[0].set_title(name, fontsize=8, loc="left", pad=2)
-        for axis, n in zip([*line[:count], *line[-count:]], order[:count] + order[-count:]):
-            color = "tab:green" if truth[n] else "tab:red"
-            axis.imshow(images[n], interpolation="nearest")
-            axis.plot([0, 31], [32.6, 32.6], color=color, linewidth=3, clip_on=False)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.96, wspace=0.06, hspace=0.35)
-    save_figure(figure, out, dpi=110)
-
-
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.reward_truth", description="Each reward against the truth.")
     ap.add_argument("--policy", default=str(TOY), help="the policy whose pictures are judged")
@@ -123,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     ap.add_argument(
         "--out", type=new_file, default="rewards.json",
-        help="the table; a picture of the same name shows what each reward likes")
+        help="the table as JSON")
     a = ap.parse_args(argv)
     with one_line("studies.reward_truth"):
         print(run(a))
@@ -134,12 +107,11 @@ def run(a) -> str:
     policy, G = load_toy_policy(a.policy), TASKS["draw"].samples
     samples, truth = held_out_samples(policy, a.seed)
     scores = score_samples(policy, samples)
-    table, picture = truth_table(scores, truth, G), a.out.with_suffix(".png")
-    best_and_worst(scores, samples, truth, G, picture)
+    table = truth_table(scores, truth, G)
     means = {name: mean_and_error(mean_of_groups(each, G)) for name, each in scores.items()}
     result = {"policy": a.policy, "seed": a.seed, "means": means, "table": table}
     write_atomic(a.out, json.dumps(result, indent=1).encode())
-    return f"{print_rewards(table)}\nwritten to {a.out}, best and worst pictures to {picture}"
+    return f"{print_rewards(table)}\nwritten to {a.out}"
 
 
 if __name__ == "__main__":

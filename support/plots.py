@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,54 +11,36 @@ from support.run import read_log
 
 
 def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
-    """Plot held-out truth with two standard errors, and the training reward, over minutes.
+    """Plot held-out truth with two standard errors over minutes, a panel a task, a colour a run.
 
-    Each run has a colour. titles: of the evaluated tasks, by key. What a log does not hold leaves a
-    gap. Errors: ValueError for a log without an evaluation.
+    titles: of the evaluated tasks, by key. What a log does not hold leaves a gap. Errors:
+    ValueError for a log without an evaluation.
     """
-    runs = [(path, *read_log(path)) for path in paths]
-    for path, _, rows in runs:
+    runs = [read_log(path) for path in paths]
+    for path, (_, rows) in zip(paths, runs):
         if not any(row.get("eval") for row in rows):
             raise ValueError(f"{path} holds no evaluation to plot")
-    keys = evaluated_keys([row for _, _, rows in runs for row in rows if "eval" in row], titles)
-    lines = 2 if len(keys) > 4 else 1
-    columns = -(-(len(keys) + 1) // lines)
-    size = (3.4 * columns, 3.4 * lines)
+    known = {key for _, rows in runs for row in rows for key in row.get("eval", ())}
+    keys = [key for key in titles if key in known]
+    columns = -(-len(keys) // 2)
     figure, axes = pyplot().subplots(
-        lines, columns, figsize=size, layout="constrained", squeeze=False)
-    *panels, last = axes.flatten()[:len(keys) + 1]
-    for axis in axes.flatten()[len(keys) + 1:]:
+        2, columns, figsize=(3.4 * columns, 6.8), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(keys):]:
         axis.set_axis_off()
-    for number, (_, head, rows) in enumerate(runs):
+    for number, (head, rows) in enumerate(runs):
         color, config = f"C{number}", head["config"]
         label = f"{config['recipe']}, seed {config['seed']}"
-        dashes = "--" if config["recipe"] == "control" else "-"
-        for axis, key in zip(panels, keys):
+        for axis, key in zip(axes.flat, keys):
             minutes, mean, error = curve(rows, key)
             low, high = mean - 2 * error, mean + 2 * error
-            axis.plot(minutes, mean, dashes, color=color, label=label, marker="o", markersize=3)
+            axis.plot(minutes, mean, color=color, label=label, marker="o", markersize=3)
             axis.fill_between(minutes, low, high, color=color, alpha=0.15, linewidth=0)
-        last.plot(*reward_curve(rows), color=color, linewidth=1)
-    for axis, key in zip(panels, keys):
-        axis.set_title(titles.get(key, key.replace("_", " ")))
-        axis.set_ylim(0, 1 if key in titles else axis.get_ylim()[1] * 1.1)
-    last.set_title("training reward, start = 1")
-    for axis in (*panels, last):
-        axis.set_xlabel("minutes")
+    for axis, key in zip(axes.flat, keys):
+        axis.set(title=titles[key], ylim=(0, 1), xlabel="minutes")
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("held-out truth")
-    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0, 0].set_ylabel("held-out truth")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
     save_figure(figure, out, dpi=110)
-
-
-def evaluated_keys(rows: list[dict], titles: dict[str, str]) -> list[str]:
-    """The headlines that evaluations hold: tasks first, then numbers that have no error."""
-    keys = {}
-    for row in rows:
-        for key, (_, error) in row["eval"].items():
-            if key in titles or error is None:
-                keys[key] = key not in titles
-    return sorted(keys, key=keys.get)
 
 
 def curve(rows: list[dict], key: str) -> np.ndarray:
@@ -70,20 +51,6 @@ def curve(rows: list[dict], key: str) -> np.ndarray:
             mean, error = row["eval"].get(key, (None, None))
             points.append([row["seconds"] / 60, mean, error])
     return np.array(points, dtype=float).T      # None becomes NaN
-
-
-def reward_curve(rows: list[dict]) -> tuple[list[float], list[float]]:
-    """Minutes, and the mean of the tasks' rewards, each divided by the mean of its first five."""
-    minutes, means, first = [], [], {}
-    for row in rows:
-        rewards = {key: value for key, value in row.items() if re.fullmatch("[^/]+/reward", key)}
-        for key, value in rewards.items():
-            first.setdefault(key, []).append(value)
-        if rewards:
-            minutes.append(row["seconds"] / 60)
-            means.append(rewards)
-    scale = {key: np.mean(values[:5]) for key, values in first.items()}
-    return minutes, [np.mean([value / scale[key] for key, value in step.items()]) for step in means]
 
 
 def pyplot():

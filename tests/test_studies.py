@@ -36,7 +36,6 @@ def test_every_reward_of_pictures_is_compared_with_the_truth(monkeypatch, tmp_pa
     assert all(-1 <= row["overall"] <= 1 for row in table.values())
     assert table["ins"]["overall"] > 0.5
     assert sum(row["share"] for row in table.values()) == pytest.approx(1)
-    assert (tmp_path / "r.png").stat().st_size > 10_000
     assert "| `dvreward` |" in capsys.readouterr().out
 
 
