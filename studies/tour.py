@@ -110,8 +110,8 @@ log is the number to look at.
 Replay walks the same segments with the same calls, and gradients.
 
 **Why is the ratio 1 before the update?** Because nothing has changed yet: the policy that is scored
-is the policy that acted. Rollout and replay differ by rounding alone. The
-log's `self_check` holds this number for the first step of every run.
+is the policy that acted. Rollout and replay differ by rounding alone: the log's `self_check` says
+by how much in the first step of every run.
 
 **Why is the loss about 0 at the first update?** With a ratio of 1 the loss is minus the mean
 advantage, and advantages of a group add up to 0; only texts of different lengths leave something.
@@ -242,7 +242,7 @@ def by_hand(logp: float, logp_old: float, adv: float, clip: float) -> str:
 CODE = (
     (train.one_step, "def one_step", 99), (train.act, "rollouts.append", 3),
     (train.reward, "task, samples", 2), (train.compare, "for part in parts", 7),
-    (train.improve, "for piece in pieces", 2), (train.train, "stats = one_step", 4))
+    (train.improve, "loss, stats = piece_loss", 1), (train.train, "stats = one_step", 4))
 
 
 def page(step: Step, after: bool) -> str:
