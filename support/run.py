@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from support.checkpoint import (
-    FLOATS, all_finite, full_tensor, save_tensors, shard_like, trainable, trainable_by_expert)
+    FLOATS, full_tensor, save_tensors, shard_like, trainable, trainable_by_expert)
 from support.disk import fingerprint, one_line_error, write_atomic
 from support.terminal import say, the_device
 
@@ -457,27 +457,19 @@ def save_checkpoint(
 
 def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors from a checkpoint of either kind, each rank of a sharded run its own part."""
-    with one_line_error(
-        f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read"):
+    with one_line_error(NOT_WHOLE.format(path)):
         if path.is_dir():
             alone = not any(isinstance(value, DTensor) for value in tensors.values())
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
-            local = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in tensors.items()}
-            bad = [key for key, value in local.items() if not all_finite(value)]
-        else:
-            with safe_open(path, framework="pt") as file:
-                bad = [key for key in tensors if not all_finite(file.get_tensor(key))]
-                for key, value in tensors.items() if not bad else ():
-                    value.copy_(shard_like(file.get_tensor(key).to(value.device), value))
-    if bad:
-        raise ValueError(
-            f"{path}: {bad[0]} holds numbers that are not finite; no run can go on from them")
+            return
+        with safe_open(path, framework="pt") as file:
+            for key, value in tensors.items():
+                value.copy_(shard_like(file.get_tensor(key).to(value.device), value))
 
 
 def stored_kinds(path: Path) -> dict[str, tuple]:
     """Key -> (shape, dtype) of a checkpoint of either kind."""
-    with one_line_error(
-        f"{path} is not a whole checkpoint in safetensors, and pickled checkpoints are not read"):
+    with one_line_error(NOT_WHOLE.format(path)):
         if path.is_dir():
             stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
             for key, value in stored.items():
@@ -500,29 +492,20 @@ def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
     """
     into = tensors | {"step": torch.tensor(0)}
     single, folder, old = (out / name for name in CHECKPOINTS)
-    paths = [
-        path for path in (single, folder if folder.exists() else old) if path.exists()
-    ]                                           # a kill may leave both
-    if not paths:
-        raise FileNotFoundError(f"no checkpoint {single} to resume from")
     wanted, steps = {key: (tuple(value.shape), value.dtype) for key, value in into.items()}, {}
-    for path in paths:
+    for path in (single, folder if folder.exists() else old):   # a kill may leave both
+        if not path.exists():
+            continue
         stored = stored_kinds(path)
-        missing, extra = (
-            sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys()))
-        if missing or extra:
-            raise ValueError(
-                f"{path}: {len(missing)} keys missing {missing[:6]}, {len(extra)} "
-                f"keys extra {extra[:6]}; "
-                "was it written with another --policy, --lora or rates?"
-            )
-        for key, kind in wanted.items():
-            if stored[key] != kind:
-                raise ValueError(f"{path}: {key} has shape {stored[key]}, the policy {kind}")
+        for key in sorted(wanted.keys() | stored.keys()):
+            if stored.get(key) != wanted.get(key):
+                raise ValueError(
+                    f"{path}: {key} has shape {stored.get(key)}, the policy {wanted.get(key)}; "
+                    "was it written with another --policy, --lora or rates?")
         read_checkpoint(path, {"step": into["step"]})
         steps[path] = int(into["step"])
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint {single} to resume from")
     path = max(steps, key=steps.get)
-    if steps[path] < 0:
-        raise ValueError(f"{path}: step is {steps[path]}, must be 0 or above")
     read_checkpoint(path, into)
     return steps[path]
