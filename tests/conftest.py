@@ -1,10 +1,19 @@
-"""Every test runs with the repository root importable, a fixed seed, and hypothesis without a clock."""
+"""Every test runs on the CPU, on one thread unless OMP_NUM_THREADS asks for more, offline, from one
+seed.
+"""
 
+import functools
 import os
 import sys
+import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")                    # before torch: small tensors gain nothing by two, and a busy machine loses
+# Before torch and transformers are loaded; programs that a test starts inherit it. A user's own
+# GPUs and cache of downloaded models must not change what a test sees.
+os.environ |= dict(
+    CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="", ROCR_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1",
+    HF_HOME=str(Path(tempfile.gettempdir()) / "no-models-are-here"), MPLBACKEND="Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # small tensors gain nothing by more
 
 import pytest
 import torch
@@ -13,11 +22,31 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# torch's first call can take longer than hypothesis' default deadline, and a test must not time anything.
-settings.register_profile("repository", deadline=None, derandomize=True, max_examples=100)
+# A test must not time anything, and torch's first call takes longer than hypothesis' default
+# deadline.
+settings.register_profile(
+    "repository", deadline=None, derandomize=True, max_examples=100, database=None
+)
 settings.load_profile("repository")
+
+
+def pytest_configure(config):
+    alone = "ignore:torch.distributed is disabled"              # which one process means
+    config.addinivalue_line("filterwarnings", alone)
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(recipe): two steps of a recipe on the toy, run once. See tiny_runs.Finished."""
+    import tiny_runs
+
+    @functools.cache
+    def run(recipe):
+        return tiny_runs.run_recipe(recipe, tmp_path_factory.mktemp(recipe))
+
+    return run
