@@ -209,8 +209,8 @@ class Detector:
 
     def check(self, metadata: list[Metadata]) -> None:
         """ValueError for a colour that is none of the ten, and for a class of too many words."""
-        for names in {tuple(names_of(m)): names_of(m) for m in metadata}.values():
-            self.find.check(names)
+        for m in metadata:
+            self.find.check(names_of(m))
         clauses = [clause for m in metadata for clause in clauses_of(m)]
         colors = {clause["color"] for clause in clauses if "color" in clause}
         if unknown := sorted(colors - set(COLORS)):

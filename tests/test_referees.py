@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from referees import build, captioner, detectors, judge, preferences, siglip
 from referees.load import numbers_in
-from rewards import Dense, Knowledge, Preference, Samples, Semantic, score, token_f1
+from rewards import REWARDS, Dense, Entry, Knowledge, Preference, Samples, Semantic, score, token_f1
 from safetensors.torch import load_file, save_file
 from sample import TOY
 from support.run import Ranks
@@ -470,6 +470,12 @@ def test_rewards_with_a_weight_are_built_and_a_model_that_two_ask_is_loaded_once
     assert rewards["sem"].encoder is rewards["dense"].encoder
     assert rewards["kn"].judge is rewards["dvreward"].judge
     assert isinstance(built("--dvreward", "1", "--dv_by", "holistic")["dvreward"], Knowledge)
+
+
+def test_a_reward_of_any_name_has_a_flag_and_without_a_line_that_builds_it_is_refused(monkeypatch):
+    monkeypatch.setitem(REWARDS, "clip-score", Entry("a score", (("images",),)))
+    with pytest.raises(ValueError, match="no line of referees/build.py builds the reward clip-score"):
+        built("--clip-score", "0.5", "--sem", "0", "--kn", "0", "--accuracy", "0")
 
 
 def test_models_are_counted_where_they_lie(folders):
