@@ -280,9 +280,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reward_that_fails_stops_the_run_with_its_name_and_the_prompt(tmp_path):
+def test_a_reward_that_fails_stops_the_run_with_its_name_and_the_prompt(tmp_path, monkeypatch):
     run = begin(tmp_path, "--think 0 --ask 0")
-    run.rewards["sem"] = lambda samples: torch.full((len(samples.prompts),), float("nan"))
+    monkeypatch.setitem(
+        run.rewards, "sem", lambda samples: torch.full((len(samples.prompts),), float("nan")))
     with pytest.raises(ValueError, match="reward 'sem' failed on prompt '.+nan"):
         train.one_step(run, 0)
 

@@ -32,7 +32,7 @@ REWARDS = ["sem", "kn", "dense", "ins", "accuracy", "format", "dvreward", "liken
 
 
 @pytest.fixture(autouse=True)
-def pretended():
+def pretend_device():
     with PretendDevice(), Literals():
         yield
 
