@@ -266,12 +266,14 @@ CHECKPOINTS = ("checkpoint.safetensors", "checkpoint", "checkpoint.old")
 
 
 def refuse_finished(out: Path) -> None:
-    """ValueError if a folder holds a run already, which a run that begins anew would mix with its
-    own.
-    """
+    """ValueError if a folder holds a run, which a run that begins anew would mix with its own."""
     if not any((out / name).exists() for name in ("log.jsonl", *CHECKPOINTS)):
         return
-    raise ValueError(f"{out} holds a run; --resume goes on, another --out begins anew")
+    head, rows = read_rows(out / "log.jsonl") if (out / "log.jsonl").exists() else (None, [])
+    recipe = head["config"]["recipe"] if head else "a lost log"
+    steps = sum("loss" in row for row in rows)
+    raise ValueError(f"{out} holds a run of {recipe}, {steps} steps; "
+                     "--resume goes on, another --out begins anew")
 
 
 def differences(old: dict, new: dict) -> dict[str, list]:

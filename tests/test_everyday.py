@@ -237,7 +237,7 @@ def test_a_killed_owner_leaves_the_folder_free(tmp_path):
 def test_a_folder_that_holds_a_run_is_refused_and_can_be_resumed(older):
     with pytest.raises(
         ValueError,
-        match="holds a run; --resume goes on, another --out begins anew"):
+        match="holds a run of .* steps; --resume goes on, another --out begins anew"):
         run(older, "--steps", 2)
     run(older, "--steps", 3, "--resume")
     assert steps(older) == [0, 1, 2]

@@ -27,7 +27,7 @@ STUB = {"loss": 0.0, "grad_norm": 0.0}          # what a step logs that does not
 
 
 @pytest.fixture
-def stopped(tiny, tmp_path):
+def run_folder(tiny, tmp_path):
     """A folder in which two steps of lvrpo lie, to go on from."""
     for name in ("log.jsonl", "checkpoint.safetensors"):
         shutil.copy(tiny("lvrpo").out / name, tmp_path)
@@ -152,8 +152,8 @@ def test_the_rank_that_fails_keeps_the_steps_before_it(tiny, tmp_path):
     assert int(checkpoint(tmp_path)["step"]) == 5
 
 
-def test_a_full_disk_at_a_save_keeps_the_old_checkpoint(stopped, monkeypatch):
-    old = (stopped / "checkpoint.safetensors").read_bytes()
+def test_a_full_disk_at_a_save_keeps_the_old_checkpoint(run_folder, monkeypatch):
+    old = (run_folder / "checkpoint.safetensors").read_bytes()
 
     def write_half(tensors, target, metadata=None):
         Path(target).write_bytes(b"half")
@@ -162,8 +162,8 @@ def test_a_full_disk_at_a_save_keeps_the_old_checkpoint(stopped, monkeypatch):
     monkeypatch.setattr("support.checkpoint.save_file", write_half)
     monkeypatch.setattr(train, "one_step", lambda run, step: STUB)
     with pytest.raises(OSError, match="No space left"):
-        resume(stopped, "--steps 3")
-    assert (stopped / "checkpoint.safetensors").read_bytes() == old
+        resume(run_folder, "--steps 3")
+    assert (run_folder / "checkpoint.safetensors").read_bytes() == old
 
 
 def test_the_average_moves_by_one_minus_its_decay_and_stands_in_for_a_while():
@@ -190,22 +190,23 @@ def test_the_exported_policy_is_the_average(tiny):
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "checkpoint.safetensors", "checkpoint"])
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(stopped, name):
-    for path in list(stopped.iterdir()):
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run_folder, name):
+    for path in list(run_folder.iterdir()):
         if path.name != name:
             path.unlink()
     if name == "checkpoint":
-        (stopped / name).mkdir()
-    before = {path: path.is_file() and path.read_bytes() for path in stopped.iterdir()}
-    says = "holds a run; --resume goes on, another --out begins anew"
+        (run_folder / name).mkdir()
+    before = {path: path.is_file() and path.read_bytes() for path in run_folder.iterdir()}
+    of = "lvrpo, 2 steps" if name == "log.jsonl" else "a lost log, 0 steps"
+    says = f"holds a run of {of}; --resume goes on, another --out begins anew"
     with pytest.raises(ValueError, match=says):
-        train.begin(small(stopped), ALONE)
-    assert {path: path.is_file() and path.read_bytes() for path in stopped.iterdir()} == before
+        train.begin(small(run_folder), ALONE)
+    assert {path: path.is_file() and path.read_bytes() for path in run_folder.iterdir()} == before
 
 
-def test_a_folder_with_a_run_is_refused_and_an_empty_one_is_free(stopped, tmp_path):
-    with pytest.raises(ValueError, match="holds a run; --resume"):
-        refuse_finished(stopped)
+def test_a_folder_with_a_run_is_refused_and_an_empty_one_is_free(run_folder, tmp_path):
+    with pytest.raises(ValueError, match="holds a run of lvrpo, 2 steps"):
+        refuse_finished(run_folder)
     refuse_finished(tmp_path / "new")
 
 
@@ -230,16 +231,16 @@ def test_the_newest_of_two_kinds_of_checkpoints_is_resumed(tmp_path, single, new
     assert tensors["a"].item() == newest
 
 
-def test_a_log_ahead_of_its_checkpoint_goes_back_to_it_and_its_clock_goes_on(stopped, monkeypatch):
-    head, *rows = (stopped / "log.jsonl").read_text().splitlines()
+def test_a_log_ahead_of_its_checkpoint_goes_back_to_it_and_its_clock_goes_on(run_folder, monkeypatch):
+    head, *rows = (run_folder / "log.jsonl").read_text().splitlines()
     rows = [json.loads(row) | {"seconds": 1000.0} for row in rows]
     rows += [
         dict(step=2, seconds=1002.0, eval={}), dict(step=2, seconds=1003.0, loss=0.0),
         dict(step=3, seconds=1004.0, eval={})]
-    (stopped / "log.jsonl").write_text("\n".join([head, *map(json.dumps, rows)]))
+    (run_folder / "log.jsonl").write_text("\n".join([head, *map(json.dumps, rows)]))
     monkeypatch.setattr(train, "one_step", lambda run, step: STUB)
-    resume(stopped, "--steps 3")
-    rows = records(stopped)
+    resume(run_folder, "--steps 3")
+    rows = records(run_folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     assert ["eval" in row for row in rows] == [False, False, True, False]
     assert rows[-1]["seconds"] >= 1002.0
