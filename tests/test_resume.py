@@ -89,7 +89,9 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("place", ["sample_plan", "piece_loss"])
-def test_a_signal_inside_a_step_leaves_the_step_before_any_weight_moves(tiny, tmp_path, monkeypatch, place):
+def test_a_signal_inside_a_step_leaves_the_step_before_any_weight_moves(
+    tiny, tmp_path, monkeypatch, place
+):
     """In the second of two parts of a rollout, or of the micro-batches of an update."""
     calls, inner = [], getattr(train, place)
 
@@ -231,7 +233,9 @@ def test_the_newest_of_two_kinds_of_checkpoints_is_resumed(tmp_path, single, new
     assert tensors["a"].item() == newest
 
 
-def test_a_log_ahead_of_its_checkpoint_goes_back_to_it_and_its_clock_goes_on(run_folder, monkeypatch):
+def test_a_log_ahead_of_its_checkpoint_goes_back_to_it_and_its_clock_goes_on(
+    run_folder, monkeypatch
+):
     head, *rows = (run_folder / "log.jsonl").read_text().splitlines()
     rows = [json.loads(row) | {"seconds": 1000.0} for row in rows]
     rows += [
