@@ -135,10 +135,11 @@ def normalise_each(
 ) -> dict[str, Tensor]:
     """Centre every component (N,) within its groups and divide it by their std + 1e-4.
 
-    The weighted sum of the results is an advantage [CoRL's code, unify_advantage] in which weights
+    The weighted sum of the results is an advantage [TRL, normalize_then_sum] in which weights
     mean what they say; the advantage of the summed reward [LVRPO Eq. 3] follows the component that
     varies most, see `variance_share`. It amplifies a component that hardly varies. A tied group
-    gets exactly 0. `std` "population" divides squares by n, "unbiased" by n - 1, as CoRL's code.
+    gets exactly 0. `std` "population" divides squares by n, "unbiased" by n - 1.
+    Differs: TRL normalises the sum once more over the batch.
     Errors: see `split_groups`.
     """
     n = G - DIVISORS[std]

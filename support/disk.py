@@ -99,7 +99,7 @@ def replacing(path: Path):
     file = scratch / path.name
     try:
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        scratch.mkdir(parents=True)
         file.touch()
         mode = file.stat().st_mode
         yield file

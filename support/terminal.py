@@ -105,10 +105,11 @@ def plain_text(word: str) -> str:
 
 
 def new_file(word: str) -> Path:
-    """A type for argparse: a file to write, whose folder exists before any work is done for it."""
+    """A type for argparse: a file to write, refused before any work is done for it."""
     path = Path(word)
-    if not path.resolve().parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{word}: is a folder, or in a folder that does not exist")
+    above = next(folder for folder in path.resolve().parents if folder.exists())
+    if path.is_dir() or not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{word}: is a folder, or lies below a file")
     return path
 
 

@@ -19,6 +19,7 @@ import eval as evaluation
 import sample
 import train
 from recipes import parse
+from support.disk import write_atomic
 from support.run import Log, Owner, Ranks, differences, read_rows, signals
 from support.terminal import Terminal, new_file, one_line
 
@@ -136,11 +137,13 @@ def test_ctrl_c_while_a_program_loads_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "sample.py: interrupted\n"
 
 
-def test_a_file_to_write_lies_in_a_folder_that_exists(tmp_path):
-    assert new_file(str(tmp_path / "a.png")) == tmp_path / "a.png"
-    for path in (tmp_path, tmp_path / "no" / "a.png"):
-        with pytest.raises(argparse.ArgumentTypeError, match="a folder that does not exist"):
-            new_file(str(path))
+def test_a_file_to_write_may_lie_in_a_new_folder(tmp_path):
+    path = new_file(str(tmp_path / "new" / "a.txt"))
+    write_atomic(path, b"a")
+    assert path.read_bytes() == b"a"
+    for refused in (tmp_path, path / "b.txt"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is a folder, or lies below a file"):
+            new_file(str(refused))
 
 
 def test_the_backend_of_a_notebook_does_not_reach_a_run():
