@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import flow_grpo
-import grpo
 import recipes
 import train
 
@@ -53,36 +51,20 @@ def test_a_copied_file_needs_nothing_of_ours(tmp_path):
     run(["-c", code], tmp_path)
 
 
-def test_a_copied_file_that_proves_itself_runs_alone(tmp_path):
-    """tests/test_text_loss.py does the same with grpo.py."""
-    shutil.copy(ROOT / "flow_grpo.py", tmp_path)
-    run(["flow_grpo.py", "--out", "flow.png", "--assert-reward", "0.8"], tmp_path)
-    assert (tmp_path / "flow.png").stat().st_size > 10_000
+@pytest.mark.parametrize(
+    "line", ["grpo.py --assert-reward 0.9", "flow_grpo.py --assert-reward 0.8 --out flow.png"])
+def test_a_copied_file_that_proves_itself_runs_alone_and_learns(tmp_path, line):
+    name, *flags = line.split()
+    shutil.copy(ROOT / name, tmp_path)
+    run(["-I", name, *flags], tmp_path)
+    assert "--out" not in flags or (tmp_path / "flow.png").stat().st_size > 10_000
 
 
-def test_importing_reads_no_heavy_library():
-    heavy = {"transformers", "diffusers", "open_clip", "matplotlib", "PIL"}
-    run(
-        ["-c", f"import sys, grpo, flow_grpo, toy.shapes; assert not {heavy!r} & set(sys.modules)"],
-        ROOT)
-
-
-def test_sampling_needs_neither_toy_nor_referees_nor_rewards():
-    rooms = {"toy", "referees", "rewards", "studies"}
-    run(
-        [
-            "-c",
-            f"import sys, sample; assert not {rooms!r} & {{name.split('.')[0] for name in "
-            "sys.modules}",
-        ],
-        ROOT,
-    )
-
-
-def test_a_function_that_stands_in_two_files_is_the_same():
-    assert inspect.getsource(grpo.clipped_surrogate) == inspect.getsource(
-        flow_grpo.clipped_surrogate)
-    assert inspect.getsource(grpo.bounded_exp) == inspect.getsource(flow_grpo.bounded_exp)
+@pytest.mark.parametrize("ours, others", [
+    ("grpo, flow_grpo, toy.shapes", "transformers diffusers open_clip matplotlib PIL"),
+    ("sample", "toy referees rewards studies")])
+def test_importing_files_of_ours_reads_no_library_or_room_that_they_do_not_need(ours, others):
+    run(["-c", f"import sys, {ours}; assert not sys.modules.keys() & set({others.split()!r})"], ROOT)
 
 
 # ---- the house ----
@@ -143,26 +125,19 @@ def test_one_idea_stands_on_a_line(path):
     assert max(map(len, lines)) <= 110
     assert sum(len(line) > 100 for line in lines) <= 0.05 * len(lines)
     assert density(tree) <= (9 if name_of(path) in CORE else 10)
+    named_lambdas = {(ast.Assign, ast.Lambda), (ast.AnnAssign, ast.Lambda)}
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            assert not isinstance(node.value, ast.Lambda), (
-                f"line {node.lineno}: a lambda with a name")
-        if isinstance(node, ast.Expr):
-            assert not isinstance(node.value, ast.Tuple), (
-                f"line {node.lineno}: a tuple for its side effects")
+        pair = type(node), type(getattr(node, "value", None))
+        assert pair not in named_lambdas | {(ast.Expr, ast.Tuple)}, f"line {node.lineno}: {pair}"
         if isinstance(node, ast.IfExp):
             inside = [inner for inner in ast.walk(node) if isinstance(inner, ast.IfExp)]
             assert len(inside) == 1, f"line {node.lineno}: a condition inside a condition"
 
 
 def test_the_toy_stays_small_and_holds_no_pickle():
-    files = [
-        path
-        for path in (ROOT / "toy").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    ]
-    assert sum(path.stat().st_size for path in files) < 14 * 2**20
-    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+    paths = [path for path in (ROOT / "toy").rglob("*") if "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in paths) < 14 * 2**20
+    assert not {path.suffix for path in paths} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 # ---- commands ----
@@ -193,14 +168,9 @@ class Parsed(BaseException):
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_parses(command, monkeypatch):
-    words = shlex.split(command)
-    place = (
-        words.index("-m") + 1
-        if "-m" in words
-        else next(i for i, word in enumerate(words) if word.endswith(".py"))
-    )
-    name, argv = words[place].removesuffix(".py").replace("/", "."), words[place + 1:]
-    assert (ROOT / f"{name.replace('.', '/')}.py").is_file()
+    module, file, flags = re.search(r"(?:-m (\S+)|(\S+)\.py)(.*)", command).groups()
+    name, argv = module or file.replace("/", "."), shlex.split(flags)
+    assert name in map(name_of, HOUSE)
     if "--help" in argv:
         return
     if name == "train":
