@@ -529,9 +529,3 @@ def test_pairwise_distance_is_the_mean_over_pairs_of_a_group(rng, B, G):
     apart = [np.linalg.norm(a - b) for group in groups for a, b in permutations(group, 2)]
     measured = diversity(images, [[]] * len(images), G)["pairwise_distance"]
     assert measured == pytest.approx(np.mean(apart) / 3072**0.5)
-
-
-@pytest.mark.parametrize("G, found", [(2, [[]] * 3), (1, [[]] * 3), (3, [[]] * 2)])
-def test_diversity_refuses_images_that_do_not_fill_their_groups(G, found):
-    with pytest.raises(ValueError, match="multiple of G"):
-        diversity(quadrant_images([1, 2, 3]), found, G)

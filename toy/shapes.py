@@ -21,9 +21,10 @@ All sampling takes a np.random.Generator.
 `python toy/shapes.py` prints prompts, and whether the detector reads their pictures back.
 """
 import functools
+import re
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -43,13 +44,12 @@ RELATIONS = {"left of": ("col", -1), "right of": ("col", 1),
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-COUNT_FACTS = ((2, "a bicycle", "wheels"), (2, "a bird", "wings"), (2, "a face", "eyes"),
-               (3, "a triangle", "sides"), (3, "a tricycle", "wheels"), (3, "a clover", "leaves"),
-               (4, "a square", "corners"), (4, "a car", "wheels"), (4, "a dog", "legs"))
-COLOR_FACTS = (("red", "blood"), ("red", "a cherry"), ("green", "grass"), ("green", "a leaf"),
-               ("blue", "the sky"), ("blue", "the sea"), ("yellow", "the sun"),
-               ("yellow", "a lemon"), ("purple", "a plum"), ("purple", "lavender"),
-               ("orange", "a carrot"), ("orange", "a pumpkin"))
+FACTS = ("a bicycle has two wheels", "a bird has two wings", "a face has two eyes",
+         "a triangle has three sides", "a tricycle has three wheels", "a clover has three leaves",
+         "a square has four corners", "a car has four wheels", "a dog has four legs",
+         "blood is red", "a cherry is red", "grass is green", "a leaf is green", "the sky is blue",
+         "the sea is blue", "the sun is yellow", "a lemon is yellow", "a plum is purple",
+         "lavender is purple", "a carrot is orange", "a pumpkin is orange")
 LETTERS = ("(a)", "(b)", "(c)", "(d)")                  # of options
 CAPTION = "what is in the image ?"      # asks for a caption
 THINK = "think first"                   # after a question: asks for tags, thought and answer
@@ -139,7 +139,7 @@ def render(scene: Scene) -> np.ndarray:
     grid = (np.arange(2 * SIZE) + 0.5) / 2                          # (64,)
     image = np.full((SIZE, SIZE, 3), float(GROUND))
     for o in scene:
-        inside = depth(o.shape, grid[None, :] - o.x, grid[:, None] - o.y, o.radius) >= 0
+        inside = depth(o.shape, grid - o.x, grid[:, None] - o.y, o.radius) >= 0
         cover = inside.reshape(SIZE, 2, SIZE, 2).mean((1, 3))[..., None]  # (32, 32, 1)
         image += cover * (np.array(COLORS[o.color]) - image)
     return np.rint(image).astype(np.uint8)
@@ -151,18 +151,16 @@ def damage(scene: Scene, rng, what: str) -> np.ndarray:
     what: "ground" lays a haze or specks over it, "shape" a bar of bare ground across one object."""
     image = render(scene)
     if what == "shape":
-        o, wide = pick(rng, scene), int(rng.integers(3, 5))
-        centre, axis = (o.y, o.x), int(rng.integers(2))
+        o, wide = pick(rng, scene), rng.integers(3, 5)
+        centre, axis = (o.y, o.x), rng.integers(2)
         box = [slice(c - o.radius - 1, c + o.radius + 1) for c in centre]
         start = centre[axis] - wide // 2
         box[axis] = slice(start, start + wide)
         image[tuple(box)] = GROUND
     elif rng.random() < 0.5:
-        tint = rng.integers(110, 215, 3)
-        bare = (image == GROUND).all(-1, keepdims=True)
-        image = np.where(bare, tint, image).astype(np.uint8)
+        image[(image == GROUND).all(-1)] = rng.integers(110, 215, 3)
     else:
-        for y, x in rng.integers(1, SIZE - 2, (int(rng.integers(8, 16)), 2)):
+        for y, x in rng.integers(1, SIZE - 2, (rng.integers(8, 16), 2)):
             image[y:y + 2, x:x + 2] = rng.integers(0, 200, 3)
     return image
 
@@ -171,15 +169,13 @@ def degrade(images: np.ndarray, rng, blur: float = 0.2, noise: float = 8.0) -> n
     """What a small autoencoder does to images (N, 32, 32, 3): a little blur and noise.
 
     Taps (blur, 1 - 2 blur, blur) along both axes, then gaussian noise in grey levels."""
-    out = np.asarray(images, dtype=np.float64)
-    for axis in (1, 2):
-        margins = [(0, 0)] * 4
-        margins[axis] = (1, 1)
-        wide = np.pad(out, margins, mode="edge")
-        neighbours = np.take(wide, range(SIZE), axis) + np.take(wide, range(2, SIZE + 2), axis)
-        out = (1 - 2 * blur) * out + blur * neighbours
+    out = np.asarray(images, dtype=float)
+    for _ in range(2):                                              # along columns, then rows
+        wide = np.pad(out, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="edge")
+        out = (1 - 2 * blur) * out + blur * (wide[:, :-2] + wide[:, 2:])
+        out = out.swapaxes(1, 2)
     out = out + noise * rng.standard_normal(out.shape)
-    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(out), 0, 255).astype(np.uint8, order="C")
 
 
 # ---- what a scene says, and whether it is what metadata asks for ----
@@ -283,8 +279,8 @@ def build(tag: str, include: list[dict], prefix: str = "") -> dict:
 
     Differs: every prompt excludes more objects of any shape than it names, not only counting
     prompts: if extra objects are free, a policy soon fills its pictures with them."""
-    metadata = {"tag": tag, "include": [dict(clause) for clause in include]}
-    metadata["exclude"] = exclude_more(include)
+    metadata = {"tag": tag, "include": [dict(clause) for clause in include],
+                "exclude": exclude_more(include)}
     metadata["prompt"] = prefix + explicit(metadata)
     if any((clause.get("color"), clause["class"]) in HELD_OUT for clause in include):
         metadata["held_out"] = True
@@ -297,7 +293,7 @@ def compositions() -> Iterator[tuple[str, list]]:
     for shape in SHAPES:
         yield "single_object", [[new_clause(shape)]]
     for a, b in pairs:
-        yield "two_object", [[new_clause(a), new_clause(b)], [new_clause(b), new_clause(a)]]
+        yield "two_object", list(permutations([new_clause(a), new_clause(b)]))
     for shape in SHAPES:
         for count in (2, 3, 4):
             yield "counting", [[new_clause(shape, count=count)]]
@@ -311,7 +307,7 @@ def compositions() -> Iterator[tuple[str, list]]:
     for a, b in pairs:
         for color, other in permutations(COLORS, 2):
             first, second = new_clause(a, color=color), new_clause(b, color=other)
-            yield "color_attr", [[first, second], [second, first]]
+            yield "color_attr", list(permutations([first, second]))
 
 
 def prompts(split: str) -> list[dict]:
@@ -351,21 +347,22 @@ def implicit_prompts(split: str) -> list[dict]:
     They have the keys "implicit" and "thought". Each fact meets two shapes in train and the third
     in eval; HELD_OUT pairs go to eval. The thought is "<think> a triangle has three sides </think>
     three circles": it ends in the explicit prompt."""
-    facts = []
-    for count, owner, parts in COUNT_FACTS:
-        riddle = f"as many {{}}s as {owner} has {parts}"
-        facts.append(("counting", {"count": count}, riddle, f"{owner} has {COUNTS[count]} {parts}"))
-    for color, thing in COLOR_FACTS:
-        riddle = f"a {{}} in the color of {thing}"
-        facts.append(("colors", {"color": color}, riddle, f"{thing} is {color}"))
     wanted, out = is_eval(split), []
-    for i, (tag, value, riddle, fact) in enumerate(facts):
+    for i, fact in enumerate(FACTS):
+        owner, verb, *rest = re.split(" (has|is) ", fact)
+        value, *parts = rest[0].split()
         for j, shape in enumerate(SHAPES):
+            if verb == "has":
+                tag, clause = "counting", new_clause(shape, count=COUNTS.index(value))
+                riddle = f"as many {shape}s as {owner} has {parts[0]}"
+            else:
+                tag, clause = "colors", new_clause(shape, color=value)
+                riddle = f"a {shape} in the color of {owner}"
             for prefix in PREFIXES:
-                metadata = build(tag, [new_clause(shape, **value)])
+                metadata = build(tag, [clause])
                 if ((i + i // 3 + j) % 3 == 0 or "held_out" in metadata) == wanted:
                     thought = f"<think> {fact} </think> {metadata['prompt']}"
-                    metadata["prompt"] = prefix + riddle.format(shape)
+                    metadata["prompt"] = prefix + riddle
                     out.append(metadata | {"implicit": True, "thought": thought})
     return out
 
@@ -387,9 +384,8 @@ def wrong_metadata(metadata: dict, rng) -> dict:
         clause["class"] = pick(rng, [s for s in SHAPES if s not in named])
     else:
         clause["color"] = free_color(rng, clause["class"], True, but=[c["color"] for c in include])
-    if "implicit" in metadata:
-        return build(tag, include)
-    return build(tag, include, metadata["prompt"].removesuffix(explicit(metadata)))
+    prefix, _, _ = metadata["prompt"].rpartition(explicit(metadata))    # "" of an implicit prompt
+    return build(tag, include, prefix)
 
 
 def wrong_thought(metadata: dict, rng) -> str:
@@ -398,8 +394,7 @@ def wrong_thought(metadata: dict, rng) -> str:
     clauses = metadata["include"][0], wrong["include"][0]
     old, new = [c.get("color", COUNTS[c["count"]]) for c in clauses]
     fact, _ = metadata["thought"].split(" </think> ")
-    words = [new if word == old else word for word in fact.split()]
-    return f"{' '.join(words)} </think> {wrong['prompt']}"
+    return f"{fact.replace(old, new)} </think> {wrong['prompt']}"
 
 
 # ---- scenes ----
@@ -408,7 +403,7 @@ def wrong_thought(metadata: dict, rng) -> str:
 def pick(rng, options):
     """One of the options, all equally likely."""
     options = list(options)
-    return options[int(rng.integers(len(options)))]
+    return options[rng.integers(len(options))]
 
 
 def place(rng, shape: str, color: str, row: int, col: int) -> Object:
@@ -417,8 +412,8 @@ def place(rng, shape: str, color: str, row: int, col: int) -> Object:
     It stays at least one pixel away from its quadrant's edge."""
     radius = int(rng.integers(4, 7))
     reach = min(2, 7 - radius)
-    dx, dy = rng.integers(-reach, reach + 1, size=2)
-    return Object(shape, color, row, col, int(dx), int(dy), radius)
+    dx, dy = rng.integers(-reach, reach + 1, size=2).tolist()
+    return Object(shape, color, row, col, dx, dy, radius)
 
 
 def free_color(rng, shape: str, training: bool, but=()) -> str:
@@ -435,16 +430,14 @@ def fits(metadata: dict, scene: Scene) -> bool:
     GenEval's rule on boxes then agrees on diagonals too."""
     if not satisfies(metadata, discrete(scene)):
         return False
+    if metadata["tag"] != "position":
+        return True
+    anchor, clause = metadata["include"]
     by_shape = {o.shape: o for o in scene}
-    for clause in metadata["include"]:
-        if "position" in clause:
-            relation, target = clause["position"]
-            a, b = by_shape[clause["class"]], by_shape[metadata["include"][target]["class"]]
-            offset = {"row": abs(a.y - b.y), "col": abs(a.x - b.x)}
-            axis, _ = RELATIONS[relation]
-            if offset[axis] < max(offset.values()):
-                return False
-    return True
+    a, b = by_shape[clause["class"]], by_shape[anchor["class"]]
+    offset = {"row": abs(a.y - b.y), "col": abs(a.x - b.x)}
+    axis, _ = RELATIONS[clause["position"][0]]
+    return offset[axis] == max(offset.values())
 
 
 def sample_scene(metadata: dict, rng, training: bool = True) -> Scene:
@@ -466,7 +459,7 @@ def scene_split(scene: Scene) -> str:
     """The split of a scene: "eval" with a HELD_OUT pair and for one in five of the others.
 
     The CRC-32 of what the scene says decides."""
-    words = repr(tuple(tuple(thing) for thing in discrete(scene)))
+    words = repr(tuple(map(tuple, discrete(scene))))
     return "eval" if shows_held_out(scene) or zlib.crc32(words.encode()) % 5 == 0 else "train"
 
 
@@ -489,10 +482,10 @@ def question_kinds(scene: Scene) -> list[str]:
     """The kinds of question that a scene answers.
 
     color and shape need a unique object, relation needs two."""
-    shapes = len(unique(scene, "shape"))
-    possible = {"count": True, "color": shapes > 0, "shape": len(unique(scene, "color")) > 0,
-                "exists": True, "relation": shapes > 1}
-    return [kind for kind, can in possible.items() if can]
+    shapes, colors = unique(scene, "shape"), unique(scene, "color")
+    needs = {"count": scene, "color": shapes, "shape": colors, "exists": scene,
+             "relation": shapes[1:]}
+    return [kind for kind, objects in needs.items() if objects]
 
 
 def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Question:
@@ -528,13 +521,11 @@ def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Q
 
 def near_misses(pairs: list[tuple[str, str]], training: bool) -> list[tuple[str, str]]:
     """Absent (color, shape) pairs that share a word with a present one, so both words count."""
-    out = []
-    for color in COLORS:
-        for shape in SHAPES:
-            pair = (color, shape)
-            barred = pair in pairs or training and pair in HELD_OUT
-            if not barred and any(color == c or shape == s for c, s in pairs):
-                out.append(pair)
+    present, out = set(sum(pairs, ())), []
+    for pair in product(COLORS, SHAPES):
+        barred = pair in pairs or training and pair in HELD_OUT
+        if not barred and present & set(pair):
+            out.append(pair)
     return out
 
 
@@ -556,9 +547,8 @@ def make_choice(question: Question, rng) -> Question:
 
     The options are the right answer and up to three others of its kind, shuffled."""
     others = [answer for answer in answers_of(question.kind) if answer != question.answer]
-    few = rng.permutation(len(others))[:len(LETTERS) - 1]
-    options = [question.answer, *(others[i] for i in few)]
-    options = [options[i] for i in rng.permutation(len(options))]
+    few = rng.permutation(others)[:len(LETTERS) - 1]
+    options = rng.permutation([question.answer, *few]).tolist()
     lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, options)]
     return question._replace(text=" ".join([question.text, *lettered]), options=options,
                              answer=LETTERS[options.index(question.answer)])
@@ -629,10 +619,10 @@ def make_edit(scene: Scene, rng) -> Edit:
         raise ValueError("make_edit: four objects and no unique shape; draw another scene")
     verb = pick(rng, sorted({instruction.split()[0] for instruction in edits}))
     instruction = pick(rng, [instruction for instruction in edits if instruction.startswith(verb)])
-    target = edits[instruction]
-    metadata = {"tag": "edit", "include": clauses_of(target)}
-    metadata["exclude"] = exclude_more(metadata["include"])
-    return Edit(instruction, scene, target, metadata | {"prompt": instruction})
+    include = clauses_of(edits[instruction])
+    metadata = {"tag": "edit", "include": include, "exclude": exclude_more(include),
+                "prompt": instruction}
+    return Edit(instruction, scene, edits[instruction], metadata)
 
 
 def clauses_of(scene: Scene) -> list[dict]:
@@ -640,10 +630,10 @@ def clauses_of(scene: Scene) -> list[dict]:
     include = []
     for shape in SHAPES:
         colors = [o.color for o in scene if o.shape == shape]
-        if len(set(colors)) == 1:
-            include.append(new_clause(shape, count=len(colors), color=colors[0]))
-        elif colors:
+        if colors:
             include.append(new_clause(shape, count=len(colors)))
+        if len(set(colors)) == 1:
+            include[-1]["color"] = colors[0]
     return include
 
 
@@ -657,11 +647,9 @@ def judge_edit(source: Things, target: Things, things: Things) -> tuple[bool, bo
     rest = list(things)
     for thing in others & set(things):
         rest.remove(thing)
-    made = []
+    known, made = 4 if gone else 2, []          # with another colour the quadrant is given too
     for new in come:
-        made = [t for t in rest if (t.shape, t.color) == (new.shape, new.color)]
-        if gone:                                # another colour, so the quadrant is given
-            made = [t for t in made if t == new]
+        made = [t for t in rest if t[:known] == new[:known]]
     stray = [t for t in rest if t not in made[:1] and t not in gone]
     kept = others <= set(things) and not stray and len(made) <= 1
     if come:
@@ -810,11 +798,9 @@ def detect(images: np.ndarray) -> list[list[dict]]:
             (area, 220, 170), (mean(haze[n]), 0.25, 0.15)):
         score = score * ramp(value, none, full)                     # (D,)
 
-    box = np.tile([SIZE, SIZE, 0, 0], (len(area), 1))               # (D, 4)
-    np.minimum.at(box, (owner, 0), x)
-    np.minimum.at(box, (owner, 1), y)
-    np.maximum.at(box, (owner, 2), x + 1)
-    np.maximum.at(box, (owner, 3), y + 1)
+    box = np.full((len(area), 4), SIZE)                             # right and bottom as negatives
+    np.minimum.at(box, owner, np.stack([x, y, -1 - x, -1 - y], 1))
+    box *= [1, 1, -1, -1]                                           # (D, 4)
     found, colors = [[] for _ in images], list(COLORS)
     for d in np.argsort(-score, kind="stable")[:(score > 0).sum()]:
         found[image[d]].append({"class": SHAPES[fit[:, d].argmax()], "box": box[d].tolist(),
@@ -842,10 +828,7 @@ def diversity(images: np.ndarray, detections: list[list[dict]], G: int) -> dict[
     """Variety within groups of G images of one prompt, prompt-major, averaged over groups.
 
     layout_entropy in bits, at most log2 G; pairwise_distance, the RMS difference of two images in
-    [0, 1]. ValueError if images do not fill their groups."""
-    if G < 2 or len(images) % G or len(images) != len(detections):
-        raise ValueError(f"diversity: {len(images)} images and {len(detections)} detections, "
-                         f"must be as many, and a multiple of G={G}>1")
+    [0, 1]."""
     layouts = np.array([layout(found) for found in detections]).reshape(-1, G)  # (B, G)
     share = np.stack([(layouts == bits).mean(1) for bits in range(16)])         # (16, B)
     bits = -share * np.log2(np.where(share > 0, share, 1))
