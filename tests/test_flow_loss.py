@@ -39,16 +39,12 @@ def near(**options):
 
 @densities
 @samplers
-def test_ratio_norm_is_the_papers_formula_in_value_and_gradient(sampler, density):
-    old, other, new, _, _ = near(sampler=sampler, dtype=torch.float64, density=density)
+def test_ratio_norm_is_the_papers_formula(sampler, density):
+    old, _, new, _, _ = near(sampler=sampler, dtype=torch.float64, density=density)
     value = normalised_log_ratio(old.latents[:, 1:], new.mean, old.means, old.std, density=density)
     shift = (old.means - new.mean).square().flatten(2)
     shift = shift.mean(2) if density == "mean" else shift.sum(2)
-    formula = old.std * (new.logp - old.logp + shift / (2 * old.std**2))
-    torch.testing.assert_close(value, formula)
-    mixed = torch.randn_like(value)
-    gradients = torch.autograd.grad((value * mixed).sum(), other, retain_graph=True)
-    torch.testing.assert_close(gradients, torch.autograd.grad((formula * mixed).sum(), other))
+    torch.testing.assert_close(value, old.std * (new.logp - old.logp + shift / (2 * old.std**2)))
 
 
 def test_ratio_norm_centres_the_log_ratio_and_evens_its_spread_over_steps():
@@ -68,8 +64,7 @@ def test_step_weights_undo_the_step_sizes_of_the_window(K, shift, start, W):
     weights = step_weights(times, window)
     torch.testing.assert_close(-weights * times.diff()[start:start + W], torch.ones(W))
     normalised = step_weights(times, window, normalise=True)
-    torch.testing.assert_close(normalised.mean(), torch.ones(()))
-    torch.testing.assert_close(normalised / normalised[0], weights / weights[0])
+    torch.testing.assert_close(normalised, weights / weights.mean())
 
 
 @given(st.floats(0.05, 3), st.floats(0.05, 3))
@@ -92,30 +87,38 @@ def test_the_sde_kl_in_velocities_has_the_weight_that_its_docstring_states(t, pa
 
 def test_the_velocity_mse_is_the_mean_squared_distance_of_each_sample_and_step():
     v, v_ref = torch.randn(2, 2, 3, 4, 5)
-    expected = [[torch.nn.functional.mse_loss(a, b) for a, b in zip(*rows)] for rows in zip(v, v_ref)]
-    torch.testing.assert_close(velocity_mse(v, v_ref), torch.tensor(expected))
+    expected = torch.nn.functional.mse_loss(v, v_ref, reduction="none").mean((2, 3))
+    torch.testing.assert_close(velocity_mse(v, v_ref), expected)
     assert velocity_mse(v.bfloat16(), v_ref.bfloat16()).dtype == torch.float32
 
 
 # ---- the loss ----
 
 
-def test_the_loss_is_the_sum_over_samples_and_steps_of_surrogate_and_penalties_divided_by_total():
-    old, _, new, reference, adv = near()
-    weights, expected, clipped = [0.5, 1.0, 3.0], 0.0, 0
+def test_the_loss_and_every_diagnostic_follow_their_formulas():
+    old, _, new, reference, _ = near()
+    adv, weights = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.0, 3.0]), torch.tensor([0.5, 1.0, 3.0])
+    loss, stats = flow_grpo_loss(
+        new, old, adv, total=11, low=0.002, high=0.004, weights=weights, reference=reference, kl_beta=0.4,
+        mse_weight=0.2)
     kl, mse = transition_kl(new.mean, reference.mean, old.std), velocity_mse(new.v, reference.v)
-    for n, A in enumerate(adv.tolist()):
-        for w in range(3):
-            ratio = math.exp((new.logp - old.logp)[n, w].item())
-            bounded = min(max(ratio, 1 - 0.003), 1 + 0.005)
-            clipped += ratio != bounded
-            expected -= weights[w] * min(ratio * A, bounded * A)
-            expected += 0.4 * kl[n, w].item() + 0.2 * mse[n, w].item()
-    loss, _ = flow_grpo_loss(
-        new, old, adv, total=11, low=0.003, high=0.005, weights=torch.tensor(weights), reference=reference,
-        kl_beta=0.4, mse_weight=0.2)
-    assert loss.item() == pytest.approx(expected / 11, rel=1e-4)
-    assert 0 < clipped < 18
+    log, adv = (new.logp - old.logp).double(), adv[:, None]
+    ratio = log.exp()
+    surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - 0.002, 1 + 0.004) * adv)
+    expected = (0.4 * kl + 0.2 * mse - weights * surrogate).sum() / 11
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    low, high = ((ratio < 1 - 0.002) & (adv < 0)).double(), ((ratio > 1 + 0.004) & (adv > 0)).double()
+    assert low.any()
+    assert high.any()
+    expected = {
+        "clip_ratio/low_mean": low.mean(), "clip_ratio/high_mean": high.mean(), "ratio/mean": ratio.mean(),
+        "clip_ratio/step_mean": (low + high).mean(0), "ratio/std": ratio.std(correction=0),
+        "ratio/step_mean": ratio.mean(0), "ratio/step_std": ratio.std(0, correction=0),
+        "approx_kl": log.square().mean() / 2, "kl": kl.mean(), "velocity_mse": mse.mean()}
+    assert set(stats) == set(expected)
+    for name, value in stats.items():
+        torch.testing.assert_close(value.double(), expected[name].detach().double(), rtol=1e-3, atol=1e-7)
+        assert not value.requires_grad
 
 
 @densities
@@ -159,22 +162,16 @@ def test_the_losss_gradient_is_its_finite_difference(sampler, ratio_norm):
 
 @either_ratio
 def test_the_gradient_is_zero_beyond_the_clip_on_the_side_that_the_advantage_favours(ratio_norm):
-    old, _, _ = sample_linear(N=8, W=1)
-    for n in range(8):
-        one = select(old, slice(n, n + 1))
-        mean = (one.means + 0.01 * torch.randn_like(one.means)).requires_grad_()
-        logp = flow_grpo.gaussian_logp(one.latents[:, 1], mean[:, 0], one.std[0])[:, None]
-        new = Replay((0,), logp, mean, mean)
-        log = logp - one.logp
-        if ratio_norm:
-            log = normalised_log_ratio(one.latents[:, 1:], mean, one.means, one.std)
-        favoured = log.sign().flatten().detach()
-        for adv, clipped in ((favoured, True), (-favoured, False)):
-            loss, stats = flow_grpo_loss(new, one, adv, total=1, low=1e-7, high=1e-7, ratio_norm=ratio_norm)
-            (gradient,) = torch.autograd.grad(loss, mean, retain_graph=True)
-            assert (gradient == 0).all() == clipped
-            assert stats["clip_ratio/high_mean"] == (clipped and adv > 0)
-            assert stats["clip_ratio/low_mean"] == (clipped and adv < 0)
+    old, other, new, _, _ = near(N=1, W=1)
+    log = new.logp - old.logp
+    if ratio_norm:
+        log = normalised_log_ratio(old.latents[:, 1:], new.mean, old.means, old.std)
+    favoured = log.sign().flatten().detach()
+    for adv, clipped in ((favoured, True), (-favoured, False)):
+        loss, stats = flow_grpo_loss(new, old, adv, total=1, low=1e-7, high=1e-7, ratio_norm=ratio_norm)
+        (gradient,) = torch.autograd.grad(loss, other, retain_graph=True)
+        assert (gradient == 0).all() == clipped
+        assert stats["clip_ratio/step_mean"] == clipped
 
 
 @pytest.mark.parametrize("parts", [1, 2, 6])
@@ -199,29 +196,6 @@ def test_splitting_into_micro_batches_and_steps_changes_neither_loss_nor_gradien
     torch.testing.assert_close(torch.autograd.grad(pieces, other), torch.autograd.grad(whole, other))
 
 
-def test_the_stats_are_means_over_samples_and_steps_without_gradient():
-    old, _, new, reference, _ = near()
-    adv = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.0, 3.0])
-    _, stats = flow_grpo_loss(new, old, adv, total=5, low=0.002, high=0.004, reference=reference)
-    log = (new.logp - old.logp).detach().double()
-    ratio, adv = log.exp(), adv[:, None]
-    low, high = ((ratio < 1 - 0.002) & (adv < 0)).double(), ((ratio > 1 + 0.004) & (adv > 0)).double()
-    assert low.any()
-    assert high.any()
-    expected = {
-        "clip_ratio/low_mean": low.mean(), "clip_ratio/high_mean": high.mean(), "ratio/mean": ratio.mean(),
-        "clip_ratio/step_mean": (low + high).mean(0), "ratio/std": ratio.std(correction=0),
-        "ratio/step_mean": ratio.mean(0), "ratio/step_std": ratio.std(0, correction=0),
-        "approx_kl": log.square().mean() / 2,
-        "kl": transition_kl(new.mean, reference.mean, old.std).mean(),
-        "velocity_mse": velocity_mse(new.v, reference.v).mean(),
-    }
-    assert set(stats) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(stats[name].double(), value.double().detach(), rtol=1e-3, atol=1e-7)
-        assert not stats[name].requires_grad
-
-
 @either_ratio
 def test_neither_the_old_policy_nor_the_reference_nor_the_advantage_receives_gradient(ratio_norm):
     old, other, new, _, adv = near()
@@ -238,7 +212,7 @@ def test_neither_the_old_policy_nor_the_reference_nor_the_advantage_receives_gra
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(adv=torch.zeros(5)), "adv"), (dict(adv=torch.zeros(6, 1)), "adv"), (dict(total=0), "total"),
+    (dict(adv=torch.zeros(6, 1)), "adv"), (dict(total=0), "total"),
     (dict(kl_beta=0.1), "reference"), (dict(mse_weight=0.1), "reference"),
     (dict(reference=Replay((0,), *torch.zeros(3, 6, 1, 4))), "steps")])
 def test_a_loss_that_makes_no_sense_is_refused(change, words):
