@@ -41,6 +41,15 @@ def fixed_seed():
 
 
 @pytest.fixture(scope="session")
+def policy():
+    """The toy's policy, which no test changes."""
+    from sample import TOY
+    from support.checkpoint import load_policy
+
+    return load_policy(TOY)
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """tiny(recipe): two steps of a recipe on the toy, run once. See tiny_runs.Finished."""
     import tiny_runs

@@ -10,20 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_runs import ALONE
+from tiny_runs import ALONE, settings
 
-from recipes import parse
 from rewards import Samples
-from sample import TOY, sample_plan
-from support.checkpoint import load_policy
+from sample import sample_plan
 from tasks import TASKS, Source, choices_of, samples_of, truth_and_variety
 from toy import shapes, world
 from toy.shapes import Thing, judge_edit
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return load_policy(TOY)
 
 
 # ---- what is true of an edited picture ----
@@ -65,7 +58,7 @@ def test_the_truth_of_a_picture_is_that_it_changed_and_kept_the_rest():
 
 def test_the_toys_row_holds_the_picture_before_and_a_caption_of_the_picture_after(policy):
     rows = TASKS["edit"].toy()((0, 0, 0), 2, range(2))
-    plan = TASKS["edit"].plan(rows, choices_of(parse([]), "toy", (0, 3)))
+    plan = TASKS["edit"].plan(rows, choices_of(settings(), "toy", (0, 3)))
     rollout = sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1], G=2)
     samples = samples_of(policy, TASKS["edit"], rows, rollout)
     for i, row in enumerate(row for row in rows for _ in range(2)):
@@ -81,8 +74,7 @@ def source_of(policy, folder, row, *flags):
     Image.new("RGB", (60, 32), (200, 30, 0)).save(folder / "i.png")
     row = {"image": "i.png", "instruction": "make the circle red"} | row
     (folder / "e.jsonl").write_text(json.dumps(row))
-    flags = ["--edits", str(folder / "e.jsonl"), "--edit", "2", "--ins", "0", *flags]
-    return Source(parse(flags), policy)
+    return Source(settings("--edit 2 --ins 0 --edits", folder / "e.jsonl", *flags), policy)
 
 
 def test_an_edit_of_a_file_is_of_a_square_and_its_truth_is_unknown(policy, tmp_path):
@@ -96,11 +88,11 @@ def test_an_edit_of_a_file_is_of_a_square_and_its_truth_is_unknown(policy, tmp_p
 
 
 @pytest.mark.parametrize("row, flags, words", [
-    (dict(image="gone.png"), [], "gone.png"),
-    ({}, ["--sem", "1"], "--sem compares an edited image with a caption of it"),
-    ({}, ["--kn", "1", "--sem", "0"], "--kn compares an edited image with a caption of it"),
-    ({"caption": "a red circle"}, ["--ins", "1"], "--ins reads GenEval's include and exclude")])
+    (dict(image="gone.png"), "", "gone.png"),
+    ({}, "--sem 1", "--sem compares an edited image with a caption of it"),
+    ({}, "--kn 1 --sem 0", "--kn compares an edited image with a caption of it"),
+    ({"caption": "a red circle"}, "--ins 1", "--ins reads GenEval's include and exclude")])
 def test_an_edit_that_the_rewards_cannot_read_is_refused(policy, tmp_path, row, flags, words):
     with pytest.raises((ValueError, OSError), match=words) as error:
-        source_of(policy, tmp_path, row, *flags)
+        source_of(policy, tmp_path, row, flags)
     assert "\n" not in str(error.value)

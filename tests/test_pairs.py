@@ -11,26 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_runs import ALONE
+from tiny_runs import ALONE, settings
 
 import rewards
 import train
 from grpo import group_advantage, normalise_each
-from recipes import check, parse
-from sample import TOY
-from support.checkpoint import load_policy
+from recipes import check
 from tasks import TASKS, Source
 from toy import world
 from toy.world import drawn_truth
 
-CORL = parse(["--recipe", "corl", "--pair_image", "3", "--pair_text", "3", "--group_size", "4"])
+CORL = settings("--recipe corl --pair_image 3 --pair_text 3 --group_size 4")
 SCORES = {"pair_image": ("recaption", "likeness", "tim"), "pair_text": ("accuracy", "format")}
 BOTH = tuple(SCORES)
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return load_policy(TOY)
 
 
 def compare_halves(cfg, seed=0, names=BOTH):
@@ -98,7 +91,7 @@ def test_rewards_are_added_then_normalised_or_normalised_then_added(normalise):
         "sem": torch.tensor([0.0, 0.1, 0.2, 0.3] * 2),
         "ins": torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 1])}
     weights = {"sem": 1.0, "ins": 2.0}
-    cfg = parse(["--group_size", "4", "--normalise", normalise])
+    cfg = settings("--group_size 4 --normalise", normalise)
     adv, stats, _ = train.advantages(parts, weights, cfg, ALONE)
     if normalise == "each":
         wanted = rewards.combine(normalise_each(parts, 4), weights)
@@ -116,10 +109,8 @@ def test_the_halves_of_a_row_are_about_one_picture_which_shows_the_prompt(policy
     for a, b in zip(image.rows, text.rows):
         assert torch.equal(a.real, b.source)
         assert (a.text, a.pixels) == (a.metadata["prompt"], None)
-    reals = torch.stack([row.real for row in image.rows])
-    samples = rewards.Samples(
-        [row.text for row in image.rows], [row.metadata for row in image.rows], images=reals)
-    assert drawn_truth(samples, world.detect(reals)).tolist() == [1, 1, 1]
+        samples = rewards.Samples([a.text], [a.metadata], images=a.real[None])
+        assert drawn_truth(samples, world.detect(samples.images)) == 1
 
 
 def test_a_row_of_a_file_with_a_caption_and_a_question_becomes_both_halves(policy, tmp_path):

@@ -9,26 +9,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import ALONE
+from tiny_runs import ALONE, settings, words
 
 import flow_grpo
 import train
-from recipes import check, parse
+from recipes import check
 from rewards import Samples
 from sample import TOY, Draw, Write, refine
 from studies import refinement
-from support.checkpoint import load_policy
 from support.rows import prompt_row
 from tasks import TASKS, WORDING, choices_of, first_pictures, truth_and_variety
 from toy import shapes, world
 
 PROMPTS = shapes.prompts_by_tag("train")["position"][:3]
-REFLECT = parse(["--recipe", "alphagrpo_reflect", "--reflect", "2", "--group_size", "4"])
+REFLECT = settings("--recipe alphagrpo_reflect --reflect 2 --group_size 4")
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return load_policy(TOY)
+def brightness_of(images):
+    return images.mean((1, 2, 3))
 
 
 # ---- the first picture ----
@@ -39,12 +37,12 @@ def test_the_first_picture_of_least_value_is_refined(policy):
 
     def brightness(samples):
         seen.append(samples.images)
-        return samples.images.mean((1, 2, 3))
+        return brightness_of(samples.images)
 
-    choices = choices_of(parse([]), "toy", (0, 3))
+    choices = choices_of(settings(), "toy", (0, 3))
     begun, least = first_pictures(
         policy, rows, choices, seed=0, step=1, index=[4, 5, 6], n=3, value=brightness)
-    values = seen[0].mean((1, 2, 3)).view(3, 3)
+    values = brightness_of(seen[0]).view(3, 3)
     assert torch.equal(least, values.amin(1))
     for b, row in enumerate(begun):
         assert torch.allclose(row.source, seen[0][3 * b + values[b].argmin()], atol=1e-6)
@@ -109,10 +107,10 @@ def test_a_step_in_which_nothing_improves_moves_no_weight_by_momentum_either(run
         assert torch.equal(p, before[name]), name
 
 
-@pytest.mark.parametrize("flags", [["--rectify", "group"], ["--initial", "2"]])
+@pytest.mark.parametrize("flags", ["--rectify group", "--initial 2"])
 def test_settings_of_refinements_are_refused_if_no_task_refines(flags):
     with pytest.raises(ValueError, match="no task of this run refines"):
-        check(parse(["--recipe", "alphagrpo", *flags]), 1)
+        check(settings("--recipe alphagrpo", flags), 1)
 
 
 def test_rewards_that_are_normalised_each_cannot_be_compared_with_a_first_pictures():
@@ -157,10 +155,6 @@ def refine_six(policy, select, value, rounds=2):
         [Write(24, 0.0), draw], look=WORDING["toy"].look, seed=0)
 
 
-def brightness_of(images):
-    return images.mean((1, 2, 3))
-
-
 def test_the_judge_keeps_what_it_prefers(policy):
     rounds = refine_six(policy, "judge", brightness_of)
     for old, new in zip(rounds, rounds[1:]):
@@ -197,11 +191,10 @@ def test_refinement_is_compared_with_drawing_as_many_pictures(policy, monkeypatc
 
 
 def test_the_command_line_draws_the_rounds_and_says_what_they_are_worth(tmp_path, capsys):
-    out = str(tmp_path / "r.png")
-    few = ["--rounds", "1", "--n", "2", "--out", out]
-    refinement.main(["two squares", "--select", "oracle", *few])
+    few = words("--select oracle --rounds 1 --n 2 --out", tmp_path / "r.png")
+    refinement.main(["two squares", *few])
     assert "round 0: mean" in capsys.readouterr().out
-    assert Image.open(out).width > 200
+    assert Image.open(tmp_path / "r.png").width > 200
 
 
 def test_the_oracle_knows_only_the_toys_prompts(tmp_path, capsys):

@@ -11,21 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_runs import ALONE
+from tiny_runs import ALONE, settings
 
 import recipes
 import rewards
 import tasks
 import train
 from policy import Guidance
-from recipes import RECIPES, check, parse
-from sample import THINK_TO_DRAW, TOY, Rollout, chosen_texts, replay_rollout, sample_plan
-from support.checkpoint import load_policy
+from recipes import RECIPES, check
+from sample import THINK_TO_DRAW, Rollout, chosen_texts, replay_rollout, sample_plan
 from tasks import (
     TASKS, Source, choices_of, counts, first_pictures, micro_batches, samples_of, truth_and_variety)
 
 ADDING = (Path(train.__file__).parent / "docs" / "adding.md").read_text(encoding="utf-8")
-NOTHING = ["--draw", "0", "--think", "0", "--ask", "0", "--edit", "0"]
+NOTHING = "--draw 0 --think 0 --ask 0 --edit 0"
 LAYOUTS = {
     "draw": "Read Draw", "think": "Read Write Draw", "ask": "See Read Write",
     "choose": "See Read Write", "reason": "See Read Write", "pair_image": "Read Draw",
@@ -33,17 +32,12 @@ LAYOUTS = {
     "rounds": "Read Write Draw Read Write Draw"}
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return load_policy(TOY)
-
-
 def toy_rows(name, count=2):
     return TASKS[name].toy()((3, 0, 1), count, range(count))
 
 
 def choices(scale="toy"):
-    return choices_of(parse(["--window", "2"]), scale, (0, 2), (1, 3))
+    return choices_of(settings("--window 2"), scale, (0, 2), (1, 3))
 
 
 # ---- layouts ----
@@ -87,8 +81,7 @@ def test_samples_stand_next_to_their_own_prompt_source_and_answer(policy):
 
 
 def test_without_a_detector_nothing_is_said_of_pictures(policy):
-    images = torch.zeros(2, 3, 32, 32)
-    samples = rewards.Samples(["a", "b"], [{}, {}], images=images)
+    samples = rewards.Samples(["a", "b"], [{}, {}], images=torch.zeros(2, 3, 32, 32))
     assert truth_and_variety(TASKS["draw"], samples, None, 2) == {}
 
 
@@ -100,8 +93,8 @@ def test_a_reward_scores_the_tasks_whose_samples_have_what_it_reads():
 
 
 def test_only_what_changes_a_picture_is_guided_by_it():
-    assert tasks.guidance_of(parse([]), True) is None
-    cfg = parse(["--guidance", "3"])
+    assert tasks.guidance_of(settings(), True) is None
+    cfg = settings("--guidance 3")
     assert tasks.guidance_of(cfg, False) == Guidance(3.0)
     assert tasks.guidance_of(cfg, True) == Guidance(3.0, 2.0, "text_channel", 0.0, (0.0, 1.0))
 
@@ -115,13 +108,13 @@ def test_the_second_round_is_drawn_in_a_window_of_its_own():
 
 
 def batches_of(policy, *flags):
-    source = Source(parse([*NOTHING, "--ins", "0", *flags]), policy)
+    source = Source(settings(NOTHING, "--ins 0", *flags), policy)
     return lambda step=0, ranks=ALONE: source.batches(step, ranks)
 
 
 def test_every_step_and_every_seed_asks_anew(policy):
-    flags = ["--draw", "8", "--think", "8", "--ask", "8"]
-    first_seed, other_seed = (batches_of(policy, *flags, "--seed", seed) for seed in "01")
+    flags = "--draw 8 --think 8 --ask 8 --seed"
+    first_seed, other_seed = (batches_of(policy, flags, seed) for seed in (0, 1))
     for same_task in zip(first_seed(0), first_seed(1), other_seed(0)):
         shown = {tuple((row.text, row.answer) for row in batch.rows) for batch in same_task}
         assert len(shown) == 3
@@ -134,15 +127,15 @@ def write_questions(folder, *rows):
         Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(folder / f"{i}.png")
         lines.append(json.dumps({"image": f"{i}.png", **row}))
     (folder / "q.jsonl").write_text("\n".join(lines))
-    return str(folder / "q.jsonl")
+    return folder / "q.jsonl"
 
 
 @pytest.mark.parametrize("is_file", [False, True], ids=["toy", "file"])
 def test_ranks_share_the_rows_and_every_row_has_an_index_of_its_own(policy, tmp_path, is_file):
-    flags = ["--draw", "4", "--think", "4", "--ask", "4"]
+    flags = ["--draw 4 --think 4 --ask 4"]
     if is_file:
         rows = [dict(question=f"what is {i} ?", answer=i, options=list("0123")) for i in "0123"]
-        flags = ["--ask", "4", "--choose", "4", "--questions", write_questions(tmp_path, *rows)]
+        flags = ["--ask 4 --choose 4 --questions", write_questions(tmp_path, *rows)]
     batches = batches_of(policy, *flags)
     whole, first, second = batches(), *(batches(0, replace(ALONE, rank=r, world=2)) for r in (0, 1))
     assert [i for batch in whole for i in batch.index] == list(range(4 * len(whole)))
@@ -152,7 +145,7 @@ def test_ranks_share_the_rows_and_every_row_has_an_index_of_its_own(policy, tmp_
 
 
 def test_noisy_steps_move_within_their_range_from_step_to_step(policy):
-    batches = batches_of(policy, "--rounds", "1", "--window", "2", "--window_high", "5")
+    batches = batches_of(policy, "--rounds 1 --window 2 --window_high 5")
     drawn = [batches(step)[0].choices for step in range(20)]
     windows = {choice.draw.window for choice in drawn}
     assert windows == {(0, 2), (1, 3), (2, 4), (3, 5)}
@@ -160,7 +153,7 @@ def test_noisy_steps_move_within_their_range_from_step_to_step(policy):
 
 
 def test_alternating_gives_one_task_a_step_in_turns(policy):
-    batches = batches_of(policy, "--draw", "2", "--ask", "2", "--alternate")
+    batches = batches_of(policy, "--draw 2 --ask 2 --alternate")
     names = [[batch.task.name for batch in batches(step)] for step in range(3)]
     assert names == [["draw"], ["ask"], ["draw"]]
 
@@ -191,53 +184,54 @@ def test_micro_batches_hold_every_sample_once_and_whole_groups_if_they_fit(B, G,
 # ---- what cannot be used is refused before the run ----
 
 
+def draw_prompts(policy, folder, text, *flags):
+    (folder / "p.txt").write_text(text)
+    return batches_of(policy, "--draw 2 --prompts", folder / "p.txt", *flags)
+
+
 def test_words_that_the_policy_was_never_taught_are_said(policy, tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("a red circle\na dog on a skateboard\n")
-    batches_of(policy, "--draw", "2", "--prompts", str(tmp_path / "p.txt"))
+    draw_prompts(policy, tmp_path, "a red circle\na dog on a skateboard\n")
     err = capsys.readouterr().err
     assert "1 of 2 rows" in err
     assert "the policy was never taught, such as 'a dog on a skateboard'" in err
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--ask", "2"], "--ask 2 needs --questions; or set --ask 0"),
-    (["--ins", "1"], "--ins reads GenEval's include and exclude, which 1 rows of"),
-    (["--dvreward", "1"], "questions")])
+    ("--ask 2", "--ask 2 needs --questions; or set --ask 0"),
+    ("--ins 1", "--ins reads GenEval's include and exclude, which 1 rows of"),
+    ("--dvreward 1", "questions")])
 def test_prompts_that_a_run_cannot_use_are_refused(policy, tmp_path, flags, words):
-    (tmp_path / "p.txt").write_text("a red circle\n")
     with pytest.raises(ValueError, match=words):
-        batches_of(policy, "--draw", "2", *flags, "--prompts", str(tmp_path / "p.txt"))
+        draw_prompts(policy, tmp_path, "a red circle\n", flags)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(policy, tmp_path):
-    (tmp_path / "p.txt").write_text("red " * 5000)
     with pytest.raises(ValueError, match="tokens"):
-        batches_of(policy, "--draw", "2", "--prompts", str(tmp_path / "p.txt"))
+        draw_prompts(policy, tmp_path, "red " * 5000)
 
 
 @pytest.mark.parametrize("flags, row, words", [
-    (["--choose", "2"], {}, "--choose needs options in every row of"),
-    (["--pair_image", "2"], {}, '--pair_image reads "caption", which 1 rows of'),
-    (["--pair_image", "2", "--recaption", "1"], {"caption": "dogs running"}, "dogs running"),
-    (["--ask", "2", "--answer_tokens", "8"], {"answer": "red " * 9}, "has 9 tokens, and --answer")])
+    ("--choose 2", {}, '--choose reads "options", which 1 rows of'),
+    ("--pair_image 2", {}, '--pair_image reads "caption", which 1 rows of'),
+    ("--pair_image 2 --recaption 1", {"caption": "dogs running"}, "dogs running"),
+    ("--ask 2 --answer_tokens 8", {"answer": "red " * 9}, "has 9 tokens, and --answer")])
 def test_questions_that_a_run_cannot_use_are_refused(policy, tmp_path, flags, row, words):
     path = write_questions(tmp_path, {"question": "what color is it ?", "answer": "red"} | row)
     with pytest.raises(ValueError, match=words):
-        batches_of(policy, *flags, "--questions", path)
+        batches_of(policy, flags, "--questions", path)
 
 
 def test_captions_that_no_rule_reads_go_with_the_models_of_the_cycle(policy, tmp_path):
     row = {"question": "what color is it ?", "answer": "red", "caption": "dogs running"}
-    path = write_questions(tmp_path, row)
-    flags = ["--pair_image", "1", "--recaption", "1", "--cycle_by", "models", "--questions", path]
-    (batch,) = batches_of(policy, *flags)()
+    flags = "--pair_image 1 --recaption 1 --cycle_by models --questions"
+    (batch,) = batches_of(policy, flags, write_questions(tmp_path, row))()
     assert batch.rows[0].text == "dogs running"
 
 
 def test_token_matching_reads_the_frozen_reference_however_the_policy_moves(tmp_path):
-    flags = [*NOTHING, "--draw", "2", "--tim", "1", "--sem", "0", "--kn", "0", "--ins", "0"]
-    run = train.begin(parse([*flags, "--out", str(tmp_path)]), ALONE)
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    flags = "--draw 2 --tim 1 --sem 0 --kn 0 --ins 0 --out"
+    run = train.begin(settings(NOTHING, flags, tmp_path), ALONE)
+    images = torch.rand(2, 3, 32, 32)
     samples = rewards.Samples(["a circle", "a red square"], [{}, {}], images=images)
     before = run.rewards["tim"](samples)
     with torch.no_grad():
@@ -266,7 +260,7 @@ def tables():
 
 
 def first_step(folder, *flags):
-    cfg = parse([*NOTHING, "--group_size", "4", *flags, "--out", str(folder)])
+    cfg = settings(NOTHING, "--group_size 4", *flags, "--out", folder)
     check(cfg, 1)
     return train.one_step(train.begin(cfg, ALONE), 0)
 
@@ -283,7 +277,7 @@ def test_a_reward_is_added_by_a_function_its_entry_and_its_line(tmp_path, monkey
         return built
 
     monkeypatch.setattr(train, "build_rewards", build)
-    stats = first_step(tmp_path, "--draw", "2", f"--{name}", "2")
+    stats = first_step(tmp_path, f"--draw 2 --{name} 2")
     assert 0 <= stats[f"draw/rewards/{name}/mean"] <= 1
     assert f"draw/advantage_share/{name}" in stats
 
@@ -292,7 +286,7 @@ def test_a_task_is_added_by_its_entry(tmp_path, tables):
     (entry,) = snippets("A task")
     exec(entry, dict(vars(tasks)))
     (name,) = TASKS.keys() - tables[1]
-    stats = first_step(tmp_path, f"--{name}", "3", "--accuracy", "1", "--kn", "0")
+    stats = first_step(tmp_path, f"--{name} 3 --accuracy 1 --kn 0")
     assert stats[f"{name}/truth"] == pytest.approx(stats[f"{name}/rewards/accuracy/mean"])
     assert f"{name}/text/ratio/mean" in stats
 
@@ -301,6 +295,6 @@ def test_a_recipe_is_added_as_one_dict(tables):
     (entry,) = snippets("A recipe")
     exec(entry, dict(vars(recipes)))
     (name,) = RECIPES.keys() - tables[2]
-    cfg = parse(["--recipe", name])
+    cfg = settings("--recipe", name)
     assert (cfg.rows["ask"] > 0, cfg.text_clip_high) == (True, 0.28)
     assert name in recipes.recipe_table("toy")
