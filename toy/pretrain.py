@@ -18,7 +18,6 @@ the results show next to it.
 """
 
 import math
-import time
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -92,14 +91,14 @@ def descend(losses, optimizer, clip=1.0):
 
 def fit(name, losses_of, optimizer, steps):
     """Descend `losses_of()`, a dict of losses, for so many steps; print them now and then."""
-    lr, start = optimizer.param_groups[0]["lr"], time.time()
+    lr = optimizer.param_groups[0]["lr"]
     for step in range(steps):
         schedule(optimizer, step, steps, lr)
         losses = losses_of()
         descend(losses, optimizer)
         if step % 300 == 0 or step == steps - 1:
-            parts = [f"{part} {loss.item():.3f}" for part, loss in losses.items()]
-            print(f"{name} {step:5d}  {'  '.join(parts)}  {time.time() - start:5.0f} s", flush=True)
+            values = {part: round(loss.item(), 3) for part, loss in losses.items()}
+            print(name, step, values, flush=True)
 
 
 def adamw(parameters, lr):
@@ -207,18 +206,13 @@ class Corpus:
         self.questions = Lesson(policy, questions, answers, see=shown)
 
         changes = [edit_of(rng) for _ in range(edits)]
-        instructions = [edit.instruction for edit in changes]
-        self.edits = Lesson(policy, instructions, draw=[edit.target for edit in changes],
-                            see=[edit.source for edit in changes])
+        instructions, sources, targets, _ = map(list, zip(*changes))
+        self.edits = Lesson(policy, instructions, draw=targets, see=sources)
 
-        looks, reflections = [], []
-        for m in draw_prompts(edits):
-            look, reflection = reflection_of(m, shapes.pick(rng, by_tag[m["tag"]]), rng)
-            looks.append(look)
-            reflections.append(reflection)
-        self.reflections = Lesson(
-            policy, looks, [r.text for r in reflections], draw=[r.target for r in reflections],
-            see=[r.source for r in reflections])
+        reflections = [
+            reflection_of(m, shapes.pick(rng, by_tag[m["tag"]]), rng) for m in draw_prompts(edits)]
+        looks, texts, sources, targets = map(list, zip(*reflections))
+        self.reflections = Lesson(policy, looks, texts, targets, sources)
 
 
 def encode(policy, pixels):
@@ -284,8 +278,8 @@ def edit_of(rng) -> shapes.Edit:
         return edit._replace(target=other.target) if rng.random() < WRONG_EDITS else edit
 
 
-def reflection_of(m, other, rng) -> tuple[str, shapes.Reflection]:
-    """(prompt and instruction, reflection).
+def reflection_of(m, other, rng):
+    """(prompt and instruction, text, source, target).
 
     The source is right, contradicts the prompt, or is of another prompt. WRONG_REFLECTIONS of the
     sources are called right and left as they are."""
@@ -293,9 +287,8 @@ def reflection_of(m, other, rng) -> tuple[str, shapes.Reflection]:
     source = shapes.sample_scene(shapes.pick(rng, sources), rng)
     look = f"{m['prompt']} , {shapes.pick(rng, LOOKS)}"
     if rng.random() < WRONG_REFLECTIONS:
-        text = f"<think> {shapes.RIGHT} </think> {shapes.explicit(m)}"
-        return look, shapes.Reflection(text, source, source)
-    return look, shapes.make_reflection(m, source, rng)
+        return look, f"<think> {shapes.RIGHT} </think> {shapes.explicit(m)}", source, source
+    return look, *shapes.make_reflection(m, source, rng)
 
 
 def flow_loss(policy, context, data, generator):
@@ -331,7 +324,7 @@ def base_loss(policy, corpus, generator, draws=2, scenes=20, tags=EVEN) -> dict:
         tokens, mask = lesson.read
         _, context = policy.append_text(context, tokens[j], mask[j], logits=False)
         if text:
-            tokens, mask = lesson.write[0][j], lesson.write[1][j]
+            tokens, mask = (part[j] for part in lesson.write)
             logits, context = policy.append_text(context, tokens, mask)
             target = mask[:, 1:]
             losses[text] = F.cross_entropy(logits[:, :-1][target], tokens[:, 1:][target])
@@ -355,7 +348,7 @@ def base_loss(policy, corpus, generator, draws=2, scenes=20, tags=EVEN) -> dict:
 
 
 def new_base(tokenizer) -> Policy:
-    """A policy at CONFIG's sizes with xavier matrices.
+    """A policy at CONFIG's sizes with xavier matrices, whose autoencoder comes later.
 
     With small initialisations it never learns the places of things."""
     llm = CONFIG.llm | {"vocab_size": len(tokenizer)}
@@ -363,8 +356,6 @@ def new_base(tokenizer) -> Policy:
     torch.manual_seed(0)
     policy = Policy(config, tokenizer)
     for name, p in policy.named_parameters():
-        if name.startswith("autoencoder."):
-            continue
         if p.ndim == 2 and "embed" not in name:
             nn.init.xavier_uniform_(p)
         elif name.endswith(".bias"):
@@ -396,12 +387,11 @@ class Imitation:
     def step(self, step: int, optimizer) -> dict:
         generator = torch.Generator().manual_seed(10**6 * (self.seed + 1) + step)
         losses = base_loss(self.policy, self.corpus, generator)
-        values = {name: loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(f"the control's losses are {list(values.values())}")
+        total = sum(losses.values()).item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the control's loss is {total}")
         descend(losses, optimizer, self.grad_clip)
-        stats = {f"control/{name}": value for name, value in values.items()}
-        return {"loss": sum(losses.values()).item()} | stats
+        return {"loss": total} | {f"control/{name}": loss.item() for name, loss in losses.items()}
 
 
 # ---- the referees ----
@@ -450,19 +440,13 @@ class Readout(nn.Module):
         return loss + F.cross_entropy(self.pooled(pooled).view(4 * N, -1), right.flatten())
 
 
-def as_tensor(images):
-    """uint8 images (32, 32, 3) -> (N, 3, 32, 32) in [0, 1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255.0
-
-
-def exact_pictures(scenes):
-    return as_tensor([shapes.render(scene) for scene in scenes])
-
-
 def wear(images, rng):
-    """uint8 images as a tensor, half of them a little blurred and noisy, as drawn ones are."""
+    """uint8 images (32, 32, 3) -> (N, 3, 32, 32) in [0, 1], half of them worn.
+
+    Those are a little blurred and noisy, as drawn ones are."""
     worn = shapes.degrade(images, rng, blur=0.2 * rng.random(), noise=8 * rng.random())
-    return as_tensor(np.where(rng.random((len(images), 1, 1, 1)) < 0.5, worn, images))
+    mixed = np.where(rng.random((len(images), 1, 1, 1)) < 0.5, worn, images)
+    return torch.from_numpy(mixed).permute(0, 3, 1, 2) / 255.0
 
 
 def worn_pictures(scenes, rng):
@@ -567,26 +551,23 @@ def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
     A third each is about prompts, answers, and single facts or the picture's quality, answered by
     yes and no. Of every four, one more is a plain question with its answer: no reward asks it, but
     it teaches the others."""
-    images, batch_asked = [], []
+    images, asked = [], []
     for i in range(batch):
         spoiled = None
         if i % 4 == 3:
             scene = any_scene(rng)
             question = shapes.make_question(scene, rng, training=False)
-            asked = Asked(scene, question.text, question.answer)
+            asked.append(Asked(scene, question.text, question.answer))
         elif i % 12 == 2:
             scene, spoiled = any_scene(rng), shapes.pick(rng, (None, *QUALITY))
             what = shapes.pick(rng, QUALITY)
-            asked = Asked(scene, QUALITY[what], yes_or_no(spoiled != what))
+            asked.append(Asked(scene, QUALITY[what], yes_or_no(spoiled != what)))
         else:
             candidates = ask_prompt(rng, pool), ask_answer(rng), ask_fact(rng)
-            asked = candidates[i % 4]
-        if spoiled:
-            images.append(shapes.damage(asked.scene, rng, spoiled))
-        else:
-            images.append(shapes.render(asked.scene))
-        batch_asked.append(asked)
-    return wear(images, rng), batch_asked
+            asked.append(candidates[i % 4])
+        scene = asked[-1].scene
+        images.append(shapes.damage(scene, rng, spoiled) if spoiled else shapes.render(scene))
+    return wear(images, rng), asked
 
 
 def judge_losses(judge, readout, pool, rng):

@@ -199,12 +199,11 @@ def drawn_truth(samples, detections) -> Tensor | None:
 
 def edit_parts(samples, detections, detector) -> dict[str, Tensor]:
     """Whether the asked change is there, and whether everything else is as it was."""
-    changed, kept = [], []
+    verdicts = []
     for m, found in zip(samples.metadata, detections):
-        is_changed, is_kept = shapes.judge_edit(m["source"], m["target"], shapes.read(found))
-        changed.append(float(is_changed))
-        kept.append(float(is_kept))
-    return {"changed": torch.tensor(changed), "kept": torch.tensor(kept)}
+        verdicts.append(shapes.judge_edit(m["source"], m["target"], shapes.read(found)))
+    changed, kept = torch.tensor(verdicts, dtype=torch.float).unbind(1)
+    return {"changed": changed, "kept": kept}
 
 
 def edit_truth(samples, detections) -> Tensor | None:
