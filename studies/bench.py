@@ -1,19 +1,34 @@
-"""The memory that training at BAGEL's size needs, computed.
+"""The memory that training at BAGEL's size needs, computed; and what a GPU does, measured.
 
     python -m studies.bench                     # GB on each GPU, in markdown
+    python -m studies.bench gpu                 # one GPU of 80 GB, some minutes, no download
+    python -m studies.bench gpu --small         # the same code on the toy, in seconds, on a CPU too
 """
 
-import torch
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
 
+import torch
+import torch.nn.functional as F
+
+import train
 from policy import Policy, PolicyConfig
-from recipes import parse
+from recipes import Config, parse
 from referees.build import referee_bytes
 from sample import TOY
 from studies.tables import markdown_table
-from support.checkpoint import freeze, load_policy
+from support.checkpoint import freeze, load_policy, reset_adapters
+from support.compile import compile_experts
 from support.memory import memory, peak
-from support.terminal import Arguments, one_line
+from support.run import Ranks, precision
+from support.terminal import Arguments, first_line, one_line, the_device
 from tasks import in_use
+
+# ---- memory, computed ----
 
 
 def release_on_meta(tokenizer) -> Policy:
@@ -56,10 +71,135 @@ def memory_table() -> str:
     return "\n".join(markdown_table(head, rows))
 
 
+# ---- a GPU, measured: each part prints its rows of a table ----
+
+SMALL = "--recipe unigrpo --think 1 --group_size 4 --micro 2 --lora 4 --resolution 32"
+LARGE = (
+    "--recipe unigrpo --scale bagel --think 1 --group_size 4 --micro 2 --lora 64 --resolution 512 "
+    "--think_tokens 256 --pref 0 --ins 0 --format 1")
+
+
+def begin(small: bool, out: Path) -> train.Run:
+    """A run of the toy, or of random weights of the release's sizes, with adapters."""
+    prompts = out / "prompts.txt"
+    prompts.write_text("a red circle and a blue square", encoding="utf-8")
+    flags = SMALL if small else f"{LARGE} --prompts {prompts}"
+    prepare = train.prepare_policy if small else random_release
+    with mock.patch.object(train, "prepare_policy", prepare):
+        return train.begin(parse([*flags.split(), "--out", str(out)]), Ranks(0, 1, the_device()))
+
+
+def random_release(cfg: Config, ranks: Ranks) -> Policy:
+    policy = release_on_meta(load_policy(TOY).tokenizer).bfloat16()
+    policy.autoencoder.float()
+    freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
+    policy.to_empty(device=ranks.device)
+    for x in policy.state_dict().values():
+        x.normal_(std=0.02)
+    reset_adapters(policy, ranks.device)
+    return policy
+
+
+def clock(run: train.Run, what: str, function: Callable, *args):
+    """Call a function twice, since the first call may build something; print seconds and peak."""
+    cuda = run.ranks.device.type == "cuda"
+    for call in ("first", "again"):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        out = function(*args)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds, peak_gb = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
+        print(f"| {what}, {call} | {seconds:.3f} s, {peak_gb:.1f} GB |", flush=True)
+    return out
+
+
+def parity(run: train.Run) -> None:
+    """A step of the toy on the CPU and on the device, from the same random numbers."""
+    for device in (torch.device("cpu"), run.ranks.device):
+        with TemporaryDirectory() as out:
+            toy = train.begin(parse([*SMALL.split(), "--out", out]), Ranks(0, 1, device))
+            stats = train.one_step(toy, 0)
+        print(f"| the toy's loss, {device.type} | {stats['loss']:.6f} |")
+        print(f"| the toy's gradient norm, {device.type} | {stats['grad_norm']:.6f} |")
+
+
+def cudnn(run: train.Run) -> None:
+    """Whether cuDNN's masked attention gives NaN, which is why support.terminal turns it off."""
+    q = torch.randn(2, 4, 448, 128, device=run.ranks.device, dtype=torch.bfloat16)
+    q[..., 0] = 40.0                                    # with keys of -q every logit is below -100
+    q.requires_grad_()
+    mask = torch.ones(448, 448, dtype=torch.bool, device=q.device)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    F.scaled_dot_product_attention(q, -q, q, attn_mask=mask).sum().backward()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    print(f"| NaN in the gradient of cuDNN's attention | {int(q.grad.isnan().sum())} |")
+
+
+def acting(run: train.Run, batches: tuple[int, ...] = (1, 8, 24), how: str = "") -> None:
+    """Read a prompt, write a thought, and denoise a step, by the size of the batch."""
+    policy, cfg, device = run.policy, run.cfg, run.ranks.device
+    size, W = (cfg.resolution,) * 2, cfg.think_tokens
+    for N in batches:
+        tokens, uniforms = torch.full((N, W), 9, device=device), torch.rand(N, W, device=device)
+        x = policy.encode(torch.zeros(N, 3, *size))
+        with torch.no_grad(), precision(cfg, device):
+            read, empty = policy.append_text, policy.empty(N)
+            _, context = clock(run, f"{how}read {N} x {W} tokens", read, empty, tokens)
+            write = policy.sample_text
+            clock(run, f"{how}write {N} x {W} tokens", write, context, uniforms)
+            clock(run, f"{how}denoise {N} images", policy.velocity, context, x, 0.7, size)
+
+
+def step(run: train.Run) -> None:
+    """The phases of a step, and the peak that support.memory computes for the worst."""
+    (batch,) = run.source.batches(0, run.ranks)
+    rollout = clock(run, "act", train.act, run, batch)
+    parts = [clock(run, "reward", train.reward, run, batch, rollout)]
+    train.compare(parts, run.cfg, run.ranks)
+    clock(run, "self-check", train.self_check, run, parts)
+    clock(run, "improve", train.improve, run, parts)
+    need = memory(run.policy, run.cfg, 1, in_use(run.cfg))
+    print(f"| improve, computed | {peak(need):.1f} GB |")
+
+
+def compiled_acting(run: train.Run) -> None:
+    """The last part, since the policy stays compiled."""
+    compile_experts(run.policy, "inductor" if run.ranks.device.type == "cuda" else "aot_eager")
+    acting(run, (8,), "compiled, ")
+
+
+PARTS = parity, cudnn, acting, step, compiled_acting
+
+
+def measure_gpu(small: bool) -> bool:
+    """Print the table; False if a part failed."""
+    if the_device().type == "cpu" and not small:
+        raise ValueError("no GPU here; --small tries the same code on the toy")
+    fine = True
+    with TemporaryDirectory() as out:
+        run = begin(small, Path(out))
+        print(f"| {run.ranks.device.type}, torch {torch.__version__} | measured |\n| --- | --- |")
+        for part in PARTS:
+            try:
+                part(run)
+            except (RuntimeError, ValueError, OSError, ArithmeticError) as error:
+                fine = False
+                print(f"| {part.__name__} | failed: {first_line(error)} |")
+    return fine
+
+
 def main(argv: list[str] | None = None) -> None:
-    Arguments(prog="studies.bench", description="Compute memory.").parse_args(argv)
+    ap = Arguments(prog="studies.bench", description="Compute memory, or measure a GPU.")
+    ap.add_argument("what", nargs="?", choices=["memory", "gpu"], default="memory")
+    ap.add_argument("--small", action="store_true", help="gpu: the toy, on any machine")
+    a = ap.parse_args(argv)
     with one_line("studies.bench"):
-        print(memory_table())
+        if a.what == "memory":
+            print(memory_table())
+        elif not measure_gpu(a.small):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,29 @@ def test_a_sharded_policy_needs_less_memory_on_each_of_more_gpus(capsys):
     assert int(eight.removesuffix(" |")) < int(one.removesuffix(" |")) / 4
 
 
+# ---- a GPU ----
+
+
+def test_each_part_of_the_measurement_of_a_gpu_stands_alone(monkeypatch, capsys):
+    def break_down(run):
+        raise RuntimeError("out of memory\nwith details")
+
+    monkeypatch.setattr(bench, "PARTS", (break_down, *bench.PARTS))
+    with pytest.raises(SystemExit):
+        bench.main(["gpu", "--small"])
+    rows = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert rows.pop("break_down") == "failed: out of memory"
+    assert not [value for value in rows.values() if "failed" in value]
+    for what in ("write 8 x 24 tokens", "denoise 24 images", "improve", "compiled, denoise 8 images"):
+        assert rows[f"{what}, again"].endswith(" s, 0.0 GB")
+    assert rows["NaN in the gradient of cuDNN's attention"] == "0"
+
+
+def test_without_a_gpu_only_the_small_measurement_is_made():
+    with pytest.raises(SystemExit, match="no GPU here; --small tries"):
+        bench.main(["gpu"])
+
+
 # ---- rewards against the truth ----
 
 
