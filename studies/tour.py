@@ -20,10 +20,11 @@ from eval import before_after, load_toy_policy
 from grpo import grpo_loss
 from policy import Policy
 from sample import TOY, images_of, replay_rollout, sample_plan
+from studies.tables import markdown_table
 from support.disk import write_atomic
 from support.pictures import save_grid
 from support.run import Ranks
-from support.terminal import Arguments, number, one_line
+from support.terminal import Arguments, one_line
 from tasks import TASKS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -38,7 +39,7 @@ SHOWN = (
 HAND = """ratio   = exp({logp:.5f} - {logp_old:.5f}) = {ratio:.5f}
 clipped = clip(ratio, {low:g}, {high:g}) = {clipped:.5f}
 loss    = -min(ratio * {adv:.4f}, clipped * {adv:.4f}) = {loss:.5f}"""
-SAMPLE = 0                                      # the sample whose numbers are shown
+
 
 PAGE = """# One step, with its numbers
 
@@ -57,7 +58,7 @@ The prompt is *{part.samples.prompts[0]}*. The policy writes a thought, then dra
 {code[1]}```
 
 `sample_plan` walks the layout without gradients and keeps, for each starred segment, what the
-update needs. Of the thought of sample {sample} these are the tokens and their log-probs:
+update needs. Of the thought of sample {i} these are the tokens and their log-probs:
 
 {tokens}
 
@@ -115,11 +116,11 @@ by how much in the first step of every run.
 
 **Why is the loss about 0 at the first update?** With a ratio of 1 the loss is minus the mean
 advantage, and advantages of a group add up to 0; only texts of different lengths leave something.
-Here the text loss is {text_start} and the image loss {image_start}. The gradient is not 0: its
+Here the text loss is {start[0]:z.4f} and the image loss {start[1]:z.4f}. The gradient is not 0: its
 norm is {step.stats[grad_norm]:.2f}. Watch the reward, `grad_norm`, the clip ratio and the KL
 instead of the loss.
 
-After one update the ratio of the first noisy step of sample {sample} is {step_ratio:.4f}, and the
+After one update the ratio of the first noisy step of sample {i} is {step_ratio:.4f}, and the
 ratios of its thought's tokens go from {ratios[0]:.3f} to {ratios[1]:.3f}.
 
 **Why are the clip ranges of images so small?** The log-density of a step is a mean over entries, so
@@ -148,9 +149,7 @@ grpo_loss returns {token_loss:.5f}
 
 A line of `out/log.jsonl` holds what the phases returned. A checkpoint holds the weights, their
 average and AdamW's moments, and no generator: random numbers derive from the seed and their place.
-{end}"""
 
-AFTER = """
 ![The same noise before, after one update, and after a run](tour_noise.png)
 
 *The same noise, a column each: drawn by the base, after this one update, and after
@@ -165,20 +164,13 @@ def source_lines(function, first: str, count: int) -> str:
     return textwrap.dedent("\n".join(lines[start:start + count])).rstrip() + "\n"
 
 
-def tidy(x, digits: int = 4) -> str:
-    """A number as text, without a minus before a zero; other things as they are."""
-    if not isinstance(x, float):
-        return str(x).replace("|", "\\|")
-    return f"{round(x, digits) + 0.0:.{digits}f}"
+def print_numbers(values: Tensor, digits: int = 4) -> list[str]:
+    """Numbers as text, without a minus before a zero."""
+    return [f"{value:z.{digits}f}" for value in values.tolist()]
 
 
-def table(header: list, rows: list[list], digits: int = 4) -> str:
-    """A table in markdown."""
-    lines = ["| --- " * len(header) + "|"]
-    for row in [header, *rows]:
-        lines.append("| " + " | ".join(tidy(x, digits) for x in row) + " |")
-    lines[0], lines[1] = lines[1], lines[0]
-    return "\n".join(lines)
+def print_table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(markdown_table(head, rows))
 
 
 @dataclass
@@ -210,8 +202,8 @@ def one_update(seed: int, out: Path) -> Step:
     return Step(run, part, before, after, stats)
 
 
-def text_loss(scored, adv: Tensor, cfg, place=slice(None), rows=slice(None)) -> float:
-    """The text's surrogate loss, of all tokens or of one."""
+def text_loss(scored, adv: Tensor, cfg, rows: slice, place: slice) -> float:
+    """The text's surrogate loss, of some samples and tokens."""
     text = scored.segment
     mask = text.chosen[rows, place]
     loss, _ = grpo_loss(
@@ -220,11 +212,10 @@ def text_loss(scored, adv: Tensor, cfg, place=slice(None), rows=slice(None)) -> 
     return loss.item()
 
 
-def image_loss(scored, adv: Tensor, cfg, rows=slice(None), steps=None) -> float:
-    """The image's surrogate loss, of all noisy steps or of some."""
+def image_loss(scored, adv: Tensor, cfg, rows: slice, steps: int) -> float:
+    """The image's surrogate loss, of some samples and the first noisy steps."""
     flow = flow_grpo.select(scored.segment.flow, rows)
-    steps = tuple(range(flow.logp.shape[1])) if steps is None else steps
-    replayed = flow_grpo.replay_of(scored.flow.v[rows][:, list(steps)], flow, steps=steps)
+    replayed = flow_grpo.replay_of(scored.flow.v[rows, :steps], flow, steps=tuple(range(steps)))
     loss, _ = flow_grpo.flow_grpo_loss(
         replayed, flow, adv[rows], total=replayed.logp.numel(), low=cfg.image_clip,
         high=cfg.image_clip)
@@ -245,42 +236,35 @@ CODE = (
     (train.improve, "loss, stats = piece_loss", 1), (train.train, "stats = one_step", 4))
 
 
-def page(step: Step, after: bool) -> str:
+def page(step: Step) -> str:
     """The text of docs/tour.md."""
-    part, cfg, i = step.part, step.run.cfg, SAMPLE
+    part, cfg, i = step.part, step.run.cfg, 0           # i: the sample whose numbers are shown
     text, flow = part.rollout.segments[1], part.rollout.segments[2].flow
     text_after, image_after = step.after[0].logp, step.after[1].flow.logp
     chosen = text.chosen[i]
-    decode = step.run.policy.tokenizer.decode
-    words, logps = ["token"], ["log-prob", *text.logp[i][chosen].tolist()]
-    for token in text.tokens[i][chosen].tolist():
-        words.append(f"`{decode([token])}`")
-    four = []
-    entries = {"x": flow.latents[i, 0], "mean": flow.means[i, 0], "x_next": flow.latents[i, 1]}
-    entries["v"] = step.before[1].flow.v[i, 0]
-    for name, value in entries.items():
-        four.append([name, *value.flatten()[:4].tolist()])
+    words = step.run.policy.tokenizer.batch_decode(text.tokens[i][chosen][:, None])
+    head = ["token", *(f"`{word}`".replace("|", "\\|") for word in words)]
+    tokens = print_table(head, [["log-prob", *print_numbers(text.logp[i][chosen], 2)]])
+    entries = {"x": flow.latents[i, 0], "mean": flow.means[i, 0], "x_next": flow.latents[i, 1],
+               "v": step.before[1].flow.v[i, 0]}
+    four = [[name, *print_numbers(value.flatten()[:4])] for name, value in entries.items()]
+    noisy_step = print_table(["", "1", "2", "3", "4"], four)
     columns = part.rewards | {"sum": sum(part.rewards.values()), "advantage": part.adv}
-    scores = []
-    for n in part.adv.argsort(descending=True, stable=True).tolist():
-        scores.append([n, *(column[n].item() for column in columns.values())])
+    values = torch.stack([*columns.values()], 1)                                        # (n, R + 2)
+    scores = [[f"{n}", *print_numbers(values[n], 3)] for n in best_first(part)]
+    rewards = print_table(["sample", *columns], scores)
     token, adv = int(text.logp[i].argmin()), part.adv[i].item()
     ratios = (text_after - text.logp)[i][chosen].exp()
     step_ratio = (image_after - flow.logp)[i, 0].exp()
-    text_value = text_loss(step.before[0], part.adv, cfg)
-    image_value = image_loss(step.before[1], part.adv, cfg)
-    one, place = slice(i, i + 1), slice(token, token + 1)
-    step_loss = image_loss(step.after[1], part.adv, cfg, one, (0,))
-    token_loss = text_loss(step.after[0], part.adv, cfg, place, one)
+    every, one = slice(None), slice(i, i + 1)
+    start = (text_loss(step.before[0], part.adv, cfg, every, every),
+             image_loss(step.before[1], part.adv, cfg, every, flow.logp.shape[1]))
+    step_loss = image_loss(step.after[1], part.adv, cfg, one, 1)
+    token_loss = text_loss(step.after[0], part.adv, cfg, one, slice(token, token + 1))
     step_hand = by_hand(image_after[i, 0], flow.logp[i, 0], adv, cfg.image_clip)
     token_hand = by_hand(text_after[i, token], text.logp[i, token], adv, cfg.text_clip)
-    tokens = table(words, [logps], 2)
-    noisy_step = table(["", "1", "2", "3", "4"], four)
-    rewards = table(["sample", *columns], scores, 3)
     code = [source_lines(*place) for place in CODE]
-    return PAGE.format(
-        **locals(), sample=i, size=flow.data[0].numel(), end=AFTER if after else "",
-        text_start=tidy(text_value), image_start=tidy(image_value))
+    return PAGE.format(**locals(), size=flow.data[0].numel())
 
 
 # ---- pictures ----
@@ -294,6 +278,10 @@ def redraw(policy: Policy, part: train.Part, seed: int) -> Tensor:
     return images_of(policy, rollout)
 
 
+def best_first(part: train.Part) -> list[int]:
+    return part.adv.argsort(descending=True, stable=True).tolist()
+
+
 def first_rows() -> list:
     """Four held-out rows: a colour, a number, a place, an edit."""
     draw, edit = TASKS["draw"], TASKS["edit"]
@@ -303,23 +291,19 @@ def first_rows() -> list:
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.tour", description="One step of training, as a page.")
-    ap.add_argument("--seed", type=number(int, least=0), default=0, help="seed of the step")
     ap.add_argument("--after", default="", help="a trained policy folder, for the last pictures")
-    ap.add_argument("--docs", type=Path, default=DOCS, help="the folder to write to")
     a = ap.parse_args(argv)
     with one_line("studies.tour"), tempfile.TemporaryDirectory() as scratch:
-        step = one_update(a.seed, Path(scratch))
-        order = step.part.adv.argsort(descending=True, stable=True)
-        images = step.part.samples.images[order]
-        save_grid(images, a.docs / "tour_group.png", columns=len(images), zoom=3)
+        step = one_update(0, Path(scratch))
+        images = step.part.samples.images[best_first(step.part)]
+        save_grid(images, DOCS / "tour_group.png", columns=len(images), zoom=3)
         if a.after:
             base, after = load_toy_policy(str(TOY)), load_toy_policy(a.after)
-            drawn = [redraw(policy, step.part, a.seed) for policy in (base, step.run.policy, after)]
-            save_grid(torch.cat(drawn), a.docs / "tour_noise.png", columns=len(images), zoom=3)
-            before_after(base, after, a.docs / "first.png", first_rows(), dpi=82)
-        text = page(step, (a.docs / "tour_noise.png").exists())
-        write_atomic(a.docs / "tour.md", text.encode())
-        print(f"{a.docs / 'tour.md'} is written")
+            drawn = [redraw(policy, step.part, 0) for policy in (base, step.run.policy, after)]
+            save_grid(torch.cat(drawn), DOCS / "tour_noise.png", columns=len(images), zoom=3)
+            before_after(base, after, DOCS / "first.png", first_rows(), dpi=82)
+        write_atomic(DOCS / "tour.md", page(step).encode())
+        print(f"{DOCS / 'tour.md'} is written")
 
 
 if __name__ == "__main__":
