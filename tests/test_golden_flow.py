@@ -105,6 +105,11 @@ def policy_case(case):
     return P, old, v_new, replay(lambda x, t: v_new, old), replay(lambda x, t: P["v_ref"], old), adv
 
 
+def assert_gradient(loss, leaf, expected):
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(gradient, expected, rtol=2e-5, atol=2e-6 * expected.abs().max().item())
+
+
 def published_kl_factor(case):
     """The published KL of "sde" is |dt| times the true one, see transition_kl."""
     return case["sigma"] - case["sigma_next"] if case["kind"] == "sde" else 1.0
@@ -129,9 +134,7 @@ def test_loss_gradient_and_diagnostics_are_the_published_ones(sampler, cases):
         # A shift of 1e-4 between means of size 1 keeps three digits in fp32.
         assert stats["kl"].item() * factor == pytest.approx(scalars["kl.coded"], rel=2e-3)
         assert stats["approx_kl"].item() == pytest.approx(scalars["ppo.approx_kl"], rel=0.02, abs=1e-11)
-        (gradient,) = torch.autograd.grad(loss, v_new)
-        expected = P["ppo.grad_v_new"]
-        torch.testing.assert_close(gradient, expected, rtol=2e-5, atol=2e-6 * expected.abs().max().item())
+        assert_gradient(loss, v_new, P["ppo.grad_v_new"])
 
 
 def test_the_guarded_loss_and_gradient_are_the_papers_per_sample_values():
@@ -144,9 +147,7 @@ def test_the_guarded_loss_and_gradient_are_the_papers_per_sample_values():
             loss, _ = flow_grpo_loss(
                 new, old, adv, total=len(adv), low=clip, high=clip, ratio_norm=True, weights=weights)
             assert loss.item() == pytest.approx(case["scalars"]["guard_paper.loss"], rel=5e-6, abs=5e-5)
-            (gradient,) = torch.autograd.grad(loss, v_new)
-            expected = P["guard_paper.grad_v_new"]
-            torch.testing.assert_close(gradient, expected, rtol=2e-5, atol=2e-6 * expected.abs().max().item())
+            assert_gradient(loss, v_new, P["guard_paper.grad_v_new"])
 
 
 def test_the_kl_is_the_true_one_per_sample():
