@@ -61,7 +61,7 @@ def memory_table() -> str:
                          "generation expert": "--lora 0 --shard --lr_understanding 0",
                          "all weights": "--lora 0 --shard"}.items():
         for pixels in (512, 1024):
-            for world in (1, 8):
+            for world in (1, 8) if "--shard" in flags else (1,):
                 size = f"--recipe unigrpo --think {4 * world} --resolution {pixels}"
                 add(title, world, f"{size} {flags}")
     add("adapters, `unigrpo_rounds`", 1, "--recipe unigrpo_rounds --rounds 4")
