@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,6 @@ MARGIN = 0.03                                   # of truth: less than this count
 LEAST = 6                                       # seeds that a verdict needs
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "cannot tell", "not run"
 EQUAL = f"no difference beyond {MARGIN}"
-MARKS = {
-    HOLDS: ("o", "tab:green"), FAILS: ("X", "tab:red"), EQUAL: ("s", "tab:blue"),
-    OPEN: ("D", "tab:grey")}
 # Student's t: what 95% and 90% lie within, on both sides, for 1, 2, ... 9 degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 T90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
@@ -467,8 +465,7 @@ def values_of_table(path: Path) -> dict:
     pictures drawn."""
     result, values = read_json(path), {}
     for key, cell in result.get("means", result["table"]).items():
-        pairs = cell if isinstance(cell[0], list) else [cell]
-        values[key] = [mean for mean, _ in pairs]
+        values[key] = np.atleast_2d(np.array(cell, dtype=float))[:, 0].tolist()
     longest = max(map(len, values.values()))
     return {"steps": list(range(1, 1 + longest))} | values
 
@@ -600,15 +597,10 @@ def result_of(name: str, seeds: int, out: Path) -> dict:
 
 
 def judge(name: str, arms: dict[str, dict], seeds: int) -> dict:
-    """A claim's result from the values of its arms. What lacks an arm is left out."""
-    claim, comparisons, verdict = CLAIMS[name], [], NOT_RUN
-    for text in claim.compares:
-        c = parse_comparison(text)
-        if {c.a, c.b} <= arms.keys():
-            primary = text == claim.compares[0]
-            comparisons.append({"primary": primary} | compare(arms, text))
-            if primary:
-                verdict = verdict_of(comparisons[-1]["differences"])
+    """A claim's result from the values of its arms, or of none."""
+    claim = CLAIMS[name]
+    comparisons = [compare(arms, text) for text in claim.compares if arms]
+    verdict = verdict_of(comparisons[0]["differences"]) if arms else NOT_RUN
     return {
         "claim": name, "paper": claim.paper, "says": claim.says, "seeds": seeds, "arms": arms,
         "comparisons": comparisons, "verdict": verdict}
@@ -696,14 +688,12 @@ def save_forest(out: Path) -> None:
     axis.axvspan(-MARGIN, MARGIN, color="0.9")
     axis.axvline(0, color="0.5", linewidth=0.8)
     labels = []
-    for name in CLAIMS:
-        result = kept_result(name)
-        if result["verdict"] != NOT_RUN:
-            each, place = result["comparisons"][0], [len(labels)] * 2
-            marker, color = MARKS.get(result["verdict"], (".", "tab:grey"))
-            axis.plot(each["interval"], place, color=color)
-            axis.plot(each["mean"], place[0], marker, color=color)
-            labels.append(f"{result['paper']}: {name}\n{result['verdict']}")
+    for result in map(kept_result, CLAIMS):
+        if result["comparisons"]:
+            each, place = result["comparisons"][0], len(labels)
+            axis.plot(each["interval"], [place] * 2, color="tab:grey")
+            axis.plot(each["mean"], place, ".", color="tab:grey")
+            labels.append(f"{result['paper']}: {result['claim']}\n{result['verdict']}")
     axis.set_yticks(range(len(labels)), labels, fontsize=6.5)
     axis.invert_yaxis()
     axis.set_xlabel("difference in held-out truth, 95% interval (band: up to 0.03)")
@@ -748,8 +738,8 @@ def list_claims(out: Path) -> str:
     """The claims, the seeds that are kept, and the runs of six seeds that are not done."""
     lines = []
     for name, claim in CLAIMS.items():
-        runs = [arm for arm, _ in missing_runs([name], LEAST, out)]
-        missing = ", ".join(f"{arm} {runs.count(arm)}" for arm in dict.fromkeys(runs))
+        runs = Counter(arm for arm, _ in missing_runs([name], LEAST, out))
+        missing = ", ".join(f"{arm} {count}" for arm, count in runs.items())
         lines += [
             f"{name:<22} {claim.paper}: {claim.says}",
             f"  {kept_result(name)['seeds']} of {LEAST} seeds kept; runs that are missing: "

@@ -13,7 +13,7 @@ import pytest
 
 from recipes import check, parse
 from studies import claims
-from studies.claims import EQUAL, FAILS, HOLDS, NOT_RUN, OPEN
+from studies.claims import EQUAL, FAILS, HOLDS, OPEN
 from support.disk import read_json
 from tasks import TASKS
 
@@ -97,7 +97,6 @@ def test_a_kept_verdict_follows_from_the_kept_values_of_the_claims_first_compari
         assert first["differences"] == pytest.approx(ends, abs=1e-4)
     assert len(first["differences"]) == result["seeds"]
     assert sum(first["interval"]) / 2 == pytest.approx(np.mean(first["differences"]), abs=1e-4)
-    assert first["primary"]
     assert first["comparison"] == claims.CLAIMS[path.stem].compares[0]
     assert result["verdict"] == verdict_by_tests(first["differences"])
 
@@ -244,15 +243,6 @@ def test_an_unknown_claim_is_refused_and_the_list_names_all(capsys):
 def kept(**runs):
     """Arms of one key x, or of several, as a result keeps them."""
     return {arm: {"values": values} for arm, values in runs.items()}
-
-
-def test_a_claim_is_not_run_without_the_arms_of_its_primary_comparison(monkeypatch):
-    claim = claims.Claim("nobody", "", ("a > b : x", "c > b : x"))
-    monkeypatch.setattr(claims, "CLAIMS", {"rules": claim})
-    arms = kept(b={"x": [[1.0], [2.0]]}, c={"x": [[3.0], [3.0]]})
-    result = claims.judge("rules", arms, 2)
-    assert result["verdict"] == NOT_RUN
-    assert [each["differences"] for each in result["comparisons"]] == [[2.0, 1.0]]
 
 
 def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path):
