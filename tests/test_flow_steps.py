@@ -76,14 +76,6 @@ def test_at_noise_level_zero_a_step_is_the_euler_step_of_the_ode(sampler, t, par
     assert std == 0
 
 
-@given(steps=st.integers(2, 50), shift=st.floats(0.5, 5), a=st.floats(0.1, 1.5))
-def test_the_first_sde_step_has_std_a_and_keeps_one_minus_half_a_squared_of_the_noise(steps, shift, a):
-    times = time_grid(steps, shift).double()
-    mean, std = transition(double(1.0), double(0.0), times[0], times[1], noise_level=a)
-    assert std.item() == pytest.approx(a)
-    assert mean.item() == pytest.approx(1 - a**2 / 2)
-
-
 @given(t=late, part=late, a=late)
 def test_the_sde_drift_is_velocity_minus_half_sigma_squared_times_the_score(t, part, a):
     x = torch.linspace(-2, 2, 7, dtype=torch.float64)[:, None].requires_grad_()

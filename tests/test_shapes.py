@@ -15,7 +15,7 @@ from toy import shapes
 from toy.shapes import (
     CELLS, COLORS, HELD_OUT, LETTERS, SHAPES, SPLITS, TAGS, VOCABULARY, Object, Question, answers_of,
     components, count_of, critique, damage, degrade, describe, detect, discrete, diversity, explicit,
-    implicit_prompts, judge_edit, layout, make_choice, make_edit, make_question, make_reflection,
+    implicit_prompts, judge_edit, layout, make_choice, make_edit, make_question, make_reflection, place,
     prompts, question_kinds, random_scene, read, render, sample_scene, satisfies, scene_split,
     shows_held_out, statement, wrong_answer, wrong_metadata, wrong_thought)
 
@@ -23,16 +23,9 @@ NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 seeds = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
-@st.composite
-def placed_objects(draw, cell):
-    radius = draw(st.integers(4, 6))
-    jitter = st.integers(-min(2, 7 - radius), min(2, 7 - radius))
-    shape, color = draw(st.sampled_from(SHAPES)), draw(st.sampled_from(sorted(COLORS)))
-    return Object(shape, color, *cell, draw(jitter), draw(jitter), radius)
-
-
-scenes = st.lists(st.sampled_from(CELLS), min_size=1, max_size=4, unique=True).flatmap(
-    lambda cells: st.tuples(*[placed_objects(cell) for cell in cells]))
+looks = st.sampled_from([(shape, color) for shape in SHAPES for color in COLORS])
+scenes = st.dictionaries(st.sampled_from(CELLS), st.tuples(seeds, looks), min_size=1).map(
+    lambda chosen: tuple(place(rng, *look, *cell) for cell, (rng, look) in chosen.items()))
 explicit_prompts = st.sampled_from([m for split in SPLITS for m in prompts(split)])
 riddles = st.sampled_from([m for split in SPLITS for m in implicit_prompts(split)])
 everything = explicit_prompts | riddles

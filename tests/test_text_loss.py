@@ -28,7 +28,7 @@ def batch(seed, N=8, L=6):
     """Random logp, logp_old, logp_ref, adv, mask in float64; ragged, the second sequence masked."""
     g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(N, L, generator=g, dtype=torch.float64) * 4
-    logp_old, logp_ref = (logp + torch.randn(N, L, generator=g, dtype=torch.float64) * 0.4 for _ in range(2))
+    logp_old, logp_ref = logp + torch.randn(2, N, L, generator=g, dtype=torch.float64) * 0.4
     adv = torch.randn(N, generator=g, dtype=torch.float64)
     length = torch.randint(1, L + 1, (N, 1), generator=g)
     length[1] = 0
