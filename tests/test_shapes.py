@@ -58,12 +58,9 @@ def is_true(prompt, scene):
 def answer_to(question, scene):
     if found := re.fullmatch(r"how many (\w+)s \?", question):
         return list(NUMBERS)[count_of(scene, found[1])]
-    if found := re.fullmatch(r"what color is the (\w+) \?", question):
-        (color,) = [o.color for o in scene if o.shape == found[1]]
-        return color
-    if found := re.fullmatch(r"what (?:shape is|is the shape of the) (\w+) (?:object )?\?", question):
-        (shape,) = [o.shape for o in scene if o.color == found[1]]
-        return shape
+    if found := re.fullmatch(r"what .*?(color|shape).*? (\w+) (?:object )?\?", question):
+        (named,) = [o for o in scene if found[2] in (o.shape, o.color)]
+        return getattr(named, found[1])
     if found := re.fullmatch(r"is there an? (\w+) (\w+) \?", question):
         return "yes" if found.groups() in [(o.color, o.shape) for o in scene] else "no"
     found = re.fullmatch(r"is the (\w+) (left of|right of|above|below) the (\w+) \?", question)
