@@ -102,29 +102,31 @@ def evaluate_task(
 ) -> RowValues:
     """One task's part of `evaluate_rows`."""
     name, rows = task.name, task.held_out(split)
-    samples = sample_task(policy, task, rows, seed, G, guidance)
-    found = find(task, samples)
-    right = mean_of_groups(task.truth(samples, found), G)                           # (B,)
+    samples, found, right = sample_truth(policy, task, rows, seed, G, guidance)
+    right = mean_of_groups(right, G)                                                # (B,)
     tags = np.array([row.metadata["tag"] for row in rows])
     values = {f"{name}/{tag}": [right[tags == tag]] for tag in task.tags}
     values[name] = sum(values.values(), []) if task.mean_of_tags else [right]
     unseen = task.held_out("unseen") if split == "test" else []
     if unseen:
-        others = sample_task(policy, task, unseen, seed + 2, G, guidance)
-        truth = task.truth(others, find(task, others))
-        values[f"{name}/held_out"] = [mean_of_groups(truth, G)]
+        _, _, others = sample_truth(policy, task, unseen, seed + 2, G, guidance)
+        values[f"{name}/held_out"] = [mean_of_groups(others, G)]
     if task.parts:
         for part, each in task.parts(samples, found, detect).items():
             values[f"{name}/{part}"] = [mean_of_groups(each, G)]
     if task.also:
         for key, value in task.also(rows, samples, found, G).items():
-            values[key] = [np.atleast_1d(np.asarray(value, dtype=float))]
+            values[key] = [np.array(value, dtype=float, ndmin=1)]
     return values
 
 
-def find(task: Task, samples: Samples) -> list | None:
-    """The detector's findings in each picture, if the task draws."""
-    return detect(samples.images) if task.draws else None
+def sample_truth(
+    policy: Policy, task: Task, rows: list[Row], seed: int, G: int, guidance: float = 1.0
+) -> tuple[Samples, list | None, Tensor]:
+    """(samples, the detector's findings in each picture if the task draws, (N,) what is right)."""
+    samples = sample_task(policy, task, rows, seed, G, guidance)
+    found = detect(samples.images) if task.draws else None
+    return samples, found, task.truth(samples, found)
 
 
 def mean_of_groups(values: Tensor, G: int) -> np.ndarray:
@@ -254,7 +256,7 @@ def picture_run(log: Path, before: str, device: torch.device) -> str:
     """
     out, titles = log.parent, {name: task.title for name, task in TASKS.items()}
     policies = [load_policy(folder, device) for folder in (before, out / "policy")]
-    before_after(*policies, out / "before_after.png")
+    before_after(*policies, gallery(), out / "before_after.png", dpi=130)
     plot([log], out / "curves.png", titles)
     return summary(log)
 
@@ -265,9 +267,9 @@ def summary(path: Path) -> str:
     evaluations = [row for row in rows if "eval" in row]
     first, last = evaluations[0]["eval"], evaluations[-1]["eval"]
     change = {}
-    for name in (name for name in last if name in first):
-        (old, old_error), (new, error) = first[name], last[name]
-        change[name] = (new - old, math.nan if error is None else math.hypot(old_error, error))
+    for name in filter(first.get, last):
+        old, new = np.array([first[name], last[name]], dtype=float)         # None becomes NaN
+        change[name] = (new[0] - old[0], math.hypot(old[1], new[1]))
     minutes = evaluations[-1]["seconds"] / 60
     return f"held-out truth after {minutes:.1f} minutes\n{print_change(first, last, change)}"
 
@@ -276,27 +278,23 @@ def summary(path: Path) -> str:
 
 
 def before_after(
-    before: Policy, after: Policy, out: Path, shown: list[tuple[Task, list[Row]]] | None = None,
-    per_prompt: int = 6, seed: int = 99, dpi: int = 130
+    before: Policy, after: Policy, shown: list[tuple[Task, list[Row]]], out: Path, dpi: int
 ) -> None:
-    """Write a PNG of the same rows drawn by two policies from the same noise.
+    """Write a PNG of the same rows of tasks, drawn by two policies from the same noise, six times.
 
-    shown: tasks with rows; None: see `gallery`. A green bar marks what the detector finds true, a
-    red one what it does not. The picture that an edit starts from stands first, with a grey bar.
+    A green bar marks what the detector finds true, a red one what it does not. The picture that an
+    edit starts from stands first, with a grey bar.
     """
-    shown = shown or gallery()
     count = sum(len(rows) for _, rows in shown)
-    widths = [1] * per_prompt + [0.35] + [1] * per_prompt
+    widths = [1] * 6 + [0.35] + [1] * 6
     figure, axes = pyplot().subplots(
         count, len(widths), figsize=(11, 0.92 * count), width_ratios=widths)
     for axis in axes.flat:
         axis.set_axis_off()
-    sides = {"before": (before, axes[:, :per_prompt]), "after": (after, axes[:, -per_prompt:])}
-    for side, (policy, half) in sides.items():
+    for side, policy, half in ("before", before, axes[:, :6]), ("after", after, axes[:, -6:]):
         half[0, 0].annotate(side, (0, 1.5), xycoords="axes fraction", fontsize=11, weight="bold")
         for task, rows in shown:
-            samples = sample_task(policy, task, rows, seed, per_prompt)
-            show_samples(half[:len(rows)], task, rows, samples)
+            show_samples(half[:len(rows)], policy, task, rows)
             half = half[len(rows):]
     top = 1 - 0.6 / count                       # room for the two headings
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=top, wspace=0.06, hspace=0.42)
@@ -312,10 +310,11 @@ def gallery() -> list[tuple[Task, list[Row]]]:
     return shown
 
 
-def show_samples(axes: np.ndarray, task: Task, rows: list[Row], samples: Samples) -> None:
-    """Fill axes (rows, G) with the samples of each row."""
+def show_samples(axes: np.ndarray, policy: Policy, task: Task, rows: list[Row]) -> None:
+    """Fill axes (rows, G) with samples of each row."""
     G = axes.shape[1]
-    right, images = task.truth(samples, find(task, samples)), to_bytes(samples.images)
+    samples, _, right = sample_truth(policy, task, rows, 99, G)
+    images = to_bytes(samples.images)
     for n, axis in enumerate(axes.flat):
         row, bar, image = rows[n // G], "tab:green" if right[n] else "tab:red", images[n]
         if n % G == 0:
@@ -333,7 +332,6 @@ def show_samples(axes: np.ndarray, task: Task, rows: list[Row], samples: Samples
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(description="Truth of a policy on the toy's held-out rows.")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
-    ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument(
         "--guidance", type=number(float, least=1), default=1.0, help="text guidance scale; 1: none"
     )
@@ -355,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
-    policy = load_toy_policy(a.policy, a.adapter)
+    policy = load_toy_policy(a.policy)
     other = load_toy_policy(a.against) if a.against else None
     values = evaluate_rows(policy, a.seed, a.guidance, a.samples, a.split)
     table = table_of(values)
@@ -370,9 +368,9 @@ def run(a) -> str:
     return f"{text}\n\nwritten to {a.out}"
 
 
-def load_toy_policy(folder: str, adapter: str = "") -> Policy:
+def load_toy_policy(folder: str) -> Policy:
     """A policy that can be measured on the toy. Errors: ValueError for a larger one."""
-    policy = load_policy(folder, device=the_device(), adapter=adapter)
+    policy = load_policy(folder, device=the_device())
     if policy.config.scale != "toy":
         raise ValueError(
             f"{folder} is too large for the toy world; measure it with python -m studies.geneval")

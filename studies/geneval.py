@@ -75,10 +75,8 @@ def judge_pictures(
 def begin_folder(out: Path, settings: dict) -> None:
     """Note the settings of a folder of pictures. Errors: ValueError if its pictures have others."""
     path = out / "settings.json"
-    held = read_json(path, settings)
-    if changed := [name for name in settings if held.get(name) != settings[name]]:
-        raise ValueError(f"{out} holds pictures of other settings ({', '.join(changed)}); "
-                         "give another --out")
+    if read_json(path, settings) != settings:
+        raise ValueError(f"{path} is of other settings than these; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(settings, indent=1).encode())
 
@@ -86,7 +84,6 @@ def begin_folder(out: Path, settings: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.geneval", description="GenEval's rules on pictures of a policy.")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
-    ap.add_argument("--adapter", default="", help="a folder of adapters to put on")
     ap.add_argument("--metadata", type=Path, required=True,
                     help="prompts in GenEval's format, such as its evaluation_metadata.jsonl")
     ap.add_argument("--detector", default="",
@@ -109,7 +106,7 @@ def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
     rows = read_prompts(str(a.metadata))
     check_rules(rows, str(a.metadata), "prompt")
-    policy = load_policy(a.policy, device=the_device(), adapter=a.adapter)
+    policy = load_policy(a.policy, device=the_device())
     scale, detector = SAMPLING[policy.config.scale], None
     if a.detector:
         detector = load_detector(a.detector, device=policy.device)
@@ -120,8 +117,7 @@ def run(a) -> str:
     settings = dict(
         samples=a.samples, size=a.size or scale["size"], steps=a.steps or scale["steps"],
         text_scale=scale["guidance"].text_scale if a.guidance is None else a.guidance, seed=a.seed)
-    read = dict(policy=a.policy, adapter=a.adapter, prompts=a.metadata)
-    content = {name: path and fingerprint(Path(path)) for name, path in read.items()}
+    content = {"policy": fingerprint(Path(a.policy)), "prompts": fingerprint(a.metadata)}
     begin_folder(a.out, settings | content)
     draw_pictures(policy, rows, a.out, **settings)
     table = judge_pictures(rows, a.out, a.samples, detector)

@@ -56,9 +56,9 @@ def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[T
         knowledge, rows = Knowledge(load_judge(judge, device=device)), [{}] * len(prompts)
         return lambda images: knowledge(Samples(prompts, rows, images=images)).cpu()
     known = {m["prompt"]: m for split in shapes.SPLITS for m in shapes.prompts(split)}
-    if strange := [prompt for prompt in prompts if prompt not in known]:
+    if set(prompts) - known.keys():
         raise ValueError("--select oracle asks the toy's exact detector, which knows only the "
-                         f"toy's prompts, not {strange[0][:60]!r}; use --select judge")
+                         "toy's prompts; use --select judge")
 
     def truth(images: Tensor) -> Tensor:
         verdicts = [geneval_check(known[p], found)[0] for p, found in zip(prompts, detect(images))]
@@ -107,9 +107,8 @@ def refinement_table(
 def print_refinement(table: dict[str, list[tuple[float, float]]]) -> str:
     """The table in markdown, a row per number of pictures drawn."""
     rows = []
-    for cells in zip(*table.values()):
-        values = [f"{mean:.3f} ± {error:.3f}" for mean, error in cells]
-        rows.append([f"{len(rows) + 1}", *values])
+    for n, cells in enumerate(zip(*table.values()), 1):
+        rows.append([f"{n}", *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)])
     return "\n".join(markdown_table(["pictures drawn", *table], rows))
 
 

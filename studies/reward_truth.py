@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import load_toy_policy, mean_and_error, mean_of_groups, sample_task
+from eval import load_toy_policy, mean_and_error, mean_of_groups, sample_truth
 from grpo import variance_share
 from policy import Policy
 from recipes import parse
@@ -22,23 +22,24 @@ from rewards import REWARDS, Samples, score
 from sample import TOY
 from studies.tables import markdown_table
 from support.disk import write_atomic
-from support.terminal import Arguments, new_file, number, one_line
+from support.terminal import Arguments, new_file, one_line
 from tasks import TASKS, token_states
 from toy import shapes
 from toy.world import detect, render_pixels
 
 COLUMNS = ("overall", "in_group", "share")
+SEED = 1234                                     # of held-out pictures and noise
 
 
-def held_out_samples(policy: Policy, seed: int) -> tuple[Samples, Tensor]:
+def held_out_samples(policy: Policy) -> tuple[Samples, Tensor]:
     """Samples of held-out prompts, 8 of each, with a picture of the prompt as the real one, and
     their truth (N,)."""
-    rng, task, rows = np.random.default_rng(seed), TASKS["draw"], []
+    rng, task, rows = np.random.default_rng(SEED), TASKS["draw"], []
     for row in task.held_out("test"):
         real = render_pixels([shapes.sample_scene(row.metadata, rng)])[0] * 0.5 + 0.5
         rows.append(replace(row, real=real))
-    samples = sample_task(policy, task, rows, seed, task.samples)
-    return samples, task.truth(samples, detect(samples.images)).double()
+    samples, _, right = sample_truth(policy, task, rows, SEED, task.samples)
+    return samples, right.double()
 
 
 def score_samples(policy: Policy, samples: Samples) -> dict[str, Tensor]:
@@ -90,12 +91,7 @@ def print_rewards(table: dict[str, dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.reward_truth", description="Each reward against the truth.")
     ap.add_argument("--policy", default=str(TOY), help="the policy whose pictures are judged")
-    ap.add_argument(
-        "--seed", type=number(int, least=0), default=1234, help="of held-out pictures and noise"
-    )
-    ap.add_argument(
-        "--out", type=new_file, default="rewards.json",
-        help="the table as JSON")
+    ap.add_argument("--out", type=new_file, default="rewards.json", help="the table as JSON")
     a = ap.parse_args(argv)
     with one_line("studies.reward_truth"):
         print(run(a))
@@ -104,11 +100,11 @@ def main(argv: list[str] | None = None) -> None:
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
     policy, G = load_toy_policy(a.policy), TASKS["draw"].samples
-    samples, truth = held_out_samples(policy, a.seed)
+    samples, truth = held_out_samples(policy)
     scores = score_samples(policy, samples)
     table = truth_table(scores, truth, G)
     means = {name: mean_and_error(mean_of_groups(each, G)) for name, each in scores.items()}
-    result = {"policy": a.policy, "seed": a.seed, "means": means, "table": table}
+    result = {"policy": a.policy, "means": means, "table": table}
     write_atomic(a.out, json.dumps(result, indent=1).encode())
     return f"{print_rewards(table)}\nwritten to {a.out}"
 

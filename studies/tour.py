@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
             base, after = load_toy_policy(str(TOY)), load_toy_policy(a.after)
             drawn = [redraw(policy, step.part, 0) for policy in (base, step.run.policy, after)]
             save_grid(torch.cat(drawn), DOCS / "tour_noise.png", columns=len(images), zoom=3)
-            before_after(base, after, DOCS / "first.png", first_rows(), dpi=82)
+            before_after(base, after, first_rows(), DOCS / "first.png", dpi=82)
         write_atomic(DOCS / "tour.md", page(step).encode())
         print(f"{DOCS / 'tour.md'} is written")
 

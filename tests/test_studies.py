@@ -102,18 +102,18 @@ def test_a_folder_is_gone_on_with_and_its_other_pictures_stay(folder):
     assert missing.read_bytes() == there.read_bytes() == content
 
 
-@pytest.mark.parametrize("more, words", [(["--seed", "7"], "seed"), (["--steps", "3"], "steps")])
-def test_a_folder_with_pictures_of_other_settings_is_refused(folder, more, words):
+@pytest.mark.parametrize("more", [["--seed", "7"], ["--steps", "3"]])
+def test_a_folder_with_pictures_of_other_settings_is_refused(folder, more):
     out, flags = folder
     with pytest.raises(
-        SystemExit, match=f"holds pictures of other settings \\({words}\\); give another --out"):
+        SystemExit, match="settings.json is of other settings than these; give another --out"):
         geneval.main([*flags, *more])
 
 
 def test_a_folder_with_pictures_of_other_prompts_is_refused(folder, tmp_path):
     out, flags = folder
     (tmp_path / "m.jsonl").write_text(json.dumps(shapes.prompts("eval")[0]))
-    with pytest.raises(SystemExit, match="other settings \\(prompts\\)"):
+    with pytest.raises(SystemExit, match="is of other settings"):
         geneval.main(flags)
 
 
