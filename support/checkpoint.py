@@ -351,17 +351,13 @@ def merged_state(policy: Policy):
         yield name.replace(".base.", "."), value.to(policy.stored or value.dtype)
 
 
-def adapter_key(weight: str, factor: str) -> str:
-    """peft's key of factor "A" or "B" of the adapter on a weight, given by its released key."""
-    return f"base_model.model.{weight.removesuffix('.weight')}.lora_{factor}.weight"
-
-
 def adapter_keys(policy: Policy) -> dict[str, str]:
     """peft's key -> our name, of both factors of all adapters."""
     keys = {}
     for name in adapters(policy):
+        layer = release_name(f"{name}.weight").removesuffix(".weight")
         for factor in ("A", "B"):
-            keys[adapter_key(release_name(f"{name}.weight"), factor)] = f"{name}.{factor}"
+            keys[f"base_model.model.{layer}.lora_{factor}.weight"] = f"{name}.{factor}"
     return keys
 
 

@@ -3,15 +3,13 @@
     python -m support.merge A B --base BASE --out C
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from support.checkpoint import (
-    IMPLEMENTED, TOKENIZER_FILES, adapter_key, all_finite, open_adapters, open_tensors,
-    save_tensors)
+    IMPLEMENTED, TOKENIZER_FILES, all_finite, open_tensors, save_tensors)
 from support.disk import read_json, write_atomic
 from support.terminal import Arguments, number, one_line
 
@@ -36,54 +34,23 @@ def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
     return merged
 
 
-def average_merge(first: Tensor, second: Tensor, bound: float = 0.0) -> Tensor:
-    return (first + second) / 2
+def open_trained(folder: Path, base: dict) -> dict:
+    """Open the weights of a policy folder, as open_tensors does.
 
-
-MERGES = {"gaussian": gaussian_merge, "average": average_merge}
-
-
-def changes_of(folder: Path, base: dict) -> Callable[[str, Tensor], Tensor]:
-    """A function (key, the base's tensor) -> its fp32 change, by a policy folder or by adapters.
-
-    Errors: ValueError for tensors that the base does not have, or not in that shape, and for
-    missing ones.
+    Errors: ValueError for keys and shapes that are not the base's.
     """
-    adapted = (folder / "adapter_config.json").exists()
-    if adapted:
-        rank, alpha, opened = open_adapters(folder)
-        stems = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in opened}
-        keys = {f"{stem}.weight" for stem in stems}
-        factors = {adapter_key(key, factor) for key in keys for factor in ("A", "B")}
-        differ = keys - base.keys() | opened.keys() ^ factors
-    else:
-        opened = open_tensors(folder, "ema")
-        differ = opened.keys() ^ base.keys()
-    if differ:
+    opened = open_tensors(folder, "ema")
+    if differ := opened.keys() ^ base.keys():
         raise ValueError(f"{folder} and the base do not fit: {min(differ)} is in only one of them")
-
-    def read(key: str) -> Tensor:
-        return opened[key].get_tensor(key).float()
-
-    def change(key: str, own: Tensor) -> Tensor:
-        if not adapted:
-            value = read(key)
-        elif key in keys:
-            value = alpha / rank * read(adapter_key(key, "B")) @ read(adapter_key(key, "A"))
-        else:
-            return torch.zeros_like(own)
-        if value.shape != own.shape:
-            shapes = f"{tuple(value.shape)}, the base {tuple(own.shape)}"
-            raise ValueError(f"{folder}: {key} has shape {shapes}")
-        return value if adapted else value - own
-
-    return change
+    for key, file in opened.items():
+        shape, own = (each.get_slice(key).get_shape() for each in (file, base[key]))
+        if shape != own:
+            raise ValueError(f"{folder}: {key} has shape {shape}, the base {own}")
+    return opened
 
 
-def merge(
-    first: Path, second: Path, base: Path, out: Path, how: str = "gaussian", bound: float = 2.0
-) -> None:
-    """Write the policy folder `out`: the base, with the merged changes of two policies or adapters.
+def merge(first: Path, second: Path, base: Path, out: Path, bound: float = 2.0) -> None:
+    """Write the policy folder `out`: the base, with the merged changes of two policies.
 
     What is not trained is the base's. Only the merged policy is held in memory.
     Errors: ValueError for what does not fit, and for an `out` that holds files.
@@ -91,15 +58,15 @@ def merge(
     opened, ae = open_tensors(base, "ema"), open_tensors(base, "ae")
     for name in ("llm", "vit"):
         read_json(base / f"{name}_config.json")                 # no policy loads without them
-    change_one, change_two = changes_of(first, opened), changes_of(second, opened)
+    trained = [open_trained(folder, opened) for folder in (first, second)]
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds files already; give another --out")
     merged = {}
     for key, file in opened.items():
         stored = file.get_tensor(key)
         own = stored.float()
-        change = MERGES[how](change_one(key, own), change_two(key, own), bound)
-        merged[key] = (own + change).to(stored.dtype)
+        changes = [tensors[key].get_tensor(key).float() - own for tensors in trained]
+        merged[key] = (own + gaussian_merge(*changes, bound)).to(stored.dtype)
         if not all_finite(merged[key]):
             raise ValueError(f"{key} is not finite after merging; are {first} and {second} whole?")
     out.mkdir(parents=True, exist_ok=True)
@@ -114,19 +81,18 @@ def main(argv: list[str] | None = None) -> None:
     ap = Arguments(
         prog="support.merge", description="merge two policies that were trained from one base")
     ap.add_argument(
-        "policies", nargs=2, type=Path, help="two policy folders, or folders of adapters"
+        "policies", nargs=2, type=Path, help="two policy folders"
     )
     ap.add_argument(
         "--base", type=Path, required=True, help="the policy folder that both were trained from"
     )
     ap.add_argument("--out", type=Path, required=True, help="the policy folder to write")
-    ap.add_argument("--how", choices=list(MERGES), default="gaussian")
     ap.add_argument(
         "--bound", type=number(float, least=0), default=2.0,
-        help="stds inside which gaussian averages")
+        help="stds inside which changes are averaged")
     a = ap.parse_args(argv)
     with one_line("support.merge"):
-        merge(*a.policies, a.base, a.out, a.how, a.bound)
+        merge(*a.policies, a.base, a.out, a.bound)
         print(f"wrote {a.out}")
 
 

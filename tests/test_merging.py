@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from support.checkpoint import load_policy, save_adapters, save_policy
-from support.lora import adapters, add_lora
-from support.merge import MERGES, average_merge, gaussian_merge, main, merge
+from support.checkpoint import load_policy, save_policy
+from support.merge import gaussian_merge, main, merge
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 SEEDS, BOUNDS = st.integers(0, 10**6), st.floats(0, 6)
@@ -47,7 +46,7 @@ def test_gaussian_merging_is_symmetric_and_scales_with_the_changes(seed, bound):
 @given(SEEDS)
 def test_a_large_bound_is_the_average_and_0_is_the_sum(seed):
     a, b = change(seed), change(seed + 1, std=3.0)
-    assert torch.allclose(gaussian_merge(a, b, 1e6), average_merge(a, b))
+    assert torch.allclose(gaussian_merge(a, b, 1e6), (a + b) / 2)
     assert torch.allclose(gaussian_merge(a, b, 0.0), a + b)
 
 
@@ -94,41 +93,14 @@ def tensors_of(folder):
     return load_file(folder / "ema.safetensors")
 
 
-@pytest.mark.parametrize("how", list(MERGES))
-def test_whole_policies_merge_and_load(pair, tmp_path, how):
-    merge(*pair, GOLDEN, tmp_path / "c", how, 1.5)
+def test_whole_policies_merge_and_load(pair, tmp_path):
+    merge(*pair, GOLDEN, tmp_path / "c", 1.5)
     base, one, two, merged = map(tensors_of, (GOLDEN, *pair, tmp_path / "c"))
     for key, x in base.items():
-        wanted = x + MERGES[how](one[key] - x, two[key] - x, 1.5)
+        wanted = x + gaussian_merge(one[key] - x, two[key] - x, 1.5)
         assert merged[key].dtype == x.dtype
         assert torch.allclose(merged[key], wanted, atol=1e-6), key
     load_policy(tmp_path / "c")
-
-
-def adapt(folder, seed, rank):
-    """Save random adapters, and in folder_whole the policy that they make."""
-    policy, generator = (
-        add_lora(load_policy(GOLDEN), rank=rank, alpha=2.0 * rank),
-        torch.Generator().manual_seed(seed))
-    for module in adapters(policy).values():
-        for factor in (module.A, module.B):
-            torch.nn.init.normal_(factor, generator=generator)
-    save_adapters(policy, folder)
-    save_policy(policy, Path(f"{folder}_whole"))
-    return folder
-
-
-def test_adapters_merge_by_their_dense_changes_also_with_a_whole_policy(tmp_path):
-    a, b = adapt(tmp_path / "a", 1, 2), adapt(tmp_path / "b", 2, 3)
-    merge(tmp_path / "a_whole", tmp_path / "b_whole", GOLDEN, tmp_path / "c")
-    whole, base = tensors_of(tmp_path / "c"), tensors_of(GOLDEN)
-    assert any(not torch.equal(whole[key], base[key]) for key in base)
-    for first in (a, tmp_path / "a_whole"):
-        out = tmp_path / f"{first.name}_and_b"
-        merge(first, b, GOLDEN, out)
-        merged = tensors_of(out)
-        for key in base:  # an entry at the window's edge may fall on either side
-            assert ((merged[key] - whole[key]).abs() < 1e-4).float().mean() > 0.99
 
 
 def test_a_merged_folder_holds_what_a_saved_one_holds(pair, tmp_path):
@@ -140,28 +112,6 @@ def test_a_merged_folder_holds_what_a_saved_one_holds(pair, tmp_path):
     assert files == {path.name for path in (tmp_path / "saved").iterdir()}
     with safe_open(tmp_path / "c" / "ema.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-def cut_factor(tensors, key):
-    tensors[key] = tensors[key][:1] if ".lora_A." in key else tensors[key][:, :1]
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (cut_factor, "{key} has shape .*, the config says rank 2"),
-        (lambda tensors, key: tensors.pop(key), "{key} is in only one of them")],
-)
-def test_adapters_that_do_not_load_do_not_merge(pair, tmp_path, change, words):
-    folder = adapt(tmp_path / "a", 1, 2)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    key = min(tensors)
-    change(tensors, key)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=words.format(key=key)):
-        merge(folder, pair[1], GOLDEN, tmp_path / "c")
-    with pytest.raises(ValueError):
-        load_policy(GOLDEN, adapter=folder)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +142,7 @@ def test_a_policy_is_not_written_over_another_nor_made_of_none(pair, tmp_path):
 
 
 def test_the_command_merges_and_says_in_one_line_what_is_wrong(pair, tmp_path, capsys):
-    command = [*map(str, pair), "--base", str(GOLDEN), "--how", "average", "--out"]
+    command = [*map(str, pair), "--base", str(GOLDEN), "--out"]
     main([*command, str(tmp_path / "c")])
     assert capsys.readouterr().out == f"wrote {tmp_path / 'c'}\n"
     load_policy(tmp_path / "c")
