@@ -8,7 +8,8 @@ out/claims/ARM-SEED that claims share. A call that was stopped goes on with its 
 kept as JSON and a figure in docs/claims/, from which docs/claims.md is written.
 
 A claim has one primary comparison, the paper's own sentence. Its verdict follows from the 95% t
-interval of the difference, paired by seed: see `verdict_of`.
+interval of the difference, paired by seed: see `verdict_of`. The claims and the flags of the arms
+are in claims.toml.
 """
 
 import json
@@ -17,7 +18,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,75 +81,15 @@ is r_sem of held-out pictures by the toy's own frozen SigLIP.
 PROGRAMS = {
     "eval": "eval.py", "refine": "-m studies.refinement", "score": "-m studies.reward_truth"}
 
-# Arm -> its flags, shorter than the recipes' runs. A line that starts with another arm's name adds
-# to its flags; {other} is the policy of another arm with the same seed. A line that starts with
-# "merge" is for support.merge, or with a name of PROGRAMS for that. Arms of different numbers of
-# updates keep the last weights (--ema 0), since the average trails by about 20 updates.
-ARMS = {
-    "base": "--recipe lvrpo --steps 0",
-    "full": "--recipe lvrpo --steps 50",
-    "draw-all": "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --steps 50",
-    "draw-each": "draw-all --normalise each",
-    "draw-no-ins": "draw-all --ins 0",
-    "generation-only": "draw-all --kn 0",
-    "sem-frozen": "--recipe lvrpo --think 0 --ask 0 --edit 0 --accuracy 0 --steps 200 "
-                  "--eval_every 50 --kn 0 --ins 0",
-    "sem-trained": "sem-frozen --train_referee 1e-4",
-    "frozen-scored": "score {sem-frozen}",
-    "trained-scored": "score {sem-trained}",
-    "ask-alone": "--recipe lvrpo --draw 0 --think 0 --edit 0 --sem 0 --ins 0 --kn 0 --steps 60 "
-                  "--epochs 4",
-    "grpo": "ask-alone --text_average sequence",
-    "gspo": "grpo --text_ratio sequence",
-    "dapo": "ask-alone --text_average token",
-    "dr-grpo": "ask-alone --text_average constant --advantage none",
-    "joint": "--recipe unigrpo --steps 60",
-    "text-only": "joint --image_weight 0",
-    "flow-only": "joint --text_weight 0",
-    "ratio-norm-off": "joint --no-ratio_norm",
-    "guided": "joint --guidance 2",
-    "plain-then-guided": "eval {joint} --guidance 2",
-    "guided-then-guided": "eval {guided} --guidance 2",
-    "velocity": "--recipe unigrpo --draw 32 --think 0 --steps 150 --eval_every 50",
-    "no-penalty": "velocity --mse_weight 0",
-    "latent-kl": "no-penalty --image_beta 0.003",
-    "dv-soft": "--recipe alphagrpo --steps 60",
-    "dv-binary": "dv-soft --dv_by binary",
-    "holistic": "dv-soft --dv_by holistic",
-    "rectify-group": "--recipe alphagrpo_reflect --steps 60",
-    "rectify-initial": "rectify-group --rectify initial",
-    "rectify-off": "rectify-group --rectify off",
-    "refined": "refine {rectify-group}",
-    "unified": "--recipe corl --eval_every 50 --steps 50",
-    "pair-sum": "unified --pair sum",
-    "pair-none": "unified --pair none",
-    "corl-image": "unified --pair_text 0",
-    "corl-text": "unified --pair_image 0",
-    "merged": "merge {corl-image} {corl-text} --base toy/policy",
-    "cycle": "corl-image --tim 0",
-    "tim": "corl-image --recaption 0 --likeness 0",
-    "unified-last": "unified --ema 0",
-    "unified-longer": "--recipe corl --eval_every 50 --steps 100 --ema 0",
-    "unified-half": "unified-longer --pair_image 24 --pair_text 24",
-    "alternating": "unified-longer --alternate",
-    "refined-image": "--recipe corl_t2i --steps 50 --eval_every 50 --ema 0 --policy {unified-last}",
-    "refined-choose": "--recipe corl_mc --steps 50 --eval_every 50 --ema 0 --policy {unified-last}",
-    "refined-merged": "merge {refined-image} {refined-choose} --base {unified-last}",
-    "image-alone": "--recipe corl_t2i --steps 100 --eval_every 50 --ema 0",
-}
-
-
-VARIETY = ("layout_entropy", "pairwise_distance", "draw/saturation", "draw/roughness")
-
 
 @dataclass(frozen=True)
 class Claim:
-    """One entry of CLAIMS."""
+    """One table [claims.NAME] of claims.toml."""
 
     paper: str
     says: str                                   # in a sentence
-    compares: tuple[str, ...]                   # the first is judged; see parse_comparison
-    also: tuple[str, ...] = ()                  # measures that are shown besides those compared
+    compares: Sequence[str]                     # the first is judged; see parse_comparison
+    also: Sequence[str] = ()                    # measures that are shown besides those compared
     reading: str = ""                           # what the measures show
 
     @property
@@ -163,176 +106,9 @@ class Claim:
         return list(dict.fromkeys([*keys, *self.also]))
 
 
-CLAIMS = {
-    "frozen-referee": Claim(
-        paper="LVRPO",
-        says="A frozen referee keeps the truth; one that learns with the policy is fooled.",
-        compares=("sem-frozen > sem-trained : draw", "frozen-scored > trained-scored : sem"),
-        also=("draw/rewards/sem/mean", *VARIETY),
-        reading="With either referee mean truth stops rising after 100 steps while layouts become "
-                "alike; with the one that learns, it falls in one seed of three. The rewards of "
-                "the two runs are on two scales: the learning SigLIP's cosine of exact pictures, "
-                "next to a policy that never moves, falls from 0.403 to 0.272, as far as the two "
-                "rewards lie apart. So they are not compared. `sem` scores the pictures of both "
-                "policies by the one frozen SigLIP, once it is run."),
-    "full-rewards": Claim(
-        paper="LVRPO",
-        says="Rewards of drawings alone cost understanding.",
-        compares=("base > generation-only : ask", "base > generation-only : choose",
-                  "draw-all > generation-only : ask", "full > base : ask", "full > base : choose",
-                  "full > base : captions"),
-        also=("draw",),
-        reading="generation-only draws for r_sem and r_ins; draw-all adds r_kn; full also answers, "
-                "thinks and edits, for all rewards, so that its answers gain from being trained."),
-    "ins-teaches-space": Claim(
-        paper="LVRPO",
-        says="Gains in space come from r_ins.",
-        compares=("draw-all > draw-no-ins : draw/position", "draw-no-ins > base : draw/position"),
-        also=("draw",),
-        reading="Position rises without r_ins too, from r_sem and r_kn together."),
-    "summed-follows-noise": Claim(
-        paper="counter-test of LVRPO",
-        says="Normalising each reward beats one sum, whose advantage follows the part that varies "
-             "most.",
-        compares=("draw-each > draw-all : draw", "draw-all > draw-each : draw/advantage_share/kn"),
-        also=("draw/advantage_share/sem", "draw/advantage_share/ins"),
-        reading="The sum follows r_kn, which varies most, but r_kn is no noise here."),
-    "token-average": Claim(
-        paper="DAPO",
-        says="An average over the tokens of a group beats GRPO's over those of each answer.",
-        compares=("dapo > grpo : ask",),
-        reading="Answers have a few tokens, so the ways to average over tokens hardly differ; the "
-                "base answers 0.701."),
-    "sequence-ratio": Claim(
-        paper="GSPO",
-        says="One ratio for each answer beats GRPO's ratios of tokens.",
-        compares=("gspo > grpo : ask",),
-        reading="Answers have a few tokens, as in token-average."),
-    "no-std": Claim(
-        paper="Dr. GRPO",
-        says="Dividing neither by the spread of rewards nor by lengths beats GRPO.",
-        compares=("dr-grpo > grpo : ask",),
-        reading="Answers have a few tokens, as in token-average."),
-    "joint-beats-one": Claim(
-        paper="UniGRPO",
-        says="Training thought and picture together beats each alone.",
-        compares=("joint > flow-only : think", "joint > text-only : think",
-                  "text-only > base : think"),
-        also=("draw",),
-        reading="The flow alone is the stronger of the two, in the paper's own score as here."),
-    "velocity-penalty": Claim(
-        paper="UniGRPO",
-        says="A velocity penalty keeps a reward from being hacked better than a latent KL.",
-        compares=("velocity > latent-kl : draw at draw/reward",
-                  "velocity > no-penalty : draw at draw/reward",
-                  "velocity > latent-kl : layout_entropy at draw/reward",
-                  "velocity > no-penalty : layout_entropy at draw/reward"),
-        also=("draw/reward", *VARIETY),
-        reading="Hacking would show as less truth at the same reward. UniGRPO's own ablation is "
-                "about a hacked preference model; r_ins cannot be hacked that way, since the truth "
-                "uses the same rules. Without a penalty layouts become more alike. The latent KL "
-                "is at lvrpo's weight."),
-    "ratio-norm": Claim(
-        paper="UniGRPO, GRPO-Guard",
-        says="RatioNorm evens the ratio's spread over the noisy steps, and so trains better.",
-        compares=("joint > ratio-norm-off : think",
-                  "ratio-norm-off > joint : think/image/ratio/step_std/uneven"),
-        also=("think/image/ratio/step_std/0", "think/image/ratio/step_std/1",
-              "think/image/ratio/step_std/2", "think/image/clip_ratio/step_mean/0",
-              "think/image/clip_ratio/step_mean/1", "think/image/clip_ratio/step_mean/2"),
-        reading="The evener spread follows from the formula, which multiplies the spread of each "
-                "noisy step by its noise (0.865, 0.761, 0.634): applied to the run without "
-                "RatioNorm, that alone gives 0.113 of the 0.121. What is at stake is truth. With "
-                "RatioNorm the last noisy step, whose ratios vary most, is clipped less."),
-    "no-guidance": Claim(
-        paper="UniGRPO",
-        says="Training without guidance loses nothing under guidance.",
-        compares=("plain-then-guided > guided-then-guided : think",
-                  "plain-then-guided > guided-then-guided : draw"),
-        reading=f"Here, `{EQUAL}` is what the paper says."),
-    "decomposed": Claim(
-        paper="AlphaGRPO",
-        says="Decomposed questions beat one holistic question.",
-        compares=("dv-soft > holistic : think", "holistic > base : think"),
-        also=("draw", "think/rewards/dvreward/mean"),
-        reading="The judge's one holistic answer more than doubles in training without truth: the "
-                "policy games it. The decomposed reward also asks two questions about quality."),
-    "soft-answers": Claim(
-        paper="AlphaGRPO",
-        says="Soft answers to the questions beat binary ones.",
-        compares=("dv-soft > dv-binary : think", "dv-binary > base : think"),
-        also=("draw", "think/rewards/dvreward/mean", "think/frac_reward_zero_std"),
-        reading="The toy's judge is nearly always sure, so that rounding its answers hardly "
-                "changes the reward."),
-    "rectification": Claim(
-        paper="AlphaGRPO, the paper",
-        says="A refinement that does not improve must get the group's least reward.",
-        compares=("rectify-group > rectify-off : reflect",
-                  "rectify-group > rectify-off : reflect/repaired",
-                  "rectify-off > rectify-group : reflect/spoiled", "rectify-off > base : reflect"),
-        reading="In the mean it repairs and spoils more than rewards that are left as they are."),
-    "rectification-code": Claim(
-        paper="AlphaGRPO, its code",
-        says="A refinement that does not improve must get the first picture's reward.",
-        compares=("rectify-initial > rectify-off : reflect",
-                  "rectify-initial > rectify-off : reflect/repaired",
-                  "rectify-off > rectify-initial : reflect/spoiled"),
-        reading="Wrong pictures are repaired as often as under the paper's form, and more right "
-                "ones are spoiled."),
-    "edits-for-free": Claim(
-        paper="AlphaGRPO",
-        says="Edits improve without edit training.",
-        compares=("dv-soft > base : edit", "rectify-group > base : edit", "draw-all > base : edit"),
-        also=("edit/changed", "edit/kept"),
-        reading="Under AlphaGRPO's recipes what should stay is kept less often; under LVRPO's "
-                "rewards of drawings (draw-all), more often."),
-    "refine-beats-best": Claim(
-        paper="AlphaGRPO",
-        says="Refinement at inference beats the best of as many new pictures.",
-        compares=("refined > refined : refine, judge - best, judge",
-                  "refined > refined : refine, oracle - best, oracle"),
-        also=("refine, always",),
-        reading="Of four pictures; with an oracle to choose, new pictures are the better buy."),
-    "shared-advantage": Claim(
-        paper="counter-test of CoRL",
-        says="A shared advantage injects the other modality's noise.",
-        compares=("pair-none > unified : draw", "pair-none > unified : choose",
-                  "pair-sum > unified : draw"),
-        also=("pair_image/advantage_share/pair_text.accuracy",
-              "pair_image/advantage_share/pair_text.format",
-              "pair_image/advantage_share/pair_image.recaption"),
-        reading="More than half of a pair's advantage is its answer's."),
-    "unified-beats-apart": Claim(
-        paper="CoRL",
-        says="Unified training beats separate training, merged or not, and alternating.",
-        compares=("unified > corl-image : draw", "unified > corl-text : choose",
-                  "unified > merged : draw", "unified > merged : choose",
-                  "unified-half > alternating : draw", "unified-half > alternating : choose"),
-        reading="Without the shared advantage, unified training draws as drawing alone does "
-                "(pair-none in shared-advantage). alternating and unified-half take 100 updates of "
-                "as many rows in all, and keep the last weights: an average of weights trails less "
-                "at 100 updates than at 50, and decided the three seeds that were run of "
-                "alternating, which are not shown."),
-    "cycle-and-tim": Claim(
-        paper="CoRL",
-        says="Token matching adds to the cycle's reward.",
-        compares=("corl-image > cycle : draw", "corl-image > tim : draw", "cycle > base : draw",
-                  "tim > base : draw"),
-        also=("pair_image/rewards/recaption/mean", "pair_image/rewards/likeness/mean",
-              "pair_image/rewards/tim/mean", "pair_image/advantage_share/tim"),
-        reading="Alone, token matching rises while truth falls to a third of the base's: it is "
-                "gamed. Added to the cycle it has 1% of the advantage."),
-    "two-stages": Claim(
-        paper="CoRL",
-        says="Unified, then refined beats one stage.",
-        compares=("refined-image > image-alone : draw", "refined-image > unified-longer : draw",
-                  "refined-image > unified-last : draw", "refined-merged > unified-longer : draw",
-                  "refined-merged > unified-longer : choose"),
-        reading="All arms keep the last weights. Three seeds were run with averaged weights; they "
-                "are not shown: the average trails by about 20 updates, in each of two stages, and "
-                "that decided the comparison. refined-merged is made from 50 steps of multiple "
-                "choice besides."),
-}
+TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+ARMS: dict[str, str] = TABLES["arms"]
+CLAIMS = {name: Claim(**entry) for name, entry in TABLES["claims"].items()}
 
 
 # ---- running arms ----

@@ -5,6 +5,7 @@ rule of verdicts, and the page.
 import json
 import math
 import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,10 +40,10 @@ def test_every_claim_compares_arms_and_its_primary_comparison_is_of_truth():
 
 
 def test_a_claim_is_added_in_two_places(monkeypatch):
-    monkeypatch.setattr(claims, "ARMS", dict(claims.ARMS))
-    monkeypatch.setattr(claims, "CLAIMS", dict(claims.CLAIMS))
     text = (claims.DOCS / "adding.md").read_text(encoding="utf-8")
-    exec(re.search(r"^\*\*A claim\*\*.*?```python\n(.*?)```", text, re.M | re.S)[1], vars(claims))
+    new = tomllib.loads(re.search(r"^\*\*A claim\*\*.*?```toml\n(.*?)```", text, re.M | re.S)[1])
+    monkeypatch.setattr(claims, "ARMS", claims.ARMS | new["arms"])
+    monkeypatch.setattr(claims, "CLAIMS", {name: claims.Claim(**new["claims"][name]) for name in new["claims"]})
     assert "kn-helps" in claims.list_claims(Path("out/claims"))
     ((program, *flags),) = claims.commands("draw-kn", 0, Path("out/claims"))
     assert program == "train.py"
