@@ -43,7 +43,8 @@ def test_a_claim_is_added_in_two_places(monkeypatch):
     text = (claims.DOCS / "adding.md").read_text(encoding="utf-8")
     new = tomllib.loads(re.search(r"^\*\*A claim\*\*.*?```toml\n(.*?)```", text, re.M | re.S)[1])
     monkeypatch.setattr(claims, "ARMS", claims.ARMS | new["arms"])
-    monkeypatch.setattr(claims, "CLAIMS", {name: claims.Claim(**new["claims"][name]) for name in new["claims"]})
+    added = {name: claims.Claim(**entry) for name, entry in new["claims"].items()}
+    monkeypatch.setattr(claims, "CLAIMS", added)
     assert "kn-helps" in claims.list_claims(Path("out/claims"))
     ((program, *flags),) = claims.commands("draw-kn", 0, Path("out/claims"))
     assert program == "train.py"

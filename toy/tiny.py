@@ -75,7 +75,8 @@ def build_judge(folder, vocabulary):
     vision.projection_dim = 64
     config = PaliGemmaConfig(
         text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64,
-        hidden_size=64, image_token_index=tokenizer.convert_tokens_to_ids("<image>"), **ids_of(tokenizer))
+        hidden_size=64, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        **ids_of(tokenizer))
     return save(folder, PaliGemmaForConditionalGeneration(config), tokenizer, siglip_processor())
 
 
