@@ -194,8 +194,7 @@ def test_the_seed_of_a_run_decides_its_adapters(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(std="unbiased"), dict(advantage="batch"), dict(advantage="none"), dict(adv_clamp=0.5),
-        dict(normalise="each")],
+        dict(std="unbiased"), dict(advantage="batch"), dict(advantage="none"), dict(adv_clamp=0.5)],
 )
 def test_what_the_papers_advantages_differ_in_is_a_setting_that_changes_them(tmp_path, settings):
     cfg, weights = small(tmp_path), dict(sem=1.0, ins=2.0)

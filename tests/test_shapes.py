@@ -43,8 +43,8 @@ def is_true(prompt, scene):
     """Whether a scene shows what an explicit prompt says, and nothing more."""
     prompt = re.sub(r"^an? (photo|picture|drawing|image) of ", "", prompt)
     if found := re.fullmatch(r"an? (\w+) (left of|right of|above|below) an? (\w+)", prompt):
-        pairs = [(a, b) for a in scene for b in scene if (a.shape, b.shape) == (found[1], found[3])]
-        return len(scene) == 2 and any(is_placed(a, found[2], b) for a, b in pairs)
+        firsts, seconds = ([o for o in scene if o.shape == found[i]] for i in (1, 3))
+        return len(scene) == 2 and any(is_placed(a, found[2], b) for a in firsts for b in seconds)
     if found := re.fullmatch(r"(two|three|four) (\w+)s", prompt):
         return len(scene) == NUMBERS[found[1]] == count_of(scene, found[2])
     parts = prompt.split(" and ")

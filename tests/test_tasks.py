@@ -71,13 +71,16 @@ def test_samples_hold_what_their_task_says_and_earn_a_truth_between_0_and_1(poli
     assert ("layout_entropy" in logged) == task.draws
 
 
-def test_samples_stand_next_to_their_own_prompt_source_and_answer(policy):
-    task, rows = TASKS["ask"], toy_rows("ask")
+@pytest.mark.parametrize("name", ["ask", "edit"])
+def test_samples_stand_next_to_their_own_prompt_source_and_answer(policy, name):
+    """An edit is compared with a caption of the picture after it."""
+    task, rows = TASKS[name], toy_rows(name)
     rollout = sample_plan(policy, task.plan(rows, choices()), seed=0, step=0, prompts=[0, 1], G=3)
     samples = samples_of(policy, task, rows, rollout)
     for i, row in enumerate(row for row in rows for _ in range(3)):
-        assert (samples.prompts[i], samples.answers[i]) == (row.text, row.answer)
+        assert samples.prompts[i] == (row.wanted or row.text)
         assert torch.equal(samples.sources[i], row.source)
+        assert not row.answer or samples.answers[i] == row.answer
 
 
 def test_without_a_detector_nothing_is_said_of_pictures(policy):

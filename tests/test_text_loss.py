@@ -349,8 +349,8 @@ def test_a_token_that_the_old_policy_or_the_reference_cannot_sample_is_refused_u
     (dict(per="prompt"), "prompt"),
     (dict(level="segment"), "segment")])
 def test_a_loss_that_makes_no_sense_is_refused_in_one_line(change, words):
-    zeros = torch.zeros(2, 3)
-    arguments = dict(logp=zeros, logp_old=zeros, adv=torch.zeros(2), mask=torch.ones(2, 3), total=6)
+    mask = torch.ones(2, 3)
+    arguments = dict(logp=-mask, logp_old=None, adv=torch.zeros(2), mask=mask, total=6)
     grpo_loss(**arguments)
     with pytest.raises(ValueError, match=words) as error:
         grpo_loss(**arguments | change)
