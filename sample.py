@@ -5,7 +5,8 @@ same calls.
     text to image   Read(prompts), Draw(size, times, ...)
     think, draw     Read(prompts), Write(24), Draw(size, times, ...)
     edit            See(pixels, source), Read(instructions), Draw(...)
-    rounds          Read(prompts), Draw(...), Read(instructions), Write(24), Draw(...)
+    refinement      See(pixels), Read(instructions), Write(24), Draw(...)
+    two rounds      Read(prompts), Write(24), Draw(...), Read(instructions), Write(24), Draw(...)
 
 `sample_plan` walks a plan of these. It keeps what the update needs of each segment that the policy
 chose: tokens, mask and log-probs of a text; latents around every noisy step, means and log-probs of

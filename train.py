@@ -120,7 +120,11 @@ def one_step(run: Run, step: int) -> dict[str, float]:
 
 
 def act(run: Run, batch: Batch) -> Rollout:
-    """1. Sample G trajectories of every row, at most --rollout_batch at once."""
+    """1. Sample G trajectories of every row, at most --rollout_batch at once.
+
+    Of every sample the rollout keeps what the policy chose: tokens of texts (n, L), latents of
+    images around their noisy steps (n, W + 1, M, F), and the log-probs of both.
+    """
     cfg, policy, task = run.cfg, run.policy, batch.task
     rollouts = []
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
@@ -136,7 +140,7 @@ def act(run: Run, batch: Batch) -> Rollout:
 
 def reward(run: Run, batch: Batch, rollout: Rollout) -> Part:
     """2. Score every sample by the task's rewards."""
-    task, samples = batch.task, samples_of(run.policy, batch.task, batch.rows, rollout)
+    task, samples = batch.task, samples_of(run.policy, batch.task, batch.rows, rollout)  # of n
     scores = rewards.score(rewards_in_use(run, batch), samples)         # name -> (n,)
     stats = truth_and_variety(task, samples, run.source.detector, rollout.G)
     if texts := chosen_texts(rollout):
@@ -148,13 +152,14 @@ def reward(run: Run, batch: Batch, rollout: Rollout) -> Part:
 def compare(parts: list[Part], cfg: Config, ranks: Ranks) -> None:
     """3. Fill the advantages of every part.
 
-    The i-th samples of a pair's two halves share one advantage: of the summed reward [CoRL's
-    unify_reward], or the sum of both [its unify_advantage]. A part of refinements none of which is
-    better than its first picture is skipped [AlphaGRPO].
+    The i-th samples of a pair's two halves share one advantage: of the summed reward [--pair joint,
+    CoRL's unify_reward], or the sum of both [--pair sum, its unify_advantage]. A part of
+    refinements none of which is better than its first picture is skipped, unless --rectify is off
+    [AlphaGRPO].
     """
     for part in parts:
         weights = {name: cfg.weights[name] for name in part.rewards}
-        initial = part.batch.initial                                    # (B,) on this rank, or None
+        initial = part.batch.initial                                    # (n / G,), or None
         if initial is not None:
             initial = initial.repeat_interleave(cfg.group_size)                     # (n,)
         part.adv, part.group_stats, improved = advantages(
@@ -224,8 +229,8 @@ def share_advantage(halves: list[Part], cfg: Config, ranks: Ranks) -> None:
 def improve(run: Run, parts: list[Part]) -> dict[str, float]:
     """4. Take --epochs optimiser steps on the parts.
 
-    Micro-batches and ranks add up, since each loss is divided by global counts. Raises Stop, if it
-    is asked to, before the first of the steps.
+    Micro-batches and ranks add up, since each loss is divided by global counts. Returns the
+    statistics of the last of the steps. Raises Stop, if it is asked to, before the first.
     """
     if not parts:                               # momentum must not move the weights either
         return {"loss": 0.0, "grad_norm": 0.0}
@@ -303,7 +308,7 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
     """
     cfg, policy, task = run.cfg, run.policy, part.batch.task
     longest = getattr(cfg, task.writes) if task.writes else 0
-    mine = counts(part.rollout, cfg.text_average, longest).to(run.ranks.device)
+    mine = counts(part.rollout, cfg.text_average, longest).to(run.ranks.device)     # (2,)
     text, image = run.ranks.total(mine).tolist()
     pieces = []
     for rollout, rows in micro_batches(part.rollout, cfg.micro):
@@ -324,6 +329,7 @@ def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[
 
     The old log-probs of its texts are those of the first call, at which their ratios are exactly 1:
     in bf16, decoding and replay round otherwise, which at some tokens is more than the clip range.
+    Those of its images are the rollout's, which walks each noisy step by the same call as replay.
     """
     with precision(cfg, policy.device):
         scored = replay_rollout(policy, piece.rollout)
