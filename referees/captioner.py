@@ -24,17 +24,14 @@ class Captioner:
     batch_size: int = 128
     longest: int = 50
 
-    def pixels(self, images: Tensor) -> Tensor:
-        return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
-
     @torch.no_grad()
     def captions(self, images: Tensor) -> list[str]:
         """One caption per image."""
         captions = []
         for part in images.split(self.batch_size):
+            pixels = processor_pixels(part, self.model, self.image_processor)
             tokens = self.model.generate(
-                pixel_values=self.pixels(part), do_sample=False, num_beams=1,
-                max_new_tokens=self.longest)
+                pixel_values=pixels, do_sample=False, num_beams=1, max_new_tokens=self.longest)
             captions += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [caption.strip() for caption in captions]
 
@@ -55,20 +52,14 @@ class TextEncoder:
     tokenizer: Callable
     batch_size: int = 128
 
-    def read_texts(self, texts: list[str], **how):
-        """The tokenizer's ids and masks of texts, cut at the longest that the model reads."""
-        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
-        return self.tokenizer(texts, truncation=True, max_length=longest, **how)
-
-    def text_ids(self, texts: list[str]) -> list[list[int]]:
-        return self.read_texts(texts).input_ids
-
     @torch.no_grad()
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """The last layer's states (N, L, D), and the mask (N, L) of what is no special token."""
-        given = self.read_texts(
-            texts, padding=True, padding_side="right", return_attention_mask=True,
-            return_special_tokens_mask=True, return_tensors="pt").to(self.model.device)
+        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        given = self.tokenizer(
+            texts, truncation=True, max_length=longest, padding=True, padding_side="right",
+            return_attention_mask=True, return_special_tokens_mask=True, return_tensors="pt")
+        given = given.to(self.model.device)
 
         def last_states(ids: Tensor, mask: Tensor) -> Tensor:
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from policy import declare_torchvision_ops
 from referees.geneval import COLORS, best_by_class
 from referees.load import load_model
 from referees.siglip import Clip, load_clip
@@ -33,21 +34,15 @@ def suppress(boxes: Tensor, scores: Tensor, most: float = OVERLAP) -> list[int]:
 
     Two boxes overlap if their intersection over union is above `most`.
     """
-    overlap = intersection_over_union(boxes)
+    declare_torchvision_ops()
+    from torchvision.ops import box_iou
+
+    overlap = box_iou(boxes, boxes)                                                 # (Q, Q)
     kept = []
     for i in scores.argsort(descending=True, stable=True).tolist():
         if all(overlap[i, j] <= most for j in kept):
             kept.append(i)
     return kept
-
-
-def intersection_over_union(boxes: Tensor) -> Tensor:
-    """(Q, Q) of boxes (Q, 4)."""
-    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)                       # (Q,)
-    low = torch.maximum(boxes[:, None, :2], boxes[:, :2])                           # (Q, Q, 2)
-    high = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])                          # (Q, Q, 2)
-    shared = (high - low).clamp(min=0).prod(2)                                      # (Q, Q)
-    return shared / (area[:, None] + area - shared).clamp(min=1e-9)
 
 
 @dataclass

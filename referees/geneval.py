@@ -106,8 +106,7 @@ def _judge_include(
 
 def _wrong_colors(clause: Clause, colors: list[str | None]) -> str:
     color, name, required = clause["color"], clause["class"], clause["count"]
-    unknown = sorted({other for other in colors if other is not None} - set(COLORS))
-    counts = [f"{colors.count(other)} {other}" for other in [*COLORS, *unknown] if other in colors]
+    counts = [f"{colors.count(other)} {other}" for other in COLORS if other in colors]
     found = f"{colors.count(color)} {color}; and {', '.join(counts)}"
     return f"expected {color} {name}>={required}, found {found}"
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from policy import declare_torchvision_ops
+from support.checkpoint import all_finite
 from support.disk import one_line_error
 from support.terminal import say
 
@@ -37,10 +38,7 @@ def freeze_model(model: torch.nn.Module, device, **mismatches) -> torch.nn.Modul
     mismatches: kind -> keys in which weights and config differ. Errors: ValueError if there are
     any, or a weight is not finite.
     """
-    not_finite = []
-    for name, x in model.state_dict().items():
-        if x.numel() and not torch.stack(x.aminmax()).isfinite().all():
-            not_finite.append(name)
+    not_finite = [name for name, x in model.state_dict().items() if not all_finite(x)]
     faults = {}
     for kind, keys in {**mismatches, "not_finite": not_finite}.items():
         if keys:

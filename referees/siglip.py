@@ -21,8 +21,20 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
+class Encoder:
+    """Embeddings of length 1 by a model's `image_features` and `text_features`."""
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        return unit(in_batches(self.image_features, self.batch_size, images))       # (N, D)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        return unit(in_batches(self.text_features, self.batch_size, texts))         # (N, D)
+
+
 @dataclass
-class Siglip:
+class Siglip(Encoder):
     """A SigLIP, or a SigLIP 2 of fixed resolution (transformers' SiglipModel).
 
     Embeddings of images and texts (N, D), and of patches (N, P, D), all of length 1.
@@ -63,16 +75,8 @@ class Siglip:
         return self.model.vision_model.head(states.flatten(0, 1)[:, None]).view_as(states)
 
     @torch.no_grad()
-    def embed_images(self, images: Tensor) -> Tensor:
-        return unit(in_batches(self.image_features, self.batch_size, images))       # (N, D)
-
-    @torch.no_grad()
     def embed_patches(self, images: Tensor) -> Tensor:
         return unit(in_batches(self.patch_features, self.batch_size, images))       # (N, P, D)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        return unit(in_batches(self.text_features, self.batch_size, texts))         # (N, D)
 
 
 def load_siglip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Siglip:
@@ -133,7 +137,7 @@ class Learner:
 
 
 @dataclass
-class Clip:
+class Clip(Encoder):
     """A CLIP of transformers: embeddings of images and texts, (N, D), of length 1.
 
     Differs: images are squashed to a square, not cropped.
@@ -167,14 +171,6 @@ class Clip:
         out = self.model.text_model(input_ids=given.input_ids, attention_mask=given.attention_mask)
         return self.model.text_projection(out.pooler_output)
 
-    @torch.no_grad()
-    def embed_images(self, images: Tensor) -> Tensor:
-        return unit(in_batches(self.image_features, self.batch_size, images))       # (N, D)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        return unit(in_batches(self.text_features, self.batch_size, texts))         # (N, D)
-
 
 def load_clip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Clip:
     """A frozen Clip, such as openai/clip-vit-large-patch14. Errors: see load_model."""
@@ -186,7 +182,7 @@ def is_open_clip(path: str) -> bool:
 
 
 @dataclass
-class OpenClip:
+class OpenClip(Encoder):
     """An open_clip model: embeddings of images and texts, (N, D), of length 1.
 
     Differs: images are squashed to a square, not cropped.
@@ -206,21 +202,13 @@ class OpenClip:
         size = (size, size) if isinstance(size, int) else size
         images = images.to(self.device)
         pixels = to_pixels(images, size, cfg["interpolation"], cfg["mean"], cfg["std"])
-        return self.model.encode_image(pixels, normalize=True)
+        return self.model.encode_image(pixels)
 
     def text_ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts).tolist()
 
     def text_features(self, texts: list[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)
-
-    @torch.no_grad()
-    def embed_images(self, images: Tensor) -> Tensor:
-        return in_batches(self.image_features, self.batch_size, images)             # (N, D)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        return in_batches(self.text_features, self.batch_size, texts)               # (N, D)
+        return self.model.encode_text(self.tokenizer(texts).to(self.device))
 
 
 def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenClip:

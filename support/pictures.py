@@ -55,10 +55,9 @@ def as_shown(image):
 
 
 def fit_image(image, longest: int, shortest: int, stride: int):
-    """A PIL image as it is shown, resized by BAGEL's rule (bicubic)."""
+    """An RGB PIL image, resized by BAGEL's rule (bicubic)."""
     from PIL import Image
 
-    image = as_shown(image)
     return image.resize(fit_size(*image.size, longest, shortest, stride), Image.Resampling.BICUBIC)
 
 
@@ -74,7 +73,7 @@ def open_picture(path: str):
     """
     from PIL import Image
 
-    errors = (*LIBRARY_ERRORS, SyntaxError, MemoryError, struct.error, Image.DecompressionBombError)
+    errors = (*LIBRARY_ERRORS, SyntaxError, struct.error, Image.DecompressionBombError)
     with one_line_error(f"image {path[:200]} cannot be read", errors), warnings.catch_warnings():
         warnings.simplefilter("ignore")         # of many pixels, odd metadata, odd palettes
         with Image.open(path) as image:

@@ -24,11 +24,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from support.checkpoint import (
-    FLOATS, full_tensor, save_tensors, shard_like, trainable, trainable_by_expert)
+    full_tensor, save_tensors, shard_like, trainable, trainable_by_expert)
 from support.disk import fingerprint, one_line_error, write_atomic
 from support.terminal import say, the_device
 
@@ -195,8 +194,7 @@ class Log:
             for row in rows
             if row.get("step", step) < step or ("eval" in row and row["step"] == step)
         ]
-        seconds = [row["seconds"] for row in kept if isinstance(row.get("seconds"), (int, float))]
-        self.start -= max(seconds, default=0.0)
+        self.start -= max((row["seconds"] for row in kept), default=0.0)
         self.evaluated = {row["step"] for row in kept if "eval" in row}
         changed = differences(head, self.head) if head else {}
         self.write([head or self.head, *kept])
@@ -217,8 +215,6 @@ class Log:
             self.waiting.append(row)
             return
         self.open()
-        if not self.path.exists():              # deleted while the run goes on
-            self.write([self.head])
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -290,13 +286,13 @@ def differences(old: dict, new: dict) -> dict[str, list]:
 
 def flatten_head(head: dict) -> dict:
     """A log's head as one flat dictionary, without what may differ freely."""
-    flat = dict(head.get("versions") or {}, commit=head.get("commit"), world=head.get("world"))
-    for name, value in (head.get("config") or {}).items():
+    flat = dict(head.get("versions", {}), commit=head.get("commit"), world=head.get("world"))
+    for name, value in head.get("config", {}).items():
         if isinstance(value, dict):
             flat |= value
         elif name not in FREE:
             flat[name] = value
-    return flat | (head.get("files") or {})
+    return flat | head.get("files", {})
 
 
 def commit() -> str | None:
@@ -426,9 +422,8 @@ def save_checkpoint(
     )
     if not sharded:
         if rank == writer:
-            part = (
-                out / f"checkpoint.{writer}.safetensors"
-            )                                   # a file of its own: several ranks may fail together
+            # A file of its own: several ranks may fail together.
+            part = out / f"checkpoint.{writer}.safetensors"
             save_tensors(tensors, part)
             os.replace(part, single)
             if folder.exists():
@@ -439,13 +434,9 @@ def save_checkpoint(
     if rank == 0:
         shutil.rmtree(scratch, ignore_errors=True)
     dist.barrier()
-    try:
-        dcp.save(
-            tensors,
-            storage_writer=dcp.HuggingFaceStorageWriter(str(scratch), save_distributed=True))
-    except CheckpointException as error:  # no subclass of Exception: it would pass every handler
-        first = next(iter(error.failures.values()))[0]
-        raise OSError(f"{scratch} could not be written: {first}") from error
+    writer = dcp.HuggingFaceStorageWriter(str(scratch), save_distributed=True)
+    with one_line_error(f"{scratch} could not be written"):
+        dcp.save(tensors, storage_writer=writer)
     dist.barrier()
     if rank == 0:
         shutil.rmtree(old, ignore_errors=True)
@@ -480,10 +471,8 @@ def stored_kinds(path: Path) -> dict[str, tuple]:
             return {
                 key: (tuple(value.size), value.properties.dtype) for key, value in stored.items()}
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            dtypes = FLOATS | {"I64": torch.int64}
-            return {
-                key: (tuple(x.get_shape()), dtypes.get(x.get_dtype())) for key, x in slices.items()}
+            values = {key: file.get_tensor(key) for key in file.keys()}         # mapped, not read
+            return {key: (tuple(x.shape), x.dtype) for key, x in values.items()}
 
 
 def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:

@@ -321,16 +321,6 @@ def test_a_damaged_or_missing_log_stops_no_resume_and_loses_no_other_row(older, 
     assert "config" in rows(older)[0]
 
 
-def test_a_log_that_is_deleted_while_a_run_goes_on_begins_anew_with_its_head(tmp_path):
-    log = Log(tmp_path, {"seed": 3}, True, 1)
-    log(step=0, loss=1.0)
-    log.path.unlink()
-    log(step=1, loss=1.0)
-    head, others = read_rows(log.path)
-    assert head["config"] == {"seed": 3}
-    assert [row["step"] for row in others] == [1]
-
-
 def test_seconds_come_from_a_clock_that_is_never_set_back(tmp_path, monkeypatch):
     log = Log(tmp_path, {}, True, 1)
     for i in range(3):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from support.checkpoint import load_policy
 from support.pictures import (
-    as_shown, fit_image, fit_size, open_picture, read_picture, save_grid, texture, to_tensor)
+    as_shown, fit_size, open_picture, read_picture, save_grid, texture)
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 RAMP = (
@@ -234,12 +234,6 @@ def test_a_picture_of_any_shape_is_read(tmp_path, size):
         save(tmp_path, Image.new("RGB", size, (255, 0, 0))), load_policy(GOLDEN)):
         assert min(pixels.shape[1:]) >= 8
         assert torch.allclose(pixels, red.expand_as(pixels), atol=1e-6)
-
-
-def test_a_fitted_image_is_in_rgb_whatever_it_was():
-    image = fit_image(Image.new("RGBA", (100, 50), (255, 0, 0, 0)), 48, 24, 8)
-    assert image.size == (48, 24)
-    assert (to_tensor(image) == 1).all()
 
 
 # ---- grids ----
