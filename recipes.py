@@ -24,6 +24,46 @@ WORLD = Path(__file__).parent / "toy"
 # ours, if the paper's is not known; "d" departs, and names the paper's value or mechanism.
 # docs/recipes.md lists what departs without a setting; tests/paper_values.json says where each "p"
 # stands.
+# What the recipes of one paper share.
+UNIGRPO = dict(
+    accuracy=(1.0, "d: none"),
+    text_average=("sequence", "p"),
+    ratio_norm=(True, "p"),
+    step_weights=(True, "d: none in Eq. 6"),
+    epochs=(2, "p"),
+    # Eq. 8 with 1.5e-5 as a sum over the 65,536 entries of a latent at 512 pixels is 0.98 on
+    # their mean. As a weight on the mean, 1.5e-5 would hold nothing.
+    bagel=dict(pref=(1.0, "d: its own, not released"), mse_weight=(0.98, "d: 1.5e-5, mean or sum")),
+)
+UNIGRPO_TOY = dict(
+    ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"),
+    lr_understanding=(5e-5, "d: 1e-6"))
+ALPHAGRPO = dict(
+    dvreward=(1.0, "d: Qwen3-VL-30B, each question alone"),
+    advantage=("batch", "p"),
+    adv_clamp=(5.0, "d: 5, images alone"),
+    text_ratio=("sequence", "p"),
+    text_average=("sequence", "p"),
+    text_clip=(0.2, "p"),
+    text_clip_high=(0.28, "p"),
+)
+ALPHAGRPO_BAGEL = dict(
+    group_size=(14, "p"), lr_understanding=(5e-5, "p"), lr_generation=(5e-5, "p"), lora=(32, "p"),
+    guidance=(4.0, "p"), noise_level=(0.7, "p"), image_clip=(1e-5, "p"), think_tokens=(1024, "p"),
+    weight_decay=(1e-4, "p"))
+CORL_IMAGES = dict(
+    recaption=(1.0, "d: SPICE"),
+    tim=(1.0, "d: states of the moving policy"),
+    std=("unbiased", "p"),
+    image_weight=(300.0, "d: 1"),
+    step_weights=(True, "d: none"),
+)
+CORL_QUESTIONS = dict(
+    format=(1.0, "p"), group_size=(16, "p"), std=("unbiased", "p"),
+    text_average=("sequence", "p"), text_beta=(0.02, "p"),
+    toy=dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
+    bagel=dict(think_tokens=(512, "p"), lr_understanding=(1e-6, "d: 1e-6, all weights")))
+
 RECIPES = {
     "lvrpo": dict(
         draw=(24, "o"),
@@ -43,68 +83,36 @@ RECIPES = {
         bagel=dict(ins=(0.0, "d: binary rules, by reviews")),
     ),
     "unigrpo": dict(
+        **UNIGRPO,
         think=(32, "p"),
-        accuracy=(1.0, "d: none"),
-        text_average=("sequence", "p"),
-        ratio_norm=(True, "p"),
-        step_weights=(True, "d: none in Eq. 6"),
-        epochs=(2, "p"),
         # Nothing but the picture's truth holds the toy's thoughts, so the understanding expert
         # learns four times slower than under lvrpo.
         toy=dict(
-            ins=(1.0, "d: a preference model"), mse_weight=(5e-5, "d: 1.5e-5, mean or sum"),
-            image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "d: 1e-6"),
-            steps=(125, "o")),
-        # Eq. 8 with 1.5e-5 as a sum over the 65,536 entries of a latent at 512 pixels is 0.98 on
-        # their mean. As a weight on the mean, 1.5e-5 would hold nothing.
-        bagel=dict(
-            pref=(1.0, "d: its own, not released"), mse_weight=(0.98, "d: 1.5e-5, mean or sum")),
+            **UNIGRPO_TOY, mse_weight=(5e-5, "d: 1.5e-5, mean or sum"), steps=(125, "o")),
     ),
     "unigrpo_rounds": dict(
+        **UNIGRPO,
         rounds=(16, "o"),
-        accuracy=(1.0, "d: none"),
-        text_average=("sequence", "p"),
-        ratio_norm=(True, "p"),
-        step_weights=(True, "d: none in Eq. 6"),
-        epochs=(2, "p"),
         # One reward for two images is a noisier signal: at unigrpo's rate and penalty the toy
         # drifts and forgets.
         toy=dict(
-            ins=(1.0, "d: a preference model"), mse_weight=(2e-4, "d: 1.5e-5, mean or sum"),
-            image_clip=(1e-3, "d: 1e-6, for more entries"), lr_understanding=(5e-5, "d: 1e-6"),
+            **UNIGRPO_TOY, mse_weight=(2e-4, "d: 1.5e-5, mean or sum"),
             lr_generation=(2e-4, "d: 3e-5")),
-        bagel=dict(
-            pref=(1.0, "d: its own, not released"), mse_weight=(0.98, "d: 1.5e-5, mean or sum")),
     ),
     "alphagrpo": dict(
+        **ALPHAGRPO,
         think=(32, "p"),
-        dvreward=(1.0, "d: Qwen3-VL-30B, each question alone"),
         format=(1.0, "d: closed at the very end"),
-        advantage=("batch", "p"),
-        adv_clamp=(5.0, "d: 5, images alone"),
-        text_ratio=("sequence", "p"),
-        text_average=("sequence", "p"),
-        text_clip=(0.2, "p"),
-        text_clip_high=(0.28, "p"),
         toy=dict(
             image_weight=(300.0, "d: 1, text : image 1 : 1"), step_weights=(True, "d: none"),
             lr_generation=(3e-4, "d: 5e-5")),
         # The 16 and 40 steps of its code are points of the grid, 15 and 39 calls of the velocity.
         bagel=dict(
-            group_size=(14, "p"), lr_understanding=(5e-5, "p"), lr_generation=(5e-5, "p"),
-            lora=(32, "p"), guidance=(4.0, "p"), denoise_steps=(15, "p"), noise_level=(0.7, "p"),
-            window=(10, "p"), window_high=(11, "p"), image_clip=(1e-5, "p"),
-            think_tokens=(1024, "p"), weight_decay=(1e-4, "p")),
+            **ALPHAGRPO_BAGEL, denoise_steps=(15, "p"), window=(10, "p"), window_high=(11, "p")),
     ),
     "alphagrpo_reflect": dict(
+        **ALPHAGRPO,
         reflect=(32, "p"),
-        dvreward=(1.0, "d: Qwen3-VL-30B, each question alone"),
-        advantage=("batch", "p"),
-        adv_clamp=(5.0, "d: 5, images alone"),
-        text_ratio=("sequence", "p"),
-        text_average=("sequence", "p"),
-        text_clip=(0.2, "p"),
-        text_clip_high=(0.28, "p"),
         rectify=("group", "p"),
         text_weight=(0.2, "p"),
         # Without a penalty the toy forgets to leave the rest of a picture as it is.
@@ -113,24 +121,18 @@ RECIPES = {
             step_weights=(True, "d: none"), lr_generation=(2e-4, "d: 5e-5"),
             steps=(75, "d: 10 epochs")),
         bagel=dict(
-            initial=(7, "p"), group_size=(14, "p"), lr_understanding=(5e-5, "p"),
-            lr_generation=(5e-5, "p"), lora=(32, "p"), guidance=(4.0, "p"), denoise_steps=(39, "p"),
-            noise_level=(0.7, "p"), window=(5, "p"), window_high=(15, "p"), image_clip=(1e-5, "p"),
-            think_tokens=(1024, "p"), weight_decay=(1e-4, "p")),
+            **ALPHAGRPO_BAGEL, initial=(7, "p"), denoise_steps=(39, "p"), window=(5, "p"),
+            window_high=(15, "p")),
     ),
     # Stage 1 of CoRL, then its three refined policies, each from what stage 1 wrote (--policy
     # out/corl/policy). Its images are sampled VQ tokens of Janus-Pro, here they are flow steps.
     "corl": dict(
+        **CORL_IMAGES,
         pair=("joint", "p"),
-        recaption=(1.0, "d: SPICE"),
-        tim=(1.0, "d: states of the moving policy"),
         accuracy=(1.0, "p"),
         format=(1.0, "p"),
         group_size=(8, "p"),
-        std=("unbiased", "p"),
         text_average=("sequence", "p"),
-        image_weight=(300.0, "d: 1"),
-        step_weights=(True, "d: none"),
         # Without a penalty, as in the paper, the toy's pictures collapse at lvrpo's rate and number
         # of steps.
         toy=dict(
@@ -142,13 +144,9 @@ RECIPES = {
             lr_generation=(4e-6, "d: 4e-6, all weights")),
     ),
     "corl_t2i": dict(
-        recaption=(1.0, "d: SPICE"),
-        tim=(1.0, "d: states of the moving policy"),
+        **CORL_IMAGES,
         group_size=(16, "p"),
-        std=("unbiased", "p"),
         image_beta=(0.003, "d: k3, 0.02"),
-        image_weight=(300.0, "d: 1"),
-        step_weights=(True, "d: none"),
         toy=dict(
             pair_image=(24, "d: 16, of VQ tokens"), likeness=(1.0, "d: LPIPS"),
             lr_generation=(1.2e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
@@ -157,17 +155,8 @@ RECIPES = {
             lr_understanding=(1e-6, "d: 1e-6, all weights"),
             lr_generation=(1e-6, "d: 1e-6, all weights")),
     ),
-    "corl_mc": dict(
-        choose=(32, "p"), accuracy=(1.0, "p"), format=(1.0, "p"), group_size=(16, "p"),
-        std=("unbiased", "p"), text_average=("sequence", "p"), text_beta=(0.02, "p"),
-        toy=dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
-        bagel=dict(think_tokens=(512, "p"), lr_understanding=(1e-6, "d: 1e-6, all weights"))),
-    "corl_oe": dict(
-        reason=(32, "p"), accuracy=(1.0, "d: its code grades"), format=(1.0, "p"),
-        group_size=(16, "p"), std=("unbiased", "p"), text_average=("sequence", "p"),
-        text_beta=(0.02, "p"),
-        toy=dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
-        bagel=dict(think_tokens=(512, "p"), lr_understanding=(1e-6, "d: 1e-6, all weights"))),
+    "corl_mc": dict(**CORL_QUESTIONS, choose=(32, "p"), accuracy=(1.0, "p")),
+    "corl_oe": dict(**CORL_QUESTIONS, reason=(32, "p"), accuracy=(1.0, "d: its code grades")),
 }
 
 # What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3, if it
@@ -400,7 +389,7 @@ def argument_parser() -> Arguments:
     """One flag per task (rows a step), reward (weight) and setting."""
     ap = Arguments(
         description="GRPO for one policy that reads and writes text and images.",
-        usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
+        usage="%(prog)s [--FLAG VALUE ...]")
     ap.add_argument(
         "--recipe", default="lvrpo", choices=[*RECIPES, "control", "pretrain"],
         help="a method; or control, more pretraining; or pretrain, which makes the toy's weights")
@@ -408,11 +397,10 @@ def argument_parser() -> Arguments:
         "--scale", choices=[*SCALES],
         help="settings that depend on size; default: by the width of --policy")
     for name, task in TASKS.items():
-        about = task.help.replace("%", "%%")
-        ap.add_argument(f"--{name}", dest=name, type=number(int, least=0), help=about)
+        ap.add_argument(f"--{name}", dest=name, type=number(int, least=0), help=task.help)
     for name, entry in REWARDS.items():
-        about = f"weight of {entry.help.replace('%', '%%')}"
-        ap.add_argument(f"--{name}", dest=name, type=number(float), help=about)
+        ap.add_argument(
+            f"--{name}", dest=name, type=number(float), help=f"weight of {entry.help}")
     for f in SETTINGS:
         bounds = f.metadata
         if f.type is bool:

@@ -93,9 +93,9 @@ class Task:
     # Samples and detections -> (N,) in [0, 1]; None if it is unknown.
     truth: Callable[[Samples, list | None], Tensor | None]
     toy: Callable[[], Pool]                     # rows of the toy world
-    file: str  # the setting that names its file: prompts, questions, edits
-    reads: tuple[str, ...]                      # fields that a file's row must have, its text first
-    pool: Callable[[list[dict], Policy], Pool]  # rows of that file
+    file: str = "prompts"  # the setting that names its file: prompts, questions, edits
+    reads: tuple[str, ...] = ("prompt",)        # fields that a file's row must have, its text first
+    pool: Callable[[list[dict], Policy], Pool] = prompts_of_file    # rows of that file
     writes: str = ""                            # the setting that bounds the tokens that it writes
     form: str = ""  # the tags that its texts are asked for: "thought", "answer"
     pair: str = ""                              # "image" or "text": which half of a pair it is
@@ -207,16 +207,14 @@ TABLE = (
     Task(
         name="draw", title="text to image", help="prompts a step that are drawn at once",
         plan=draw_plan, gives=("images",), truth=drawn_truth,
-        toy=lambda: pool_by_tag(shapes.prompts("train")), file="prompts", reads=("prompt",),
-        pool=prompts_of_file, held_out=held_out_prompts, samples=8, tags=shapes.TAGS,
-        mean_of_tags=True, also=variety),
+        toy=lambda: pool_by_tag(shapes.prompts("train")), held_out=held_out_prompts,
+        samples=8, tags=shapes.TAGS, mean_of_tags=True, also=variety),
     Task(
         name="think", title="think, then draw",
         help="prompts a step that are thought about, then drawn", plan=think_plan,
         gives=("texts", "images", "formats"), truth=drawn_truth, writes="think_tokens",
-        form="thought", toy=lambda: pool_by_tag(shapes.implicit_prompts("train")), file="prompts",
-        reads=("prompt",), pool=prompts_of_file, held_out=held_out_riddles, samples=4,
-        also=right_thoughts),
+        form="thought", toy=lambda: pool_by_tag(shapes.implicit_prompts("train")),
+        held_out=held_out_riddles, samples=4, also=right_thoughts),
     Task(
         name="ask", title="open questions", help="questions a step", plan=ask_plan, gives=ASKED,
         truth=answer_truth, writes="answer_tokens", toy=lambda: toy_rows(open_question),
@@ -257,17 +255,15 @@ TABLE = (
         name="reflect", title="refinements",
         help="prompts a step whose first picture is looked at and drawn again", plan=reflect_plan,
         gives=("images",), truth=drawn_truth, writes="think_tokens", sees=True, refines=True,
-        toy=lambda: pool_by_tag(shapes.prompts("train")), file="prompts", reads=("prompt",),
-        pool=prompts_of_file, held_out=held_out_prompts, samples=4, tags=shapes.TAGS,
-        also=right_diagnoses, parts=compare_with_first("sources")),
+        toy=lambda: pool_by_tag(shapes.prompts("train")), held_out=held_out_prompts,
+        samples=4, tags=shapes.TAGS, also=right_diagnoses, parts=compare_with_first("sources")),
     Task(
         name="rounds", title="two rounds",
         help="prompts a step that are thought about, drawn, looked at and drawn again",
         plan=rounds_plan, gives=("texts", "images", "formats"), truth=drawn_truth,
         writes="think_tokens", form="thought",
-        toy=lambda: pool_by_tag(shapes.implicit_prompts("train")), file="prompts",
-        reads=("prompt",), pool=prompts_of_file, held_out=held_out_riddles, samples=4,
-        parts=compare_with_first("earlier"), rounds=2),
+        toy=lambda: pool_by_tag(shapes.implicit_prompts("train")),
+        held_out=held_out_riddles, samples=4, parts=compare_with_first("earlier"), rounds=2),
 )
 TASKS = {task.name: task for task in TABLE}
 

@@ -53,12 +53,10 @@ def open_tensors(folder: Path, stem: str) -> dict:
         with one_line_error(f"{index} cannot be followed"):
             file_of = dict(read_json(index)["weight_map"])
             shards = {name: open_file(folder / name) for name in sorted(set(file_of.values()))}
-        stored = {(key, name) for name, file in shards.items() for key in file.keys()}
-        for key, name in sorted(file_of.items() - stored):
-            raise ValueError(f"{index} names {name} for {key}, which it lacks; download both again")
         opened = {key: shards[name] for key, name in file_of.items()}
     for key, file in opened.items():
-        dtype = file.get_slice(key).get_dtype()
+        with one_line_error(f"{folder}: {key} cannot be read, download its file again"):
+            dtype = file.get_slice(key).get_dtype()
         if dtype not in FLOATS:
             raise ValueError(f"{single}: {key} has dtype {dtype}, not one of {list(FLOATS)}")
     return opened
