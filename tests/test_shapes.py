@@ -256,19 +256,23 @@ def test_held_out_pairs_are_said_in_eval_only_and_are_marked_there(make):
     assert {(c.get("color"), c["class"]) for m in make("eval") for c in m["include"]} >= set(HELD_OUT)
 
 
+def make_everything(metadata, scene, rng, training):
+    """(scenes, texts): all that the toy makes of a prompt and a scene."""
+    wrong, question = wrong_metadata(metadata, rng), make_question(scene, rng, training=training)
+    drawn = [sample_scene(m, rng, training=training) for m in (metadata, wrong)]
+    reflection = make_reflection(metadata, drawn[1], rng)
+    texts = [metadata["prompt"], wrong["prompt"], reflection.text, question.text, describe(scene)]
+    texts += [make_choice(question, rng).text, statement(question, question.answer), wrong_answer(question)]
+    if "thought" in metadata:
+        texts += [metadata["thought"], wrong_thought(metadata, rng)]
+    edits = [make_edit(scene, rng)] if len(scene) < 4 else []
+    scenes = [*drawn, scene, reflection.target, *(edit.target for edit in edits)]
+    return scenes, texts + [edit.instruction for edit in edits]
+
+
 @given(st.sampled_from(prompts("train") + implicit_prompts("train")), seeds)
 def test_nothing_made_for_training_shows_or_says_a_held_out_pair(metadata, rng):
-    wrong = wrong_metadata(metadata, rng)
-    drawn, scene = sample_scene(wrong, rng), random_scene(rng)
-    reflection = make_reflection(metadata, drawn, rng)
-    shown = [sample_scene(metadata, rng), drawn, scene, reflection.target]
-    texts = [wrong["prompt"], reflection.text, make_question(scene, rng).text]
-    if "implicit" in metadata:
-        texts.append(wrong_thought(metadata, rng))
-    if len(scene) < 4:
-        edit = make_edit(scene, rng)
-        shown.append(edit.target)
-        texts.append(edit.instruction)
+    shown, texts = make_everything(metadata, random_scene(rng), rng, training=True)
     assert not any(map(shows_held_out, shown))
     assert not any(map(names_held_out, texts))
 
@@ -479,15 +483,7 @@ def test_the_vocabulary_is_closed_and_every_word_of_it_is_used():
     texts.append("this is wrong")                               # of pretraining alone
     for split in SPLITS:
         for m in prompts(split) + implicit_prompts(split):
-            scene = random_scene(rng, split)
-            question = make_question(scene, rng, training=False)
-            texts += [m["prompt"], wrong_metadata(m, rng)["prompt"], describe(scene)]
-            texts += [make_choice(question, rng).text, statement(question, question.answer)]
-            texts += [wrong_answer(question), make_reflection(m, scene, rng).text]
-            if "thought" in m:
-                texts += [m["thought"], wrong_thought(m, rng)]
-            if len(scene) < 4:
-                texts.append(make_edit(scene, rng).instruction)
+            texts += make_everything(m, random_scene(rng, split), rng, training=False)[1]
     assert {word for text in texts for word in text.split(" ")} == set(VOCABULARY)
     assert len(VOCABULARY) == len(set(VOCABULARY))
 
