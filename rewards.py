@@ -57,12 +57,6 @@ class Samples:
             if column is not None and len(column) != len(self.prompts):
                 raise ValueError(
                     f"Samples: {name} has {len(column)} entries for {len(self.prompts)} prompts")
-        for name in ("images", "sources", "reals", "earlier"):
-            x = getattr(self, name)
-            if x is not None and (x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point()):
-                raise ValueError(
-                    f"Samples: {name} is {x.dtype} {tuple(x.shape)}, "
-                    "expected float (N, 3, H, W) in [0, 1]")
 
     def need(self, name: str):
         """The field of that name; ValueError if the task does not have it."""

@@ -24,14 +24,17 @@ class Captioner:
     batch_size: int = 128
     longest: int = 50
 
+    def pixels(self, images: Tensor) -> Tensor:
+        return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
+
     @torch.no_grad()
     def captions(self, images: Tensor) -> list[str]:
         """One caption per image."""
         captions = []
         for part in images.split(self.batch_size):
-            pixels = processor_pixels(part, self.model, self.image_processor)
             tokens = self.model.generate(
-                pixel_values=pixels, do_sample=False, num_beams=1, max_new_tokens=self.longest)
+                pixel_values=self.pixels(part), do_sample=False, num_beams=1,
+                max_new_tokens=self.longest)
             captions += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [caption.strip() for caption in captions]
 

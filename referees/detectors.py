@@ -131,12 +131,12 @@ class ZeroShot:
 
         scores: (Q, classes); boxes: (Q, 4), centre and size relative to the image.
         """
-        H, W = size
+        from torchvision.ops import box_convert, clip_boxes_to_image
+
         read_h, read_w = size if self.is_dino else [max(size)] * 2  # OWLv2 pads right and below
-        centre, extent = boxes[:, :2], boxes[:, 2:]
-        corners = torch.cat([centre - extent / 2, centre + extent / 2], 1)          # (Q, 4)
+        corners = box_convert(boxes, "cxcywh", "xyxy")                              # (Q, 4)
         corners = corners * torch.tensor([read_w, read_h, read_w, read_h], device=boxes.device)
-        corners = corners.clamp(min=0).minimum(torch.tensor([W, H, W, H], device=boxes.device))
+        corners = clip_boxes_to_image(corners, size)
         best, place = scores.max(-1)                                                # (Q,)
         found = []
         for k, name in enumerate(names):

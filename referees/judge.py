@@ -62,15 +62,15 @@ class Judge:
     def rows(self, questions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (R, L) each."""
         vision, image = self.model.config.vision_config, self.model.config.image_token_id
-        pad, device = self.tokenizer.pad_token_id, self.model.device
         patches = (vision.image_size // vision.patch_size) ** 2
         head = [image] * patches + [self.tokenizer.bos_token_id]
         newline = self.tokenizer("\n", add_special_tokens=False).input_ids
         rows = [head + ids + newline for ids in self.text_ids(questions)]
-        longest = max(map(len, rows))
-        ids = [[pad] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        given = self.tokenizer.pad(
+            {"input_ids": rows}, padding_side="left", return_attention_mask=True,
+            return_tensors="pt", verbose=False)
+        given = given.to(self.model.device)
+        return given.input_ids, given.attention_mask
 
     def features(self, images: Tensor) -> Tensor:
         """(N, P, D): images as the language model reads them."""

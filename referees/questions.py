@@ -309,7 +309,7 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(
-        prog="referees.questions", allow_abbrev=False,
+        prog="referees.questions",
         description="Add questions by a language model to prompts, for --dvreward.")
     ap.add_argument("prompts", help="prompts: .jsonl or .txt, as train.py reads them")
     ap.add_argument(

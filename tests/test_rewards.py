@@ -40,17 +40,9 @@ def written(*texts, form="answer", **fields):
 # ---- samples, scores, sums ----
 
 
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        (dict(texts=["a"]), "texts has 1 entries for 2 prompts"),
-        (dict(images=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "images is torch.uint8"),
-        (dict(reals=torch.zeros(2, 8, 8)), r"reals is torch.float32 \(2, 8, 8\)"),
-    ],
-)
-def test_samples_of_unequal_length_or_other_images_are_refused(fields, words):
-    with pytest.raises(ValueError, match=words):
-        R.Samples(["a", "b"], [{}, {}], **fields)
+def test_samples_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="texts has 1 entries for 2 prompts"):
+        R.Samples(["a", "b"], [{}, {}], texts=["a"])
 
 
 def broken(samples):
