@@ -622,12 +622,12 @@ def test_an_export_that_fails_half_way_keeps_what_it_has_not_replaced(folder, mo
     assert same_weights(policy, load_policy(folder))
 
 
-def test_files_that_cannot_be_written_are_named(tmp_path):
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "w.safetensors", tmp_path / "nowhere" / "w.safetensors"):
-        with pytest.raises(OSError, match="could not be written") as error:
-            write_atomic(path, b"a")
-        assert str(path) in str(error.value)
+    path = tmp_path / "file" / "w.safetensors"
+    with pytest.raises(OSError, match="could not be written") as error:
+        write_atomic(path, b"a")
+    assert str(path) in str(error.value)
 
 
 def test_a_save_clears_away_what_a_killed_one_left(tmp_path):
