@@ -33,16 +33,13 @@ def build_rewards(
     Errors: OSError and ValueError, in one line, for models that cannot be loaded or are not named.
     """
     asked = weighted_rewards(cfg)
-    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     batch_size = cfg.rollout_batch or 512
-    loading = dict(device=device, dtype=dtype, batch_size=batch_size)
+    loading = dict(device=device, batch_size=batch_size)        # fp32, as CLIP's size allows
     out = {}
 
     if "sem" in asked or "dense" in asked:
-        if is_open_clip(cfg.siglip):
-            encoder = load_open_clip(cfg.siglip, device=device, batch_size=batch_size)
-        else:
-            encoder = load_siglip(cfg.siglip, **loading)
+        load = load_open_clip if is_open_clip(cfg.siglip) else load_siglip
+        encoder = load(cfg.siglip, **loading)
     if "sem" in asked:
         out["sem"] = Semantic(encoder)
     if "dense" in asked:
@@ -53,7 +50,8 @@ def build_rewards(
         out["dense"] = Dense(encoder)
 
     if "kn" in asked or "dvreward" in asked:
-        judge = load_judge(cfg.judge, **loading)
+        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+        judge = load_judge(cfg.judge, dtype=dtype, **loading)
     if "kn" in asked:
         out["kn"] = Knowledge(judge)
     if "dvreward" in asked:
@@ -136,7 +134,9 @@ def models_asked(cfg) -> set[str]:
 
 def referee_bytes(cfg) -> float:
     """Bytes of the weights of the reward models that lie here, and what a learning one adds."""
-    weights = (2 if cfg.bf16 else 4) * sum(numbers_in(model) for model in models_asked(cfg))
+    weights = 0
+    for model in models_asked(cfg):
+        weights += (2 if cfg.bf16 and model == cfg.judge else 4) * numbers_in(model)
     if cfg.train_referee:
         weights += 12 * numbers_in(cfg.siglip)
     return weights

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -484,7 +485,9 @@ def test_models_are_counted_where_they_lie(folders):
     numbers = sum(p.numel() for p in THE_JUDGE.model.parameters())
     assert numbers_in(TOYS["judge"]) == pytest.approx(numbers, rel=0.1)
     assert numbers_in("nobody/nothing") == 0
-    assert build.referee_bytes(cfg) == 4 * (numbers_in(TOYS["siglip"]) + numbers_in(TOYS["judge"]))
+    siglip, judge = numbers_in(TOYS["siglip"]), numbers_in(TOYS["judge"])
+    assert build.referee_bytes(cfg) == 4 * siglip + 4 * judge
+    assert build.referee_bytes(replace(cfg, bf16=True)) == 4 * siglip + 2 * judge
 
 
 @pytest.mark.parametrize(
