@@ -287,9 +287,6 @@ class Instruction:
 
     def __call__(self, samples: Samples) -> Tensor:
         found = self.detector(samples.need("images"), samples.metadata)
-        if len(found) != len(samples.prompts):
-            raise ValueError(
-                f"the detector returned {len(found)} lists for {len(samples.prompts)} images")
         return torch.tensor([self.worth(*row) for row in zip(samples.metadata, found)])
 
 
@@ -547,25 +544,25 @@ class Entry:
     """The help of a reward's flag, its weight, and the fields that it reads, one of these sets."""
 
     help: str
-    reads: tuple[tuple[str, ...], ...]
+    reads: tuple[tuple[str, ...], ...] = (("images",),)
 
 
-IMAGES, TEXT_ABOUT_SOURCE = ("images",), ("sources", "texts")
 
 # The sum of a task's rewards adds them in this order. To add a reward, write its function, its row
 # here, and its line in referees/build.py.
 REWARDS = {
-    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]", (IMAGES,)),
-    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]", (IMAGES, TEXT_ABOUT_SOURCE)),
-    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]", (IMAGES,)),
-    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]", (IMAGES,)),
+    "sem": Entry("r_sem, SigLIP cosine of image and prompt [LVRPO Eq. 5]"),
+    "kn": Entry("r_kn, yes/no confidence of the judge [LVRPO]",
+                (("images",), ("sources", "texts"))),
+    "dense": Entry("r_dense, max over patches per key phrase [LVRPO Eq. 12]"),
+    "ins": Entry("r_ins, GenEval's rules on detections [LVRPO Eq. 7]"),
     "accuracy": Entry("the right answer to a question [CoRL]", (("texts", "answers"),)),
     "format": Entry("think tags before an image [AlphaGRPO], or think and answer tags [CoRL]",
                     (("texts", "formats"),)),
-    "recaption": Entry("r_cycle, a caption of the image against the prompt [CoRL]", (IMAGES,)),
+    "recaption": Entry("r_cycle, a caption of the image against the prompt [CoRL]"),
     "likeness": Entry("r_cycle, the image against the row's real one [CoRL]",
                       (("images", "reals"),)),
-    "dvreward": Entry("DVReward, yes/no questions about one fact each [AlphaGRPO]", (IMAGES,)),
-    "pref": Entry("a preference model's score [UniGRPO's terminal reward]", (IMAGES,)),
-    "tim": Entry("R_TIM, image and prompt tokens in the policy's own states [CoRL]", (IMAGES,)),
+    "dvreward": Entry("DVReward, yes/no questions about one fact each [AlphaGRPO]"),
+    "pref": Entry("a preference model's score [UniGRPO's terminal reward]"),
+    "tim": Entry("R_TIM, image and prompt tokens in the policy's own states [CoRL]"),
 }

@@ -355,9 +355,10 @@ class Source:
         self.texts = {}                         # task -> what rewards will read of its file's rows
         if any(task.draws for task in self.tasks):
             policy.latent_grid((cfg.resolution, cfg.resolution), 1)  # refuses what is no multiple
-        if self.toy and cfg.resolution != shapes.SIZE:
-            raise ValueError(f"--resolution {cfg.resolution}: must be {shapes.SIZE}, the toy world")
         if self.toy:
+            if cfg.resolution != shapes.SIZE:
+                raise ValueError(
+                    f"--resolution {cfg.resolution}: must be {shapes.SIZE}, the toy world")
             self.pools = {task.name: task.toy() for task in self.tasks}
             return
         rows = {}

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from policy import declare_torchvision_ops
-from referees.load import in_batches, load_model, processor_pixels
+from referees.load import Viewer, in_batches, load_model
 from rewards import token_f1
 
 TEXT_ENCODER = "google-bert/bert-base-uncased"  # CoRL's, for BERTScore
 
 
 @dataclass
-class Captioner:
+class Captioner(Viewer):
     """An image captioner, BLIP: greedy captions of at most `longest` tokens, as in CoRL's code."""
 
     model: torch.nn.Module
@@ -23,9 +23,6 @@ class Captioner:
     image_processor: Callable
     batch_size: int = 128
     longest: int = 50
-
-    def pixels(self, images: Tensor) -> Tensor:
-        return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
 
     @torch.no_grad()
     def captions(self, images: Tensor) -> list[str]:

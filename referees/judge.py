@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from referees.load import in_batches, kind_of, load_model, processor_pixels
+from referees.load import Viewer, in_batches, kind_of, load_model
 
 LEAST_MASS = 1e-3                               # of yes and no together, on average
 
@@ -25,7 +25,7 @@ def spellings(tokenizer, word: str) -> list[int]:
 
 
 @dataclass
-class Judge:
+class Judge(Viewer):
     """A yes/no judge: PaliGemma or PaliGemma 2, the open relatives of LVRPO's PaLI-3.
 
     A row is <image> * P, <bos>, question, newline, all of it prefix that sees itself fully; the
@@ -48,9 +48,6 @@ class Judge:
             raise ValueError(
                 f"the judge's tokenizer reads yes and no as the tokens {self.answers}, expected "
                 "at least one known token each")
-
-    def pixels(self, images: Tensor) -> Tensor:
-        return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
 
     def text_ids(self, questions: list[str]) -> list[list[int]]:
         """The tokens of questions, at most `max_question`, and no image tokens of their own."""

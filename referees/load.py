@@ -107,6 +107,14 @@ def processor_pixels(
     return to_pixels(images.to(model.device), size, mode, mean, std).to(model.dtype)
 
 
+class Viewer:
+    """A model that sees: `model`, with its `image_processor`."""
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(N, 3, size, size): images as the model reads them."""
+        return processor_pixels(images, self.model, self.image_processor)
+
+
 def in_batches(function: Callable, batch_size: int, *columns) -> Tensor:
     """function(*columns) on at most `batch_size` rows of all columns at once, concatenated."""
     out = []

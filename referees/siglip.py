@@ -13,7 +13,8 @@ from torch import Tensor
 
 from policy import declare_torchvision_ops
 from referees.load import (
-    freeze_model, in_batches, load_model, loading_errors, processor_pixels, to_pixels)
+    Viewer, freeze_model, in_batches, load_model, loading_errors, processor_pixels, to_pixels)
+from support.run import start_moments
 
 
 def unit(x: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ class Encoder:
 
 
 @dataclass
-class Siglip(Encoder):
+class Siglip(Encoder, Viewer):
     """A SigLIP, or a SigLIP 2 of fixed resolution (transformers' SiglipModel).
 
     Embeddings of images and texts (N, D), and of patches (N, P, D), all of length 1.
@@ -44,9 +45,6 @@ class Siglip(Encoder):
     tokenizer: Callable
     image_processor: Callable
     batch_size: int = 128
-
-    def pixels(self, images: Tensor) -> Tensor:
-        return processor_pixels(images, self.model, self.image_processor)  # (N, 3, size, size)
 
     def tokens(self, texts: list[str]) -> Tensor:
         """(N, length): lower case and padded to full length without a mask, as it was trained."""
@@ -98,9 +96,7 @@ class Learner:
         self.encoder = encoder
         encoder.model.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=lr, weight_decay=0.0)
-        for p in encoder.model.parameters():    # so that a checkpoint can be read in place
-            moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            self.optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
+        start_moments(self.optimizer)
 
     def loss(self, images: Tensor, prompts: list[str], distinct: list[str]) -> Tensor:
         """SigLIP's loss of each image against all distinct prompts, one of them its own, summed."""

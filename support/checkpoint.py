@@ -11,7 +11,6 @@ written, and each file is replaced whole or not at all.
 """
 
 import json
-import math
 import re
 import tempfile
 from contextlib import contextmanager
@@ -246,7 +245,6 @@ IMPLEMENTED = {
 
 def check_config(config: PolicyConfig) -> None:
     """ValueError for a field that would change what is computed and is not implemented."""
-    llm = config.llm
     for file, fields in IMPLEMENTED.items():
         for name, only in fields.items():
             value = getattr(config, file).get(name)
@@ -257,13 +255,11 @@ def check_config(config: PolicyConfig) -> None:
         rope_type="default", type="default", partial_rotary_factor=1.0,
         rope_theta=config.rope_theta)
     for home in ("rope_scaling", "rope_parameters"):            # of transformers 4, and of 5
-        for name, value in (llm.get(home) or {}).items():
+        for name, value in (config.llm.get(home) or {}).items():
             if value not in (None, rotation.get(name)):
                 raise ValueError(
                     f"llm_config.json: {name} {value!r} in {home} is not implemented, only the "
                     f"default rotation with rope_theta {config.rope_theta!r}")
-    if llm.get("head_dim") not in (None, config.head_dim):
-        raise ValueError("llm_config.json: head_dim must be hidden_size / num_attention_heads")
 
 
 TOKENIZER_FILES = (
@@ -360,7 +356,7 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
 
 # Fields of adapter_config.json that are read here, or do not change what the weights compute.
 ADAPTER_FREE = {
-    "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "lora_dropout",
+    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout",
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "auto_mapping", "megatron_core", "qalora_group_size", "eva_config"}
 # Values of other fields that mean plain LoRA; so does all that is false or empty.
@@ -380,10 +376,7 @@ def adapter_strength(folder: Path) -> tuple[int, float]:
         for name, value in config.items():
             if value and name not in ADAPTER_FREE and value not in ADAPTER_PLAIN.get(name, []):
                 raise ValueError(f"{name} {value!r} is not implemented")
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        if config.get("use_rslora"):
-            alpha *= math.sqrt(rank)            # peft then divides alpha by sqrt(r)
-    return rank, alpha
+        return int(config["r"]), float(config["lora_alpha"])
 
 
 def load_adapters(policy: Policy, folder: str | Path) -> Policy:

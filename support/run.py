@@ -116,10 +116,16 @@ def make_optimizer(
         cut = [p for p in params if isinstance(p, DTensor)]  # the two kinds do not mix in one group
         groups += [dict(params=some, lr=rates[expert]) for some in (whole, cut) if some]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay)
-    for p in trainable(policy).values():
-        moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
+    start_moments(optimizer)
     return optimizer
+
+
+def start_moments(optimizer: torch.optim.AdamW) -> None:
+    """Give AdamW its moments before its first step, so that a checkpoint can be read in place."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
 
 
 def clip_gradients(optimizer, most: float) -> Tensor:
