@@ -257,7 +257,7 @@ def read_answer(prompt: str, answer: str) -> dict:
     try:
         found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"invalid JSON ({getattr(error, 'msg', error)})") from error
+        raise ValueError(f"invalid JSON ({error})") from error
     semantic, quality = [], []
     for q in questions_of_row({**found, "prompt": prompt}, "the answer"):
         if q.quality:

@@ -77,6 +77,8 @@ def open_picture(path: str):
     with one_line_error(f"image {path[:200]} cannot be read", errors), warnings.catch_warnings():
         warnings.simplefilter("ignore")         # of many pixels, odd metadata, odd palettes
         with Image.open(path) as image:
+            image.verify()                      # the checksums of a PNG, which decoding ignores
+        with Image.open(path) as image:
             image.load()
             return as_shown(image)
 

@@ -346,11 +346,12 @@ def signals():
     """
     caught, old = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
-        number = getattr(signal, name, None)    # Windows lacks two of them
-        ignored = (
-            name == "SIGHUP" and number is not None and signal.getsignal(number) == signal.SIG_IGN)
-        if number is not None and not ignored:
-            old[number] = signal.signal(number, lambda n, _: caught.append(n))
+        number = getattr(signal, name, None)
+        if number is None:                      # Windows lacks two of them
+            continue
+        if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+            continue
+        old[number] = signal.signal(number, lambda n, _: caught.append(n))
     try:
         yield caught
     finally:

@@ -149,6 +149,17 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(tmp_path, name, opti
         refusal(path)
 
 
+@pytest.mark.parametrize(
+    "place", [20, 29, 3000, -14, -18]
+)  # sizes, their checksum, data, its checksum, the data's own
+def test_a_changed_bit_of_a_png_is_found(tmp_path, place):
+    path = Path(save(tmp_path, noise(40, 52)))
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+    refusal(path)
+
+
 def test_a_png_without_pixels_is_refused(tmp_path):
     path = Path(save(tmp_path, Image.fromarray(RAMP)))
     raw = bytearray(path.read_bytes())
