@@ -52,7 +52,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -345,13 +345,6 @@ def replay_of(
         means.append(mean)
         logps.append(logp)
     return Replay(steps, torch.stack(logps, 1), torch.stack(means, 1), v)
-
-
-def select(trajectory: Trajectory, index: Tensor | slice) -> Trajectory:
-    """Return the samples at `index`, a slice or an index tensor over N: a micro-batch."""
-    return replace(
-        trajectory, latents=trajectory.latents[index], means=trajectory.means[index],
-        logp=trajectory.logp[index], data=trajectory.data[index])
 
 
 # ---- ratio and penalties ----

@@ -15,9 +15,10 @@ from torch.distributions import Normal, kl_divergence
 import flow_grpo
 import grpo
 from flow_grpo import (
-    Replay, draw_window, flow_grpo_loss, normalised_log_ratio, replay, rollout, select, shared_noise,
+    Replay, draw_window, flow_grpo_loss, normalised_log_ratio, replay, rollout, shared_noise,
     step_weights, time_grid, transition, transition_kl, velocity_mse)
 from policy import declare_torchvision_ops
+from sample import map_rows
 from velocities import exact_velocity, linear_velocity, sample_linear
 
 samplers = pytest.mark.parametrize("sampler", ["sde", "cps", "dance"])
@@ -182,7 +183,7 @@ def test_splitting_into_micro_batches_and_steps_changes_neither_loss_nor_gradien
         total=18, low=0.01, high=0.02, ratio_norm=ratio_norm, weights=weights, kl_beta=0.1, mse_weight=0.3)
 
     def loss_of(index, steps):
-        part = select(old, index)
+        part = map_rows(lambda rows: rows[index], old)
         reference = replay(linear_velocity(weight), part, steps=steps)
         new = replay(linear_velocity(other), part, steps=steps)
         return flow_grpo_loss(new, part, adv[index], reference=reference, **options)[0]
