@@ -24,6 +24,7 @@ WORLD = Path(__file__).parent / "toy"
 # ours, if the paper's is not known; "d" departs, and names the paper's value or mechanism.
 # docs/recipes.md lists what departs without a setting; tests/paper_values.json says where each "p"
 # stands.
+
 # What the recipes of one paper share.
 UNIGRPO = dict(
     accuracy=(1.0, "d: none"),
@@ -108,7 +109,8 @@ RECIPES = {
             lr_generation=(3e-4, "d: 5e-5")),
         # The 16 and 40 steps of its code are points of the grid, 15 and 39 calls of the velocity.
         bagel=dict(
-            **ALPHAGRPO_BAGEL, denoise_steps=(15, "p"), window=(10, "p"), window_high=(11, "p")),
+            **ALPHAGRPO_BAGEL, denoise_steps=(15, "p"), window=(10, "p"), window_high=(11, "p"),
+            micro=(2, "o"), rollout_batch=(96, "o")),
     ),
     "alphagrpo_reflect": dict(
         **ALPHAGRPO,
@@ -185,6 +187,7 @@ SCALES = {
         checkpointing=True,
         micro=4,
         rollout_batch=24,
+        save_every=5,                           # a step takes minutes
         # The toy's referees are not for photographs, nor its rule for free captions.
         siglip="google/siglip2-so400m-patch14-384",
         judge="google/paligemma2-3b-mix-448",
