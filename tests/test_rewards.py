@@ -4,13 +4,12 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import grpo
 import numpy as np
 import pytest
 import rewards as R
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from referees import captions
 from referees.captions import caption_tuples, tuple_f1
@@ -68,43 +67,17 @@ def test_a_failed_reward_is_one_line_with_its_name_and_the_offending_prompt(rewa
     assert ("second" if "sample 1" in what else "first prompt") in str(error.value)
 
 
-def components(seed, B=3, G=4):
-    binary, cosine = torch.rand(2, B * G, generator=torch.Generator().manual_seed(seed))
-    return {"binary": binary.round(), "cosine": 0.6 + 0.03 * cosine}
-
-
-@given(st.integers(0, 10**6), st.floats(-3, 3), st.floats(-3, 3))
-def test_combining_is_the_weighted_sum(seed, a, b):
-    parts = components(seed)
-    combined = R.combine(parts, {"binary": a, "cosine": b})
-    torch.testing.assert_close(combined, a * parts["binary"] + b * parts["cosine"])
+@given(st.floats(-3, 3), st.floats(-3, 3))
+def test_combining_is_the_weighted_sum(a, b):
+    binary, cosine = torch.rand(2, 12)
+    combined = R.combine({"binary": binary, "cosine": cosine}, {"binary": a, "cosine": b})
+    torch.testing.assert_close(combined, a * binary + b * cosine)
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0}])
 def test_combining_refuses_unmatched_weights(weights):
     with pytest.raises(ValueError, match="each needs one"):
         R.combine({"a": torch.rand(4), "b": torch.rand(4)}, weights)
-
-
-@given(st.integers(0, 10**6), st.floats(0.1, 3), st.floats(0.1, 3))
-def test_shares_of_the_variance_within_groups_add_up_to_1(seed, a, b):
-    parts = components(seed)
-    assume(parts["binary"].view(3, 4).std(1).max() > 0)
-    parts["level"] = torch.arange(3).repeat_interleave(4).float()       # it differs between groups alone
-    shares = grpo.variance_share(parts, {"binary": a, "cosine": b, "level": 1.0}, 4)
-    assert sum(shares.values()) == pytest.approx(1.0)
-    assert shares["level"] == pytest.approx(0.0, abs=1e-6)
-    alone = grpo.variance_share(parts, {"binary": a, "cosine": 0.0, "level": 0.0}, 4)
-    assert alone == pytest.approx({"binary": 1.0, "cosine": 0.0, "level": 0.0})
-
-
-def test_an_all_or_nothing_reward_drowns_a_cosine_under_a_plain_sum_and_not_if_each_is_normalised():
-    parts = {"binary": torch.tensor([0.0, 1, 0, 1]), "cosine": torch.tensor([0.60, 0.60, 0.63, 0.63])}
-    even = {"binary": 1.0, "cosine": 1.0}
-    assert grpo.variance_share(parts, even, 4)["binary"] == pytest.approx(0.25 / (0.25 + 0.015**2), rel=1e-4)
-    each = grpo.normalise_each(parts, 4)
-    assert R.combine(each, even).tolist() == pytest.approx([-2, 0, 0, 2], abs=1e-2)
-    assert grpo.variance_share(each, even, 4) == pytest.approx({"binary": 0.5, "cosine": 0.5}, abs=0.01)
 
 
 # ---- written answers ----
