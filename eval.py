@@ -225,7 +225,6 @@ def evaluate_run(run, step: int) -> None:
         images = preview(policy, run.source, cfg)
     if images is not None and run.ranks.rank == 0:
         path = Path(cfg.out) / "samples" / f"{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_grid(images, str(path), columns=4)
 
 

@@ -433,9 +433,8 @@ def parse(argv: list[str] | None = None) -> Config:
     chosen = dict(SCALES[scale])
     for name, (value, _) in settings_of(given["recipe"], scale).items():
         chosen[name] = value
-    if any(
-        given.get(task.file) for task in TASKS.values()
-    ):                                          # then a task without a file is left out by default
+    if any(given.get(task.file) for task in TASKS.values()):
+        # A task without a file is left out by default.
         chosen |= {name: 0 for name, task in TASKS.items() if not given.get(task.file)}
     chosen |= given
     rows = {name: chosen.pop(name, 0) for name in TASKS}

@@ -39,7 +39,7 @@ import rewards
 from grpo import group_advantage, grpo_loss, normalise_each, rectify, variance_share
 from policy import Policy
 from recipes import SCALES, Config, check, describe, parse, recipe_table
-from referees.build import build_rewards, referee_bytes
+from referees.build import build_rewards, hub_commits, referee_bytes
 from referees.siglip import Learner
 from rewards import Samples
 from sample import Rollout, Text, chosen_texts, join, replay_rollout, sample_plan
@@ -514,6 +514,7 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
         scoring = build_rewards(
             cfg, ranks.device, detector=source.detector, rows=source.drawn_rows, states=states,
             questions=source.questions, texts=source.texts_for)
+        log.head["files"] |= hub_commits(cfg)
         if cfg.train_referee:
             learner = Learner(scoring.get("sem", scoring.get("dense")).encoder, cfg.train_referee)
     average = Average(policy, cfg.ema)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -10,7 +11,7 @@ from referees.captions import tuple_similarity
 from referees.detectors import COLOR_CLIP, load_detector
 from referees.geneval import fraction_kept
 from referees.judge import load_judge
-from referees.load import numbers_in, warn_of_cut
+from referees.load import folder_of, numbers_in, warn_of_cut
 from referees.preferences import load_preference
 from referees.siglip import OpenClip, is_open_clip, load_open_clip, load_siglip
 from rewards import (
@@ -130,6 +131,16 @@ def models_asked(cfg) -> set[str]:
     if "pref" in asked:
         models.add(cfg.pref_model)
     return models - {""}
+
+
+def hub_commits(cfg) -> dict[str, str]:
+    """Hub name -> commit, of the models from there that a run's rewards ask."""
+    out = {}
+    for model in sorted(models_asked(cfg)):
+        folder = folder_of(model)
+        if folder and folder != Path(model):
+            out[model] = folder.name
+    return out
 
 
 def referee_bytes(cfg) -> float:

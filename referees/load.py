@@ -139,20 +139,27 @@ def warn_of_cut(reward: str, text_ids: Callable, texts: list[str]) -> None:
             f"texts, whose ends earn nothing, such as {cut[0][:60]!r}")
 
 
-def numbers_in(path: str) -> int:
-    """How many numbers the safetensors of a folder hold, or of a hub name in the cache; else 0."""
+def folder_of(path: str) -> Path | None:
+    """A local folder, or that of a hub name in the cache, which its commit names; else None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path.removeprefix("hf-hub:"), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def numbers_in(path: str) -> int:
+    """How many numbers the safetensors of a folder hold, or of a hub name in the cache; else 0."""
     from safetensors import safe_open
 
-    try:
-        folder = path
-        if not Path(path).is_dir():
-            folder = snapshot_download(path.removeprefix("hf-hub:"), local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError):
+    folder, total = folder_of(path), 0
+    if folder is None:
         return 0
-    total = 0
-    for file in Path(folder).glob("[!.]*.safetensors"):
+    for file in folder.glob("[!.]*.safetensors"):
         with loading_errors(path), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():
                 total += math.prod(tensors.get_slice(key).get_shape())

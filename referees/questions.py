@@ -214,6 +214,7 @@ def decompose(
     done = finished_rows(out)
     waiting, reasons = [key for key in rows if key not in done], {}
     asked = len(waiting)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=asked, desc="decomposing") as bar, out.open("a", encoding="utf-8") as file:
         for attempt in range(tries):
             failed = []

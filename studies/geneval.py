@@ -44,7 +44,6 @@ def draw_pictures(
             continue
         rollout = sample_plan(policy, [Read([row["prompt"]]), draw], seed=seed, step=0, prompts=[i],
                               G=samples, guidance=guidance)
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
         write_atomic(paths[0].parents[1] / "metadata.jsonl", json.dumps(row).encode())
         for path, image in zip(paths, to_bytes(images_of(policy, rollout))):
             with replacing(path) as file:
@@ -77,7 +76,6 @@ def begin_folder(out: Path, settings: dict) -> None:
     path = out / "settings.json"
     if read_json(path, settings) != settings:
         raise ValueError(f"{path} is of other settings than these; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(settings, indent=1).encode())
 
 

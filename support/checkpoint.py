@@ -206,7 +206,6 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
             tensors[release_name(name)] = value.cpu()
     if not writes:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("llm", "vit", "bagel", "ae"):
         content = json.dumps(getattr(config, name), indent=2)
         write_atomic(folder / f"{name}_config.json", content.encode())
@@ -345,7 +344,6 @@ def save_adapters(policy: Policy, folder: str | Path) -> None:
     tensors = {key: full_tensor(state[name]).cpu() for key, name in adapter_keys(policy).items()}
     if policy.sharded and dist.get_rank():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     targets = {".".join(key.split(".")[-4:-2]) for key in tensors}      # mlp.up_proj_moe_gen, ...
     config = dict(
         peft_type="LORA", r=modules[0].rank, lora_alpha=modules[0].alpha, lora_dropout=0.0,

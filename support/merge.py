@@ -69,7 +69,6 @@ def merge(first: Path, second: Path, base: Path, out: Path, bound: float = 2.0) 
         merged[key] = (own + gaussian_merge(*changes, bound)).to(stored.dtype)
         if not all_finite(merged[key]):
             raise ValueError(f"{key} is not finite after merging; are {first} and {second} whole?")
-    out.mkdir(parents=True, exist_ok=True)
     save_tensors(merged, out / "ema.safetensors")
     save_tensors({key: file.get_tensor(key) for key, file in ae.items()}, out / "ae.safetensors")
     for name in (*TOKENIZER_FILES, *(f"{part}_config.json" for part in IMPLEMENTED)):

@@ -272,10 +272,11 @@ def refuse_finished(out: Path) -> None:
     if not any((out / name).exists() for name in ("log.jsonl", *CHECKPOINTS)):
         return
     head, rows = read_rows(out / "log.jsonl") if (out / "log.jsonl").exists() else (None, [])
-    recipe = head["config"]["recipe"] if head else "a lost log"
-    steps = sum("loss" in row for row in rows)
-    raise ValueError(f"{out} holds a run of {recipe}, {steps} steps; "
-                     "--resume goes on, another --out begins anew")
+    what = "a checkpoint without a log"
+    if head:
+        steps = sum("loss" in row for row in rows)
+        what = f"a run of {head['config']['recipe']}, {steps} steps"
+    raise ValueError(f"{out} holds {what}; --resume goes on, another --out begins anew")
 
 
 def differences(old: dict, new: dict) -> dict[str, list]:
@@ -339,19 +340,24 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
 
 @contextmanager
 def signals():
-    """A list to which SIGINT, SIGTERM, SIGQUIT and SIGHUP append their numbers; the old handlers
-    come back afterwards.
+    """A list to which SIGINT, SIGTERM, SIGQUIT and SIGHUP append their numbers, with a line to the
+    terminal; the old handlers come back afterwards.
 
     A SIGHUP that is ignored, as nohup does, stays ignored.
     """
     caught, old = [], {}
+
+    def catch(number, frame):                   # print is not for handlers
+        os.write(2, b"stopping as soon as no weight moves; a checkpoint follows\n")
+        caught.append(number)
+
     for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is None:                      # Windows lacks two of them
             continue
         if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
             continue
-        old[number] = signal.signal(number, lambda n, _: caught.append(n))
+        old[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:

@@ -479,6 +479,16 @@ def test_a_reward_of_any_name_has_a_flag_and_without_a_line_that_builds_it_is_re
         built("--clip-score", "0.5", "--sem", "0", "--kn", "0", "--accuracy", "0")
 
 
+def test_a_model_from_the_hub_is_logged_with_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--maker--encoder"
+    (model / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("a" * 40)
+    cfg = recipes.parse(["--siglip", "maker/encoder"])
+    assert build.hub_commits(cfg) == {"maker/encoder": "a" * 40}
+
+
 def test_models_are_counted_where_they_lie(folders):
     cfg = recipes.parse(["--recipe", "lvrpo"])
     assert build.models_asked(cfg) == {TOYS["siglip"], TOYS["judge"]}

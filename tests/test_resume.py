@@ -198,8 +198,8 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run_folder, name):
     if name == "checkpoint":
         (run_folder / name).mkdir()
     before = {path: path.is_file() and path.read_bytes() for path in run_folder.iterdir()}
-    of = "lvrpo, 2 steps" if name == "log.jsonl" else "a lost log, 0 steps"
-    says = f"holds a run of {of}; --resume goes on, another --out begins anew"
+    what = "a run of lvrpo, 2 steps" if name == "log.jsonl" else "a checkpoint without a log"
+    says = f"holds {what}; --resume goes on, another --out begins anew"
     with pytest.raises(ValueError, match=says):
         train.begin(small(run_folder), ALONE)
     assert {path: path.is_file() and path.read_bytes() for path in run_folder.iterdir()} == before
