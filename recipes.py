@@ -248,8 +248,7 @@ class Config:
         str(WORLD / "captioner"), "BLIP captioner of --recaption: a folder or hub name")
     pref_model: str = setting("", "PickScore or HPSv2 for --pref: a folder or hub name")
     detector: str = setting(
-        "",
-        "Grounding DINO or OWLv2, the detector of r_ins in pictures of files: a folder or hub name")
+        "", "OWLv2, the detector of r_ins in pictures of files: a folder or hub name")
     out: str = setting("out", "folder of the log, the checkpoint, pictures and the trained policy")
     resume: bool = setting(False, "go on from the checkpoint in --out")
     seed: int = setting(0, "seed of everything random")

@@ -1,7 +1,7 @@
-"""Objects in real pictures, for GenEval's rules: published detectors, and colours by CLIP.
+"""Objects in real pictures, for GenEval's rules: OWLv2's, and colours by CLIP.
 
-GenEval's own detector needs mmdet, which no current PyTorch builds. Here Grounding DINO or OWLv2 is
-asked for the classes that a prompt names, and CLIP for the colours. Scores of another detector are
+GenEval's own detector needs mmdet, which no current PyTorch builds. Here OWLv2 is asked for the
+classes that a prompt names, and CLIP for the colours. Scores of another detector are
 scores of another benchmark: say "GenEval rules, detector X".
 
 Notation: N images (N, 3, H, W) in [0, 1], Q queries of a detector, boxes (x1, y1, x2, y2) in
@@ -25,6 +25,7 @@ COLOR_CLIP = "openai/clip-vit-large-patch14"    # GenEval's
 TEMPLATES = (
     "a photo of a {color} {name}", "a photo of a {color}-colored {name}",
     "a photo of a {color} object")              # GenEval's
+THRESHOLD = 0.1  # OWLv2's, lower than GenEval's, which presumes another detector's confidence
 LEAST = 0.05                                    # a lower score is no detection under any threshold
 OVERLAP = 0.5                                   # IoU above which two boxes are one thing
 
@@ -45,26 +46,22 @@ def suppress(boxes: Tensor, scores: Tensor, most: float = OVERLAP) -> list[int]:
     return kept
 
 
+def text_of(name: str) -> str:
+    """What OWLv2 is asked for a class."""
+    return f"a photo of a {name}"
+
+
 @dataclass
 class ZeroShot:
-    """Grounding DINO or OWLv2, asked for the classes that a prompt names.
+    """OWLv2, asked for the classes that a prompt names.
 
-    A box has one class, the one that scores highest; in Grounding DINO a class scores as the best
-    of its words. Of boxes of one class that overlap, the best stays. `threshold` is lower than
-    GenEval's, which presumes another detector's confidence.
+    A box has one class, the one that scores highest. Of boxes of one class that overlap, the best
+    stays.
     """
 
     model: torch.nn.Module
     processor: Callable
     batch_size: int = 8
-
-    @property
-    def is_dino(self) -> bool:
-        return self.model.config.model_type == "grounding-dino"
-
-    @property
-    def threshold(self) -> float:
-        return 0.25 if self.is_dino else 0.1
 
     @torch.no_grad()
     def __call__(self, images: Tensor, classes: list[list[str]]) -> list[list[dict]]:
@@ -83,46 +80,21 @@ class ZeroShot:
 
     def score_classes(self, images: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
         """Scores (N, Q, classes) in [0, 1]; boxes (N, Q, 4), relative centre and size."""
-        texts = self.texts(names)
-        text = texts[0] if self.is_dino else texts
+        text = [text_of(name) for name in names]
         given = self.processor(
             images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt")
-        given = given.to(self.model.device)
-        out = self.model(**given)
-        scores = out.logits.float().sigmoid()                           # (N, Q, classes or words)
-        if self.is_dino:
-            words = self.words_of_names(text, names)
-            scores = torch.stack([scores[..., places].amax(-1) for places in words], -1)
-        return scores, out.pred_boxes.float()
-
-    def texts(self, names: list[str]) -> list[str]:
-        """What the model is asked for these classes: one text of Grounding DINO, or one each."""
-        if self.is_dino:
-            return [". ".join(names) + "."]
-        return [f"a photo of a {name}" for name in names]
+        out = self.model(**given.to(self.model.device))
+        return out.logits.float().sigmoid(), out.pred_boxes.float()
 
     def check(self, names: list[str]) -> None:
         """ValueError for classes of more tokens than the model reads."""
-        config = self.model.config
-        longest = config.text_config.max_position_embeddings
-        if self.is_dino:
-            longest = config.max_text_len
-        for text in self.texts(names):
-            length = len(self.processor.tokenizer(text).input_ids)
+        longest = self.model.config.text_config.max_position_embeddings
+        for name in names:
+            length = len(self.processor.tokenizer(text_of(name)).input_ids)
             if length > longest:
                 raise ValueError(
-                    f"the detector reads {longest} tokens, and {text[:80]!r} has {length}; give "
-                    "the class a shorter name")
-
-    def words_of_names(self, text: str, names: list[str]) -> list[list[int]]:
-        """The places of the tokens of each name in "first. second. third."."""
-        spans = self.processor.tokenizer(text, return_offsets_mapping=True).offset_mapping
-        words, start = [], 0
-        for name in names:
-            end = start + len(name)
-            words.append([i for i, (a, b) in enumerate(spans) if b > a >= start and b <= end])
-            start = end + len(". ")
-        return words
+                    f"the detector reads {longest} tokens, and {text_of(name)[:80]!r} has {length}; "
+                    "give the class a shorter name")
 
     def things(
         self, scores: Tensor, boxes: Tensor, size: tuple[int, int], names: tuple[str, ...]
@@ -133,9 +105,8 @@ class ZeroShot:
         """
         from torchvision.ops import box_convert, clip_boxes_to_image
 
-        read_h, read_w = size if self.is_dino else [max(size)] * 2  # OWLv2 pads right and below
         corners = box_convert(boxes, "cxcywh", "xyxy")                              # (Q, 4)
-        corners = corners * torch.tensor([read_w, read_h, read_w, read_h], device=boxes.device)
+        corners = corners * max(size)           # OWLv2 pads right and below to a square
         corners = clip_boxes_to_image(corners, size)
         best, place = scores.max(-1)                                                # (Q,)
         found = []
@@ -200,7 +171,7 @@ class Detector:
     @property
     def thresholds(self) -> dict[str, float]:
         """Those of geneval.best_by_class for this detector's scores."""
-        return {"threshold": self.find.threshold, "counting_threshold": self.find.threshold}
+        return {"threshold": THRESHOLD, "counting_threshold": THRESHOLD}
 
     def check(self, metadata: list[Metadata]) -> None:
         """ValueError for a colour that is none of the ten, and for a class of too many words."""
@@ -246,12 +217,11 @@ def names_of(metadata: Metadata) -> list[str]:
 def load_detector(
     path: str, colors: str = COLOR_CLIP, *, device="cpu", batch_size: int = 8
 ) -> Detector:
-    """A frozen Detector of a Grounding DINO or OWLv2, and a CLIP for colours.
+    """A frozen Detector of an OWLv2, and a CLIP for colours.
 
     path, colors: local folders or hub names. Errors: see referees.load.load_model.
     """
-    kinds = ("grounding-dino", "owlv2")
     model, processor = load_model(
-        "AutoModelForZeroShotObjectDetection", kinds, path, device, parts=("AutoProcessor",))
+        "AutoModelForZeroShotObjectDetection", ("owlv2",), path, device, parts=("AutoProcessor",))
     find = ZeroShot(model, processor, batch_size)
     return Detector(find, Colors(load_clip(colors, device=device)))

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--metadata", type=Path, required=True,
                     help="prompts in GenEval's format, such as its evaluation_metadata.jsonl")
     ap.add_argument("--detector", default="",
-                    help="a Grounding DINO or OWLv2: a folder or hub name; the toy has its own")
+                    help="an OWLv2: a folder or hub name; the toy has its own")
     ap.add_argument("--guidance", type=number(float, least=1),
                     help="text guidance scale (1 for the toy, 4 for BAGEL)")
     ap.add_argument("--samples", type=number(int, least=1), default=4, help="images of each prompt")

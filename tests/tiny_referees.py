@@ -43,24 +43,6 @@ def build_owlv2(folder):
     hf.Owlv2Processor(hf.Owlv2ImageProcessor(size={"height": 32, "width": 32}), words).save_pretrained(folder)
 
 
-def build_grounding_dino(folder):
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
-    words = hf.BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
-    text = hf.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=64)
-    swin = hf.SwinConfig(
-        image_size=64, embed_dim=8, depths=[1] * 3, num_heads=[1, 1, 2], window_size=4,
-        out_features=["stage1", "stage2", "stage3"])
-    config = hf.GroundingDinoConfig(
-        backbone_config=swin, text_config=text, d_model=32, num_queries=5, encoder_layers=1, decoder_layers=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
-        num_feature_levels=4, max_text_len=32)
-    hf.GroundingDinoForObjectDetection(config).save_pretrained(folder)
-    images = hf.GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
-    hf.GroundingDinoProcessor(images, words).save_pretrained(folder)
-
-
 # ---- chat models ----
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -157,7 +139,7 @@ def build_open_clip(folder):
 
 
 BUILDERS = {
-    "clip": build_clip, "owlv2": build_owlv2, "grounding_dino": build_grounding_dino, "qwen": build_qwen,
+    "clip": build_clip, "owlv2": build_owlv2, "qwen": build_qwen,
     "qwen3": build_qwen3, "internvl": build_internvl, "bert": build_bert, "open_clip": build_open_clip}
 
 
