@@ -121,8 +121,8 @@ def parity(run: train.Run) -> None:
         with TemporaryDirectory() as out:
             toy = train.begin(parse([*SMALL.split(), "--out", out]), Ranks(0, 1, device))
             stats = train.one_step(toy, 0)
-        print(f"| the toy's loss, {device.type} | {stats['loss']:.6f} |")
-        print(f"| the toy's gradient norm, {device.type} | {stats['grad_norm']:.6f} |")
+        for name in ("loss", "grad_norm"):
+            print(f"| the toy's {name}, {device.type} | {stats[name]:.6f} |")
 
 
 def cudnn(run: train.Run) -> None:

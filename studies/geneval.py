@@ -29,7 +29,7 @@ from toy.world import detect
 
 def draw_pictures(
     policy: Policy, rows: list[Metadata], out: Path, samples: int, size: int, steps: int,
-    text_scale: float, seed: int
+    text_scale: float
 ) -> None:
     """Draw pictures of every prompt that has none into GenEval's own folders: 00000/metadata.jsonl,
     00000/samples/0000.png and so on. The official script can judge them too."""
@@ -42,7 +42,7 @@ def draw_pictures(
         paths = paths_of(out, i, samples)
         if all(path.exists() for path in paths):
             continue
-        rollout = sample_plan(policy, [Read([row["prompt"]]), draw], seed=seed, step=0, prompts=[i],
+        rollout = sample_plan(policy, [Read([row["prompt"]]), draw], seed=0, step=0, prompts=[i],
                               G=samples, guidance=guidance)
         write_atomic(paths[0].parents[1] / "metadata.jsonl", json.dumps(row).encode())
         for path, image in zip(paths, to_bytes(images_of(policy, rollout))):
@@ -93,7 +93,6 @@ def main(argv: list[str] | None = None) -> None:
                     help="pixels per side (32 for the toy, 1024 for BAGEL)")
     ap.add_argument("--steps", type=number(int, least=1),
                     help="denoising steps (10 for the toy, 49 for BAGEL)")
-    ap.add_argument("--seed", type=number(int, least=0), default=0, help="of noise")
     ap.add_argument("--out", type=Path, default=Path("geneval"), help="the folder of pictures")
     a = ap.parse_args(argv)
     with one_line("studies.geneval"):
@@ -114,7 +113,7 @@ def run(a) -> str:
                          "google/owlv2-base-patch16-ensemble")
     settings = dict(
         samples=a.samples, size=a.size or scale["size"], steps=a.steps or scale["steps"],
-        text_scale=scale["guidance"].text_scale if a.guidance is None else a.guidance, seed=a.seed)
+        text_scale=scale["guidance"].text_scale if a.guidance is None else a.guidance)
     content = {"policy": fingerprint(Path(a.policy)), "prompts": fingerprint(a.metadata)}
     begin_folder(a.out, settings | content)
     draw_pictures(policy, rows, a.out, **settings)

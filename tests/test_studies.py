@@ -102,7 +102,7 @@ def test_a_folder_is_gone_on_with_and_its_other_pictures_stay(folder):
     assert missing.read_bytes() == there.read_bytes() == content
 
 
-@pytest.mark.parametrize("more", [["--seed", "7"], ["--steps", "3"]])
+@pytest.mark.parametrize("more", [["--guidance", "2"], ["--steps", "3"]])
 def test_a_folder_with_pictures_of_other_settings_is_refused(folder, more):
     out, flags = folder
     with pytest.raises(
