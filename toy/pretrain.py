@@ -18,6 +18,7 @@ the results show next to it.
 """
 
 import math
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -72,14 +73,6 @@ QUALITY = {"ground": "is the picture clean ?", "shape": "are the shapes whole ?"
 # ---- training in general ----
 
 
-def schedule(optimizer, step, steps, lr):
-    """Linear warm-up over 5% of the steps, then a cosine to 2% of lr."""
-    warm, done = 0.05 * steps, step / steps
-    rate = lr * min((step + 1) / max(warm, 1), 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def descend(losses, optimizer, clip=1.0):
     """One step down the sum of the losses, with the gradient's norm clipped."""
     optimizer.zero_grad()
@@ -90,10 +83,14 @@ def descend(losses, optimizer, clip=1.0):
 
 
 def fit(name, losses_of, optimizer, steps):
-    """Descend `losses_of()`, a dict of losses, for so many steps; print them now and then."""
-    lr = optimizer.param_groups[0]["lr"]
+    """Descend `losses_of()`, a dict of losses, for so many steps; print them now and then.
+
+    The learning rate rises linearly over 5% of the steps, then a cosine takes it to 2%."""
+    (group,) = optimizer.param_groups
+    lr = group["lr"]
     for step in range(steps):
-        schedule(optimizer, step, steps, lr)
+        cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * (step / steps)))
+        group["lr"] = lr * min((step + 1) / (0.05 * steps), cosine)
         losses = losses_of()
         descend(losses, optimizer)
         if step % 300 == 0 or step == steps - 1:
@@ -120,6 +117,12 @@ def build_tokenizer():
         additional_special_tokens=list(MARKERS), clean_up_tokenization_spaces=False)
 
 
+def render_both_splits(n, rng):
+    """Pixels of n random scenes of each split, in turns."""
+    scenes = [shapes.random_scene(rng, split) for _ in range(n) for split in shapes.SPLITS]
+    return render_pixels(scenes)
+
+
 def train_autoencoder(autoencoder, steps=5000):
     """Fit the autoencoder to rendered scenes.
 
@@ -127,8 +130,7 @@ def train_autoencoder(autoencoder, steps=5000):
     forgives a policy's errors."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     # Held-out pairs too: it knows no words, and no policy could be blamed for what it cannot draw.
-    scenes = [shapes.random_scene(rng, split) for _ in range(6000) for split in shapes.SPLITS]
-    pool = render_pixels(scenes)
+    pool = render_both_splits(6000, rng)
 
     def losses_of():
         x = pool[torch.randint(len(pool), (48,), generator=generator)]
@@ -146,9 +148,7 @@ def train_autoencoder(autoencoder, steps=5000):
 
 def latent_statistics(policy):
     """Set the config's scale and shift so that the policy's latents are unit normal."""
-    rng = np.random.default_rng(0)
-    scenes = [shapes.random_scene(rng, split) for _ in range(1000) for split in shapes.SPLITS]
-    x = render_pixels(scenes)
+    x = render_both_splits(1000, np.random.default_rng(0))
     with torch.no_grad():
         z = torch.cat([policy.autoencoder.encode(part).latent_dist.mean for part in x.split(500)])
     policy.config.ae.update(scale_factor=1 / z.std().item(), shift_factor=z.mean().item())
@@ -202,16 +202,16 @@ class Corpus:
             asked.append((shapes.CAPTION, caption_of(m, rng, miscount)))
             asked += [question_and_answer(drawn, rng) for _ in range(TEXTS - 1)]
             asked += [question_and_answer(other, rng) for _ in range(TEXTS)]
-        questions, answers = map(list, zip(*asked))
+        questions, answers = zip(*asked)
         self.questions = Lesson(policy, questions, answers, see=shown)
 
         changes = [edit_of(rng) for _ in range(edits)]
-        instructions, sources, targets, _ = map(list, zip(*changes))
+        instructions, sources, targets, _ = zip(*changes)
         self.edits = Lesson(policy, instructions, draw=targets, see=sources)
 
         reflections = [
             reflection_of(m, shapes.pick(rng, by_tag[m["tag"]]), rng) for m in draw_prompts(edits)]
-        looks, texts, sources, targets = map(list, zip(*reflections))
+        looks, texts, sources, targets = zip(*reflections)
         self.reflections = Lesson(policy, looks, texts, targets, sources)
 
 
@@ -288,7 +288,8 @@ def reflection_of(m, other, rng):
     look = f"{m['prompt']} , {shapes.pick(rng, LOOKS)}"
     if rng.random() < WRONG_REFLECTIONS:
         return look, f"<think> {shapes.RIGHT} </think> {shapes.explicit(m)}", source, source
-    return look, *shapes.make_reflection(m, source, rng)
+    text, target = shapes.make_reflection(m, source, rng)
+    return look, text, source, target
 
 
 def flow_loss(policy, context, data, generator):
@@ -303,19 +304,23 @@ def flow_loss(policy, context, data, generator):
     return F.mse_loss(policy.velocity(context, x, t, SIZE), noise - data)
 
 
-def base_loss(policy, corpus, generator, draws=2, scenes=20, tags=EVEN) -> dict:
+def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
     """One step's losses by name.
 
-    Each prompt is read once for `draws` times t, each picture once for all its texts. scenes=0:
-    pictures of captions alone. tags: how often captions of each of shapes.TAGS are taken."""
+    Each caption is read once for two or three times t, each picture once for all its texts.
+    scenes=0: pictures of captions alone. tags: how often captions of each of shapes.TAGS are taken.
+    """
     losses = {}
 
-    def pick(lesson, size):
-        return torch.randint(lesson.rows, (size,), generator=generator)
-
-    def learn(lesson, i, text="", picture="", draws=1):
-        """Add the losses of the lesson's rows i, under the names of what is written and drawn."""
-        context = policy.empty(len(i))
+    def learn(lesson, size, text="", picture="", draws=1, tags=EVEN):
+        """Add the losses of random rows of a lesson, under the names of what is written and drawn.
+        """
+        i = torch.randint(lesson.rows, (size,), generator=generator)
+        if tags != EVEN:                                        # captions lie tag by tag in turns
+            weights = torch.tensor(tags, dtype=torch.float)
+            tag = torch.multinomial(weights, size, replacement=True, generator=generator)
+            i = i - i % len(tags) + tag
+        context = policy.empty(size)
         if lesson.pixels is not None:
             latents = None if lesson.latents is None else lesson.latents[i]
             context = policy.append_image(context, lesson.pixels[i], latents, SIZE)
@@ -332,18 +337,13 @@ def base_loss(policy, corpus, generator, draws=2, scenes=20, tags=EVEN) -> dict:
             data = lesson.draw[i].repeat_interleave(draws, 0)
             losses[picture] = flow_loss(policy, context.repeat(draws), data, generator)
 
-    i = pick(corpus.captions, BATCH)
-    if tags != EVEN:                                            # captions lie tag by tag in turns
-        weights = torch.tensor(tags, dtype=torch.float)
-        tag = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
-        i = i - i % len(tags) + tag
-    learn(corpus.captions, i, picture="picture", draws=draws)
+    learn(corpus.captions, BATCH, picture="picture", draws=2 if scenes else 3, tags=tags)
     if scenes:
-        learn(corpus.thoughts, pick(corpus.thoughts, BATCH // 3), "thought", "thought_picture")
-        losses["thought_picture"] = 0.5 * losses["thought_picture"]
-        learn(corpus.questions, pick(corpus.questions, scenes), "answer")
-        learn(corpus.edits, pick(corpus.edits, 20), picture="edit")
-        learn(corpus.reflections, pick(corpus.reflections, 20), "reflection", "repair")
+        learn(corpus.thoughts, BATCH // 3, "thought", "thought_picture")
+        losses["thought_picture"] *= 0.5
+        learn(corpus.questions, scenes, "answer")
+        learn(corpus.edits, 20, picture="edit")
+        learn(corpus.reflections, 20, "reflection", "repair")
     return losses
 
 
@@ -366,11 +366,8 @@ def new_base(tokenizer) -> Policy:
 
 def train_base(policy, corpus, steps, lr, seed, scenes, tags):
     """One round of ROUNDS."""
-    generator, draws = torch.Generator().manual_seed(seed), 2 if scenes else 3
-
-    def losses_of():
-        return base_loss(policy, corpus, generator, draws, scenes, tags)
-
+    generator = torch.Generator().manual_seed(seed)
+    losses_of = partial(base_loss, policy, corpus, generator, scenes, tags)
     trained = [p for p in policy.parameters() if p.requires_grad]
     fit("base", losses_of, adamw(trained, lr), steps)
 
@@ -417,7 +414,7 @@ class Readout(nn.Module):
 
     It teaches towers fast and is thrown away."""
 
-    def __init__(self, pooled: bool = False):
+    def __init__(self, pooled: bool):
         super().__init__()
         classes = 1 + len(THINGS)
         self.head = nn.Linear(4 * 64, classes)
@@ -510,23 +507,20 @@ def ask_prompt(rng, pool) -> Asked:
 
 def answer_to(question, rng, right):
     """The answer, or another of its kind."""
-    if right:
-        return question.answer
-    options = shapes.answers_of(question.kind)
-    return shapes.pick(rng, [answer for answer in options if answer != question.answer])
+    return question.answer if right else shapes.pick(rng, shapes.other_answers(question))
 
 
 def ask_answer(rng) -> Asked:
     """Is this the answer to a question?"""
     scene = any_scene(rng)
-    question, right = shapes.make_question(scene, rng, training=False), bool(rng.random() < 0.5)
+    question, right = shapes.make_question(scene, rng, training=False), rng.random() < 0.5
     answer = answer_to(question, rng, right)
     return Asked(scene, f"{question.text} is the answer {answer} ?", yes_or_no(right))
 
 
 def ask_fact(rng) -> Asked:
     """Is one fact true: an object, a number, a colour or a relation?"""
-    scene, right = any_scene(rng), bool(rng.random() < 0.5)
+    scene, right = any_scene(rng), rng.random() < 0.5
     kinds = [kind for kind in shapes.question_kinds(scene) if kind != "shape"]
     question = shapes.make_question(scene, rng, shapes.pick(rng, kinds), training=False)
     if question.kind == "exists" and rng.random() < 0.5:
@@ -557,16 +551,17 @@ def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
         if i % 4 == 3:
             scene = any_scene(rng)
             question = shapes.make_question(scene, rng, training=False)
-            asked.append(Asked(scene, question.text, question.answer))
+            one = Asked(scene, question.text, question.answer)
         elif i % 12 == 2:
             scene, spoiled = any_scene(rng), shapes.pick(rng, (None, *QUALITY))
             what = shapes.pick(rng, QUALITY)
-            asked.append(Asked(scene, QUALITY[what], yes_or_no(spoiled != what)))
+            one = Asked(scene, QUALITY[what], yes_or_no(spoiled != what))
         else:
             candidates = ask_prompt(rng, pool), ask_answer(rng), ask_fact(rng)
-            asked.append(candidates[i % 4])
-        scene = asked[-1].scene
-        images.append(shapes.damage(scene, rng, spoiled) if spoiled else shapes.render(scene))
+            one = candidates[i % 4]
+        asked.append(one)
+        images.append(
+            shapes.damage(one.scene, rng, spoiled) if spoiled else shapes.render(one.scene))
     return wear(images, rng), asked
 
 
@@ -595,20 +590,11 @@ def captioner_losses(captioner, readout, pool, rng):
     return {"caption": out.loss, "objects": readout.loss(out.last_hidden_state[:, 1:], scenes)}
 
 
-def train_referee(name, referee, losses_of, seed, steps, lr):
-    """Fit a referee together with a readout of its vision tower; the model is left frozen."""
-    rng, pool = np.random.default_rng(seed), every_prompt()
-    readout = Readout(pooled=name == "siglip")
-    model = referee.model
-    xavier(model)
-    model.train().requires_grad_(True)
-    optimizer = adamw([*model.parameters(), *readout.parameters()], lr)
-    fit(name, lambda: losses_of(referee, readout, pool, rng), optimizer, steps)
-    model.eval().requires_grad_(False)
-
-
 def make_referees(folder):
-    """The captioner, the SigLIP and the judge, each from its seeds."""
+    """The captioner, the SigLIP and the judge, each from its seeds.
+
+    A referee is fitted together with a readout of its vision tower."""
+    pool = every_prompt()
     for seed, name, build, words, load, losses_of, rows_seed, steps, lr in (
             (5, "captioner", build_captioner, (), load_captioner, captioner_losses, 5, 5000, 1e-3),
             (6, "siglip", build_siglip, (), load_siglip, siglip_losses, 3, 6000, 1e-3),
@@ -616,8 +602,13 @@ def make_referees(folder):
         torch.manual_seed(seed)
         build(folder / name, (*shapes.VOCABULARY, *words))
         referee = load(str(folder / name))
-        train_referee(name, referee, losses_of, rows_seed, steps, lr)
-        referee.model.save_pretrained(folder / name)
+        readout = Readout(pooled=name == "siglip")
+        model, rng = referee.model, np.random.default_rng(rows_seed)
+        xavier(model)
+        model.train().requires_grad_(True)
+        optimizer = adamw([*model.parameters(), *readout.parameters()], lr)
+        fit(name, partial(losses_of, referee, readout, pool, rng), optimizer, steps)
+        model.save_pretrained(folder / name)
 
 
 def main(folder: Path):
@@ -630,9 +621,9 @@ def main(folder: Path):
     policy.autoencoder.eval().requires_grad_(False)
     latent_statistics(policy)
     corpus = Corpus(policy)
-    for number, (steps, lr, seed, scenes, tags) in enumerate(ROUNDS):
+    for number, plan in enumerate(ROUNDS):
         if number == 2:                 # wrong counts too, or counts come out nearly perfect
             corpus = Corpus(policy, seed=10, miscount=MISCOUNT)
-        train_base(policy, corpus, steps, lr, seed, scenes, tags)
+        train_base(policy, corpus, *plan)
     save_policy(policy.eval(), folder / "policy")
     make_referees(folder)

@@ -109,13 +109,6 @@ class Edit(NamedTuple):
     metadata: dict
 
 
-class Reflection(NamedTuple):
-    """A diagnosis with the explicit prompt, the scene that it judges, and the scene repaired."""
-    text: str
-    source: tuple[Object, ...]
-    target: tuple[Object, ...]
-
-
 Scene = tuple[Object, ...]
 Things = tuple[Thing, ...]
 
@@ -252,10 +245,11 @@ def explicit(metadata: dict) -> str:
     """The prompt that the include clauses spell, without a prefix.
 
     GenEval lists the anchor first: "a A left of a B" is [B, A]."""
-    words = [name_group(c["class"], c["count"], c.get("color", "")) for c in metadata["include"]]
-    if "position" not in metadata["include"][-1]:
+    include = metadata["include"]
+    words = [name_group(c["class"], c["count"], c.get("color", "")) for c in include]
+    if "position" not in include[-1]:
         return " and ".join(words)
-    relation, _ = metadata["include"][-1]["position"]
+    relation, _ = include[-1]["position"]
     return f"{words[1]} {relation} {words[0]}"
 
 
@@ -269,18 +263,13 @@ def new_clause(shape: str, **more) -> dict:
     return {"class": shape, "count": 1, **more}
 
 
-def exclude_more(include: list[dict]) -> list[dict]:
-    """Clauses that forbid one more of each shape than is included."""
-    return [new_clause(shape, count=wanted_count(include, shape) + 1) for shape in SHAPES]
-
-
 def build(tag: str, include: list[dict], prefix: str = "") -> dict:
     """Metadata in GenEval's format; HELD_OUT pairs get the key "held_out".
 
     Differs: every prompt excludes more objects of any shape than it names, not only counting
     prompts: if extra objects are free, a policy soon fills its pictures with them."""
-    metadata = {"tag": tag, "include": [dict(clause) for clause in include],
-                "exclude": exclude_more(include)}
+    more = [new_clause(shape, count=wanted_count(include, shape) + 1) for shape in SHAPES]
+    metadata = {"tag": tag, "include": [dict(clause) for clause in include], "exclude": more}
     metadata["prompt"] = prefix + explicit(metadata)
     if any((clause.get("color"), clause["class"]) in HELD_OUT for clause in include):
         metadata["held_out"] = True
@@ -331,8 +320,11 @@ def prompts(split: str) -> list[dict]:
 
 def prompts_by_tag(*splits: str) -> dict[str, list[dict]]:
     """tag -> prompts of these splits."""
-    together = [metadata for split in splits for metadata in prompts(split)]
-    return {tag: [metadata for metadata in together if metadata["tag"] == tag] for tag in TAGS}
+    by_tag = {tag: [] for tag in TAGS}
+    for split in splits:
+        for metadata in prompts(split):
+            by_tag[metadata["tag"]].append(metadata)
+    return by_tag
 
 
 @functools.cache
@@ -349,8 +341,8 @@ def implicit_prompts(split: str) -> list[dict]:
     three circles": it ends in the explicit prompt."""
     wanted, out = is_eval(split), []
     for i, fact in enumerate(FACTS):
-        owner, verb, *rest = re.split(" (has|is) ", fact)
-        value, *parts = rest[0].split()
+        owner, verb, rest = re.split(" (has|is) ", fact)
+        value, *parts = rest.split()
         for j, shape in enumerate(SHAPES):
             if verb == "has":
                 tag, clause = "counting", new_clause(shape, count=COUNTS.index(value))
@@ -418,25 +410,20 @@ def place(rng, shape: str, color: str, row: int, col: int) -> Object:
 
 def free_color(rng, shape: str, training: bool, but=()) -> str:
     """A colour for the shape, none of `but`; with training none that would make a HELD_OUT pair."""
-    free = [color for color in COLORS if color not in but]
-    if training:
-        free = [color for color in free if (color, shape) not in HELD_OUT]
-    return pick(rng, free)
+    barred = HELD_OUT if training else ()
+    return pick(rng, [c for c in COLORS if c not in but and (c, shape) not in barred])
 
 
 def fits(metadata: dict, scene: Scene) -> bool:
-    """satisfies, and a named relation holds along the larger offset of the centres.
+    """satisfies, and a named relation holds along the larger offset of the two centres.
 
     GenEval's rule on boxes then agrees on diagonals too."""
-    if not satisfies(metadata, discrete(scene)):
-        return False
-    if metadata["tag"] != "position":
-        return True
-    anchor, clause = metadata["include"]
-    by_shape = {o.shape: o for o in scene}
-    a, b = by_shape[clause["class"]], by_shape[anchor["class"]]
+    right = satisfies(metadata, discrete(scene))
+    if not right or metadata["tag"] != "position":
+        return right
+    a, b = scene
     offset = {"row": abs(a.y - b.y), "col": abs(a.x - b.x)}
-    axis, _ = RELATIONS[clause["position"][0]]
+    axis, _ = RELATIONS[metadata["include"][1]["position"][0]]
     return offset[axis] == max(offset.values())
 
 
@@ -467,10 +454,9 @@ def random_scene(rng, split: str = "train") -> Scene:
     """A scene of 1 to 4 objects of any shape and colour; the splits share no discrete content."""
     is_eval(split)
     while True:
-        cells = rng.permutation(4)[:int(rng.integers(1, 5))]
-        scene = ()
-        for cell in cells:
-            scene += (place(rng, pick(rng, SHAPES), pick(rng, COLORS), *CELLS[cell]),)
+        cells = rng.permutation(4)[:rng.integers(1, 5)]
+        scene = tuple(
+            place(rng, pick(rng, SHAPES), pick(rng, COLORS), *CELLS[cell]) for cell in cells)
         if scene_split(scene) == split:
             return scene
 
@@ -492,11 +478,8 @@ def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Q
     """A question about a scene; without a kind, one of those that the scene answers.
 
     exists and relation are yes half of the time. training: no question names a HELD_OUT pair that
-    the scene lacks. ValueError if the scene cannot answer the kind."""
-    kinds = question_kinds(scene)
-    kind = kind or pick(rng, kinds)
-    if kind not in kinds:
-        raise ValueError(f"make_question: this scene answers {kinds}, not {kind!r}")
+    the scene lacks."""
+    kind = kind or pick(rng, question_kinds(scene))
     shapes, answer = unique(scene, "shape"), pick(rng, ("yes", "no"))
     if kind == "count":
         shape = pick(rng, SHAPES)
@@ -521,17 +504,19 @@ def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Q
 
 def near_misses(pairs: list[tuple[str, str]], training: bool) -> list[tuple[str, str]]:
     """Absent (color, shape) pairs that share a word with a present one, so both words count."""
-    present, out = set(sum(pairs, ())), []
-    for pair in product(COLORS, SHAPES):
-        barred = pair in pairs or training and pair in HELD_OUT
-        if not barred and present & set(pair):
-            out.append(pair)
-    return out
+    words, barred = set(sum(pairs, ())), [*pairs, *(HELD_OUT if training else ())]
+    absent = [pair for pair in product(COLORS, SHAPES) if pair not in barred]
+    return [pair for pair in absent if words & set(pair)]
 
 
 def answers_of(kind: str) -> tuple[str, ...]:
     """Every answer that a kind of question can have."""
     return {"count": COUNTS, "color": tuple(COLORS), "shape": SHAPES}.get(kind, ("yes", "no"))
+
+
+def other_answers(question: Question) -> list[str]:
+    """The answers of its kind but the right one."""
+    return [answer for answer in answers_of(question.kind) if answer != question.answer]
 
 
 def wrong_answer(question: Question) -> str:
@@ -546,8 +531,7 @@ def make_choice(question: Question, rng) -> Question:
     """The question with lettered options, "(a) red (b) blue ..."; its answer is a letter.
 
     The options are the right answer and up to three others of its kind, shuffled."""
-    others = [answer for answer in answers_of(question.kind) if answer != question.answer]
-    few = rng.permutation(others)[:len(LETTERS) - 1]
+    few = rng.permutation(other_answers(question))[:len(LETTERS) - 1]
     options = rng.permutation([question.answer, *few]).tolist()
     lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, options)]
     return question._replace(text=" ".join([question.text, *lettered]), options=options,
@@ -619,9 +603,7 @@ def make_edit(scene: Scene, rng) -> Edit:
         raise ValueError("make_edit: four objects and no unique shape; draw another scene")
     verb = pick(rng, sorted({instruction.split()[0] for instruction in edits}))
     instruction = pick(rng, [instruction for instruction in edits if instruction.startswith(verb)])
-    include = clauses_of(edits[instruction])
-    metadata = {"tag": "edit", "include": include, "exclude": exclude_more(include),
-                "prompt": instruction}
+    metadata = build("edit", clauses_of(edits[instruction])) | {"prompt": instruction}
     return Edit(instruction, scene, edits[instruction], metadata)
 
 
@@ -642,36 +624,37 @@ def judge_edit(source: Things, target: Things, things: Things) -> tuple[bool, bo
 
     source and target are what the scenes of make_edit say, things what the edited picture says.
     An added object may stand in any free quadrant."""
-    gone, come = set(source) - set(target), set(target) - set(source)
-    others = set(source) & set(target)
+    before, after, now = set(source), set(target), set(things)
+    gone, come, others = before - after, after - before, before & after
     rest = list(things)
-    for thing in others & set(things):
+    for thing in others & now:
         rest.remove(thing)
     known, made = 4 if gone else 2, []          # with another colour the quadrant is given too
     for new in come:
         made = [t for t in rest if t[:known] == new[:known]]
-    stray = [t for t in rest if t not in made[:1] and t not in gone]
-    kept = others <= set(things) and not stray and len(made) <= 1
+    stray = set(rest) - set(made) - gone
+    kept = others <= now and not stray and len(made) <= 1
     if come:
-        return bool(made) and not gone & set(things), kept
+        return bool(made) and not gone & now, kept
     (old,) = gone                               # removed: no other object had this shape
     return count_of(things, old.shape) == 0, kept
 
 
 def critique(metadata: dict, things: Things) -> str:
     """The first thing wrong with a picture in words: a number, then a colour, then the relation."""
+    include = metadata["include"]
     for shape in SHAPES:
-        count, wanted = count_of(things, shape), wanted_count(metadata["include"], shape)
+        count, wanted = count_of(things, shape), wanted_count(include, shape)
         if count != wanted:
             return f"{there_are(COUNTS[count], shape)} , there should be {COUNTS[wanted]}"
-    for clause in metadata["include"]:
+    for clause in include:
         shape = clause["class"]
         colors = [t.color for t in things if t.shape == shape]
         if "color" in clause and colors.count(clause["color"]) < clause["count"]:
             return f"the {shape} is {colors[0]} , it should be {clause['color']}"
         if "position" in clause and not satisfies(metadata, things):
             relation, target = clause["position"]
-            return f"the {shape} should be {relation} the {metadata['include'][target]['class']}"
+            return f"the {shape} should be {relation} the {include[target]['class']}"
     return RIGHT
 
 
@@ -706,14 +689,13 @@ def repair(metadata: dict, scene: Scene, rng) -> Scene:
             return moved
 
 
-def make_reflection(metadata: dict, scene: Scene, rng) -> Reflection:
-    """A reflection on a scene; its text is "<think> what is wrong </think> the explicit prompt".
+def make_reflection(metadata: dict, scene: Scene, rng) -> tuple[str, Scene]:
+    """("<think> what is wrong </think> the explicit prompt", the scene repaired).
 
-    A scene that satisfies its metadata is its own target."""
+    A scene that satisfies its metadata stays as it is."""
     things = discrete(scene)
     target = scene if satisfies(metadata, things) else repair(metadata, scene, rng)
-    text = f"<think> {critique(metadata, things)} </think> {explicit(metadata)}"
-    return Reflection(text, scene, target)
+    return f"<think> {critique(metadata, things)} </think> {explicit(metadata)}", target
 
 
 # ---- the detector ----
@@ -726,8 +708,8 @@ def components(mask: np.ndarray) -> np.ndarray:
     its neighbours until nothing changes."""
     padded = np.pad(mask, ((0, 0), (0, 1), (0, 1)))     # the False border keeps rolls from wrapping
     number = padded * np.arange(1, padded.size + 1).reshape(padded.shape)
-    before = None
-    while before is None or (number != before).any():
+    before = 0
+    while (number != before).any():
         before = number
         for axis in (1, 2):
             for step in (1, -1):
@@ -761,7 +743,6 @@ def detect(images: np.ndarray) -> list[list[dict]]:
     palette direction. The score in (0, 1] multiplies how well and how clearly shape and colour
     agree, how full the ink and how clean the image's ground is, and whether the size is possible:
     junk loses on several at once, and what scores 0 is left out."""
-    images = np.asarray(images)
     if images.ndim == 3:
         images = images[None]
     if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
@@ -832,7 +813,7 @@ def diversity(images: np.ndarray, detections: list[list[dict]], G: int) -> dict[
     layouts = np.array([layout(found) for found in detections]).reshape(-1, G)  # (B, G)
     share = np.stack([(layouts == bits).mean(1) for bits in range(16)])         # (16, B)
     bits = -share * np.log2(np.where(share > 0, share, 1))
-    flat = np.asarray(images).reshape(-1, G, SIZE * SIZE * 3) / 255.0           # (B, G, P)
+    flat = images.reshape(-1, G, SIZE * SIZE * 3) / 255.0           # (B, G, P)
     apart = []
     for i, j in combinations(range(G), 2):
         apart.append(np.sqrt(((flat[:, i] - flat[:, j]) ** 2).mean(-1)))        # (B,)
