@@ -37,6 +37,7 @@ from support.terminal import Arguments, number, one_line, say
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+OUT = Path("out/claims")                        # the folder of the arms
 MARGIN = 0.03                                   # of truth: less than this counts as no difference
 LEAST = 6                                       # seeds that a verdict needs
 HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "cannot tell", "not run"
@@ -176,7 +177,6 @@ def run_arm(arm: str, seed: int, out: Path) -> str:
         todo[0].append("--resume")
     elif begun.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(begun, meaning(arm).encode())
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     output = folder / "output.txt"
@@ -384,7 +384,7 @@ def judge(name: str, arms: dict[str, dict], seeds: int) -> dict:
 
 def command_of(arm: str) -> str:
     """What makes an arm of the first seed, as a command line."""
-    lines = commands(arm, 0, Path("out/claims"))
+    lines = commands(arm, 0, OUT)
     return " && ".join(" ".join(["python", *line]) for line in lines)
 
 
@@ -494,7 +494,6 @@ def run_claims(names: list[str], seeds: int, jobs: int, out: Path) -> str:
             raise ValueError(
                 f"{kept / name}.json holds {more} seeds; give --seeds {more} or more, or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    kept.mkdir(parents=True, exist_ok=True)
     owner = Owner(out)                          # two calls would remove each other's runs
     failed, lines = run_missing(names, seeds, out, jobs), []
     for name in names:
@@ -526,7 +525,6 @@ def list_claims(out: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.claims", description="The papers' claims, tested on the toy.")
-    count = number(int, least=1)
     ap.add_argument("names", nargs="*", help="claims to test, by name; all without one")
     ap.add_argument(
         "--list", action="store_true", help="print the claims and what they lack, run nothing"
@@ -534,8 +532,9 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument(
         "--seeds", type=int, choices=range(2, 2 + len(T95)), default=LEAST, help="seeds of each arm"
     )
-    ap.add_argument("--jobs", type=count, default=2, help="runs at the same time, a thread each")
-    ap.add_argument("--out", type=Path, default=Path("out/claims"), help="the folder of the arms")
+    ap.add_argument("--jobs", type=number(int, least=1), default=2,
+                    help="runs at the same time, a thread each")
+    ap.add_argument("--out", type=Path, default=OUT, help="the folder of the arms")
     a = ap.parse_args(argv)
     with one_line("studies.claims"):
         if a.list:

@@ -40,10 +40,9 @@ def refine_prompts(
     """sample.refine with greedy diagnoses and the policy's own wording."""
     scale, wording = SAMPLING[policy.config.scale], WORDING[policy.config.scale]
     draw, write = plain_draw(policy), Write(scale["tokens"], temperature=0.0)
-    guidance = scale["guidance"], scale["edit"]
     return refine(
         policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
-        guidance=guidance, system=wording.system_prompt)
+        guidance=(scale["guidance"], scale["edit"]), system=wording.system_prompt)
 
 
 def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
@@ -91,10 +90,10 @@ def refinement_table(
         done = refine_prompts(policy, prompts, rounds, select, value, seed)
         table[f"refine, {select}"] = [share(truth(each.kept)) for each in done]
     table["best, judge"], table["best, oracle"] = [], []
-    plan, index = [Read(prompts), plain_draw(policy)], list(range(len(prompts)))
-    right, score = [], []
+    plan, right, score = [Read(prompts), plain_draw(policy)], [], []
     for step in range(rounds + 1):
-        rollout = sample_plan(policy, plan, seed=seed, step=step, prompts=index, G=1)
+        rollout = sample_plan(
+            policy, plan, seed=seed, step=step, prompts=range(len(prompts)), G=1)
         images = images_of(policy, rollout)
         right.append(truth(images))                                                        # (N,)
         score.append(judged(images))
@@ -138,8 +137,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
     policy = load_policy(a.policy, device=the_device())
+    scale = SAMPLING[policy.config.scale]
     out = a.out or Path("refine.png" if a.prompt else "refine.json")
-    judge = a.judge or SAMPLING[policy.config.scale]["judge"]
+    judge = a.judge or scale["judge"]
     if not a.prompt:
         if policy.config.scale != "toy":
             raise ValueError("the table is of the toy's held-out prompts; give a prompt")
@@ -151,7 +151,7 @@ def run(a) -> str:
     value = value_of(a.select, prompts, judge, policy.device)
     rounds = refine_prompts(policy, prompts, a.rounds, a.select, value, a.seed)
     images = torch.stack([each.drawn for each in rounds], dim=1).flatten(0, 1)  # sample-major
-    save_grid(images, str(out), columns=len(rounds), zoom=SAMPLING[policy.config.scale]["zoom"])
+    save_grid(images, str(out), columns=len(rounds), zoom=scale["zoom"])
     lines = [f"{out}: a row per sample, a column per round"]
     for k, each in enumerate(rounds):
         lines.append(f"round {k}: mean {each.value.mean():.3f}")

@@ -19,7 +19,7 @@ import train
 from eval import before_after, load_toy_policy
 from grpo import grpo_loss
 from policy import Policy
-from sample import TOY, images_of, replay_rollout, sample_plan
+from sample import TOY, images_of, map_rows, replay_rollout, sample_plan
 from studies.tables import markdown_table
 from support.disk import write_atomic
 from support.pictures import save_grid
@@ -212,12 +212,10 @@ def text_loss(scored, adv: Tensor, cfg, rows: slice, place: slice) -> float:
     return loss.item()
 
 
-def image_loss(scored, adv: Tensor, cfg, rows: slice, steps: int) -> float:
-    """The image's surrogate loss, of some samples and the first noisy steps."""
-    flow = flow_grpo.select(scored.segment.flow, rows)
-    replayed = flow_grpo.replay_of(scored.flow.v[rows, :steps], flow, steps=tuple(range(steps)))
+def image_loss(replayed: flow_grpo.Replay, flow, adv: Tensor, cfg) -> float:
+    """The image's surrogate loss, of the noisy steps that are replayed."""
     loss, _ = flow_grpo.flow_grpo_loss(
-        replayed, flow, adv[rows], total=replayed.logp.numel(), low=cfg.image_clip,
+        replayed, flow, adv, total=replayed.logp.numel(), low=cfg.image_clip,
         high=cfg.image_clip)
     return loss.item()
 
@@ -258,8 +256,10 @@ def page(step: Step) -> str:
     step_ratio = (image_after - flow.logp)[i, 0].exp()
     every, one = slice(None), slice(i, i + 1)
     start = (text_loss(step.before[0], part.adv, cfg, every, every),
-             image_loss(step.before[1], part.adv, cfg, every, flow.logp.shape[1]))
-    step_loss = image_loss(step.after[1], part.adv, cfg, one, 1)
+             image_loss(step.before[1].flow, flow, part.adv, cfg))
+    first = map_rows(lambda column: column[one], flow)
+    replayed = flow_grpo.replay_of(step.after[1].flow.v[one, :1], first, steps=(0,))
+    step_loss = image_loss(replayed, first, part.adv[one], cfg)
     token_loss = text_loss(step.after[0], part.adv, cfg, one, slice(token, token + 1))
     step_hand = by_hand(image_after[i, 0], flow.logp[i, 0], adv, cfg.image_clip)
     token_hand = by_hand(text_after[i, token], text.logp[i, token], adv, cfg.text_clip)
