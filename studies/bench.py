@@ -137,7 +137,7 @@ def cudnn(run: train.Run) -> None:
     print(f"| NaN in the gradient of cuDNN's attention | {int(q.grad.isnan().sum())} |")
 
 
-def acting(run: train.Run, batches: tuple[int, ...] = (1, 8, 24), how: str = "") -> None:
+def acting(run: train.Run, batches: tuple[int, ...] = (1, 4, 8, 24, 96), how: str = "") -> None:
     """Read a prompt, write a thought, and denoise a step, by the size of the batch."""
     policy, cfg, device = run.policy, run.cfg, run.ranks.device
     size, W = (cfg.resolution,) * 2, cfg.think_tokens
