@@ -260,8 +260,8 @@ class Config:
     rollout_batch: int = setting(0, "samples drawn at once, in whole groups; 0: all")
     train_referee: float = setting(
         0.0,
-        "AdamW's rate for a SigLIP that learns from the policy's pictures and prompts; 0: "
-        "frozen [LVRPO Fig. 4]",
+        "AdamW's rate for a SigLIP that learns from the policy's pictures and prompts; 0: frozen "
+        "[LVRPO Fig. 4]",
     )
     cycle_by: str = setting(
         "rules",
@@ -271,8 +271,8 @@ class Config:
     )
     dv_by: str = setting(
         "geometric",
-        "how DVReward adds answers up: as they are, rounded, or one question about "
-        "the whole prompt",
+        "how DVReward adds answers up: as they are, rounded, or one question about the whole "
+        "prompt",
         choices=("geometric", "binary", "holistic"),
     )
     initial: int = setting(
@@ -280,16 +280,14 @@ class Config:
         least=1)
     rectify: str = setting(
         "off",
-        "reward of a refinement that is no better than its first picture: its own, the "
-        "group's least, or the "
-        "first picture's [AlphaGRPO's code]",
+        "reward of a refinement that is no better than its first picture: its own, the group's "
+        "least, or the first picture's [AlphaGRPO's code]",
         choices=("off", "group", "initial"),
     )
     pair: str = setting(
         "none",
-        "what the two halves of a pair share: the advantage of the summed reward, the sum "
-        "of both advantages, or "
-        "nothing",
+        "what the two halves of a pair share: the advantage of the summed reward, the sum of "
+        "both advantages, or nothing",
         choices=("joint", "sum", "none"),
     )
     alternate: bool = setting(False, "one task a step, in turns")
@@ -301,8 +299,8 @@ class Config:
     )
     advantage: str = setting(
         "group",
-        "whose std divides the centred reward: the group's (GRPO), the batch's "
-        "(AlphaGRPO), none (Dr. GRPO)",
+        "whose std divides the centred reward: the group's (GRPO), the batch's (AlphaGRPO), none "
+        "(Dr. GRPO)",
         choices=("group", "batch", "none"),
     )
     std: str = setting(
@@ -311,9 +309,8 @@ class Config:
     adv_clamp: float = setting(0.0, "bound of the advantage's size (AlphaGRPO: 5); 0: none")
     text_average: str = setting(
         "token",
-        "what counts alike in the text loss: the step's tokens (DAPO), its texts (GRPO), "
-        "or tokens over "
-        "N * longest (Dr. GRPO)",
+        "what counts alike in the text loss: the step's tokens (DAPO), its texts (GRPO), or "
+        "tokens over N * longest (Dr. GRPO)",
         choices=("token", "sequence", "constant"),
     )
     text_ratio: str = setting(
@@ -344,8 +341,8 @@ class Config:
     answer_tokens: int = setting(0, "most tokens of an answer", least=1)
     lora: int = setting(
         0,
-        "rank of adapters, with which the policy is its own reference; 0: all weights, against "
-        "a frozen copy",
+        "rank of adapters, with which the policy is its own reference; 0: all weights, against a "
+        "frozen copy",
     )
     shard: bool = setting(False, "FSDP2: cut weights, gradients and optimiser over the ranks")
     bf16: bool = setting(False, "compute in bf16; what is trained stays in fp32")
@@ -513,8 +510,8 @@ def check(cfg: Config, world: int) -> None:
         "--normalise each compares no refinement with its first picture; set --reflect 0")
     refuse(
         each and cfg.advantage != "group",
-        f"--advantage {cfg.advantage} has no effect: "
-        "--normalise each divides each reward by its group's std; leave one out",
+        f"--advantage {cfg.advantage} has no effect: --normalise each divides each reward by its "
+        "group's std; leave one out",
     )
     learning = f"--train_referee {cfg.train_referee}" if cfg.train_referee else ""
     refuse(
@@ -522,8 +519,8 @@ def check(cfg: Config, world: int) -> None:
         f"{learning} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
     refuse(
         learning and (cfg.shard or cfg.bf16),
-        f"{learning} trains a whole SigLIP in fp32 on "
-        "every rank; it does not go with --shard or --bf16",
+        f"{learning} trains a whole SigLIP in fp32 on every rank; it does not go with --shard or "
+        "--bf16",
     )
     halves = [task.name for task in used if task.pair]
     rows = " and ".join(f"--{name} {cfg.rows[name]}" for name in halves)
@@ -553,8 +550,8 @@ def check_task(cfg: Config, task: Task, world: int) -> None:
     refuse(count % world, f"{flag} prompts do not divide over {world} ranks; {fitting} would")
     refuse(
         not task.draws and not cfg.lr_understanding,
-        f"{flag} rows teach the understanding "
-        f"expert, which --lr_understanding 0 freezes; set --{task.name} 0",
+        f"{flag} rows teach the understanding expert, which --lr_understanding 0 freezes; set "
+        f"--{task.name} 0",
     )
 
 
@@ -567,6 +564,6 @@ def check_window(cfg: Config) -> None:
     last = cfg.denoise_steps - 1 if cps else cfg.denoise_steps  # cps has no noise in its last step
     refuse(
         not cfg.window <= cfg.window_high <= last,
-        f"--window {cfg.window} before --window_high "
-        f"{cfg.window_high} does not fit in {last} noisy steps",
+        f"--window {cfg.window} before --window_high {cfg.window_high} does not fit in {last} "
+        "noisy steps",
     )

@@ -44,16 +44,13 @@ from support.terminal import Arguments, number, one_line, plain_text, the_device
 TOY = Path(__file__).parent / "toy" / "policy"
 # The system prompts with which BAGEL was trained to think before an answer and before an image.
 THINK_TO_ANSWER = (
-    "You should first think about the reasoning process in the mind and then provide the user with "
-    "the answer. \n"
-    "The reasoning process is enclosed within <think> </think> tags, i.e. "
-    "<think> reasoning process here </think> answer here"
-)
+    "You should first think about the reasoning process in the mind and then provide the user "
+    "with the answer. \nThe reasoning process is enclosed within <think> </think> tags, i.e. "
+    "<think> reasoning process here </think> answer here")
 THINK_TO_DRAW = (
-    "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, i.e. "
-    "<think> planning process here </think> image here"
-)
+    "You should first think about the planning process in the mind and then generate the image. "
+    "\nThe planning process is enclosed within <think> </think> tags, i.e. <think> planning "
+    "process here </think> image here")
 Size = tuple[int, int]                                                  # (height, width) in pixels
 
 
@@ -363,9 +360,8 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
             start, stop = flow.window
             if start == stop:
                 raise ValueError(
-                    "an image drawn with an empty window has no noisy step to score; "
-                    "draw it with one"
-                )
+                    "an image drawn with an empty window has no noisy step to score; draw it "
+                    "with one")
             x, t = flow.latents[:, :-1], flow.times[start:stop]         # (N, W, M, F), (W,)
             v = reader.velocity(segment.size)(x.flatten(0, 1), t.repeat(len(x)))    # (N*W, M, F)
             out.append(Scored(segment, flow=flow_grpo.replay_of(v.view_as(x), flow)))

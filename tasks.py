@@ -60,9 +60,8 @@ WORDING = {
         look=f"{{prompt}} , {shapes.LOOK_AGAIN}", request=shapes.THINK, system_prompt=False),
     "bagel": Wording(
         look="The image above was made for this prompt: \"{prompt}\"\nCompare it with the prompt. "
-        "Say what does not match "
-        "and how to change it, or that nothing needs to change. Then draw the image that the "
-        "prompt asks for.",
+        "Say what does not match and how to change it, or that nothing needs to change. Then "
+        "draw the image that the prompt asks for.",
         request="First reason inside <think> </think> tags, then give the final answer inside "
         "<answer> </answer> tags.",
         system_prompt=True,
@@ -504,27 +503,24 @@ def check_rows(rows: list[dict], path: str, task: Task, cfg, policy: Policy) -> 
     for field in task.reads:
         if bare := [row for row in rows if not row.get(field)]:
             raise ValueError(
-                f"--{task.name} reads \"{field}\", which {len(bare)} rows of {path} "
-                "do "
-                f"not have; add it, or set --{task.name} 0"
-            )
+                f"--{task.name} reads \"{field}\", which {len(bare)} rows of {path} do not have; "
+                f"add it, or set --{task.name} 0")
     room = getattr(cfg, task.writes) if task.writes else 0
     tokenized = policy.token_ids([row[task.text] for row in rows], room)
     unknown = policy.tokenizer.unk_token_id     # BAGEL's tokenizer has none: it spells every word
     strange = [row[task.text] for row, ids in zip(rows, tokenized) if unknown in ids]
     if strange:
         say(
-            f"warning: {len(strange)} of {len(rows)} rows of {path} hold words that the policy was "
-            f"never taught, such as {strange[0][:60]!r}"
-        )
+            f"warning: {len(strange)} of {len(rows)} rows of {path} hold words that the policy "
+            f"was never taught, such as {strange[0][:60]!r}")
     if task.draws:
         check_drawn(rows, path, task, cfg)
     for answer in dict.fromkeys(row["answer"] for row in rows if task.writes and "answer" in row):
         length = len(policy.tokenizer(answer, add_special_tokens=False).input_ids)
         if length > room:
             raise ValueError(
-                f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} allows {room}"
-            )
+                f"the answer {answer[:60]!r} has {length} tokens, and --{task.writes} allows "
+                f"{room}")
 
 
 def check_drawn(rows: list[dict], path: str, task: Task, cfg) -> None:
@@ -539,9 +535,8 @@ def check_drawn(rows: list[dict], path: str, task: Task, cfg) -> None:
         if reading and bare:
             raise ValueError(
                 f"--{reading[0]} compares an edited image with a caption of it, and "
-                f"{bare[0][:60]!r} in {path} has no \"caption\"; add it, or use "
-                "--dvreward or --ins alone"
-            )
+                f"{bare[0][:60]!r} in {path} has no \"caption\"; add it, or use --dvreward or "
+                "--ins alone")
     if cfg.weights["recaption"] and cfg.cycle_by == "rules":
         for row in rows:
             caption_tuples(row.get(text, ""))

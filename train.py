@@ -411,14 +411,12 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
         clip = cfg.text_clip if name.endswith("text") else cfg.image_clip
         if gap > max(10 * clip, 0.05):
             raise ValueError(
-                f"self-check: rollout and replay differ by {gap:.2g} in log-probs of "
-                f"{name}; they must be one function"
-            )
+                f"self-check: rollout and replay differ by {gap:.2g} in log-probs of {name}; they "
+                "must be one function")
         if gap > clip:
             say(
-                f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the clip "
-                f"range {clip:g}"
-            )
+                f"warning: {name} log-probs differ by {gap:.2g} before any update, beyond the "
+                f"clip range {clip:g}")
     return out
 
 

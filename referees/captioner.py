@@ -98,8 +98,8 @@ def load_lpips(*, device="cpu") -> Callable:
             "or use --cycle_by rules") from error
     except OSError as error:
         raise ValueError(
-            "--cycle_by models needs torchvision's VGG-16, which could not be "
-            f"fetched ({error}); put vgg16-397923af.pth into "
+            f"--cycle_by models needs torchvision's VGG-16, which could not be fetched ({error}); "
+            "put vgg16-397923af.pth into "
             f"{torch.hub.get_dir()}/checkpoints, or use --cycle_by rules") from error
     model = model.to(device).eval().requires_grad_(False)
 

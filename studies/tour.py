@@ -31,8 +31,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 # One prompt of one task, so that the step has one thought and one image of each of eight samples.
 STEP = (
     "--think 1 --draw 0 --ask 0 --edit 0 --accuracy 0 --group_size 8 --steps 1 --epochs 1 "
-    "--eval_every 0"
-)
+    "--eval_every 0")
 SHOWN = (
     "a photo of a red square", "a drawing of two squares",
     "a photo of a square left of a circle")     # in docs/first.png, and an edit

@@ -134,8 +134,7 @@ def without_image_place(text: str, where: str) -> str:
     if not text or re.search(rf"{place}|<\|?video[^<>]*>", text, re.IGNORECASE):
         raise ValueError(
             f"{where}: {text[:60]!r} holds the place of an image; one image is read, before the "
-            "text: word the row without"
-        )
+            "text: word the row without")
     return text
 
 
@@ -230,8 +229,7 @@ def check_rules(rows: list[dict], path: str, text: str) -> None:
         raise ValueError(
             f"--ins reads GenEval's include and exclude, which {len(bare)} rows of {path} do not "
             f"have, such as {bare[0][:60]!r}; add them, or set --ins 0 and use --sem, --kn or "
-            "--dvreward"
-        )
+            "--dvreward")
 
 
 # ---- rows as tasks ask them ----
