@@ -357,7 +357,9 @@ def run(a) -> str:
     values = evaluate_rows(policy, a.seed, a.guidance, a.samples, a.split)
     table = table_of(values)
     text = print_table(table)
-    result = {"policy": a.policy, "seed": a.seed, "split": a.split, "table": as_json(table)}
+    result = {
+        "policy": a.policy, "seed": a.seed, "guidance": a.guidance, "samples": a.samples,
+        "split": a.split, "table": as_json(table)}
     if other:
         before = evaluate_rows(other, a.seed, a.guidance, a.samples, a.split)
         change = paired_change(before, values)

@@ -161,6 +161,7 @@ def test_a_policy_does_not_change_against_itself(monkeypatch, small, tmp_path, c
     out = tmp_path / "e.json"
     evaluation.main(["--against", str(TOY), "--samples", "2", "--out", str(out)])
     held = json.loads(out.read_text())
+    assert (held["guidance"], held["samples"], held["split"]) == (1.0, 2, "test")
     assert held["against"] == str(TOY)
     assert held["change"].keys() == held["table"].keys()
     assert {moved for moved, _ in held["change"].values()} == {0.0}
