@@ -24,7 +24,7 @@ from torch import Tensor
 import flow_grpo
 from policy import Guidance, Policy
 from rewards import Samples
-from sample import TOY, Draw, Read, See, Write, images_of, sample_plan, texts_of
+from sample import SAMPLING, TOY, Draw, Read, See, Write, images_of, sample_plan, texts_of
 from support.checkpoint import keep_gathered, load_policy
 from support.disk import write_atomic
 from support.memory import room_to_gather
@@ -34,8 +34,8 @@ from support.rows import Row
 from support.run import precision, read_log
 from support.terminal import Arguments, new_file, number, one_line, the_device
 from tasks import (
-    TASKS, WORDING, Choices, Source, Task, choices_of, first_pictures, guidance_of, random_place,
-    samples_of)
+    TASKS, WORDING, Choices, Source, Task, choices_of, first_pictures, guidance_of, keep_first,
+    random_place, samples_of)
 from toy import shapes
 from toy.world import detect, evenly_spaced, render_pixels
 
@@ -114,10 +114,25 @@ def evaluate_task(
     if task.parts:
         for part, each in task.parts(samples, found, detect).items():
             values[f"{name}/{part}"] = [mean_of_groups(each, G)]
+    if task.first:
+        values |= evaluate_stops(task, samples, G)
     if task.also:
         for key, value in task.also(rows, samples, found, G).items():
             values[key] = [np.array(value, dtype=float, ndmin=1)]
     return values
+
+
+def evaluate_stops(task: Task, samples: Samples, G: int) -> RowValues:
+    """What a task's refinements are worth if a diagnosis that nothing needs to change keeps the
+    picture before, and how many it keeps.
+    """
+    kept, samples = keep_first(samples, task, WORDING["toy"])
+    found = detect(samples.images)
+    values = {"self_kept": kept, "self": task.truth(samples, found)}
+    for part, each in task.parts(samples, found, detect).items():
+        values[f"self_{part}"] = each
+    del values["self_initial"]
+    return {f"{task.name}/{key}": [mean_of_groups(each, G)] for key, each in values.items()}
 
 
 def sample_truth(
@@ -237,9 +252,9 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     if not drawing:
         return None
     task, index = drawing[-1], list(range(4))
-    choices = choices_of(cfg, source.scale, (0, 0))
-    draw = replace(choices.draw, shared_noise=False)            # which would draw equal pictures
-    choices = replace(choices, draw=draw, again=None)
+    times = flow_grpo.time_grid(cfg.denoise_steps, SAMPLING[source.scale]["shift"])
+    draw = Draw((cfg.resolution, cfg.resolution), times)
+    choices = choices_of(cfg, source.scale, draw)
     rows = source.pools[task.name]((cfg.seed, 0, random_place(task)), 4, range(4))
     if task.refines:
         rows, _ = first_pictures(policy, rows, choices, seed=cfg.seed, step=0, index=index, n=1)

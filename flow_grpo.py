@@ -57,6 +57,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+FORMS = ("nft", "awm", "fpo")                    # of matching_loss
 Velocity = Callable[[Tensor, Tensor], Tensor]    # f(x (N, ...), t 0-dim) -> v (N, ...)
 
 
@@ -116,18 +117,6 @@ def draw_window(size: int, low: int, high: int, *, seed: int, step: int) -> tupl
         raise ValueError(f"a window of {size} steps does not fit between {low} and {high}")
     start = random.Random(f"{seed}/{step}").randint(low, high - size)
     return start, start + size
-
-
-def step_weights(times: Tensor, window: tuple[int, int], *, normalise: bool = False) -> Tensor:
-    """Return 1/|dt| of the window's steps, (W,), to weigh the surrogate [GRPO-Guard].
-
-    RatioNorm leaves gradients proportional to |dt|, which these weights undo. Without RatioNorm the
-    SDE's gradients grow as sqrt(|dt|), and these weights favour short steps. `normalise` divides
-    them by their mean, so that the size of the update stays as it was.
-    """
-    lengths = times[:-1] - times[1:]                                             # (K,)
-    weights = 1 / lengths[slice(*window)]                                        # (W,)
-    return weights / weights.mean() if normalise else weights
 
 
 # ---- one step ----
@@ -198,6 +187,34 @@ def gaussian_logp(
     return _reduce(logp.flatten(1), density)
 
 
+def step_weights(
+    times: Tensor, window: tuple[int, int], *, kind: str = "dt", noise_level: float = 1.0,
+    sampler: str = "sde", over: tuple[int, int] | None = None,
+) -> Tensor:
+    """Return weights of the window's steps for the surrogate, (W,).
+
+    "dt": 1/|dt| [GRPO-Guard]. RatioNorm leaves gradients proportional to |dt|, which these weights
+    undo. Without RatioNorm the SDE's gradients grow as sqrt(|dt|), and they favour short steps.
+    "flat": std / |d mean / dv|, Flash-GRPO's coefficient. A log-ratio has the gradient
+    (d mean / dv) noise / std on the velocity, which gets one size at every step.
+    `over` divides them by their mean over these steps (start, stop), so that the size of the update
+    stays as it was: the window, or, if that is one step, all steps that it may be.
+    Errors: ValueError for another kind.
+    """
+    weights = []
+    for t, t_next in zip(times[:-1], times[1:]):
+        # The mean is linear in x and v.
+        slope, std = transition(
+            torch.zeros(()), torch.ones(()), t, t_next, noise_level=noise_level, sampler=sampler)
+        each = dict(dt=1 / (t - t_next), flat=std / slope.abs())
+        if kind not in each:
+            raise ValueError(f'kind is "{kind}", expected "dt" or "flat"')
+        weights.append(each[kind])
+    weights = torch.stack(weights)                                               # (K,)
+    chosen = weights[slice(*window)]
+    return chosen if over is None else chosen / weights[slice(*over)].mean()
+
+
 # ---- rollout and replay ----
 
 def shared_noise(noise: Tensor, G: int) -> Tensor:
@@ -222,6 +239,11 @@ class Trajectory:
     logp: Tensor                      # (N, W) under the policy that sampled
     data: Tensor                      # (N, ...) final sample
     density: str = "mean"             # how logp was scored, see gaussian_logp
+
+    @property
+    def points(self) -> tuple[Tensor, Tensor]:
+        """Where a replay needs velocities: latents (N, W, ...) and their times (W,)."""
+        return self.latents[:, :-1], self.times[slice(*self.window)]
 
 
 @dataclass(frozen=True)
@@ -345,6 +367,47 @@ def replay_of(
         means.append(mean)
         logps.append(logp)
     return Replay(steps, torch.stack(logps, 1), torch.stack(means, 1), v)
+
+
+# ---- drawn samples with fresh noise ----
+
+@dataclass(frozen=True)
+class Renoised:
+    """N drawn samples with fresh noise at J times, where `matching_loss` compares velocities."""
+
+    times: Tensor                     # (J,)
+    latents: Tensor                   # (N, J, ...) (1-t) data + t noise
+    target: Tensor                    # (N, J, ...) noise - data
+    v: Tensor                         # (N, J, ...) under the policy that sampled
+    data: Tensor                      # (N, ...) final sample
+
+    @property
+    def points(self) -> tuple[Tensor, Tensor]:
+        """Where a replay needs velocities: latents (N, J, ...) and their times (J,)."""
+        return self.latents, self.times
+
+
+def stratified_times(J: int, *, seed: int, step: int) -> Tensor:
+    """Draw J times, (J,) fp32, one uniformly in each of J equal parts of 0..1, the noisiest first.
+
+    A function of (seed, step) alone, as `draw_window` is.
+    """
+    generator = random.Random(f"{seed}/{step}")
+    return torch.tensor([(j + generator.random()) / J for j in reversed(range(J))])
+
+
+@torch.no_grad()
+def renoise(velocity: Velocity, data: Tensor, times: Tensor, noise: Tensor) -> Renoised:
+    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,)."""
+    data, noise = _wide(data), _wide(noise)
+    times = times.to(data)
+    latents, velocities = [], []
+    for t, fresh in zip(times, noise):
+        x = (1 - t) * data + t * fresh                                           # (N, ...)
+        latents.append(x)
+        velocities.append(_wide(velocity(x, t)))
+    target = (noise - data).transpose(0, 1)                                      # (N, J, ...)
+    return Renoised(times, torch.stack(latents, 1), target, torch.stack(velocities, 1), data)
 
 
 # ---- ratio and penalties ----
@@ -476,6 +539,40 @@ def flow_grpo_loss(
     return loss.sum() / total, stats
 
 
+def matching_loss(
+    v: Tensor, drawn: Renoised, adv: Tensor, *, form: str, total: float | Tensor,
+    trust: float = 1.0, clip: float = 0.05, v_old: Tensor | None = None,
+    v_ref: Tensor | None = None, mse_weight: float = 0.0,
+) -> tuple[Tensor, dict]:
+    """Return a forward-process loss of a micro-batch and its diagnostics.
+
+    v (N, J, ...) are the velocities at drawn.points, u = drawn.target.
+    """
+    if v_old is None:
+        v_old = drawn.v
+    adv = adv.detach()[:, None]                                                  # (N, 1)
+    shift = _wide(v) - _wide(v_old).detach()                                     # (N, J, ...)
+    slope = 2 * (_wide(v_old).detach() - drawn.target) * shift
+    slope = slope.flatten(2).mean(-1)                                            # (N, J)
+    square = velocity_mse(v, v_old.detach())                                     # (N, J)
+    rise = slope + square                       # of the flow-matching error
+    ratio = (-rise).clamp(-3, 3).exp()
+    if form == "fpo":
+        loss = clipped_surrogate(ratio, adv, low=clip, high=clip)
+    elif form == "awm":
+        loss = adv * rise
+    elif form == "nft":
+        loss = adv * slope + trust * square
+    else:
+        raise ValueError(f'form is "{form}", expected "nft", "awm" or "fpo"')
+    stats = {"rise": rise.detach().mean(), "shift": square.detach().mean()}
+    if v_ref is not None:
+        mse = velocity_mse(v, v_ref.detach())
+        loss = loss + mse_weight * mse
+        stats["velocity_mse"] = mse.detach().mean()
+    return loss.sum() / total, stats
+
+
 @torch.no_grad()
 def flow_loss_stats(
     ratio: Tensor, log_ratio: Tensor, adv: Tensor, *, low: float, high: float
@@ -560,7 +657,7 @@ def improve(
         reward = above.float().view(B, G)
         adv = reward - reward.mean(1, keepdim=True)
         adv = adv / (reward.std(1, correction=0, keepdim=True) + 1e-4)           # (B, G)
-        weights = step_weights(times, window, normalise=True)
+        weights = step_weights(times, window, over=window)
         with torch.no_grad():
             reference = replay(in_plane(frozen), old)
         for _ in range(2):

@@ -11,6 +11,7 @@ import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from flow_grpo import FORMS
 from policy import PolicyConfig
 from rewards import REWARDS
 from support.disk import read_json
@@ -29,8 +30,8 @@ WORLD = Path(__file__).parent / "toy"
 UNIGRPO = dict(
     accuracy=(1.0, "d: none"),
     text_average=("sequence", "p"),
-    ratio_norm=(True, "p"),
-    step_weights=(True, "d: none in Eq. 6"),
+    image_loss=("ratio_norm", "p"),
+    step_weights=("dt", "d: none in Eq. 6"),
     epochs=(2, "p"),
     # Eq. 8 with 1.5e-5 as a sum over the 65,536 entries of a latent at 512 pixels is 0.98 on
     # their mean. As a weight on the mean, 1.5e-5 would hold nothing.
@@ -42,7 +43,6 @@ UNIGRPO_TOY = dict(
 ALPHAGRPO = dict(
     dvreward=(1.0, "d: Qwen3-VL-30B, each question alone"),
     advantage=("batch", "p"),
-    adv_clamp=(5.0, "d: 5, images alone"),
     text_ratio=("sequence", "p"),
     text_average=("sequence", "p"),
     text_clip=(0.2, "p"),
@@ -55,12 +55,12 @@ ALPHAGRPO_BAGEL = dict(
 CORL_IMAGES = dict(
     recaption=(1.0, "d: SPICE"),
     tim=(1.0, "d: states of the moving policy"),
-    std=("unbiased", "p"),
+    advantage=("unbiased", "p"),
     image_weight=(300.0, "d: 1"),
-    step_weights=(True, "d: none"),
+    step_weights=("dt", "d: none"),
 )
 CORL_QUESTIONS = dict(
-    format=(1.0, "p"), group_size=(16, "p"), std=("unbiased", "p"),
+    format=(1.0, "p"), group_size=(16, "p"), advantage=("unbiased", "p"),
     text_average=("sequence", "p"), text_beta=(0.02, "p"),
     toy=dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
     bagel=dict(think_tokens=(512, "p"), lr_understanding=(1e-6, "d: 1e-6, all weights")))
@@ -77,7 +77,7 @@ RECIPES = {
         text_beta=(0.02, "o"),
         image_beta=(0.003, "o"),
         image_weight=(300.0, "o"),
-        step_weights=(True, "o"),
+        step_weights=("dt", "o"),
         epochs=(2, "o"),
         toy=dict(ins=(1.0, "d: binary rules, by reviews")),
         # With a weight, plain prompts would be refused: r_ins reads GenEval's fields in every row.
@@ -105,7 +105,7 @@ RECIPES = {
         think=(32, "p"),
         format=(1.0, "d: closed at the very end"),
         toy=dict(
-            image_weight=(300.0, "d: 1, text : image 1 : 1"), step_weights=(True, "d: none"),
+            image_weight=(300.0, "d: 1, text : image 1 : 1"), step_weights=("dt", "d: none"),
             lr_generation=(3e-4, "d: 5e-5")),
         # The 16 and 40 steps of its code are points of the grid, 15 and 39 calls of the velocity.
         bagel=dict(
@@ -120,7 +120,7 @@ RECIPES = {
         # Without a penalty the toy forgets to leave the rest of a picture as it is.
         toy=dict(
             image_weight=(300.0, "d: 1, text : image 1 : 5"), image_beta=(0.003, "d: 0"),
-            step_weights=(True, "d: none"), lr_generation=(2e-4, "d: 5e-5"),
+            step_weights=("dt", "d: none"), lr_generation=(2e-4, "d: 5e-5"),
             steps=(75, "d: 10 epochs")),
         bagel=dict(
             **ALPHAGRPO_BAGEL, initial=(7, "p"), denoise_steps=(39, "p"), window=(5, "p"),
@@ -192,11 +192,13 @@ SCALES = {
         siglip="google/siglip2-so400m-patch14-384",
         judge="google/paligemma2-3b-mix-448",
         captioner="Salesforce/blip-image-captioning-base",
-        cycle_by="models",
         pref_model="yuvalkirstain/PickScore_v1",
         detector="google/owlv2-base-patch16-ensemble",
     ),
 }
+
+# What a recipe or a scale sets of noisy steps, as a matching loss has it.
+NOISELESS = dict(shared_noise=False, step_weights="none", image_beta=0.0)
 
 
 def setting(
@@ -245,7 +247,9 @@ class Config:
     judge: str = setting(
         str(WORLD / "judge"), "yes/no judge of r_kn and DVReward: a folder or hub name")
     captioner: str = setting(
-        str(WORLD / "captioner"), "BLIP captioner of --recaption: a folder or hub name")
+        str(WORLD / "captioner"),
+        "BLIP captioner of --recaption: a folder or hub name; CoRL's cycle compares with the "
+        "toy's by rule and SSIM, with others by BERTScore and LPIPS")
     pref_model: str = setting("", "PickScore or HPSv2 for --pref: a folder or hub name")
     detector: str = setting(
         "", "OWLv2, the detector of r_ins in pictures of files: a folder or hub name")
@@ -263,12 +267,6 @@ class Config:
         "AdamW's rate for a SigLIP that learns from the policy's pictures and prompts; 0: frozen "
         "[LVRPO Fig. 4]",
     )
-    cycle_by: str = setting(
-        "rules",
-        "how CoRL's cycle compares: captions by rule and images by SSIM, or captions by "
-        "BERTScore and images by LPIPS",
-        choices=("rules", "models"),
-    )
     dv_by: str = setting(
         "geometric",
         "how DVReward adds answers up: as they are, rounded, or one question about the whole "
@@ -284,6 +282,16 @@ class Config:
         "least, or the first picture's [AlphaGRPO's code]",
         choices=("off", "group", "initial"),
     )
+    credit: str = setting(
+        "last",
+        "what the pictures of two rounds, and the thoughts before them, earn: what the last is "
+        "worth, or each its own gain over the one before [R3]",
+        choices=("last", "gain"),
+    )
+    stop: float = setting(
+        0.0,
+        "above 0, a diagnosis that nothing needs to change keeps the picture, and this share of "
+        "--reflect refines the best of --initial first pictures, not the lowest [R3]")
     pair: str = setting(
         "none",
         "what the two halves of a pair share: the advantage of the summed reward, the sum of "
@@ -293,20 +301,16 @@ class Config:
     alternate: bool = setting(False, "one task a step, in turns")
     normalise: str = setting(
         "sum",
-        "add rewards, then normalise [LVRPO]; or normalise each, then add [TRL's "
-        "normalize_then_sum]",
+        "add rewards, then normalise [LVRPO]; or normalise each, then add [with --advantage "
+        "batch GDPO, TRL's normalize_then_sum]",
         choices=("sum", "each"),
     )
     advantage: str = setting(
         "group",
-        "whose std divides the centred reward: the group's (GRPO), the batch's (AlphaGRPO), none "
-        "(Dr. GRPO)",
-        choices=("group", "batch", "none"),
+        "whose std divides the centred reward: the group's, with divisor n (GRPO) or n - 1 "
+        "(TRL, CoRL); the batch's, then at most 5 in size (AlphaGRPO); none (Dr. GRPO)",
+        choices=("group", "unbiased", "batch", "none"),
     )
-    std: str = setting(
-        "population", "divisor n (Flow-GRPO, AlphaGRPO) or n - 1 (TRL, CoRL)",
-        choices=("population", "unbiased"))
-    adv_clamp: float = setting(0.0, "bound of the advantage's size (AlphaGRPO: 5); 0: none")
     text_average: str = setting(
         "token",
         "what counts alike in the text loss: the step's tokens (DAPO), its texts (GRPO), or "
@@ -322,18 +326,34 @@ class Config:
     text_weight: float = setting(1.0, "weight of the text loss")
     image_weight: float = setting(
         1.0, "weight of the image loss, its penalties included [UniGRPO Eq. 7: lambda]")
-    image_clip: float = setting(0.0, "clip range of a noisy step's ratio")
+    image_loss: str = setting(
+        "grpo",
+        "FlowGRPO, or with RatioNorm [GRPO-Guard, UniGRPO Eq. 5]; or a matching loss of pictures "
+        "of the plain ODE: DiffusionNFT, AWM, FPO",
+        choices=("grpo", "ratio_norm", *FORMS),
+    )
+    old_decay: float = setting(
+        0.0,
+        "decay of the average of weights that is a matching loss's old policy; 0: it is the "
+        "policy that sampled",
+    )
+    image_clip: float = setting(0.0, "clip range of a noisy step's ratio, or of fpo's")
     image_beta: float = setting(0.0, "weight of the transition KL to the reference")
     mse_weight: float = setting(0.0, "weight of |v - v_ref|^2, a mean over entries [UniGRPO Eq. 8]")
-    ratio_norm: bool = setting(False, "RatioNorm [GRPO-Guard, UniGRPO Eq. 5]")
-    step_weights: bool = setting(False, "weigh noisy steps by 1/|dt| [GRPO-Guard]")
+    step_weights: str = setting(
+        "none",
+        "weigh noisy steps by 1/|dt| [GRPO-Guard], or so that their gradients on the velocity are "
+        "of one size",
+        choices=("none", "dt", "flat"),
+    )
     epochs: int = setting(1, "optimiser steps per batch", least=1)
     guidance: float = setting(1.0, "scale of text guidance in drawing; 1: none", least=1)
     denoise_steps: int = setting(0, "K, calls of the velocity per image", least=1)
     noise_level: float = setting(0.0, "size of the noise in noisy steps", above=0)
     sampler: str = setting("sde", "noise of Flow-GRPO or Flow-CPS", choices=("sde", "cps"))
     window: int = setting(
-        0, "W, noisy steps per image, in one run somewhere before --window_high", least=1)
+        0, "W, noisy steps per image, in one run before --window_high; or a matching loss's times",
+        least=1)
     window_high: int = setting(0, "the step before which the noise ends")
     shared_noise: bool = setting(False, "one initial noise per group")
     resolution: int = setting(0, "pixels per side", least=1)
@@ -359,6 +379,16 @@ class Config:
         """Whether a penalty compares with the frozen policy."""
         return self.recipe != "control" and bool(
             self.text_beta or self.image_beta or self.mse_weight)
+
+    @property
+    def cycles_by_rule(self) -> bool:
+        """Whether CoRL's cycle compares captions by rule and images by SSIM."""
+        return self.captioner == str(WORLD / "captioner")
+
+    @property
+    def matches(self) -> bool:
+        """Whether images learn by a matching loss."""
+        return self.image_loss in FORMS
 
     @property
     def needs_reference(self) -> bool:
@@ -432,6 +462,8 @@ def parse(argv: list[str] | None = None) -> Config:
     if any(given.get(task.file) for task in TASKS.values()):
         # A task without a file is left out by default.
         chosen |= {name: 0 for name, task in TASKS.items() if not given.get(task.file)}
+    if given.get("image_loss", chosen.get("image_loss")) in FORMS:
+        chosen |= NOISELESS
     chosen |= given
     rows = {name: chosen.pop(name, 0) for name in TASKS}
     scoring = {reward for name, task in TASKS.items() if rows[name] for reward in rewards_of(task)}
@@ -504,15 +536,23 @@ def check(cfg: Config, world: int) -> None:
         f"--rectify {cfg.rectify} --initial {cfg.initial} are for refinements, and no task of "
         "this run refines; see --reflect",
     )
+    comparing = [task for task in used if task.first]
+    gain = cfg.credit == "gain"
+    refuse(
+        (gain or cfg.stop) and not comparing,
+        f"--credit {cfg.credit} --stop {cfg.stop} are for pictures that are drawn again, and no "
+        "task of this run does so; see --reflect and --rounds")
+    refuse(cfg.stop > 1, f"--stop {cfg.stop}: must be a share, at most 1")
     each = cfg.normalise == "each"
     refuse(
-        each and refining,
-        "--normalise each compares no refinement with its first picture; set --reflect 0")
+        each and (refining or gain),
+        "--normalise each compares no picture with the one before; set --reflect 0 --credit last")
     refuse(
-        each and cfg.advantage != "group",
-        f"--advantage {cfg.advantage} has no effect: --normalise each divides each reward by its "
-        "group's std; leave one out",
+        each and cfg.advantage == "none",
+        "--advantage none has no effect: --normalise each divides each reward by its group's std; "
+        "leave one out",
     )
+    check_matching(cfg)
     learning = f"--train_referee {cfg.train_referee}" if cfg.train_referee else ""
     refuse(
         learning and not (cfg.weights["sem"] or cfg.weights["dense"]),
@@ -534,8 +574,11 @@ def check(cfg: Config, world: int) -> None:
     refuse(
         Path(cfg.policy).resolve() == own.resolve(),
         f"--policy {cfg.policy} is where this run would write its own policy; give another --out")
-    refuse(cfg.ema >= 1, f"--ema {cfg.ema}: must be below 1, or the average would never move")
-    check_window(cfg)
+    for name, decay in dict(ema=cfg.ema, old_decay=cfg.old_decay).items():
+        refuse(
+            decay >= 1, f"--{name} {decay}: must be below 1, or the average would never move")
+    if not cfg.matches:
+        check_window(cfg)
 
 
 def check_task(cfg: Config, task: Task, world: int) -> None:
@@ -553,6 +596,19 @@ def check_task(cfg: Config, task: Task, world: int) -> None:
         f"{flag} rows teach the understanding expert, which --lr_understanding 0 freezes; set "
         f"--{task.name} 0",
     )
+
+
+def check_matching(cfg: Config) -> None:
+    """ValueError for settings of noisy steps with a matching loss, or the reverse."""
+    refuse(
+        cfg.old_decay and not cfg.matches,
+        f"--old_decay {cfg.old_decay} is of a matching loss; set --image_loss to one of "
+        f"{', '.join(FORMS)}")
+    for name, value in NOISELESS.items():
+        refuse(
+            cfg.matches and getattr(cfg, name) != value,
+            f"--{name} {getattr(cfg, name)} is of noisy steps, which --image_loss "
+            f"{cfg.image_loss} does not have; leave it out")
 
 
 def check_window(cfg: Config) -> None:

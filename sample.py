@@ -96,6 +96,7 @@ class Draw:
     noise_level: float = 0.0
     sampler: str = "sde"                        # see flow_grpo.transition
     shared_noise: bool = False                  # one initial noise per group
+    renoised: Tensor | None = None              # (J,) times at which a matching loss reads it
 
 
 # ---- what a trajectory keeps ----
@@ -127,7 +128,7 @@ class Picture:
         None  # as the ViT reads them; of a chosen one if it is read back
     )
     latents: Tensor | None = None                                       # (B, M, F) clean
-    flow: flow_grpo.Trajectory | None = None    # None: the image was given
+    flow: flow_grpo.Trajectory | flow_grpo.Renoised | None = None   # None: the image was given
 
     @property
     def is_given(self) -> bool:
@@ -146,22 +147,33 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scored:
-    """A chosen segment under the weights of a replay: logp (N, L), or an image's flow."""
+    """A chosen segment under the weights of a replay: a text's logp (N, L), or the velocities at
+    an image's points.
+    """
 
     segment: Text | Picture
     logp: Tensor | None = None
-    flow: flow_grpo.Replay | None = None
+    v: Tensor | None = None                     # (N, W or J, M, F)
 
     @property
     def kind(self) -> str:
-        return "text" if self.flow is None else "image"
+        return "text" if self.v is None else "image"
+
+    @property
+    def flow(self) -> flow_grpo.Replay | None:
+        """The noisy steps of an image."""
+        return None if self.v is None else flow_grpo.replay_of(self.v, self.segment.flow)
 
     @property
     def gaps(self) -> Tensor:
-        """|replay - rollout| of the log-probs of what was chosen: tokens, or noisy steps."""
-        if self.flow is None:
+        """|replay - rollout| of what was chosen: log-probs of tokens or noisy steps, or velocities.
+        """
+        if self.v is None:
             return (self.logp - self.segment.logp)[self.segment.chosen].abs()
-        return (self.flow.logp - self.segment.flow.logp).flatten().abs()
+        drawn = self.segment.flow
+        if isinstance(drawn, flow_grpo.Renoised):
+            return (self.v - drawn.v).flatten().abs()
+        return (self.flow.logp - drawn.logp).flatten().abs()
 
 
 class Reader:
@@ -311,14 +323,17 @@ def write(policy: Policy, item: Write, reader: Reader, generators: list[torch.Ge
 
 def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Generator]) -> Picture:
     """Draw an image and keep its trajectory."""
-    W = item.window[1] - item.window[0]
-    noise = initial_noise(policy, item.size, generators, W)                         # (1+W, N, M, F)
+    count = item.window[1] - item.window[0] if item.renoised is None else len(item.renoised)
+    noise = initial_noise(policy, item.size, generators, count)         # (1 + W or J, N, M, F)
     start = noise[0]                                                                # (N, M, F)
     if item.shared_noise:
         start = flow_grpo.shared_noise(start[::reader.repeats], reader.repeats)
+    velocity = reader.velocity(item.size)
     flow = flow_grpo.rollout(
-        reader.velocity(item.size), start, item.times.to(policy.device), window=item.window,
+        velocity, start, item.times.to(policy.device), window=item.window,
         noise_level=item.noise_level, sampler=item.sampler, step_noise=noise[1:])
+    if item.renoised is not None:
+        flow = flow_grpo.renoise(velocity, flow.data, item.renoised, noise[1:])
     return Picture(item.size, flow=flow)
 
 
@@ -356,17 +371,15 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
         elif segment.is_given:
             reader.image(segment.pixels, segment.latents, segment.size)
         else:
-            flow = segment.flow
-            start, stop = flow.window
-            if start == stop:
+            x, t = segment.flow.points                                  # (N, W, M, F), (W,)
+            if not len(t):
                 raise ValueError(
                     "an image drawn with an empty window has no noisy step to score; draw it "
-                    "with one")
-            x, t = flow.latents[:, :-1], flow.times[start:stop]         # (N, W, M, F), (W,)
+                    "with one, or renoise it")
             v = reader.velocity(segment.size)(x.flatten(0, 1), t.repeat(len(x)))    # (N*W, M, F)
-            out.append(Scored(segment, flow=flow_grpo.replay_of(v.view_as(x), flow)))
+            out.append(Scored(segment, v=v.view_as(x)))
             if segment.pixels is not None:
-                reader.image(segment.pixels, flow.data, segment.size)
+                reader.image(segment.pixels, segment.flow.data, segment.size)
     return out
 
 
@@ -378,6 +391,7 @@ ROWS = {
     Text: ("tokens", "mask", "chosen", "logp"),
     Picture: ("size", "pixels", "latents", "flow"),
     flow_grpo.Trajectory: ("latents", "means", "logp", "data"),
+    flow_grpo.Renoised: ("latents", "target", "v", "data"),
 }
 
 
@@ -451,10 +465,14 @@ def chosen_pictures(rollout: Rollout) -> list[Picture]:
     ]
 
 
-def texts_of(policy: Policy, rollout: Rollout) -> list[str] | None:
-    """What the samples wrote last, N strings without marker tokens, or None."""
+def texts_of(policy: Policy, rollout: Rollout, last: int = 1) -> list[str] | None:
+    """What the samples wrote last, or (last=2) before that: N strings without marker tokens, or
+    None.
+    """
     texts = chosen_texts(rollout)
-    return policy.decode_text(texts[-1].tokens, texts[-1].chosen) if texts else None
+    if len(texts) < last:
+        return None
+    return policy.decode_text(texts[-last].tokens, texts[-last].chosen)
 
 
 def images_of(policy: Policy, rollout: Rollout, last: int = 1) -> Tensor | None:
@@ -482,7 +500,8 @@ class Round:
 def refine(
     policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable[[Tensor], Tensor],
     first: list, again: list, *, look: str, seed: int,
-    guidance: tuple[Guidance | None, Guidance | None] = (None, None), system: bool = False
+    guidance: tuple[Guidance | None, Guidance | None] = (None, None), system: bool = False,
+    stop: str = ""
 ) -> list[Round]:
     """Draw, then look at what is kept and draw again, `rounds` times -> rounds + 1 Rounds.
     [AlphaGRPO]
@@ -490,9 +509,9 @@ def refine(
     select: which picture is kept. "always": the new one (AlphaGRPO's code); "judge": the new one if
     its value is higher;
     "oracle": the new one if the old one's value is below 1, which asks the truth (AlphaGRPO's
-    released evaluation). value: images (N, 3, H, W) in [0, 1] -> (N,). first, again: what follows
-    the prompt, and the instruction `look`, in the plan. system: BAGEL's think prompt before what
-    writes a thought.
+    released evaluation); "self": the new one, unless the text before it says `stop` [R3]. value:
+    images (N, 3, H, W) in [0, 1] -> (N,). first, again: what follows the prompt, and the
+    instruction `look`, in the plan. system: BAGEL's think prompt before what writes a thought.
     """
     N = len(prompts)
     looks = Read([look.format(prompt=prompt) for prompt in prompts])
@@ -513,7 +532,10 @@ def refine(
         source = kept * 2 - 1
         seen = [See(vit_pixels(policy, source), source), looks]
         drawn, worth, texts = walk(seen, again, step, guidance[1])
-        better = {"always": worth == worth, "judge": worth > best, "oracle": best < 1}[select]
+        said = torch.tensor([stop in text.lower() for text in texts or [""] * N])   # (N,)
+        better = {
+            "always": worth == worth, "judge": worth > best, "oracle": best < 1, "self": ~said
+        }[select]
         kept = torch.where(better.to(drawn.device)[:, None, None, None], drawn, kept)
         out.append(Round(drawn, worth, kept, torch.where(better, worth, best), texts))
     return out

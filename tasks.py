@@ -52,18 +52,21 @@ class Wording:
 
     look: str  # the instruction after an image that is to be refined
     request: str  # after a question: answer it in <think> and <answer> tags
+    stop: str                                   # what a diagnosis says that keeps the picture
     system_prompt: bool                         # whether BAGEL's think prompt comes first
 
 
 WORDING = {
     "toy": Wording(
-        look=f"{{prompt}} , {shapes.LOOK_AGAIN}", request=shapes.THINK, system_prompt=False),
+        look=f"{{prompt}} , {shapes.LOOK_AGAIN}", request=shapes.THINK,
+        stop=shapes.RIGHT, system_prompt=False),
     "bagel": Wording(
         look="The image above was made for this prompt: \"{prompt}\"\nCompare it with the prompt. "
         "Say what does not match and how to change it, or that nothing needs to change. Then "
         "draw the image that the prompt asks for.",
         request="First reason inside <think> </think> tags, then give the final answer inside "
         "<answer> </answer> tags.",
+        stop="nothing needs to change",
         system_prompt=True,
     ),
 }
@@ -120,6 +123,13 @@ class Task:
     def draws(self) -> bool:
         return "images" in self.gives
 
+    @property
+    def first(self) -> str:
+        """The field of rewards.Samples that holds the picture before the last, or nothing."""
+        if self.refines:
+            return "sources"
+        return "earlier" if self.rounds > 1 else ""
+
 
 # ---- layouts ----
 
@@ -171,28 +181,33 @@ def rounds_plan(rows: list[Row], choices: Choices) -> list:
 @torch.no_grad()
 def first_pictures(
     policy: Policy, rows: list[Row], choices: Choices, *, seed: int, step: int, index: list[int],
-    n: int, value: Callable[[Samples], Tensor] | None = None, guidance: Guidance | None = None
+    n: int, value: Callable[[Samples], Tensor] | None = None, guidance: Guidance | None = None,
+    best: float = 0.0
 ) -> tuple[list[Row], Tensor | None]:
     """Rows with the picture that is to be refined, and its value (B,). [AlphaGRPO]
 
     The policy draws n pictures of each prompt, by the ODE and without a thought; the one of least
-    value is refined. Without `value` n must be 1, and None comes back. The samples' numbers start
-    beyond those of any group, so that they share no noise with the refinements.
+    value is refined, or of most value for a share `best` of the prompts. Without `value` n must be
+    1, and None comes back. The samples' numbers start beyond those of any group, so that they share
+    no noise with the refinements.
     """
     plain = replace(choices, draw=Draw(choices.draw.size, choices.draw.times))
     rollout = sample_plan(
         policy, draw_plan(rows, plain), seed=seed, step=step, prompts=index, G=n,
         first_sample=FIRST_PICTURES, guidance=guidance)
     samples = samples_of(policy, TASKS["draw"], rows, rollout)
-    worst, least = torch.arange(len(rows)) * n, None                                # (B,)
+    chosen, worth = torch.arange(len(rows)) * n, None                               # (B,)
     if value is not None:
-        least, place = value(samples).view(-1, n).min(1)                            # (B,)
-        worst = worst + place
-    images = samples.images[worst.to(samples.images.device)] * 2 - 1                # (B, 3, H, W)
+        values = value(samples).view(-1, n)                                         # (B, n)
+        ends = torch.tensor([int((i + 1) * best) > int(i * best) for i in index])   # (B,)
+        place = torch.where(ends.to(values.device), values.argmax(1), values.argmin(1))
+        worth = values.gather(1, place[:, None])[:, 0]
+        chosen = chosen + place.to(chosen)
+    images = samples.images[chosen.to(samples.images.device)] * 2 - 1               # (B, 3, H, W)
     drawn = []
     for row, pixels, image in zip(rows, vit_pixels(policy, images), images):
         drawn.append(replace(row, pixels=pixels, full=image, source=image * 0.5 + 0.5))
-    return drawn, least
+    return drawn, worth
 
 
 # ---- the table ----
@@ -311,19 +326,25 @@ class Batch:
             yield self.rows[i:i + count], self.index[i:i + count]
 
 
-def choices_of(
-    cfg, scale: str, window: tuple[int, int], second: tuple[int, int] | None = None
-) -> Choices:
-    """A training run's choices, with the step's windows of noisy steps: of the image, and of the
-    second of two rounds.
+def draw_of(cfg, scale: str, place: int) -> Draw:
+    """How a training run draws: with a window of noisy steps, or by the ODE with times at which a
+    matching loss reads the picture. place: a step s, or -1 - s for the second of two rounds.
     """
     times = flow_grpo.time_grid(cfg.denoise_steps, SAMPLING[scale]["shift"])
-    draw = Draw(
-        size=(cfg.resolution, cfg.resolution), times=times, window=window,
-        noise_level=cfg.noise_level, sampler=cfg.sampler, shared_noise=cfg.shared_noise)
+    plain = Draw((cfg.resolution, cfg.resolution), times)
+    if cfg.matches:
+        chosen = flow_grpo.stratified_times(cfg.window, seed=cfg.seed, step=place)
+        return replace(plain, renoised=chosen)
+    window = flow_grpo.draw_window(cfg.window, 0, cfg.window_high, seed=cfg.seed, step=place)
+    return replace(
+        plain, window=window, noise_level=cfg.noise_level, sampler=cfg.sampler,
+        shared_noise=cfg.shared_noise)
+
+
+def choices_of(cfg, scale: str, draw: Draw, again: Draw | None = None) -> Choices:
+    """A training run's choices; again: how the second of two rounds is drawn."""
     think, answer = Write(cfg.think_tokens), Write(cfg.answer_tokens)
-    return Choices(
-        think, answer, draw, WORDING[scale], again=replace(draw, window=second or window))
+    return Choices(think, answer, draw, WORDING[scale], again=again)
 
 
 def guidance_of(cfg, sees: bool) -> Guidance | None:
@@ -386,11 +407,8 @@ class Source:
     def batches(self, step: int, ranks) -> list[Batch]:
         """This rank's share of the step's rows, one Batch per task in use."""
         cfg, out, first = self.cfg, [], 0
-        windows = [
-            flow_grpo.draw_window(cfg.window, 0, cfg.window_high, seed=cfg.seed, step=s)
-            for s in (step, -1 - step)
-        ]
-        choices = choices_of(cfg, self.scale, *windows)
+        draws = [draw_of(cfg, self.scale, place) for place in (step, -1 - step)]
+        choices = choices_of(cfg, self.scale, *draws)
         tasks = [self.tasks[step % len(self.tasks)]] if cfg.alternate else self.tasks
         for task in tasks:
             count = cfg.rows[task.name]
@@ -401,8 +419,10 @@ class Source:
         return out
 
 
-def samples_of(policy: Policy, task: Task, rows: list[Row], rollout: Rollout) -> Samples:
-    """What rewards read of a rollout of these rows."""
+def samples_of(
+    policy: Policy, task: Task, rows: list[Row], rollout: Rollout, last: int = 1
+) -> Samples:
+    """What rewards read of a rollout of these rows; last=2: of the first of its two rounds."""
     repeated = [row for row in rows for _ in range(rollout.G)]
 
     def images(name: str) -> Tensor | None:
@@ -412,12 +432,23 @@ def samples_of(policy: Policy, task: Task, rows: list[Row], rollout: Rollout) ->
 
     return Samples(
         prompts=[row.wanted or row.text for row in repeated],
-        metadata=[row.metadata for row in repeated], texts=texts_of(policy, rollout),
-        images=images_of(policy, rollout), sources=images("source"), reals=images("real"),
+        metadata=[row.metadata for row in repeated], texts=texts_of(policy, rollout, last),
+        images=images_of(policy, rollout, last), sources=images("source"), reals=images("real"),
         answers=None if rows[0].answer is None else [row.answer for row in repeated],
         options=[row.options for row in repeated],
         formats=[task.form] * len(repeated) if task.form else None,
-        earlier=images_of(policy, rollout, last=2))
+        earlier=images_of(policy, rollout, last + 1))
+
+
+def keep_first(samples: Samples, task: Task, wording: Wording) -> tuple[Tensor, Samples]:
+    """Which samples say that nothing needs to change, (N,); and all of them, of which these have
+    the picture before the last in place of the last. [R3]
+    """
+    kept = torch.tensor([wording.stop in text.lower() for text in samples.texts])   # (N,)
+    kept = kept.to(samples.images.device)
+    first = getattr(samples, task.first)
+    images = torch.where(kept[:, None, None, None], first, samples.images)
+    return kept, replace(samples, images=images)
 
 
 def token_states(reference: Callable, precision: Callable, size: int) -> Callable:
@@ -473,7 +504,7 @@ def counts(rollout: Rollout, per: str, most: int) -> Tensor:
         texts += {
             "token": int(text.chosen.sum()), "sequence": len(text.chosen),
             "constant": len(text.chosen) * most}[per]
-    steps = sum(picture.flow.logp.numel() for picture in chosen_pictures(rollout))
+    steps = sum(picture.flow.points[0][..., 0, 0].numel() for picture in chosen_pictures(rollout))
     return torch.tensor([texts, steps], dtype=torch.float64)
 
 
@@ -537,6 +568,6 @@ def check_drawn(rows: list[dict], path: str, task: Task, cfg) -> None:
                 f"--{reading[0]} compares an edited image with a caption of it, and "
                 f"{bare[0][:60]!r} in {path} has no \"caption\"; add it, or use --dvreward or "
                 "--ins alone")
-    if cfg.weights["recaption"] and cfg.cycle_by == "rules":
+    if cfg.weights["recaption"] and cfg.cycles_by_rule:
         for row in rows:
             caption_tuples(row.get(text, ""))

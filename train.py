@@ -42,7 +42,7 @@ from recipes import SCALES, Config, check, describe, parse, recipe_table
 from referees.build import build_rewards, hub_commits, referee_bytes
 from referees.siglip import Learner
 from rewards import Samples
-from sample import Rollout, Text, chosen_texts, join, replay_rollout, sample_plan
+from sample import Picture, Rollout, Text, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan
 from support.checkpoint import (
     freeze, keep_gathered, load_policy, reset_adapters, save_adapters, save_policy, shard)
 from support.lora import adapters_off
@@ -52,9 +52,11 @@ from support.run import (
     refuse_finished, run_state, save_checkpoint, setup, signals, stop_if_asked)
 from support.terminal import one_line, say
 from tasks import (
-    Batch, Source, counts, first_pictures, guidance_of, in_use, micro_batches, rewards_of,
-    samples_of, token_states, truth_and_variety)
+    Batch, Source, counts, first_pictures, guidance_of, in_use, keep_first, micro_batches,
+    rewards_of, samples_of, token_states, truth_and_variety)
 
+TRUST = float(os.environ.get("TRUST", 1))
+BATCH_CLAMP = 5.0  # largest advantage in units of the batch's std [AlphaGRPO]
 TEXT_HALF = 0.8  # weight of a pair's text half; the image half has 1 [CoRL: lambda]
 
 # ---- what lives through a run, and through a step ----
@@ -70,6 +72,7 @@ class Run:
     frozen: Policy | None  # the reference of full training; None if adapters switch off
     optimizer: torch.optim.Optimizer
     average: Average
+    follower: Average | None  # the old policy of a matching loss, with --old_decay
     source: Source
     rewards: dict[str, rewards.Reward]
     imitation: object                           # more pretraining, for the control; else None
@@ -90,13 +93,20 @@ class Part:
     samples: Samples
     rewards: dict[str, Tensor]                  # name -> (n,)
     stats: dict[str, float]                     # of this rank's samples
-    adv: Tensor | None = None                                                       # (n,)
+    earlier: dict[str, Tensor] | None = None    # rewards of the first round, with --credit gain
+    kept: Tensor | None = None  # (n,) whether it keeps the picture before the last, with --stop
+    advs: list[Tensor] = field(default_factory=list)    # (n,) of all rounds, or of each
     group_stats: dict[str, float] = field(default_factory=dict)         # of all ranks' groups
     skip: bool = False                          # whether the update passes it over
 
     @property
     def name(self) -> str:
         return self.batch.task.name
+
+    @property
+    def adv(self) -> Tensor:
+        """The advantages of the last round, (n,)."""
+        return self.advs[-1]
 
 
 # ---- the six phases ----
@@ -140,13 +150,22 @@ def act(run: Run, batch: Batch) -> Rollout:
 
 def reward(run: Run, batch: Batch, rollout: Rollout) -> Part:
     """2. Score every sample by the task's rewards."""
-    task, samples = batch.task, samples_of(run.policy, batch.task, batch.rows, rollout)  # of n
-    scores = rewards.score(rewards_in_use(run, batch), samples)         # name -> (n,)
+    cfg, task, scoring = run.cfg, batch.task, rewards_in_use(run, batch)
+    samples = samples_of(run.policy, task, batch.rows, rollout)         # of n
+    earlier, kept = None, None
+    if cfg.credit == "gain" and task.rounds > 1:
+        before = samples_of(run.policy, task, batch.rows, rollout, last=2)
+        earlier = rewards.score(scoring, before)                        # name -> (n,)
+    if cfg.stop and task.first:
+        kept, samples = keep_first(samples, task, batch.choices.wording)
+    scores = rewards.score(scoring, samples)                            # name -> (n,)
     stats = truth_and_variety(task, samples, run.source.detector, rollout.G)
     if texts := chosen_texts(rollout):
         lengths = [text.chosen.sum(1).float() for text in texts]                    # (n,) each
         stats["completions/mean_length"] = torch.stack(lengths).mean().item()
-    return Part(batch, rollout, samples, scores, stats)
+    if kept is not None:
+        stats["kept"] = kept.float().mean().item()
+    return Part(batch, rollout, samples, scores, stats, earlier, kept)
 
 
 def compare(parts: list[Part], cfg: Config, ranks: Ranks) -> None:
@@ -162,8 +181,13 @@ def compare(parts: list[Part], cfg: Config, ranks: Ranks) -> None:
         initial = part.batch.initial                                    # (n / G,), or None
         if initial is not None:
             initial = initial.repeat_interleave(cfg.group_size)                     # (n,)
-        part.adv, part.group_stats, improved = advantages(
-            part.rewards, weights, cfg, ranks, initial)
+        part.advs = []
+        if part.earlier is not None:
+            part.advs.append(advantages(part.earlier, weights, cfg, ranks)[0])
+            initial = rewards.combine(part.earlier, weights)                        # (n,)
+        adv, part.group_stats, improved = advantages(
+            part.rewards, weights, cfg, ranks, initial, part.kept)
+        part.advs.append(adv)
         part.skip = cfg.rectify != "off" and improved == 0
     halves = [part for part in parts if part.batch.task.pair]
     if len(halves) == 2 and cfg.pair != "none":
@@ -172,18 +196,19 @@ def compare(parts: list[Part], cfg: Config, ranks: Ranks) -> None:
 
 def advantages(
     components: dict[str, Tensor], weights: dict[str, float], cfg: Config, ranks: Ranks,
-    initial: Tensor | None = None
+    initial: Tensor | None = None, kept: Tensor | None = None
 ) -> tuple[Tensor, dict[str, float], float | None]:
     """Advantages (n,) of this rank's samples, statistics of all ranks' groups, and the share that
     improved.
 
-    components, initial: (n,). initial is the value of the picture that a sample refines, see
-    grpo.rectify; without it the share is None.
+    components, initial, kept: (n,). initial is the value of the picture that a sample changes,
+    without which the share is None, see grpo.rectify, which passes over what `kept` this picture.
     """
     G, each = cfg.group_size, cfg.normalise == "each"
+    std = "unbiased" if cfg.advantage == "unbiased" else "population"
     components = {
         name: ranks.gather(value.to(ranks.device)) for name, value in components.items()}  # (N,)
-    summed = normalise_each(components, G, cfg.std) if each else components
+    summed = normalise_each(components, G, std) if each else components
     total = rewards.combine(components, weights)                        # (N,) as it is logged
     value, improved = rewards.combine(summed, weights), None            # (N,) as it is compared
     groups = total.view(-1, G)                                                      # (B, G)
@@ -197,11 +222,21 @@ def advantages(
         stats[f"advantage_share/{name}"] = share
     if initial is not None:
         initial = ranks.gather(initial.to(ranks.device))                            # (N,)
-        value = rectify(value, initial, G, cfg.rectify)
+        own, value = value, rectify(value, initial, G, cfg.rectify)
+        if kept is not None:
+            value = torch.where(ranks.gather(kept.to(ranks.device)), own, value)
+        if cfg.credit == "gain":
+            value = value - initial
         improved = (total > initial).float().mean().item()
         stats |= {"initial": initial.mean().item(), "improved": improved}
-    scale = "none" if each else cfg.advantage
-    adv = group_advantage(value, G, scale=scale, std=cfg.std, clamp=cfg.adv_clamp or None)  # (N,)
+    scale, clamp = cfg.advantage, None
+    if scale == "batch":
+        clamp = BATCH_CLAMP
+    elif scale == "unbiased":
+        scale = "group"
+    if each and scale == "group":               # each reward is already divided by its own
+        scale = "none"
+    adv = group_advantage(value, G, scale=scale, std=std, clamp=clamp)              # (N,)
     mine = len(adv) // ranks.world
     return adv[ranks.rank * mine:(ranks.rank + 1) * mine], stats, improved
 
@@ -212,7 +247,7 @@ def share_advantage(halves: list[Part], cfg: Config, ranks: Ranks) -> None:
     if cfg.pair == "sum":
         shared = sum(scale * half.adv for scale, half in zip(scales, halves))
         for half in halves:
-            half.adv = shared
+            half.advs = [shared]
         return
     components, weights = {}, {}
     for scale, half in zip(scales, halves):
@@ -223,7 +258,7 @@ def share_advantage(halves: list[Part], cfg: Config, ranks: Ranks) -> None:
     joint = {name: share for name, share in stats.items() if "share/" in name}
     for half in halves:
         own = {name: value for name, value in half.group_stats.items() if "share/" not in name}
-        half.adv, half.group_stats = shared, own | joint
+        half.advs, half.group_stats = [shared], own | joint
 
 
 def improve(run: Run, parts: list[Part]) -> dict[str, float]:
@@ -236,6 +271,8 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
         return {"loss": 0.0, "grad_norm": 0.0}
     cfg, ranks, policy = run.cfg, run.ranks, run.policy
     pieces = [piece for part in parts for piece in pieces_of(run, part)]
+    if run.follower:
+        follow(run, pieces)
     averaged = ranks.world if policy.sharded else 1  # FSDP2 averages over ranks, our losses add up
     for epoch in range(cfg.epochs):
         run.optimizer.zero_grad()
@@ -279,7 +316,7 @@ def draw_first_pictures(run: Run, batch: Batch) -> Batch:
             stop_if_asked(run)
             drawn, least = first_pictures(
                 policy, part, batch.choices, seed=cfg.seed, step=batch.step, index=index,
-                n=cfg.initial, value=value, guidance=guidance_of(cfg, False))
+                n=cfg.initial, value=value, guidance=guidance_of(cfg, False), best=cfg.stop)
             rows += drawn
             values.append(least)
     return replace(batch, rows=rows, initial=torch.cat(values))
@@ -296,10 +333,11 @@ class Piece:
 
     task: str
     rollout: Rollout
-    adv: Tensor                                                         # (samples of the rollout,)
+    adv: Tensor                                                         # (samples, segments)
     totals: dict[str, float]  # "text", "image": what tasks.counts gives for the whole step
     reference: list | None  # the frozen policy's replay, if a penalty compares with it
-    old: dict[int, Tensor] = field(default_factory=dict)  # a text's place -> its log-probs, (n, L)
+    # A segment's place -> a text's log-probs (n, L), or an image's velocities under the follower.
+    old: dict[int, Tensor] = field(default_factory=dict)
 
 
 def pieces_of(run: Run, part: Part) -> list[Piece]:
@@ -310,18 +348,45 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
     longest = getattr(cfg, task.writes) if task.writes else 0
     mine = counts(part.rollout, cfg.text_average, longest).to(run.ranks.device)     # (2,)
     text, image = run.ranks.total(mine).tolist()
-    pieces = []
+    adv, pieces = segment_advantages(part), []                          # (n, segments)
     for rollout, rows in micro_batches(part.rollout, cfg.micro):
-        reference = None
-        if cfg.penalised:
+        reference, images = None, cfg.image_beta or cfg.mse_weight
+        if chosen_texts(rollout) and cfg.text_beta or images and chosen_pictures(rollout):
             stop_if_asked(run)
             with (
                 torch.no_grad(), precision(cfg, policy.device),
                 reference_of(policy, run.frozen) as frozen):
                 reference = replay_rollout(frozen, rollout)
         pieces.append(
-            Piece(task.name, rollout, part.adv[rows], dict(text=text, image=image), reference))
+            Piece(task.name, rollout, adv[rows], dict(text=text, image=image), reference))
     return pieces
+
+
+def segment_advantages(part: Part) -> Tensor:
+    """The advantage of every chosen segment, (n, segments): of its round, and 0 for the last
+    picture of a sample that keeps the one before.
+    """
+    columns, place, last = [], 0, part.batch.task.rounds - 1
+    for segment in part.rollout.segments:
+        if segment.is_given:
+            continue
+        adv = part.advs[min(place, len(part.advs) - 1)]                 # (n,)
+        if isinstance(segment, Picture):
+            if part.kept is not None and place == last:
+                adv = adv.masked_fill(part.kept, 0.0)
+            place += 1
+        columns.append(adv)
+    return torch.stack(columns, 1)
+
+
+@torch.no_grad()
+def follow(run: Run, pieces: list[Piece]) -> None:
+    """Fill in the velocities of the follower at the points of every drawn image."""
+    with run.follower.in_place_of(run.policy), precision(run.cfg, run.policy.device):
+        for piece in pieces:
+            for i, scored in enumerate(replay_rollout(run.policy, piece.rollout)):
+                if scored.kind == "image":
+                    piece.old[i] = scored.v
 
 
 def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[str, float]]:
@@ -335,12 +400,13 @@ def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[
         scored = replay_rollout(policy, piece.rollout)
     loss, log = 0.0, {}
     for i, segment in enumerate(scored):
-        reference = piece.reference[i] if piece.reference else None
+        reference, adv = piece.reference[i] if piece.reference else None, piece.adv[:, i]
         if isinstance(segment.segment, Text):
             old = piece.old.setdefault(i, segment.logp.detach())
-            term, stats = text_loss(segment, old, reference, piece.adv, piece.totals, cfg)
+            term, stats = text_loss(segment, old, reference, adv, piece.totals, cfg)
         else:
-            term, stats = image_loss(segment, reference, piece.adv, piece.totals, cfg)
+            old = piece.old.get(i)
+            term, stats = image_loss(segment, old, reference, adv, piece.totals, cfg)
         loss = loss + term
         log |= stats
     return loss, log
@@ -358,15 +424,24 @@ def text_loss(
 
 
 def image_loss(
-    scored, reference, adv: Tensor, totals: dict, cfg: Config
+    scored, old: Tensor | None, reference, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted FlowGRPO loss of one drawn image; adv (n,)."""
-    flow, weights = scored.segment.flow, None
-    if cfg.step_weights:
-        weights = flow_grpo.step_weights(flow.times, flow.window, normalise=True)   # (W,)
+    """The weighted loss of one drawn image; adv (n,), old: the follower's velocities."""
+    drawn, weights = scored.segment.flow, None
+    if cfg.matches:
+        loss, stats = flow_grpo.matching_loss(
+            scored.v, drawn, adv, form=cfg.image_loss, total=totals["image"], clip=cfg.image_clip,
+            v_old=old, v_ref=None if reference is None else reference.v, trust=TRUST,
+            mse_weight=cfg.mse_weight)
+        return cfg.image_weight * loss, as_numbers("image", stats)
+    if cfg.step_weights != "none":
+        over = drawn.window if cfg.window > 1 else (0, cfg.window_high)
+        weights = flow_grpo.step_weights(                               # (W,)
+            drawn.times, drawn.window, kind=cfg.step_weights, noise_level=cfg.noise_level,
+            sampler=cfg.sampler, over=over)
     loss, stats = flow_grpo.flow_grpo_loss(
-        scored.flow, flow, adv, total=totals["image"], low=cfg.image_clip, high=cfg.image_clip,
-        ratio_norm=cfg.ratio_norm, weights=weights, kl_beta=cfg.image_beta,
+        scored.flow, drawn, adv, total=totals["image"], low=cfg.image_clip, high=cfg.image_clip,
+        ratio_norm=cfg.image_loss == "ratio_norm", weights=weights, kl_beta=cfg.image_beta,
         mse_weight=cfg.mse_weight, reference=None if reference is None else reference.flow)
     return cfg.image_weight * loss, as_numbers("image", stats)
 
@@ -460,6 +535,8 @@ def train(cfg: Config, ranks: Ranks) -> int:
             try:
                 stats = one_step(run, step)
                 run.average.update(run.policy)
+                if run.follower:
+                    run.follower.update(run.policy)
                 done, run.between = step + 1, False
                 run.log(step=step, **stats)                                         # 5. log
                 bar.set_postfix(loss=f"{stats['loss']:.3f}")
@@ -516,10 +593,12 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
         if cfg.train_referee:
             learner = Learner(scoring.get("sem", scoring.get("dense")).encoder, cfg.train_referee)
     average = Average(policy, cfg.ema)
+    follower = Average(policy, cfg.old_decay) if cfg.old_decay else None
     run = Run(
-        cfg, ranks, policy, frozen, optimizer, average, source, scoring, imitation, log, learner)
+        cfg, ranks, policy, frozen, optimizer, average, follower, source, scoring, imitation, log,
+        learner)
     if cfg.resume:
-        run.start = load_checkpoint(Path(cfg.out), run_state(policy, average, optimizer, learner))
+        run.start = load_checkpoint(Path(cfg.out), run_state(run))
         log.resume(run.start)
     return run
 
@@ -547,8 +626,7 @@ def prepare_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
 
 def keep(run: Run, step: int, writer: int = 0) -> None:
     """6. Save the run's checkpoint; of equal ranks only `writer` writes."""
-    tensors = run_state(run.policy, run.average, run.optimizer, run.learner)
-    save_checkpoint(Path(run.cfg.out), tensors, step, run.policy.sharded, run.ranks.rank, writer)
+    save_checkpoint(Path(run.cfg.out), run_state(run), step, run.policy.sharded, run.ranks.rank, writer)
 
 
 def export(run: Run) -> None:

@@ -76,11 +76,11 @@ def build_rewards(
 
     if "recaption" in asked:
         similarity = tuple_similarity
-        if cfg.cycle_by == "models":
+        if not cfg.cycles_by_rule:
             similarity = load_text_encoder(**loading).similarity
         out["recaption"] = Recaption(load_captioner(cfg.captioner, **loading), similarity)
     if "likeness" in asked:
-        distance = load_lpips(device=device) if cfg.cycle_by == "models" else None
+        distance = None if cfg.cycles_by_rule else load_lpips(device=device)
         out["likeness"] = Likeness(distance)
     if "pref" in asked:
         out["pref"] = Preference(load_preference(cfg.pref_model, **loading))
@@ -126,7 +126,7 @@ def models_asked(cfg) -> set[str]:
         models |= {cfg.detector, COLOR_CLIP}
     if "recaption" in asked:
         models.add(cfg.captioner)
-        if cfg.cycle_by == "models":
+        if not cfg.cycles_by_rule:
             models.add(TEXT_ENCODER)
     if "pref" in asked:
         models.add(cfg.pref_model)

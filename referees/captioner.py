@@ -94,13 +94,13 @@ def load_lpips(*, device="cpu") -> Callable:
             model = lpips.LPIPS(net="vgg", verbose=False)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--cycle_by models needs the package {error.name}: pip install lpips; "
-            "or use --cycle_by rules") from error
+            f"--likeness needs the package {error.name}: pip install lpips; "
+            "or set --likeness 0") from error
     except OSError as error:
         raise ValueError(
-            f"--cycle_by models needs torchvision's VGG-16, which could not be fetched ({error}); "
+            f"--likeness needs torchvision's VGG-16, which could not be fetched ({error}); "
             "put vgg16-397923af.pth into "
-            f"{torch.hub.get_dir()}/checkpoints, or use --cycle_by rules") from error
+            f"{torch.hub.get_dir()}/checkpoints, or set --likeness 0") from error
     model = model.to(device).eval().requires_grad_(False)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
         if strict:
             raise ValueError(
                 f"the caption {caption!r} has several relations, which no rule reads; use "
-                "--cycle_by models")
+                "another --captioner")
         for relation in relations:
             text = text.replace(f" {relation} ", " and ")
         relations = []
@@ -60,7 +60,7 @@ def _read_phrase(phrase: str, caption: str, strict: bool) -> tuple[str, list[str
         if strict:
             raise ValueError(
                 f"the caption {caption!r} has phrases unlike 'two red circles', which no rule "
-                "reads; use --cycle_by models")
+                "reads; use another --captioner")
         return " ".join(words), []
     number, *adjectives, noun = words
     if COUNTED[number] == "1":

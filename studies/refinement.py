@@ -42,7 +42,7 @@ def refine_prompts(
     draw, write = plain_draw(policy), Write(scale["tokens"], temperature=0.0)
     return refine(
         policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
-        guidance=(scale["guidance"], scale["edit"]), system=wording.system_prompt)
+        guidance=(scale["guidance"], scale["edit"]), system=wording.system_prompt, stop=wording.stop)
 
 
 def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
@@ -73,7 +73,7 @@ def refinement_table(
 ) -> dict[str, list[tuple[float, float]]]:
     """Truth by the number of pictures drawn, 1..rounds + 1: name -> (mean, standard error) each.
 
-    `refine, always|judge|oracle`: sample.refine with each way of selecting. `best, judge|oracle`:
+    `refine, always|self|judge|oracle`: sample.refine with each way of selecting. `best, judge|oracle`:
     of as many pictures drawn anew, the one that the judge prefers, or any that is right. Held-out
     prompts, `samples` of each; the judge is asked one question about the whole prompt.
     """
@@ -85,7 +85,7 @@ def refinement_table(
         return mean_and_error(mean_of_groups(right, samples))
 
     table = {}
-    for select in ("always", "judge", "oracle"):
+    for select in ("always", "self", "judge", "oracle"):
         value = judged if select == "judge" else truth
         done = refine_prompts(policy, prompts, rounds, select, value, seed)
         table[f"refine, {select}"] = [share(truth(each.kept)) for each in done]
@@ -122,9 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument("--judge", default="", help="yes/no judge: a folder or hub name; default: the "
                     "toy's for the toy, PaliGemma 2 for BAGEL")
-    ap.add_argument("--select", choices=["always", "judge", "oracle"], default="always",
-                    help="which picture is kept: the new one, the one that the judge prefers, or "
-                         "the new one if the old one is wrong by the toy's truth")
+    ap.add_argument("--select", choices=["always", "judge", "oracle", "self"],
+                    default="always",
+                    help="which picture is kept: the new one, the one that the judge prefers, the "
+                         "new one if the old one is wrong by the toy's truth, or the new one "
+                         "unless the policy says that nothing needs to change")
     ap.add_argument("--rounds", type=number(int, least=1), default=3, help="times it draws again")
     ap.add_argument("--n", type=number(int, least=1), default=4, help="samples of the prompt")
     ap.add_argument("--seed", type=number(int, least=0), default=1234, help="of noise and texts")

@@ -405,15 +405,17 @@ class Average:
             policy.load_state_dict(own, strict=False)
 
 
-def run_state(policy: nn.Module, average: Average, optimizer, learner=None) -> dict[str, Tensor]:
-    """The live tensors of a checkpoint but the step: weights, their average, AdamW's moments, a
-    referee that learns.
+def run_state(run) -> dict[str, Tensor]:
+    """The live tensors of a train.Run's checkpoint but the step: weights, their averages, AdamW's
+    moments, a referee that learns.
     """
-    out = learner.state() if learner else {}
-    for name, p in trainable(policy).items():
+    out = run.learner.state() if run.learner else {}
+    for name, p in trainable(run.policy).items():
         out[f"policy.{name}"] = p.detach()
-        out[f"average.{name}"] = average.weights[name]
-        for key, value in optimizer.state[p].items():
+        out[f"average.{name}"] = run.average.weights[name]
+        if run.follower:
+            out[f"follower.{name}"] = run.follower.weights[name]
+        for key, value in run.optimizer.state[p].items():
             out[f"adamw.{key}.{name}"] = value
     return out
 

@@ -104,7 +104,7 @@ def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(mo
     monkeypatch.setattr(evaluation, "captions_truth", lambda policy, seed: np.ones(3))
     table = table_of(evaluation.evaluate_rows(None))
     assert {name for name, task in TASKS.items() if task.held_out} <= table.keys()
-    others = ("layout_entropy", "distance", "repaired", "spoiled", "saturation", "roughness")
+    others = ("layout_entropy", "distance", "repaired", "spoiled", "kept", "saturation", "roughness")
     assert {mean for name, (mean, _) in table.items() if not name.endswith(others)} == {1.0}
     assert table["reflect/repaired"][0] == table["rounds/spoiled"][0] == 0.0
     assert table["draw"][1] == 0.0

@@ -62,7 +62,7 @@ def test_step_weights_undo_the_step_sizes_of_the_window(K, shift, start, W):
     times, window = time_grid(K, shift), (start, start + W)
     weights = step_weights(times, window)
     torch.testing.assert_close(-weights * times.diff()[start:start + W], torch.ones(W))
-    normalised = step_weights(times, window, normalise=True)
+    normalised = step_weights(times, window, over=window)
     torch.testing.assert_close(normalised, weights / weights.mean())
 
 

@@ -99,7 +99,8 @@ def test_the_old_log_probs_of_a_text_are_those_of_its_first_replay(tiny):
     cfg = dataclasses.replace(run.cfg, text_beta=0.0, image_beta=0.0, mse_weight=0.0)
     (part,) = (part for part in run.parts if part.name == "think")
     piece = train.Piece(
-        part.name, part.rollout, torch.linspace(-1, 1, 8), dict(text=50.0, image=30.0), None)
+        part.name, part.rollout, torch.linspace(-1, 1, 8)[:, None].expand(-1, 2),
+        dict(text=50.0, image=30.0), None)
     _, first = train.piece_loss(run.policy, piece, cfg)
     assert first["text/ratio/min"] == first["text/ratio/max"] == 1
     _, later = train.piece_loss(run.frozen, piece, cfg)         # under other weights
@@ -188,7 +189,7 @@ def test_the_seed_of_a_run_decides_its_adapters(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(std="unbiased"), dict(advantage="batch"), dict(advantage="none"), dict(adv_clamp=0.5)],
+        dict(advantage="unbiased"), dict(advantage="batch"), dict(advantage="none")],
 )
 def test_what_the_papers_advantages_differ_in_is_a_setting_that_changes_them(tmp_path, settings):
     cfg, weights = small(tmp_path), dict(sem=1.0, ins=2.0)
@@ -201,8 +202,8 @@ def test_what_the_papers_advantages_differ_in_is_a_setting_that_changes_them(tmp
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(ratio_norm=True, step_weights=False, text_average="sequence", text_ratio="token"),
-        dict(ratio_norm=False, step_weights=True, text_average="token", text_ratio="sequence")],
+        dict(image_loss="ratio_norm", step_weights="none", text_average="sequence", text_ratio="token"),
+        dict(image_loss="grpo", step_weights="dt", text_average="token", text_ratio="sequence")],
 )
 def test_a_segment_is_weighed_clipped_and_compared_as_the_config_says(tiny, settings):
     run, adv, totals = tiny("lvrpo").run, torch.linspace(-1, 1, 8), dict(text=50.0, image=30.0)
@@ -224,13 +225,15 @@ def test_a_segment_is_weighed_clipped_and_compared_as_the_config_says(tiny, sett
                 want += 3.0 * loss.item()
                 continue
             weights = None
-            if cfg.step_weights:
-                weights = flow_grpo.step_weights(old.flow.times, old.flow.window, normalise=True)
+            if cfg.step_weights != "none":
+                weights = flow_grpo.step_weights(
+                    old.flow.times, old.flow.window, over=old.flow.window)
             loss, _ = flow_grpo.flow_grpo_loss(
                 ours.flow, old.flow, adv, total=30.0, low=1e-4, high=1e-4, weights=weights,
-                ratio_norm=cfg.ratio_norm, reference=ref.flow, kl_beta=0.5, mse_weight=0.7)
+                ratio_norm=cfg.image_loss == "ratio_norm", reference=ref.flow, kl_beta=0.5, mse_weight=0.7)
             want += 20.0 * loss.item()
-        piece = train.Piece(part.name, part.rollout, adv, totals, reference, olds)
+        columns = adv[:, None].expand(-1, len(scored))
+        piece = train.Piece(part.name, part.rollout, columns, totals, reference, olds)
         with torch.no_grad():
             loss, _ = train.piece_loss(run.policy, piece, cfg)
         assert loss.item() == pytest.approx(want, rel=1e-5)

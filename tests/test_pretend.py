@@ -51,8 +51,8 @@ def test_tensors_of_two_devices_cannot_meet():
         (
             ["pair_image", "reflect"],
             ["sem", "recaption"],
-            "--lora 2 --guidance 2 --checkpointing --ratio_norm --sampler sde --text_ratio "
-            "sequence --std unbiased --adv_clamp 5",
+            "--lora 2 --guidance 2 --checkpointing --image_loss ratio_norm --sampler sde "
+            "--text_ratio sequence --advantage unbiased",
         ),
     ],
 )

@@ -89,8 +89,8 @@ def test_the_later_source_of_a_setting_wins():
     assert settings(toy).lr_understanding == 5e-5
     assert settings(large).lr_understanding == 1e-6
     assert settings(large).denoise_steps == 25
-    assert settings(large, "--denoise_steps 7 --no-ratio_norm").denoise_steps == 7
-    assert not settings(large, "--no-ratio_norm").ratio_norm
+    assert settings(large, "--denoise_steps 7").denoise_steps == 7
+    assert not settings(large, "--no-checkpointing").checkpointing
     assert settings(large).weights["pref"] == 1.0
     assert settings(toy).weights["pref"] == 0.0
 

@@ -19,7 +19,7 @@ from rewards import Samples
 from sample import TOY, Draw, Write, refine
 from studies import refinement
 from support.rows import prompt_row
-from tasks import TASKS, WORDING, choices_of, first_pictures, truth_and_variety
+from tasks import TASKS, WORDING, choices_of, draw_of, first_pictures, truth_and_variety
 from toy import shapes, world
 
 PROMPTS = shapes.prompts_by_tag("train")["position"][:3]
@@ -40,7 +40,8 @@ def test_the_first_picture_of_least_value_is_refined(policy):
         seen.append(samples.images)
         return brightness_of(samples.images)
 
-    choices = choices_of(settings(), "toy", (0, 3))
+    cfg = settings()
+    choices = choices_of(cfg, "toy", draw_of(cfg, "toy", 0))
     begun, least = first_pictures(
         policy, rows, choices, seed=0, step=1, index=[4, 5, 6], n=3, value=brightness)
     values = brightness_of(seen[0]).view(3, 3)
@@ -179,7 +180,7 @@ def test_the_oracle_leaves_what_is_right_and_replaces_what_is_wrong(policy):
 def test_refinement_is_compared_with_drawing_as_many_pictures(policy, monkeypatch):
     monkeypatch.setattr(world, "PROMPTS_PER_TAG", 1)
     table = refinement.refinement_table(policy, str(TOY.parent / "judge"), rounds=1, samples=2)
-    ways = [f"refine, {select}" for select in ("always", "judge", "oracle")]
+    ways = [f"refine, {select}" for select in ("always", "self", "judge", "oracle")]
     assert list(table) == [*ways, "best, judge", "best, oracle"]
     for way in ways:
         assert len(table[way]) == 2
