@@ -378,8 +378,8 @@ class Renoised:
     times: Tensor                     # (J,)
     latents: Tensor                   # (N, J, ...) (1-t) data + t noise
     target: Tensor                    # (N, J, ...) noise - data
-    v: Tensor                         # (N, J, ...) under the policy that sampled
     data: Tensor                      # (N, ...) final sample
+    v: Tensor | None = None           # (N, J, ...) under the policy that sampled
 
     @property
     def points(self) -> tuple[Tensor, Tensor]:
@@ -397,17 +397,22 @@ def stratified_times(J: int, *, seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def renoise(velocity: Velocity, data: Tensor, times: Tensor, noise: Tensor) -> Renoised:
-    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,)."""
+def renoise(
+    data: Tensor, times: Tensor, noise: Tensor, velocity: Velocity | None = None
+) -> Renoised:
+    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,).
+
+    `velocity`, of the policy that sampled, is called once a time; without it `v` is None.
+    """
     data, noise = _wide(data), _wide(noise)
     times = times.to(data)
-    latents, velocities = [], []
-    for t, fresh in zip(times, noise):
-        x = (1 - t) * data + t * fresh                                           # (N, ...)
-        latents.append(x)
-        velocities.append(_wide(velocity(x, t)))
+    latents = [(1 - t) * data + t * fresh for t, fresh in zip(times, noise)]
+    v = None
+    if velocity is not None:
+        v = [_wide(velocity(x, t)) for x, t in zip(latents, times)]
+        v = torch.stack(v, 1)                                                    # (N, J, ...)
     target = (noise - data).transpose(0, 1)                                      # (N, J, ...)
-    return Renoised(times, torch.stack(latents, 1), target, torch.stack(velocities, 1), data)
+    return Renoised(times, torch.stack(latents, 1), target, data, v)
 
 
 # ---- ratio and penalties ----

@@ -25,7 +25,7 @@ features, W noisy steps.
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,6 +97,7 @@ class Draw:
     sampler: str = "sde"                        # see flow_grpo.transition
     shared_noise: bool = False                  # one initial noise per group
     renoised: Tensor | None = None              # (J,) times at which a matching loss reads it
+    keeps_v: bool = False                       # whether it keeps its velocities at these times
 
 
 # ---- what a trajectory keeps ----
@@ -333,7 +334,8 @@ def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Gene
         velocity, start, item.times.to(policy.device), window=item.window,
         noise_level=item.noise_level, sampler=item.sampler, step_noise=noise[1:])
     if item.renoised is not None:
-        flow = flow_grpo.renoise(velocity, flow.data, item.renoised, noise[1:])
+        flow = flow_grpo.renoise(
+            flow.data, item.renoised, noise[1:], velocity if item.keeps_v else None)
     return Picture(item.size, flow=flow)
 
 
@@ -391,7 +393,7 @@ ROWS = {
     Text: ("tokens", "mask", "chosen", "logp"),
     Picture: ("size", "pixels", "latents", "flow"),
     flow_grpo.Trajectory: ("latents", "means", "logp", "data"),
-    flow_grpo.Renoised: ("latents", "target", "v", "data"),
+    flow_grpo.Renoised: ("latents", "target", "data", "v"),
 }
 
 
@@ -410,7 +412,7 @@ def map_rows(function: Callable, *records):
     return replace(records[0], **changed)
 
 
-def subset(rollout: Rollout, prompts: range, samples: range | None = None) -> Rollout:
+def subset(rollout: Rollout, prompts: Sequence[int], samples: range | None = None) -> Rollout:
     """Some prompts of a rollout, and some samples of each (None: all): a micro-batch."""
     samples = range(rollout.G) if samples is None else samples
     rows = list(prompts)

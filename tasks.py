@@ -334,7 +334,8 @@ def draw_of(cfg, scale: str, place: int) -> Draw:
     plain = Draw((cfg.resolution, cfg.resolution), times)
     if cfg.matches:
         chosen = flow_grpo.stratified_times(cfg.window, seed=cfg.seed, step=place)
-        return replace(plain, renoised=chosen)
+        keeps_v = not cfg.old_decay or place in (0, -1)         # v_old, or for the self-check
+        return replace(plain, renoised=chosen, keeps_v=keeps_v)
     window = flow_grpo.draw_window(cfg.window, 0, cfg.window_high, seed=cfg.seed, step=place)
     return replace(
         plain, window=window, noise_level=cfg.noise_level, sampler=cfg.sampler,

@@ -42,7 +42,8 @@ from recipes import SCALES, Config, check, describe, parse, recipe_table
 from referees.build import build_rewards, hub_commits, referee_bytes
 from referees.siglip import Learner
 from rewards import Samples
-from sample import Picture, Rollout, Text, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan
+from sample import (
+    Picture, Rollout, Text, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan, subset)
 from support.checkpoint import (
     freeze, keep_gathered, load_policy, reset_adapters, save_adapters, save_policy, shard)
 from support.lora import adapters_off
@@ -267,10 +268,10 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
     Micro-batches and ranks add up, since each loss is divided by global counts. Returns the
     statistics of the last of the steps. Raises Stop, if it is asked to, before the first.
     """
-    if not parts:                               # momentum must not move the weights either
-        return {"loss": 0.0, "grad_norm": 0.0}
     cfg, ranks, policy = run.cfg, run.ranks, run.policy
     pieces = [piece for part in parts for piece in pieces_of(run, part)]
+    if not pieces:                              # momentum must not move the weights either
+        return {"loss": 0.0, "grad_norm": 0.0}
     if run.follower:
         follow(run, pieces)
     averaged = ranks.world if policy.sharded else 1  # FSDP2 averages over ranks, our losses add up
@@ -348,10 +349,14 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
     longest = getattr(cfg, task.writes) if task.writes else 0
     mine = counts(part.rollout, cfg.text_average, longest).to(run.ranks.device)     # (2,)
     text, image = run.ranks.total(mine).tolist()
-    adv, pieces = segment_advantages(part), []                          # (n, segments)
-    for rollout, rows in micro_batches(part.rollout, cfg.micro):
-        reference, images = None, cfg.image_beta or cfg.mse_weight
-        if chosen_texts(rollout) and cfg.text_beta or images and chosen_pictures(rollout):
+    adv, whole, pieces = segment_advantages(part), part.rollout, []     # adv: (n, segments)
+    texts, images = len(chosen_texts(whole)), len(chosen_pictures(whole))
+    penalised = bool(texts and cfg.text_beta or images and (cfg.image_beta or cfg.mse_weight))
+    if not penalised and not (images and cfg.image_loss == "nft"):
+        whole, adv = drop_tied(whole, adv, run.ranks)
+    for rollout, rows in micro_batches(whole, cfg.micro):
+        reference = None
+        if penalised:
             stop_if_asked(run)
             with (
                 torch.no_grad(), precision(cfg, policy.device),
@@ -360,6 +365,21 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
         pieces.append(
             Piece(task.name, rollout, adv[rows], dict(text=text, image=image), reference))
     return pieces
+
+
+def drop_tied(rollout: Rollout, adv: Tensor, ranks: Ranks) -> tuple[Rollout, Tensor]:
+    """A rollout and its advantages (n, segments) without the groups that have no signal.
+
+    Their gradient is 0 if no penalty acts. Ranks keep equally many groups, so that they make
+    equally many calls.
+    """
+    G = rollout.G
+    has = (adv != 0).view(rollout.B, -1).any(1)                         # (B,)
+    most = int(ranks.gather(has.sum()[None]).max())
+    order = has.logical_not().to(torch.uint8).argsort(stable=True)      # those with a signal first
+    prompts = sorted(order[:most].tolist())
+    rows = [prompt * G + sample for prompt in prompts for sample in range(G)]
+    return subset(rollout, prompts), adv[rows]
 
 
 def segment_advantages(part: Part) -> Tensor:
@@ -384,6 +404,8 @@ def follow(run: Run, pieces: list[Piece]) -> None:
     """Fill in the velocities of the follower at the points of every drawn image."""
     with run.follower.in_place_of(run.policy), precision(run.cfg, run.policy.device):
         for piece in pieces:
+            if not chosen_pictures(piece.rollout):
+                continue
             for i, scored in enumerate(replay_rollout(run.policy, piece.rollout)):
                 if scored.kind == "image":
                     piece.old[i] = scored.v
@@ -626,7 +648,8 @@ def prepare_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
 
 def keep(run: Run, step: int, writer: int = 0) -> None:
     """6. Save the run's checkpoint; of equal ranks only `writer` writes."""
-    save_checkpoint(Path(run.cfg.out), run_state(run), step, run.policy.sharded, run.ranks.rank, writer)
+    save_checkpoint(
+        Path(run.cfg.out), run_state(run), step, run.policy.sharded, run.ranks.rank, writer)
 
 
 def export(run: Run) -> None:
