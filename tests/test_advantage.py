@@ -38,24 +38,10 @@ def test_advantage_is_the_distance_from_the_groups_mean_in_units_of_the_spread(r
     torch.testing.assert_close(adv, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
-@given(groups, scales, stds)
-def test_advantages_of_a_group_sum_to_zero(rewards, scale, std):
-    reward = torch.tensor(rewards, dtype=torch.float64)
-    adv = group_advantage(reward.flatten(), reward.shape[1], scale=scale, std=std)
-    assert adv.view(len(rewards), -1).sum(1).abs().max() < 1e-8
-
-
 @given(seeds, st.integers(2, 6))
 def test_advantages_of_a_group_have_population_variance_one_by_default(seed, G):
     adv = group_advantage(random_rewards(seed, 3 * G), G, eps=0)
     torch.testing.assert_close(adv.view(3, G).var(1, correction=0), torch.ones(3, dtype=torch.float64))
-
-
-@given(seeds, scales, numbers)
-def test_a_constant_added_to_all_rewards_changes_no_advantage(seed, scale, shift):
-    reward = random_rewards(seed)
-    adv = group_advantage(reward, 4, scale=scale)
-    torch.testing.assert_close(group_advantage(reward + shift, 4, scale=scale), adv)
 
 
 @given(seeds, st.sampled_from(["group", "batch"]), st.floats(0.01, 100))
@@ -63,21 +49,6 @@ def test_without_eps_the_unit_of_the_reward_does_not_matter(seed, scale, factor)
     reward = random_rewards(seed)
     adv = group_advantage(reward, 4, scale=scale, eps=0)
     torch.testing.assert_close(group_advantage(reward * factor, 4, scale=scale, eps=0), adv)
-
-
-@given(seeds, scales, st.permutations(range(4)))
-def test_permuting_a_group_permutes_its_advantages(seed, scale, order):
-    reward = random_rewards(seed, 8).view(2, 4)
-    adv = group_advantage(reward.flatten(), 4, scale=scale).view(2, 4)
-    permuted = group_advantage(reward[:, order].flatten(), 4, scale=scale).view(2, 4)
-    torch.testing.assert_close(permuted, adv[:, order])
-
-
-@given(seeds, st.sampled_from(["group", "none"]))
-def test_other_groups_are_irrelevant_unless_the_spread_is_the_batchs(seed, scale):
-    reward = random_rewards(seed, 8)
-    alone = group_advantage(reward[4:], 4, scale=scale)
-    torch.testing.assert_close(group_advantage(reward, 4, scale=scale)[4:], alone)
 
 
 @given(st.floats(-1e6, 1e6, width=32), st.integers(2, 33), scales, stds, st.sampled_from([0.0, 1e-8, 1e-4]))

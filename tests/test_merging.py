@@ -34,15 +34,6 @@ def test_gaussian_merging_is_the_formula_entry_by_entry(seed, bound, std):
     assert gaussian_merge(a, b, bound).tolist() == pytest.approx(wanted)
 
 
-@given(SEEDS, BOUNDS)
-def test_gaussian_merging_is_symmetric_and_scales_with_the_changes(seed, bound):
-    a, b = change(seed), change(seed + 1, std=2.0)
-    merged = gaussian_merge(a, b, bound)
-    assert torch.equal(merged, gaussian_merge(b, a, bound))
-    assert torch.allclose(
-        gaussian_merge(2 * a, 2 * b, bound), 2 * merged)  # a power of two: no entry changes sides
-
-
 @given(SEEDS)
 def test_a_large_bound_is_the_average_and_0_is_the_sum(seed):
     a, b = change(seed), change(seed + 1, std=3.0)
@@ -50,16 +41,10 @@ def test_a_large_bound_is_the_average_and_0_is_the_sum(seed):
     assert torch.allclose(gaussian_merge(a, b, 0.0), a + b)
 
 
-def test_a_policy_merged_with_itself_keeps_its_bulk_and_doubles_its_outliers():
-    """Of a Gaussian, a twentieth of the entries, with a quarter of the squared norm, are
-    outliers.
-    """
-    a = change(0, 100_000)
-    merged, outlier = gaussian_merge(a, a), (a - a.mean()).abs() >= 2 * a.std()
-    assert torch.equal(merged[outlier], 2 * a[outlier])
-    assert torch.equal(merged[~outlier], a[~outlier])
-    assert outlier.double().mean().item() == pytest.approx(0.046, abs=0.003)
-    assert (a[outlier].square().sum() / a.square().sum()).item() == pytest.approx(0.26, abs=0.01)
+def test_a_policy_merged_with_itself_keeps_its_bulk_and_doubles_what_lies_two_stds_out():
+    a = change(0)
+    outlier = (a - a.mean()).abs() >= 2 * a.std()
+    assert torch.equal(gaussian_merge(a, a), torch.where(outlier, 2 * a, a))
 
 
 @pytest.mark.parametrize(
