@@ -551,23 +551,43 @@ def matching_loss(
 ) -> tuple[Tensor, dict]:
     """Return a forward-process loss of a micro-batch and its diagnostics.
 
-    v (N, J, ...) are the velocities at drawn.points, u = drawn.target.
+    Samples of the plain ODE get fresh noise, and the policy learns from the velocity to it as flow
+    matching does, weighed by the advantage A (N,). v (N, J, ...) are the velocities at
+    drawn.points, u = drawn.target, v_old those of the policy that sampled (drawn.v), or of a slowly
+    following copy. Per sample and time, with means over entries, two of the forms are
+        2 A <v_old - u, v - v_old> + c |v - v_old|^2
+    "nft": c = `trust` > 0, DiffusionNFT's two branches (arXiv 2509.16117) without their weights,
+    with A = 2r - 1 and c = its beta, less what does not depend on v.
+    "awm": c = A, which is A times the rise of the flow-matching error |v - u|^2 (AWM, 2509.25050).
+    A bad sample has negative curvature: nothing bounds how far v flees, but a penalty.
+    "fpo": PPO's clip, to 1 - clip .. 1 + clip, of the ratio exp(-rise), |rise| at most 3 (FPO,
+    2507.21053).
+    At v = v_old all have the gradient of A |v - u|^2: for one update from the policy that sampled
+    they are one loss. They part as v moves. `total` is counted over the whole optimisation step:
+    samples x times. v_ref (N, J, ...) are the frozen policy's, for mse_weight * velocity_mse.
+    "rise" and "shift", the mean of |v - v_old|^2, enter the stats, and "velocity_mse".
+    Errors: ValueError for another form, a total that is not positive, or a penalty without v_ref.
+    Differs: DiffusionNFT divides each branch by its own error, clamps A / 5 to -1 .. 1, and samples
+    by the following copy; AWM weighs times, and adds a penalty to a running average.
     """
-    if v_old is None:
-        v_old = drawn.v
+    if not total > 0:
+        raise ValueError(f"total is {total}, expected the positive global count")
+    if v_ref is None and mse_weight > 0:
+        raise ValueError("mse_weight needs v_ref, velocities of the frozen policy")
+    v_old = _wide(drawn.v if v_old is None else v_old).detach()                  # (N, J, ...)
     adv = adv.detach()[:, None]                                                  # (N, 1)
-    shift = _wide(v) - _wide(v_old).detach()                                     # (N, J, ...)
-    slope = 2 * (_wide(v_old).detach() - drawn.target) * shift
+    shift = _wide(v) - v_old                                                     # (N, J, ...)
+    slope = 2 * (v_old - drawn.target) * shift
     slope = slope.flatten(2).mean(-1)                                            # (N, J)
-    square = velocity_mse(v, v_old.detach())                                     # (N, J)
+    square = velocity_mse(v, v_old)                                              # (N, J)
     rise = slope + square                       # of the flow-matching error
-    ratio = (-rise).clamp(-3, 3).exp()
-    if form == "fpo":
-        loss = clipped_surrogate(ratio, adv, low=clip, high=clip)
+    if form == "nft":
+        loss = adv * slope + trust * square
     elif form == "awm":
         loss = adv * rise
-    elif form == "nft":
-        loss = adv * slope + trust * square
+    elif form == "fpo":
+        ratio = (-rise).clamp(-3, 3).exp()
+        loss = clipped_surrogate(ratio, adv, low=clip, high=clip)
     else:
         raise ValueError(f'form is "{form}", expected "nft", "awm" or "fpo"')
     stats = {"rise": rise.detach().mean(), "shift": square.detach().mean()}
@@ -641,35 +661,54 @@ def learn_ring(steps: int, N: int = 512) -> nn.Module:
     return net
 
 
-def improve(
-    net: nn.Module, frozen: nn.Module, updates: int, B: int = 32, G: int = 16
-) -> list[float]:
-    """Train by FlowGRPO, two passes per batch, and return the mean reward of each batch.
+def velocities_at(velocity: Velocity, drawn: Renoised) -> Tensor:
+    """Return the velocities at the points of drawn samples, (N, J, ...), one call a time."""
+    latents, times = drawn.points
+    return torch.stack([velocity(x, t) for x, t in zip(latents.unbind(1), times)], 1)
 
-    The reward is 1 above the line y = -x, 0 below. The clip is idle: the second pass has ratio/std
-    0.0015.
+
+def improve(
+    net: nn.Module, frozen: nn.Module, updates: int, form: str, B: int = 32, G: int = 16
+) -> list[float]:
+    """Train two passes per batch, and return the mean reward of each batch.
+
+    `form` is "grpo" or one of matching_loss. The reward is 1 above the line y = -x, 0 below.
+    FlowGRPO's clip is idle: its second pass has ratio/std 0.0015.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-4)
-    velocity, times = in_plane(net), time_grid(10)
+    velocity, kept, times = in_plane(net), in_plane(frozen), time_grid(10)
     rewards = []
     for update in range(updates):
-        window = draw_window(3, 0, 6, seed=0, step=update)
-        noise = shared_noise(torch.randn(B, 2), G)                               # (N, 2)
-        step_noise = torch.randn(3, B * G, 2)
-        old = rollout(
-            velocity, noise, times, window=window, noise_level=0.7, step_noise=step_noise)
+        if form == "grpo":
+            window = draw_window(3, 0, 6, seed=0, step=update)
+            noise = shared_noise(torch.randn(B, 2), G)                           # (N, 2)
+            step_noise = torch.randn(3, B * G, 2)
+            old = rollout(
+                velocity, noise, times, window=window, noise_level=0.7, step_noise=step_noise)
+            weights = step_weights(times, window, over=window)
+            with torch.no_grad():
+                reference = replay(kept, old)
+        else:
+            noise = torch.randn(B * G, 2)
+            path = rollout(velocity, noise, times, window=(0, 0), noise_level=0.0)
+            chosen = stratified_times(3, seed=0, step=update)
+            old = renoise(path.data, chosen, torch.randn(3, B * G, 2), velocity)
+            with torch.no_grad():
+                reference = velocities_at(kept, old)
         above = old.data.sum(1) > 0                                              # (N,)
         reward = above.float().view(B, G)
         adv = reward - reward.mean(1, keepdim=True)
         adv = adv / (reward.std(1, correction=0, keepdim=True) + 1e-4)           # (B, G)
-        weights = step_weights(times, window, over=window)
-        with torch.no_grad():
-            reference = replay(in_plane(frozen), old)
+        adv = adv.flatten()
         for _ in range(2):
-            replayed = replay(velocity, old)
-            loss, stats = flow_grpo_loss(
-                replayed, old, adv.flatten(), total=3 * B * G, low=0.02, high=0.02,
-                ratio_norm=True, weights=weights, reference=reference, mse_weight=0.02)
+            if form == "grpo":
+                loss, stats = flow_grpo_loss(
+                    replay(velocity, old), old, adv, total=3 * B * G, low=0.02, high=0.02,
+                    ratio_norm=True, weights=weights, reference=reference, mse_weight=0.02)
+            else:
+                loss, stats = matching_loss(
+                    velocities_at(velocity, old), old, adv, form=form, total=3 * B * G,
+                    v_ref=reference, mse_weight=0.02)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -677,14 +716,15 @@ def improve(
         mse = stats["velocity_mse"]
         rewards.append(mean)
         if update % 10 == 9:
-            print(f"update {update:3d}  reward {mean:.3f}  velocity mse {mse:.3f}")
+            print(f"{form}, update {update:3d}  reward {mean:.3f}  velocity mse {mse:.3f}")
     return rewards
 
 
-def save_picture(file: str, drawn: dict[str, Tensor], rewards: list[float]) -> None:
-    """Plot the samples (N, 2) of every named policy, and the rewards of training."""
+def save_picture(file: str, drawn: dict[str, Tensor], rewards: dict[str, list[float]]) -> None:
+    """Plot the samples (N, 2) of every named policy, and the rewards of each training."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    count = len(drawn) + 1
+    figure, axes = plt.subplots(1, count, figsize=(4.3 * count, 4.2), layout="constrained")
     for ax, (name, data) in zip(axes, drawn.items()):
         won = data.sum(1) > 0                                                    # (N,)
         share = won.float().mean()
@@ -692,14 +732,16 @@ def save_picture(file: str, drawn: dict[str, Tensor], rewards: list[float]) -> N
         ax.axline((0, 0), slope=-1, color="grey")
         ax.set_title(f"{name}: {share:.0%} rewarded")
         ax.set_aspect(1)
-    axes[2].plot(rewards)
-    axes[2].set_title("mean reward of each batch")
+    for name, values in rewards.items():
+        axes[-1].plot(values, label=name)
+    axes[-1].legend()
+    axes[-1].set_title("mean reward of each batch")
     figure.savefig(file, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="FlowGRPO draws a flow in the plane to one side.", allow_abbrev=False)
+        description="Two losses draw a flow in the plane to one side.", allow_abbrev=False)
     parser.add_argument("--out", default="before_after.png", help="the picture")
     parser.add_argument(
         "--assert-reward", type=float, help="exit with an error if the last rewards are below this")
@@ -707,17 +749,21 @@ def main() -> None:
     torch.manual_seed(0)
     noise = torch.randn(600, 2)
     frozen = learn_ring(1000)
-    net = copy.deepcopy(frozen)
-    rewards = improve(net, frozen, updates=80)
+    policies, rewards = {"before": frozen}, {}
+    for form in ("grpo", "nft"):
+        policies[form] = copy.deepcopy(frozen)
+        rewards[form] = improve(policies[form], frozen, updates=80, form=form)
     drawn = {}
-    for name, policy in (("before", frozen), ("after", net)):
-        path = rollout(in_plane(policy), noise, time_grid(40), window=(0, 0), noise_level=0.0)
+    for name, net in policies.items():
+        path = rollout(in_plane(net), noise, time_grid(40), window=(0, 0), noise_level=0.0)
         drawn[name] = path.data                                                  # (N, 2)
     save_picture(args.out, drawn, rewards)
-    last = sum(rewards[-10:]) / 10
-    if args.assert_reward is not None and last < args.assert_reward:
-        raise SystemExit(
-            f"the last ten rewards average {last:.3f}, expected at least {args.assert_reward}")
+    for form, values in rewards.items():
+        last = sum(values[-10:]) / 10
+        if args.assert_reward is not None and last < args.assert_reward:
+            raise SystemExit(
+                f"the last ten rewards of {form} average {last:.3f}, expected at least "
+                f"{args.assert_reward}")
 
 
 if __name__ == "__main__":

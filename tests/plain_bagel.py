@@ -144,22 +144,3 @@ class Plain:
     def velocity(self, segments, x, t, size):
         """Of noisy latents x (M, F) after `segments`, (M, F)."""
         return self.linear(self.run([*segments, ("latents", x, t, size)]), "llm2vae")
-
-    def guided(self, full, no_text, no_image, x, t, size, g):
-        """`velocity` under guidance g, in the order of the official loop."""
-        v = self.velocity(full, x, t, size)
-        if g.text_scale <= 1 or not g.interval[0] < torch.tensor(t) <= g.interval[1]:
-            return v
-
-        def shorten(z):
-            dims = {} if g.renorm == "global" else dict(dim=-1, keepdim=True)
-            return z * (v.norm(**dims) / (z.norm(**dims) + 1e-8)).clamp(g.renorm_min, 1.0)
-
-        without = self.velocity(no_text, x, t, size)
-        z = without + g.text_scale * (v - without)
-        if g.renorm == "text_channel":
-            z = shorten(z)
-        if g.image_scale > 1:
-            without = self.velocity(no_image, x, t, size)
-            z = without + g.image_scale * (z - without)
-        return z if g.renorm == "text_channel" else shorten(z)

@@ -15,8 +15,9 @@ from torch.distributions import Normal, kl_divergence
 import flow_grpo
 import grpo
 from flow_grpo import (
-    Replay, draw_window, flow_grpo_loss, normalised_log_ratio, replay, rollout, shared_noise,
-    step_weights, time_grid, transition, transition_kl, velocity_mse)
+    FORMS, Replay, draw_window, flow_grpo_loss, matching_loss, normalised_log_ratio, renoise, replay,
+    replay_of, rollout, shared_noise, step_weights, stratified_times, time_grid, transition, transition_kl,
+    velocities_at, velocity_mse)
 from policy import declare_torchvision_ops
 from sample import map_rows
 from velocities import exact_velocity, linear_velocity, sample_linear
@@ -64,6 +65,18 @@ def test_step_weights_undo_the_step_sizes_of_the_window(K, shift, start, W):
     torch.testing.assert_close(-weights * times.diff()[start:start + W], torch.ones(W))
     normalised = step_weights(times, window, over=window)
     torch.testing.assert_close(normalised, weights / weights.mean())
+
+
+@samplers
+def test_flat_weights_give_the_gradient_on_the_velocity_one_size_at_every_step(sampler):
+    old, weight, _ = sample_linear(N=4000, sampler=sampler, dtype=torch.float64)
+    v = replay(linear_velocity(weight), old).v.requires_grad_()
+    (gradient,) = torch.autograd.grad(replay_of(v, old).logp.sum(), v)
+    options = dict(kind="flat", noise_level=0.7, sampler=sampler)
+    sizes = gradient.flatten(2).norm(dim=(0, 2)) * step_weights(old.times, old.window, **options)
+    torch.testing.assert_close(sizes / sizes.mean(), torch.ones_like(sizes), rtol=0.05, atol=0)
+    one = step_weights(old.times, (1, 2), over=(0, 4), **options)         # a step among those that it may be
+    assert one.item() == pytest.approx(step_weights(old.times, (0, 4), over=(0, 4), **options)[1].item())
 
 
 @given(st.floats(0.05, 3), st.floats(0.05, 3))
@@ -277,6 +290,107 @@ def test_what_both_policy_gradients_share_is_the_same_to_the_letter(name):
     assert flow_grpo.LOG_RATIO_BOUND == grpo.LOG_RATIO_BOUND
 
 
+# ---- matching losses ----
+
+
+def matched(N=6, J=3, dtype=torch.float64):
+    """Renoised samples, velocities near those of the old policy (a leaf), other velocities, advantages."""
+    weight, data = torch.randn(4, 4, dtype=dtype), torch.randn(N, 2, 2, dtype=dtype)
+    noise = torch.randn(J, N, 2, 2, dtype=dtype)
+    drawn = renoise(data, stratified_times(J, seed=0, step=0), noise, linear_velocity(weight))
+    v = (drawn.v + 0.1 * torch.randn_like(drawn.v)).requires_grad_()
+    return drawn, v, torch.randn_like(drawn.v), torch.rand(N, dtype=dtype) * 2 - 1
+
+
+@given(st.integers(1, 9), st.integers(0, 99), st.integers(0, 99))
+def test_the_times_of_a_picture_are_one_in_each_of_equal_parts(J, seed, step):
+    times = stratified_times(J, seed=seed, step=step)
+    parts = torch.arange(J - 1, -1, -1)
+    assert ((parts / J <= times) & (times <= (parts + 1) / J)).all()
+    assert torch.equal(times, stratified_times(J, seed=seed, step=step))
+    assert not torch.equal(times, stratified_times(J, seed=seed, step=step + 1))
+
+
+def test_renoised_samples_lie_on_the_straight_line_from_data_to_noise():
+    drawn, _, _, _ = matched()
+    t = drawn.times[None, :, None, None]
+    torch.testing.assert_close(drawn.latents, drawn.data[:, None] + t * drawn.target)
+    noise = (drawn.data[:, None] + drawn.target).flatten()
+    assert noise.std().item() == pytest.approx(1, abs=0.3)
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 1))
+def test_nft_is_the_two_branches_of_diffusion_nft_without_their_weights(seed, b):
+    torch.manual_seed(seed)
+    drawn, v, _, adv = matched()
+    loss, _ = matching_loss(v, drawn, adv, form="nft", total=1, trust=b)
+    right, u = adv[:, None] / 2 + 0.5, drawn.target
+    better, worse = b * v + (1 - b) * drawn.v, (1 + b) * drawn.v - b * v
+    branches = right * velocity_mse(better, u) + (1 - right) * velocity_mse(worse, u)
+    expected = ((branches - velocity_mse(drawn.v, u)) / b).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-7)
+    (ours,), (theirs,) = torch.autograd.grad(loss, v), torch.autograd.grad(expected, v)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_awm_and_fpo_are_functions_of_the_change_in_the_flow_matching_error():
+    drawn, v, _, adv = matched()
+    rise = velocity_mse(v, drawn.target) - velocity_mse(drawn.v, drawn.target)
+    loss, stats = matching_loss(v, drawn, adv, form="awm", total=7)
+    torch.testing.assert_close(loss, (adv[:, None] * rise).sum() / 7)
+    torch.testing.assert_close(stats["rise"], rise.mean())
+    curved, _ = matching_loss(v, drawn, adv, form="nft", total=7, trust=adv[:, None])
+    torch.testing.assert_close(loss, curved)                                # the identity, with c = A
+    ratio = (-rise).clamp(-3, 3).exp()
+    loss, _ = matching_loss(v, drawn, adv, form="fpo", total=7, clip=0.05)
+    clipped = torch.minimum(ratio * adv[:, None], ratio.clamp(0.95, 1.05) * adv[:, None])
+    torch.testing.assert_close(loss, -clipped.sum() / 7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_at_the_old_velocities_every_form_has_the_gradient_of_weighted_flow_matching(form):
+    drawn, _, _, adv = matched()
+    adv[0] = 0.0
+    v = drawn.v.clone().requires_grad_()
+    loss, _ = matching_loss(v, drawn, adv, form=form, total=1)
+    (gradient,) = torch.autograd.grad(loss, v)
+    (expected,) = torch.autograd.grad((adv[:, None] * velocity_mse(v, drawn.target)).sum(), v)
+    torch.testing.assert_close(gradient, expected)
+    assert (gradient[0] == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_matching_losses_of_micro_batches_add_up_and_a_penalty_holds_to_the_reference(form):
+    drawn, v, v_ref, adv = matched()
+    options = dict(form=form, total=18)
+    whole, _ = matching_loss(v, drawn, adv, v_ref=v_ref, mse_weight=0.3, **options)
+    plain, _ = matching_loss(v, drawn, adv, **options)
+    torch.testing.assert_close(whole - plain, 0.3 * velocity_mse(v, v_ref).sum() / 18)
+    parts = 0.0
+    for rows in (slice(0, 2), slice(2, 6)):
+        part = map_rows(lambda column: column[rows], drawn)
+        loss, _ = matching_loss(v[rows], part, adv[rows], v_ref=v_ref[rows], mse_weight=0.3, **options)
+        parts = parts + loss
+    torch.testing.assert_close(parts, whole)
+
+
+def test_a_follower_takes_the_place_of_the_policy_that_sampled():
+    drawn, v, follower, adv = matched()
+    loss, _ = matching_loss(v, drawn, adv, form="nft", total=1, v_old=follower)
+    same, _ = matching_loss(v, dataclasses.replace(drawn, v=follower), adv, form="nft", total=1)
+    assert loss == same
+
+
+def test_what_a_matching_loss_cannot_use_is_refused():
+    drawn, v, _, adv = matched()
+    with pytest.raises(ValueError, match='form is "dpo"'):
+        matching_loss(v, drawn, adv, form="dpo", total=1)
+    with pytest.raises(ValueError, match="total is 0"):
+        matching_loss(v, drawn, adv, form="nft", total=0)
+    with pytest.raises(ValueError, match="mse_weight needs v_ref"):
+        matching_loss(v, drawn, adv, form="nft", total=1, mse_weight=0.1)
+
+
 # ---- learning ----
 
 
@@ -286,8 +400,8 @@ def test_the_example_in_the_docstring_is_true():
     assert results.failed == 0
 
 
-@samplers
-def test_following_the_gradient_raises_the_reward(sampler):
+@pytest.mark.parametrize("loss", ["sde", "cps", "dance", *FORMS])
+def test_following_the_gradient_raises_the_reward(loss):
     shift = torch.zeros(2, requires_grad=True)
     optimizer, B, G, rewards = torch.optim.Adam([shift], lr=0.03), 8, 16, []
 
@@ -295,16 +409,23 @@ def test_following_the_gradient_raises_the_reward(sampler):
         return exact_velocity(0.0, 0.5)(x, t) + shift
 
     for step in range(30):
-        window = draw_window(2, 0, 4, seed=0, step=step)
-        old = rollout(
-            velocity, shared_noise(torch.randn(B, 2), G), time_grid(5), window=window, noise_level=0.7,
-            sampler=sampler, step_noise=torch.randn(2, B * G, 2))
+        if loss in FORMS:
+            path = rollout(velocity, torch.randn(B * G, 2), time_grid(5), window=(0, 0), noise_level=0.0)
+            old = renoise(path.data, stratified_times(2, seed=0, step=step), torch.randn(2, B * G, 2), velocity)
+        else:
+            window = draw_window(2, 0, 4, seed=0, step=step)
+            old = rollout(
+                velocity, shared_noise(torch.randn(B, 2), G), time_grid(5), window=window, noise_level=0.7,
+                sampler=loss, step_noise=torch.randn(2, B * G, 2))
         reward = (old.data[:, 0] > 0.3).float()
         rewards.append(reward.mean().item())
-        adv = grpo.group_advantage(reward, G)
-        loss, _ = flow_grpo_loss(replay(velocity, old), old, adv, total=2 * B * G, low=0.2, high=0.2)
+        adv, total = grpo.group_advantage(reward, G), 2 * B * G
+        if loss in FORMS:
+            term, _ = matching_loss(velocities_at(velocity, old), old, adv, form=loss, total=total)
+        else:
+            term, _ = flow_grpo_loss(replay(velocity, old), old, adv, total=total, low=0.2, high=0.2)
         optimizer.zero_grad()
-        loss.backward()
+        term.backward()
         optimizer.step()
     assert sum(rewards[:5]) / 5 < 0.45
     assert sum(rewards[-5:]) / 5 > 0.7
