@@ -269,7 +269,7 @@ def test_a_caption_is_taken_apart_by_rule(caption, tuples):
     "caption", ["dogs running", "circle", "", "red circles", "a circle left of a square above a triangle"]
 )
 def test_a_prompt_that_no_rule_reads_is_refused(caption):
-    with pytest.raises(ValueError, match="which no rule reads; use --"):
+    with pytest.raises(ValueError, match="which no rule reads; use another --captioner"):
         tuple_f1(caption, "a red circle")
 
 
@@ -319,31 +319,32 @@ def test_a_pictures_own_prompt_earns_1_and_less_when_an_object_is_removed():
         assert less < 0.95
 
 
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5))
-def test_token_f1_is_that_of_loops_over_words(seed, n, m):
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 6))
+def test_token_f1_and_tim_are_those_of_loops_over_tokens(seed, n, m):
     g = torch.Generator().manual_seed(seed)
     a, b = torch.randn(1, 5, 6, generator=g), torch.randn(1, 7, 6, generator=g)
     cosine = [[F.cosine_similarity(x, y, dim=0).item() for y in b[0, :m]] for x in a[0, :n]]
     recall = sum(map(max, cosine)) / n
     precision = sum(map(max, zip(*cosine))) / m
-    expected = 2 * recall * precision / max(recall + precision, 1e-6)
-    got = R.token_f1(a, torch.arange(5)[None] < n, b, torch.arange(7)[None] < m).item()
-    assert got == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    f1 = 2 * recall * precision / max(recall + precision, 1e-6)
+    states = a, torch.arange(5)[None] < n, b, torch.arange(7)[None] < m
+    assert R.token_f1(*states).item() == pytest.approx(f1, rel=1e-4, abs=1e-4)
+    match = R.TokenMatch(lambda images, prompts: states)
+    assert match(drawn("p")).item() == pytest.approx((1 + (recall + precision) / 2) / 2, abs=1e-5)
 
 
 def test_ssim_is_that_of_a_loop_over_windows():
     a = images_of(2, 1, 14)
     b = 0.7 * a + 0.3 * images_of(2, 2, 14)
     bell = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
-    w = np.outer(bell, bell) / bell.sum() ** 2
+    weights = np.outer(bell, bell).flatten()
     for got, x, y in zip(R.structural_similarity(a, b).tolist(), a.double().numpy(), b.double().numpy()):
         each = []
         for c, i, j in np.ndindex(3, 4, 4):
-            p, q = x[c, i:i + 11, j:j + 11], y[c, i:i + 11, j:j + 11]
-            mp, mq = (w * p).sum(), (w * q).sum()
-            vp, vq, cov = (
-                (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum(), (w * (p - mp) * (q - mq)).sum())
-            each.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+            pair = [z[c, i:i + 11, j:j + 11].flatten() for z in (x, y)]
+            p, q = np.average(pair, axis=1, weights=weights)
+            (vp, cov), (_, vq) = np.cov(pair, aweights=weights, ddof=0)
+            each.append((2 * p * q + 1e-4) * (2 * cov + 9e-4) / ((p**2 + q**2 + 1e-4) * (vp + vq + 9e-4)))
         assert got == pytest.approx(np.mean(each), rel=1e-4)
 
 
@@ -360,25 +361,6 @@ def test_likeness_is_in_range_the_same_one_by_one_and_resizes_the_real_image():
 
 
 # ---- token matching ----
-
-
-@given(st.integers(0, 10**6))
-def test_tim_is_symmetric_in_range_and_blind_to_padding_and_to_the_order_of_patches(seed):
-    g = torch.Generator().manual_seed(seed)
-    image, text = torch.randn(2, 4, 8, generator=g), torch.randn(2, 6, 8, generator=g)
-    seen, read = torch.ones(2, 4, dtype=torch.bool), torch.arange(6)[None] < torch.tensor([[6], [3]])
-
-    def match(*states):
-        return R.TokenMatch(lambda images, prompts: states)(drawn("ab"))
-
-    expected = match(image, seen, text, read)
-    assert ((expected >= 0) & (expected <= 1)).all()
-    assert torch.allclose(match(text, read, image, seen), expected, atol=1e-5)
-    turned = image[:, torch.randperm(4, generator=g)]
-    assert torch.allclose(match(turned, seen, text, read), expected, atol=1e-5)
-    padded = torch.where(read[..., None], text, 9 * torch.randn(2, 6, 8, generator=g))
-    assert torch.allclose(match(image, seen, padded, read), expected, atol=1e-5)
-    assert torch.allclose(match(image, seen, image, seen), torch.ones(2), atol=1e-5)
 
 
 def test_tim_takes_the_policys_states_of_the_image_and_of_the_prompts_words_after_it():
