@@ -30,10 +30,10 @@ LEAST = 0.05                                    # a lower score is no detection 
 OVERLAP = 0.5                                   # IoU above which two boxes are one thing
 
 
-def suppress(boxes: Tensor, scores: Tensor, most: float = OVERLAP) -> list[int]:
+def suppress(boxes: Tensor, scores: Tensor) -> list[int]:
     """Non-maximum suppression: places of the boxes (Q, 4) that overlap no better one, best first.
 
-    Two boxes overlap if their intersection over union is above `most`.
+    Two boxes overlap if their intersection over union is above OVERLAP.
     """
     declare_torchvision_ops()
     from torchvision.ops import box_iou
@@ -41,7 +41,7 @@ def suppress(boxes: Tensor, scores: Tensor, most: float = OVERLAP) -> list[int]:
     overlap = box_iou(boxes, boxes)                                                 # (Q, Q)
     kept = []
     for i in scores.argsort(descending=True, stable=True).tolist():
-        if all(overlap[i, j] <= most for j in kept):
+        if all(overlap[i, j] <= OVERLAP for j in kept):
             kept.append(i)
     return kept
 
@@ -73,18 +73,17 @@ class ZeroShot:
             same = [n for n, other in enumerate(classes) if tuple(other) == names]
             for i in range(0, len(same), self.batch_size):
                 rows = same[i:i + self.batch_size]
-                scores, boxes = self.score_classes(images[rows], list(names))
-                for n, s, b in zip(rows, scores, boxes):
-                    found[n] = self.things(s, b, images.shape[-2:], names)
+                for n, seen in zip(rows, self.find_boxes(images[rows], list(names))):
+                    found[n] = self.things(seen, images.shape[-2:], names)
         return found
 
-    def score_classes(self, images: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Scores (N, Q, classes) in [0, 1]; boxes (N, Q, 4), relative centre and size."""
-        text = [text_of(name) for name in names]
+    def find_boxes(self, images: Tensor, names: list[str]) -> list[dict]:
+        """The processor's scores, labels and boxes of each image, with scores above LEAST."""
+        text, sizes = [text_of(name) for name in names], [images.shape[-2:]] * len(images)
         given = self.processor(
             images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt")
         out = self.model(**given.to(self.model.device))
-        return out.logits.float().sigmoid(), out.pred_boxes.float()
+        return self.processor.post_process_grounded_object_detection(out, LEAST, sizes)
 
     def check(self, names: list[str]) -> None:
         """ValueError for classes of more tokens than the model reads."""
@@ -97,24 +96,18 @@ class ZeroShot:
                     "give the class a shorter name")
 
     def things(
-        self, scores: Tensor, boxes: Tensor, size: tuple[int, int], names: tuple[str, ...]
+        self, seen: dict[str, Tensor], size: tuple[int, int], names: tuple[str, ...]
     ) -> list[dict]:
-        """The things of one image of size (H, W).
+        """The things of one image of size (H, W), of what find_boxes saw in it."""
+        from torchvision.ops import clip_boxes_to_image
 
-        scores: (Q, classes); boxes: (Q, 4), centre and size relative to the image.
-        """
-        from torchvision.ops import box_convert, clip_boxes_to_image
-
-        corners = box_convert(boxes, "cxcywh", "xyxy")                              # (Q, 4)
-        corners = corners * max(size)           # OWLv2 pads right and below to a square
-        corners = clip_boxes_to_image(corners, size)
-        best, place = scores.max(-1)                                                # (Q,)
+        scores, boxes = seen["scores"], clip_boxes_to_image(seen["boxes"], size)
         found = []
         for k, name in enumerate(names):
-            of_name = ((place == k) & (best > LEAST)).nonzero().flatten()
-            for i in suppress(corners[of_name], best[of_name]):
+            of_name = (seen["labels"] == k).nonzero().flatten()
+            for i in suppress(boxes[of_name], scores[of_name]):
                 q = of_name[i]
-                found.append({"class": name, "box": corners[q].tolist(), "score": best[q].item()})
+                found.append({"class": name, "box": boxes[q].tolist(), "score": scores[q].item()})
         return found
 
 
@@ -144,10 +137,9 @@ class Colors:
 
 def middle_square(crop: Tensor, size: int) -> Tensor:
     """The square in the middle of (3, h, w), as (3, size, size); so GenEval reads crops."""
-    h, w = crop.shape[-2:]
-    side = min(h, w)
-    top, left = (h - side) // 2, (w - side) // 2
-    square = crop[None, :, top:top + side, left:left + side].float()
+    from torchvision.transforms.functional import center_crop
+
+    square = center_crop(crop[None].float(), min(crop.shape[-2:]))
     return F.interpolate(square, (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
