@@ -8,7 +8,7 @@ rows of a file, to which a language model adds them once and offline:
 The file that this writes is given as --prompts. Its rows are those of prompts.jsonl, and each has
 "semantic_questions": [{"question", "tag", "needs"}] and "quality_questions": [{"question", "tag"}].
 "needs" are the places of earlier semantic questions without whose yes this one has no meaning: "is
-the dog red ?" needs "is there a dog ?".
+the dog red ?" needs "is there a dog ?". "tag" is for statistics of one's own: no reward reads it.
 
 Differs from AlphaGRPO's code: its files have no "needs" (they are read, as if nothing depended). It
 asks one model to write, a second time to check and a third time to tag each question, and its
@@ -28,30 +28,22 @@ from support.disk import fingerprint, write_atomic
 from support.rows import Metadata, read_json_lines, read_prompts
 from support.terminal import Arguments, new_file, one_line, say, the_device
 
-SEMANTIC = (
-    "Style", "Environment", "Viewpoint", "Existence", "Count", "Attribute", "Action", "Spatial",
-    "Text", "Negative")
-QUALITY = (
-    "Geometry", "Anatomy", "Texture", "Coherence", "Lighting", "Physics", "Legibility",
-    "Aesthetics")
-
 
 @dataclass(frozen=True)
 class Question:
     """One thing that a judge is asked; without a yes to its `needs` it scores 0."""
 
     text: str
-    tag: str
     quality: bool = False
     needs: tuple[int, ...] = ()
 
 
 TOY_QUALITY = (
-    Question("is the picture clean ?", "Texture", True),
-    Question("are the shapes whole ?", "Geometry", True))
+    Question("is the picture clean ?", True),
+    Question("are the shapes whole ?", True))
 PHOTO_QUALITY = (
-    Question("Is the picture free of noise, smears and other artefacts?", "Texture", True),
-    Question("Does everything in the picture have its whole, natural form?", "Geometry", True))
+    Question("Is the picture free of noise, smears and other artefacts?", True),
+    Question("Does everything in the picture have its whole, natural form?", True))
 
 
 def article(words: str) -> str:
@@ -76,32 +68,32 @@ def questions_by_rule(
             f"prompt {prompt[:60]!r} has no objects to ask about; give its questions with its row")
     asked, existence, totals = {}, [], {}
 
-    def ask(text: str, tag: str, *needs: int) -> int:
+    def ask(text: str, *needs: int) -> int:
         """The place of a question, which is added if it is new."""
-        asked.setdefault(text, Question(text, tag, needs=needs))
+        asked.setdefault(text, Question(text, needs=needs))
         return list(asked).index(text)
 
     for clause in metadata["include"]:
         totals[clause["class"]] = totals.get(clause["class"], 0) + clause["count"]
     for clause in metadata["include"]:
         name, count = clause["class"], totals[clause["class"]]
-        there = ask(f"is there {article(name)} ?", "Existence")
+        there = ask(f"is there {article(name)} ?")
         if count == 1:
-            ask(f"is there one {name} ?", "Count", there)
+            ask(f"is there one {name} ?", there)
         else:
             number = NUMBER_WORDS[count] if count < len(NUMBER_WORDS) else count
-            ask(f"are there {number} {plural(name)} ?", "Count", there)
+            ask(f"are there {number} {plural(name)} ?", there)
         if color := clause.get("color"):
             colored = f"is there {article(f'{color} {name}')} ?"
-            ask(f"is the {name} {color} ?" if count == 1 else colored, "Attribute", there)
+            ask(f"is the {name} {color} ?" if count == 1 else colored, there)
         if "position" in clause:
             relation, target = clause["position"]
             other = metadata["include"][target]["class"]
-            ask(f"is the {name} {relation} the {other} ?", "Spatial", there, existence[target])
+            ask(f"is the {name} {relation} the {other} ?", there, existence[target])
         existence.append(there)
     for clause in metadata.get("exclude", []):
         if clause["class"] not in totals:
-            ask(f"are there zero {plural(clause['class'])} ?", "Negative")
+            ask(f"are there zero {plural(clause['class'])} ?")
     return [*asked.values(), *quality]
 
 
@@ -135,6 +127,8 @@ class Questions:
 
 # ---- questions that rows bring ----
 
+HALVES = ("semantic_questions", "quality_questions")
+
 
 def with_questions(row: dict, path: str) -> dict:
     """A row of any file, with the questions that it brings read into "questions"."""
@@ -150,7 +144,7 @@ def questions_of_row(row: dict, path: str) -> list[Question]:
     Errors: ValueError, with the file and the prompt.
     """
     questions = []
-    for half in ("semantic_questions", "quality_questions"):
+    for half in HALVES:
         where = f"{path}: prompt {str(row.get('prompt', row.get('instruction')))[:60]!r}: {half}"
         if not isinstance(row.get(half), list) or not row[half]:
             raise ValueError(f"{where} must be a list of at least one question")
@@ -161,20 +155,16 @@ def questions_of_row(row: dict, path: str) -> list[Question]:
 
 def read_question(item, place: int, quality: bool, where: str) -> Question:
     """One question of a file, at its place in its half. Errors: ValueError."""
-    tags, tag = (QUALITY, "Coherence") if quality else (SEMANTIC, "Existence")
     if isinstance(item, str):
         item = {"question": item}
     text = item.get("question") if isinstance(item, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} must have a text \"question\"")
-    tag = str(item.get("tag", tag)).capitalize()
-    if tag not in tags:
-        raise ValueError(f"{where} must have a \"tag\" of {tags}")
     needs = item.get("needs") or []
     earlier = () if quality else range(place)
     if not isinstance(needs, list) or any(type(n) is not int or n not in earlier for n in needs):
         raise ValueError(f"{where}: \"needs\" must be places of earlier semantic questions")
-    return Question(text.strip(), tag, quality, tuple(needs))
+    return Question(text.strip(), quality, tuple(needs))
 
 
 # ---- questions by a language model ----
@@ -186,11 +176,13 @@ Answer with one JSON object and nothing else:
 "quality_questions": [{{"question": "...", "tag": "..."}}]}}
 
 Semantic questions: one fact of the prompt each, only what must be there, nothing that the prompt
-does not say; "yes" means that the image keeps it. "tag" is one of {semantic}. "needs" lists the
-places, counted from 0, of earlier semantic questions that must be true for this one to have a
+does not say; "yes" means that the image keeps it. "tag" is one of Style,
+Environment, Viewpoint, Existence, Count, Attribute, Action, Spatial, Text, Negative. "needs" lists
+the places, counted from 0, of earlier semantic questions that must be true for this one to have a
 meaning: ask first whether a thing is there, then about its number, attributes and place.
 Quality questions: two to four about how well the image is made, each about one aspect, none that
-the prompt contradicts. "tag" is one of {quality}.
+the prompt contradicts. "tag" is one of Geometry, Anatomy, Texture, Coherence, Lighting, Physics,
+Legibility, Aesthetics.
 
 Prompt: {prompt}"""
 
@@ -206,39 +198,38 @@ def decompose(
     reason.
     Errors: ValueError if no prompt at all gets questions.
     """
-    rows, tags = {}, dict(semantic=", ".join(SEMANTIC), quality=", ".join(QUALITY))
+    rows = {}
     writer = fingerprint(Path(model)) if Path(model).is_dir() else model
     for row in read_prompts(path):
         key = json.dumps([row, writer, ASK], sort_keys=True)
         rows[hashlib.sha256(key.encode()).hexdigest()[:16]] = row
     done = finished_rows(out)
-    waiting, reasons = [key for key in rows if key not in done], {}
+    waiting = {key: "" for key in rows if key not in done}      # and why its last try failed
     asked = len(waiting)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=asked, desc="decomposing") as bar, out.open("a", encoding="utf-8") as file:
         for attempt in range(tries):
-            failed = []
-            for i in range(0, len(waiting), batch):
-                keys = waiting[i:i + batch]
-                prompts = [rows[key]["prompt"] for key in keys]
-                requests = [ASK.format(prompt=prompt, **tags) for prompt in prompts]
+            left = list(waiting)
+            for i in range(0, len(left), batch):
+                keys = left[i:i + batch]
+                requests = [ASK.format(prompt=rows[key]["prompt"]) for key in keys]
                 answers = write(requests, 0.7 if attempt else 0.0)
-                for key, prompt, answer in zip(keys, prompts, answers):
+                for key, answer in zip(keys, answers):
                     try:
-                        questions = read_answer(prompt, answer)
+                        questions = read_answer(rows[key]["prompt"], answer)
                     except ValueError as error:
-                        reasons[key] = str(error)
-                        failed.append(key)
+                        waiting[key] = str(error)
                         continue
+                    del waiting[key]
                     file.write(json.dumps({**rows[key], **questions, "hash": key}) + "\n")
                     file.flush()
                     bar.update()
-            waiting = failed
-    if asked and len(waiting) == asked:
+    failures = [f"{rows[key]['prompt']}: {reason}" for key, reason in waiting.items()]
+    if asked and len(failures) == asked:
         raise ValueError(
             f"{model} gave no valid questions for any of {asked} prompts in {tries} tries each; "
-            f"the last reason: {reasons[waiting[-1]]}")
-    return [f"{rows[key]['prompt']}: {reasons[key]}" for key in waiting]
+            f"the last reason: {failures[-1]}")
+    return failures
 
 
 def finished_rows(out: Path) -> set[str]:
@@ -259,13 +250,8 @@ def read_answer(prompt: str, answer: str) -> dict:
         found = json.loads(answer[answer.index("{"):answer.rindex("}") + 1])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"invalid JSON ({error})") from error
-    semantic, quality = [], []
-    for q in questions_of_row({**found, "prompt": prompt}, "the answer"):
-        if q.quality:
-            quality.append({"question": q.text, "tag": q.tag})
-        else:
-            semantic.append({"question": q.text, "tag": q.tag, "needs": list(q.needs)})
-    return {"semantic_questions": semantic, "quality_questions": quality}
+    questions_of_row({**found, "prompt": prompt}, "the answer")
+    return {half: found[half] for half in HALVES}
 
 
 def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], float], list[str]]:

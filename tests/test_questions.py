@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import tasks
-import torch
 from PIL import Image
 from recipes import parse
 from referees import questions
@@ -17,7 +16,7 @@ from rewards import Decomposed, Samples
 from sample import TOY
 from support.checkpoint import load_policy
 from support.rows import read_prompts
-from support.run import Ranks
+from tiny_runs import ALONE
 from toy import shapes, world
 
 JUDGE = str(TOY.parent / "judge")
@@ -41,11 +40,11 @@ def test_the_rule_asks_what_metadata_say_and_nothing_twice():
         {"class": "dog", "count": 1, "color": "blue", "position": ["above", 0]}]
     exclude = [{"class": "bench", "count": 3}, {"class": "cat", "count": 1}]
     made = questions_by_rule("p", {"include": include, "exclude": exclude}, PHOTO_QUALITY)
-    assert [(q.text, q.tag, q.needs) for q in made if not q.quality] == [
-        ("is there a bench ?", "Existence", ()), ("are there two benches ?", "Count", (0,)),
-        ("is there a red bench ?", "Attribute", (0,)), ("is there a dog ?", "Existence", ()),
-        ("is there one dog ?", "Count", (3,)), ("is the dog blue ?", "Attribute", (3,)),
-        ("is the dog above the bench ?", "Spatial", (3, 0)), ("are there zero cats ?", "Negative", ())]
+    assert [(q.text, q.needs) for q in made if not q.quality] == [
+        ("is there a bench ?", ()), ("are there two benches ?", (0,)),
+        ("is there a red bench ?", (0,)), ("is there a dog ?", ()),
+        ("is there one dog ?", (3,)), ("is the dog blue ?", (3,)),
+        ("is the dog above the bench ?", (3, 0)), ("are there zero cats ?", ())]
     assert made[-2:] == list(PHOTO_QUALITY)
     cups = [{"class": "cup", "count": 1, "color": color} for color in ("red", "blue")]
     texts = [q.text for q in questions_by_rule("p", {"include": cups}, TOY_QUALITY)]
@@ -87,9 +86,9 @@ def pictures_of(metadata, rng):
 def test_a_rows_questions_are_read_with_needs_and_plain_strings_and_come_before_the_rule():
     bare = {"include": [{"class": "dog", "count": 1}], "questions": "nothing of ours"}
     made = Questions(toy=False)("a red dog", with_questions({**bare, **LINE}, "p.jsonl"))
-    assert [(q.text, q.tag, q.needs) for q in made] == [
-        ("is there a dog ?", "Existence", ()), ("is the dog red ?", "Attribute", (0,)),
-        ("does it sit ?", "Existence", ()), ("is it sharp ?", "Texture", ())]
+    assert [(q.text, q.needs) for q in made] == [
+        ("is there a dog ?", ()), ("is the dog red ?", (0,)),
+        ("does it sit ?", ()), ("is it sharp ?", ())]
     assert Questions(toy=False)("a red dog", with_questions(bare, "p.jsonl"))[1].text == "is there one dog ?"
 
 
@@ -104,7 +103,6 @@ def test_a_rows_questions_are_read_with_needs_and_plain_strings_and_come_before_
             r"text",
         ),
         (dict(semantic_questions=[3]), r"semantic_questions\[0\] must have a text"),
-        (dict(semantic_questions=[{"question": "a ?", "tag": "Mood"}]), "a \"tag\" of"),
         (
             dict(semantic_questions=[{"question": "a ?", "tag": "Count", "needs": [0]}]),
             '"needs" must be places of earlier'),
@@ -127,7 +125,7 @@ def test_prompts_bring_their_questions_and_those_without_are_named_before_the_ru
     rows = [{"prompt": f"prompt {i}"} for i in range(7)]
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join(json.dumps({**row, **BOTH_LISTS}) for row in rows))
-    (batch,) = source_of(tmp_path, "--prompts", file).batches(0, Ranks(0, 1, torch.device("cpu")))
+    (batch,) = source_of(tmp_path, "--prompts", file).batches(0, ALONE)
     assert all(len(row.metadata["questions"]) == 4 for row in batch.rows)
     rows[3] |= BOTH_LISTS
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -143,7 +141,7 @@ def test_edits_bring_their_questions_or_are_refused(tmp_path):
         tmp_path / "e.jsonl",
         {"image": "i.png", "instruction": "make the circle red", "caption": "a red circle"})
     file.write_text(json.dumps({**row, **BOTH_LISTS}))
-    (batch,) = source_of(tmp_path, "--edits", file, "--edit", 2).batches(0, Ranks(0, 1, torch.device("cpu")))
+    (batch,) = source_of(tmp_path, "--edits", file, "--edit", 2).batches(0, ALONE)
     assert [q.text for q in batch.rows[0].metadata["questions"]][:2] == [
         "is there a dog ?", "is the dog red ?"]
     file.write_text(json.dumps(row))

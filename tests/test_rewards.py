@@ -239,8 +239,8 @@ def test_an_attribute_of_an_absent_thing_scores_0_and_a_need_that_fell_takes_its
     assert value.tolist() == pytest.approx([((0.2 + 0.0 + 0.9 + 0.9 + 0.0 + 0.9) / 6 * 0.9) ** 0.5] * 2)
     assert [image for _, image in judge.asked] == [0] * 8 + [1] * 8
     chain = [
-        Question("a ?", "Existence"), Question("b ?", "Count", needs=(0,)),
-        Question("c ?", "Attribute", needs=(1,))]
+        Question("a ?"), Question("b ?", needs=(0,)),
+        Question("c ?", needs=(1,))]
     reward = R.Decomposed(Told(a=0.1), lambda prompt, metadata: [*chain, *PHOTO_QUALITY])
     assert reward(drawn(["p"])).tolist() == pytest.approx([(0.1 / 3 * 0.9) ** 0.5])
 
