@@ -14,20 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import ALONE, records
 
 import eval as evaluation
 import sample
 import train
 from recipes import parse
 from support.disk import write_atomic
-from support.run import Log, Owner, Ranks, differences, read_rows, signals
+from support.run import Log, Owner, differences, read_rows, signals
 from support.terminal import Terminal, new_file, one_line
 
 ROOT = Path(train.__file__).parent
-ALONE = Ranks(0, 1, torch.device("cpu"))
-SMALL = [
-    "--draw", "2", "--think", "0", "--ask", "0", "--edit", "0", "--kn", "0", "--sem", "0",
-    "--group_size", "4", "--eval_every", "0"]
+SMALL = (
+    "--draw 2 --think 0 --ask 0 --edit 0 --kn 0 --sem 0 --group_size 4 --eval_every 0").split()
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -35,15 +34,8 @@ def run(out, *more):
     train.train(parse([*SMALL, "--out", str(out), *map(str, more)]), ALONE)
 
 
-def rows(out):
-    return [
-        json.loads(line)
-        for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-
-
 def steps(out):
-    return [row["step"] for row in rows(out)[1:] if "loss" in row]
+    return [row["step"] for row in records(out) if "loss" in row]
 
 
 def step_of_checkpoint(out):
@@ -276,7 +268,8 @@ def test_a_rollout_that_is_not_finite_stops_the_run_with_its_step(tmp_path, monk
 
 def test_a_resumed_run_says_and_logs_what_differs(older, capsys):
     run(older, "--steps", 3, "--resume", "--seed", 9, "--ins", 2, "--save_every", 7, "--micro", 4)
-    (row,) = [row for row in rows(older) if "resumed" in row]
+    _, logged = read_rows(older / "log.jsonl")
+    (row,) = [row for row in logged if "resumed" in row]
     assert row["resumed"] == {"ins": [1.0, 2.0], "seed": [0, 9]}
     assert row["step"] == 2
     assert "resumes with other settings: ins 1.0 -> 2.0, seed 0 -> 9" in capsys.readouterr().err
@@ -318,7 +311,8 @@ def test_a_damaged_or_missing_log_stops_no_resume_and_loses_no_other_row(older, 
     damage(older / "log.jsonl")
     run(older, "--steps", 3, "--resume")
     assert steps(older) == [*kept, 2]
-    assert "config" in rows(older)[0]
+    first = (older / "log.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert "config" in json.loads(first)
 
 
 def test_seconds_come_from_a_clock_that_is_never_set_back(tmp_path, monkeypatch):
