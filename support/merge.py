@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.checkpoint import (
-    IMPLEMENTED, TOKENIZER_FILES, all_finite, open_tensors, save_tensors)
-from support.disk import read_json, write_atomic
+from support.checkpoint import all_finite, load_policy, open_tensors, release_name, save_policy
 from support.terminal import Arguments, number, one_line
 
 
@@ -34,7 +32,7 @@ def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
     return merged
 
 
-def open_trained(folder: Path, base: dict) -> dict:
+def open_trained(folder: Path, base: dict[str, Tensor]) -> dict:
     """Open the weights of a policy folder, as open_tensors does.
 
     Errors: ValueError for keys and shapes that are not the base's.
@@ -43,7 +41,7 @@ def open_trained(folder: Path, base: dict) -> dict:
     if differ := opened.keys() ^ base.keys():
         raise ValueError(f"{folder} and the base do not fit: {min(differ)} is in only one of them")
     for key, file in opened.items():
-        shape, own = (each.get_slice(key).get_shape() for each in (file, base[key]))
+        shape, own = file.get_slice(key).get_shape(), list(base[key].shape)
         if shape != own:
             raise ValueError(f"{folder}: {key} has shape {shape}, the base {own}")
     return opened
@@ -55,36 +53,28 @@ def merge(first: Path, second: Path, base: Path, out: Path, bound: float = 2.0) 
     What is not trained is the base's. Only the merged policy is held in memory.
     Errors: ValueError for what does not fit, and for an `out` that holds files.
     """
-    opened, ae = open_tensors(base, "ema"), open_tensors(base, "ae")
-    for name in ("llm", "vit"):
-        read_json(base / f"{name}_config.json")                 # no policy loads without them
-    trained = [open_trained(folder, opened) for folder in (first, second)]
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds files already; give another --out")
-    merged = {}
-    for key, file in opened.items():
-        stored = file.get_tensor(key)
-        own = stored.float()
-        changes = [tensors[key].get_tensor(key).float() - own for tensors in trained]
-        merged[key] = (own + gaussian_merge(*changes, bound)).to(stored.dtype)
-        if not all_finite(merged[key]):
+    policy = load_policy(base)
+    weights = {}
+    for name, x in policy.state_dict().items():
+        if not name.startswith("autoencoder."):
+            weights[release_name(name)] = x
+    trained = [open_trained(folder, weights) for folder in (first, second)]
+    for key, x in weights.items():
+        changes = [tensors[key].get_tensor(key).float() - x.float() for tensors in trained]
+        x += gaussian_merge(*changes, bound)
+        if not all_finite(x):
             raise ValueError(f"{key} is not finite after merging; are {first} and {second} whole?")
-    save_tensors(merged, out / "ema.safetensors")
-    save_tensors({key: file.get_tensor(key) for key, file in ae.items()}, out / "ae.safetensors")
-    for name in (*TOKENIZER_FILES, *(f"{part}_config.json" for part in IMPLEMENTED)):
-        if (base / name).is_file():
-            write_atomic(out / name, (base / name).read_bytes())
+    save_policy(policy, out)
 
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(
         prog="support.merge", description="merge two policies that were trained from one base")
+    ap.add_argument("policies", nargs=2, type=Path, help="two policy folders")
     ap.add_argument(
-        "policies", nargs=2, type=Path, help="two policy folders"
-    )
-    ap.add_argument(
-        "--base", type=Path, required=True, help="the policy folder that both were trained from"
-    )
+        "--base", type=Path, required=True, help="the policy folder that both were trained from")
     ap.add_argument("--out", type=Path, required=True, help="the policy folder to write")
     ap.add_argument(
         "--bound", type=number(float, least=0), default=2.0,
