@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from policy import (
     GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy, PolicyConfig,
@@ -57,7 +57,7 @@ def open_tensors(folder: Path, stem: str) -> dict:
         with one_line_error(f"{folder}: {key} cannot be read, download its file again"):
             dtype = file.get_slice(key).get_dtype()
         if dtype not in FLOATS:
-            raise ValueError(f"{single}: {key} has dtype {dtype}, not one of {list(FLOATS)}")
+            raise ValueError(f"{single}: {key} has dtype {dtype}, not one of {FLOATS}")
     return opened
 
 
@@ -66,7 +66,7 @@ def open_file(path: Path):
         return safe_open(path, framework="pt")
 
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = ["F64", "F32", "F16", "BF16"]          # safetensors' names
 
 
 def all_finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -444,12 +444,8 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a full tensor, sharded as `like` is, if it is."""
     if not isinstance(like, DTensor):
         return value
-    mesh = like.device_mesh
-    rows = -(-len(value) // mesh.size())        # fully_shard cuts dimension 0 as torch.chunk does
-    start = min(rows * mesh.get_local_rank(), len(value))
-    local = value[start:start + rows].clone()
-    return DTensor.from_local(
-        local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    part = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()                         # a view would keep the whole tensor in memory
 
 
 # ---- what is trained ----
