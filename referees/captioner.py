@@ -36,12 +36,10 @@ class Captioner(Viewer):
         return [caption.strip() for caption in captions]
 
 
-def load_captioner(
-    path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128
-) -> Captioner:
+def load_captioner(path: str, *, device="cpu", batch_size: int = 128) -> Captioner:
     """A frozen Captioner, such as Salesforce/blip-image-captioning-base. Errors: see load_model."""
-    return Captioner(
-        *load_model("AutoModelForImageTextToText", ("blip",), path, device, dtype), batch_size)
+    parts = load_model("AutoModelForImageTextToText", ("blip",), path, device)
+    return Captioner(*parts, batch_size)
 
 
 @dataclass
@@ -73,11 +71,11 @@ class TextEncoder:
 
 
 def load_text_encoder(
-    path: str = TEXT_ENCODER, *, device="cpu", dtype=torch.float32, batch_size: int = 128
+    path: str = TEXT_ENCODER, *, device="cpu", batch_size: int = 128
 ) -> TextEncoder:
     """A frozen TextEncoder. Errors: see load_model."""
     model, tokenizer = load_model(
-        "AutoModel", ("bert",), path, device, dtype, ("AutoTokenizer",), heads=("cls.",))
+        "AutoModel", ("bert",), path, device, parts=("AutoTokenizer",), heads=("cls.",))
     return TextEncoder(model, tokenizer, batch_size)
 
 

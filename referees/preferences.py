@@ -8,7 +8,6 @@ Notation: N images (N, 3, H, W) in [0, 1].
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from referees.siglip import Clip, load_clip
@@ -31,9 +30,7 @@ class ClipPreference:
         return scale * (self.clip.embed_images(images) * texts).sum(-1)             # (N,)
 
 
-def load_preference(
-    path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128
-) -> ClipPreference:
+def load_preference(path: str, *, device="cpu", batch_size: int = 128) -> ClipPreference:
     """A frozen preference model: yuvalkirstain/PickScore_v1 or adams-story/HPSv2-hf.
 
     Errors: see referees.load.load_model.
@@ -41,4 +38,4 @@ def load_preference(
     if not path:
         raise ValueError(
             "--pref needs --pref_model: a folder or hub name, such as yuvalkirstain/PickScore_v1")
-    return ClipPreference(load_clip(path, device=device, dtype=dtype, batch_size=batch_size))
+    return ClipPreference(load_clip(path, device=device, batch_size=batch_size))

@@ -77,9 +77,9 @@ class Siglip(Encoder, Viewer):
         return unit(in_batches(self.patch_features, self.batch_size, images))       # (N, P, D)
 
 
-def load_siglip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Siglip:
+def load_siglip(path: str, *, device="cpu", batch_size: int = 128) -> Siglip:
     """A frozen Siglip, such as google/siglip2-so400m-patch14-384. Errors: see load_model."""
-    return Siglip(*load_model("AutoModel", ("siglip",), path, device, dtype), batch_size)
+    return Siglip(*load_model("AutoModel", ("siglip",), path, device), batch_size)
 
 
 class Learner:
@@ -106,6 +106,14 @@ class Learner:
         own = [[1.0 if prompt == other else -1.0 for other in distinct] for prompt in prompts]
         own = torch.tensor(own, device=cosine.device)                               # (N, prompts)
         return -F.logsigmoid(own * (cosine * model.logit_scale.exp() + model.logit_bias)).sum()
+
+    def learn_step(self, parts: list, ranks) -> dict[str, float]:
+        """Learn from the pictures of a step's train.Parts; returns what is logged."""
+        losses = []
+        for part in parts:
+            if part.samples.images is not None:
+                losses.append(self.learn(part.samples.images, part.samples.prompts, ranks))
+        return ranks.mean_over_ranks({"referee/loss": losses}) if losses else {}
 
     def learn(self, images: Tensor, prompts: list[str], ranks) -> float:
         """One step on the mean loss, in parts of the encoder's batch size; returns the loss before.
@@ -151,8 +159,7 @@ class Clip(Encoder):
     def image_features(self, images: Tensor) -> Tensor:
         size = (self.size, self.size)
         pixels = processor_pixels(images, self.model, self.image_processor, size)
-        return self.model.visual_projection(
-            self.model.vision_model(pixel_values=pixels).pooler_output)
+        return self.model.get_image_features(pixels).pooler_output
 
     def read_texts(self, texts: list[str], **how):
         """The tokenizer's ids and mask of texts, cut at the longest that the model reads."""
@@ -164,13 +171,12 @@ class Clip(Encoder):
 
     def text_features(self, texts: list[str]) -> Tensor:
         given = self.read_texts(texts, padding=True, return_tensors="pt").to(self.model.device)
-        out = self.model.text_model(input_ids=given.input_ids, attention_mask=given.attention_mask)
-        return self.model.text_projection(out.pooler_output)
+        return self.model.get_text_features(**given).pooler_output
 
 
-def load_clip(path: str, *, device="cpu", dtype=torch.float32, batch_size: int = 128) -> Clip:
+def load_clip(path: str, *, device="cpu", batch_size: int = 128) -> Clip:
     """A frozen Clip, such as openai/clip-vit-large-patch14. Errors: see load_model."""
-    return Clip(*load_model("AutoModel", ("clip",), path, device, dtype), batch_size)
+    return Clip(*load_model("AutoModel", ("clip",), path, device), batch_size)
 
 
 def is_open_clip(path: str) -> bool:

@@ -19,7 +19,7 @@ import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from referees import build, captioner, detectors, judge, preferences, siglip
-from referees.load import numbers_in
+from referees.load import load_model, numbers_in
 from rewards import REWARDS, Dense, Entry, Knowledge, Preference, Samples, Semantic, score, token_f1
 from safetensors.torch import load_file, save_file
 from sample import TOY
@@ -382,7 +382,7 @@ def test_weights_that_overflow_their_dtype_are_refused(tmp_path):
     save_file(tensors, weights_file(tmp_path / "s"), metadata={"format": "pt"})
     siglip.load_siglip(str(tmp_path / "s"))
     with pytest.raises(ValueError, match="not_finite"):
-        siglip.load_siglip(str(tmp_path / "s"), dtype=torch.float16)
+        load_model("AutoModel", ("siglip",), str(tmp_path / "s"), "cpu", torch.float16)
 
 
 @pytest.mark.parametrize("kind", LOADERS)
