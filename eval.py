@@ -14,7 +14,6 @@ Legend: B rows, G samples of each, N = B*G prompt-major.
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np

@@ -14,7 +14,7 @@ counts `total` over micro-batches and ranks, and their gradients add up.
 
 Notation: t is flow time, 1 = noise, 0 = data, dt = t_next - t < 0; x = (1-t)*data + t*noise,
 v = noise - data; B prompts, G samples of each, N = B*G in prompt-major order; K steps, W of them
-noisy, S of these replayed; "..." are the latent's own dimensions, at least one; `_old` is the
+noisy, "..." are the latent's own dimensions, at least one; `_old` is the
 policy that sampled, `_ref` the frozen one. Latents stay in fp32, or in float64 if the initial noise
 is; `velocity` gets them so, and what it returns is widened.
 
@@ -52,7 +52,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -248,12 +248,11 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Replay:
-    """S steps of a trajectory's window under other weights."""
+    """A trajectory's noisy steps under other weights."""
 
-    steps: tuple[int, ...]            # (S,) counted from the window's start
-    logp: Tensor                      # (N, S)
-    mean: Tensor                      # (N, S, ...)
-    v: Tensor                         # (N, S, ...)
+    logp: Tensor                      # (N, W)
+    mean: Tensor                      # (N, W, ...)
+    v: Tensor                         # (N, W, ...)
 
 
 @torch.no_grad()
@@ -311,53 +310,39 @@ def rollout(
         times, window, sampler, noise_level, latents, means, stds, logp, data=x, density=density)
 
 
-def window_steps(trajectory: Trajectory, steps: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Return `steps` of the window, counted from its start, or all of them for None.
-
-    Errors: ValueError when one is outside the window, or there is none.
-    """
-    W = trajectory.means.shape[1]
-    steps = tuple(range(W)) if steps is None else tuple(steps)
-    if not steps or min(steps) < 0 or max(steps) >= W:
-        raise ValueError(f"steps is {steps}, expected some of the window's steps 0..{W - 1}")
-    return steps
+def velocities_at(velocity: Velocity, drawn: "Trajectory | Renoised") -> Tensor:
+    """Return the velocities at drawn.points, (N, W or J, ...), one call a time as in rollout."""
+    latents, times = drawn.points
+    out = []
+    for x, t in zip(latents.unbind(1), times):
+        # Contiguous as in the rollout: for another memory layout a kernel may round otherwise.
+        out.append(velocity(x.contiguous(), t))
+    return torch.stack(out, 1)
 
 
-def replay(
-    velocity: Velocity, trajectory: Trajectory, *, steps: tuple[int, ...] | None = None
-) -> Replay:
+def replay(velocity: Velocity, trajectory: Trajectory) -> Replay:
     """Score the stored noisy steps under `velocity`, called once a step as in rollout.
 
-    The weights that sampled give trajectory.logp again. `steps` picks window steps, counted from
-    its start (None: all). Replay and backward step by step, with the loss's `total` unchanged, add
-    up to the same gradient and keep one step's graph in memory. Errors: see `replay_of`.
+    The weights that sampled give trajectory.logp again. Errors: see `replay_of`.
     """
-    start = trajectory.window[0]
-    velocities = []
-    for w in window_steps(trajectory, steps):
-        x = trajectory.latents[:, w].contiguous()                                # (N, ...)
-        velocities.append(velocity(x, trajectory.times[start + w]))
-    return replay_of(torch.stack(velocities, 1), trajectory, steps=steps)
+    return replay_of(velocities_at(velocity, trajectory), trajectory)
 
 
-def replay_of(
-    v: Tensor, trajectory: Trajectory, *, steps: tuple[int, ...] | None = None
-) -> Replay:
-    """Score the stored noisy steps from their velocities v (N, S, ...).
+def replay_of(v: Tensor, trajectory: Trajectory) -> Replay:
+    """Score the stored noisy steps from the velocities v (N, W, ...) at trajectory.points.
 
-    For a model that computes several steps in one call: v are the velocities at
-    trajectory.latents[:, w] and their times, w in `steps`, counted from the window's start.
-    Errors: ValueError when steps are not the window's, or v is not of these samples and steps.
+    For a model that computes several steps in one call.
+    Errors: ValueError when v is not of these samples and steps, or the window is empty.
     """
-    steps = window_steps(trajectory, steps)
-    expected = trajectory.means[:, list(steps)].shape
-    if v.shape != expected:
-        raise ValueError(f"v is {tuple(v.shape)}, expected {tuple(expected)}, as the latents")
+    expected = trajectory.means.shape
+    if v.shape != expected or not expected[1]:
+        raise ValueError(
+            f"v is {tuple(v.shape)}, expected {tuple(expected)}, as the latents of a window of at "
+            "least one step")
     times = trajectory.times[trajectory.window[0]:]
     v = _wide(v)
     means, logps = [], []
-    for w, v_w in zip(steps, v.unbind(1)):
-        # Contiguous as in the rollout: for another memory layout a kernel may round otherwise.
+    for w, v_w in enumerate(v.unbind(1)):
         x = trajectory.latents[:, w].contiguous()                                # (N, ...)
         x_next = trajectory.latents[:, w + 1]
         mean, std = transition(
@@ -366,7 +351,7 @@ def replay_of(
         logp = gaussian_logp(x_next, mean, std, density=trajectory.density)      # (N,)
         means.append(mean)
         logps.append(logp)
-    return Replay(steps, torch.stack(logps, 1), torch.stack(means, 1), v)
+    return Replay(torch.stack(logps, 1), torch.stack(means, 1), v)
 
 
 # ---- drawn samples with fresh noise ----
@@ -387,32 +372,24 @@ class Renoised:
         return self.latents, self.times
 
 
-def stratified_times(J: int, *, seed: int, step: int) -> Tensor:
+def stratified_times(J: int, shift: float = 1.0, *, seed: int, step: int) -> Tensor:
     """Draw J times, (J,) fp32, one uniformly in each of J equal parts of 0..1, the noisiest first.
 
-    A function of (seed, step) alone, as `draw_window` is.
+    They are shifted as `time_grid` shifts, so that they are as dense as the steps of a rollout. A
+    function of (seed, step) alone, as `draw_window` is.
     """
     generator = random.Random(f"{seed}/{step}")
-    return torch.tensor([(j + generator.random()) / J for j in reversed(range(J))])
+    t = torch.tensor([(j + generator.random()) / J for j in reversed(range(J))])
+    return shift * t / (1 + (shift - 1) * t)
 
 
-@torch.no_grad()
-def renoise(
-    data: Tensor, times: Tensor, noise: Tensor, velocity: Velocity | None = None
-) -> Renoised:
-    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,).
-
-    `velocity`, of the policy that sampled, is called once a time; without it `v` is None.
-    """
+def renoise(data: Tensor, times: Tensor, noise: Tensor) -> Renoised:
+    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,)."""
     data, noise = _wide(data), _wide(noise)
     times = times.to(data)
     latents = [(1 - t) * data + t * fresh for t, fresh in zip(times, noise)]
-    v = None
-    if velocity is not None:
-        v = [_wide(velocity(x, t)) for x, t in zip(latents, times)]
-        v = torch.stack(v, 1)                                                    # (N, J, ...)
     target = (noise - data).transpose(0, 1)                                      # (N, J, ...)
-    return Renoised(times, torch.stack(latents, 1), target, data, v)
+    return Renoised(times, torch.stack(latents, 1), target, data)
 
 
 # ---- ratio and penalties ----
@@ -500,9 +477,9 @@ def flow_grpo_loss(
     """Return FlowGRPO's loss of a micro-batch and its diagnostics.
 
     The loss is the sum of clipped surrogates and penalties over samples and steps, divided by
-    `total`, which is counted over the whole optimisation step, all micro-batches, subsets of steps
-    and ranks: samples x steps for the mean over steps (UniGRPO Eq. 6), samples for the sum over
-    steps (AlphaGRPO). adv (N,) holds at all steps of its sample. For `low` and `high` see
+    `total`, which is counted over the whole optimisation step, all micro-batches and ranks:
+    samples x steps for the mean over steps (UniGRPO Eq. 6), samples for the sum over steps
+    (AlphaGRPO). adv (N,) holds at all steps of its sample. For `low` and `high` see
     `clipped_surrogate`. `ratio_norm` puts `normalised_log_ratio` in place of the log-ratio.
     `weights` (W,) multiply the surrogate, see `step_weights`. `reference` holds the same steps
     under the frozen policy, for kl_beta * transition_kl, reduced as logp is, and mse_weight *
@@ -516,29 +493,24 @@ def flow_grpo_loss(
         raise ValueError(f"total is {total}, expected the positive global count")
     if reference is None and max(kl_beta, mse_weight) > 0:
         raise ValueError("kl_beta or mse_weight needs reference, a replay of the frozen policy")
-    if reference is not None and reference.steps != replayed.steps:
-        raise ValueError(f"reference has steps {reference.steps}, expected {replayed.steps}")
     if adv.shape != replayed.logp.shape[:1]:
         raise ValueError(f"adv is {tuple(adv.shape)}, expected (N,), one number per sample")
-    steps = list(replayed.steps)
-    x_next = trajectory.latents[:, 1:][:, steps]                                 # (N, S, ...)
-    means = trajectory.means[:, steps]                                           # (N, S, ...)
-    std = trajectory.std[steps]                                                  # (S,)
-    density = trajectory.density
+    x_next = trajectory.latents[:, 1:]                                           # (N, W, ...)
+    means, std, density = trajectory.means, trajectory.std, trajectory.density
     adv = adv.detach()[:, None]                                                  # (N, 1)
-    plain = replayed.logp - trajectory.logp[:, steps].detach()                   # (N, S)
+    plain = replayed.logp - trajectory.logp.detach()                             # (N, W)
     log_ratio = plain
     if ratio_norm:
         log_ratio = normalised_log_ratio(x_next, replayed.mean, means, std, density=density)
-    ratio = bounded_exp(log_ratio)                                               # (N, S)
-    loss = clipped_surrogate(ratio, adv, low=low, high=high)                     # (N, S)
+    ratio = bounded_exp(log_ratio)                                               # (N, W)
+    loss = clipped_surrogate(ratio, adv, low=low, high=high)                     # (N, W)
     if weights is not None:
-        loss = loss * weights.to(loss)[steps]
+        loss = loss * weights.to(loss)
     stats = flow_loss_stats(ratio, plain, adv, low=low, high=high)
     if reference is not None:
         kl = transition_kl(replayed.mean, reference.mean.detach(), std, density=density)
         mse = velocity_mse(replayed.v, reference.v.detach())
-        loss = loss + kl_beta * kl + mse_weight * mse                            # (N, S)
+        loss = loss + kl_beta * kl + mse_weight * mse                            # (N, W)
         stats["kl"] = kl.detach().mean()
         stats["velocity_mse"] = mse.detach().mean()
     return loss.sum() / total, stats
@@ -604,12 +576,12 @@ def flow_loss_stats(
 ) -> dict[str, Tensor]:
     """Summarise the ratio over samples and steps, detached, under TRL's names if it has one.
 
-    ratio and log_ratio, the plain one, (N, S); adv (N, 1).
+    ratio and log_ratio, the plain one, (N, W); adv (N, 1).
     "clip_ratio/{low,high}_mean": fraction whose gradient the clip removes, on the side that adv
     favours; "ratio/{mean,std}", std with divisor N*S; "ratio/step_{mean,std}",
-    "clip_ratio/step_mean" (S,): per step; "approx_kl": mean log_ratio^2 / 2, within 20 nats.
+    "clip_ratio/step_mean" (W,): per step; "approx_kl": mean log_ratio^2 / 2, within 20 nats.
     """
-    below = ratio < 1 - low                                                      # (N, S)
+    below = ratio < 1 - low                                                      # (N, W)
     below = (below & (adv < 0)).float()
     above = ratio > 1 + high
     above = (above & (adv > 0)).float()
@@ -661,12 +633,6 @@ def learn_ring(steps: int, N: int = 512) -> nn.Module:
     return net
 
 
-def velocities_at(velocity: Velocity, drawn: Renoised) -> Tensor:
-    """Return the velocities at the points of drawn samples, (N, J, ...), one call a time."""
-    latents, times = drawn.points
-    return torch.stack([velocity(x, t) for x, t in zip(latents.unbind(1), times)], 1)
-
-
 def improve(
     net: nn.Module, frozen: nn.Module, updates: int, form: str, B: int = 32, G: int = 16
 ) -> list[float]:
@@ -692,8 +658,9 @@ def improve(
             noise = torch.randn(B * G, 2)
             path = rollout(velocity, noise, times, window=(0, 0), noise_level=0.0)
             chosen = stratified_times(3, seed=0, step=update)
-            old = renoise(path.data, chosen, torch.randn(3, B * G, 2), velocity)
+            old = renoise(path.data, chosen, torch.randn(3, B * G, 2))
             with torch.no_grad():
+                old = replace(old, v=velocities_at(velocity, old))
                 reference = velocities_at(kept, old)
         above = old.data.sum(1) > 0                                              # (N,)
         reward = above.float().view(B, G)

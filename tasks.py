@@ -330,10 +330,11 @@ def draw_of(cfg, scale: str, place: int) -> Draw:
     """How a training run draws: with a window of noisy steps, or by the ODE with times at which a
     matching loss reads the picture. place: a step s, or -1 - s for the second of two rounds.
     """
-    times = flow_grpo.time_grid(cfg.denoise_steps, SAMPLING[scale]["shift"])
+    shift = SAMPLING[scale]["shift"]
+    times = flow_grpo.time_grid(cfg.denoise_steps, shift)
     plain = Draw((cfg.resolution, cfg.resolution), times)
     if cfg.matches:
-        chosen = flow_grpo.stratified_times(cfg.window, seed=cfg.seed, step=place)
+        chosen = flow_grpo.stratified_times(cfg.window, shift, seed=cfg.seed, step=place)
         keeps_v = not cfg.old_decay or place in (0, -1)         # v_old, or for the self-check
         return replace(plain, renoised=chosen, keeps_v=keeps_v)
     window = flow_grpo.draw_window(cfg.window, 0, cfg.window_high, seed=cfg.seed, step=place)
@@ -524,6 +525,21 @@ def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]
             rows = [p * G + s for p in some for s in of_each]
             parts.append((subset(rollout, some, of_each), rows))
     return parts
+
+
+def drop_tied(rollout: Rollout, adv: Tensor, ranks) -> tuple[Rollout, Tensor]:
+    """A rollout and its advantages (n, segments) without the groups that have no signal.
+
+    Their gradient is 0 if no penalty acts. Ranks keep equally many groups, so that they make
+    equally many calls.
+    """
+    G = rollout.G
+    has = (adv != 0).view(rollout.B, -1).any(1)                         # (B,)
+    most = int(ranks.gather(has.sum()[None]).max())
+    order = has.logical_not().to(torch.uint8).argsort(stable=True)      # those with a signal first
+    prompts = sorted(order[:most].tolist())
+    rows = [prompt * G + sample for prompt in prompts for sample in range(G)]
+    return subset(rollout, prompts), adv[rows]
 
 
 # ---- what files must hold ----

@@ -43,7 +43,7 @@ from referees.build import build_rewards, hub_commits, referee_bytes
 from referees.siglip import Learner
 from rewards import Samples
 from sample import (
-    Picture, Rollout, Text, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan, subset)
+    Picture, Rollout, Text, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan)
 from support.checkpoint import (
     freeze, keep_gathered, load_policy, reset_adapters, save_adapters, save_policy, shard)
 from support.lora import adapters_off
@@ -53,8 +53,8 @@ from support.run import (
     refuse_finished, run_state, save_checkpoint, setup, signals, stop_if_asked)
 from support.terminal import one_line, say
 from tasks import (
-    Batch, Source, counts, first_pictures, guidance_of, in_use, keep_first, micro_batches,
-    rewards_of, samples_of, token_states, truth_and_variety)
+    Batch, Source, counts, drop_tied, first_pictures, guidance_of, in_use, keep_first,
+    micro_batches, rewards_of, samples_of, token_states, truth_and_variety)
 
 TRUST = float(os.environ.get("TRUST", 1))
 BATCH_CLAMP = 5.0  # largest advantage in units of the batch's std [AlphaGRPO]
@@ -127,7 +127,8 @@ def one_step(run: Run, step: int) -> dict[str, float]:
     taught = [part for part in run.parts if not part.skip]
     checked = self_check(run, taught) if step == 0 else {}
     stats = improve(run, taught)                                                    # 4. improve
-    return stats | step_stats(run) | checked | teach_referee(run)
+    referee = run.learner.learn_step(run.parts, run.ranks) if run.learner else {}
+    return stats | step_stats(run) | checked | referee
 
 
 def act(run: Run, batch: Batch) -> Rollout:
@@ -367,21 +368,6 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
     return pieces
 
 
-def drop_tied(rollout: Rollout, adv: Tensor, ranks: Ranks) -> tuple[Rollout, Tensor]:
-    """A rollout and its advantages (n, segments) without the groups that have no signal.
-
-    Their gradient is 0 if no penalty acts. Ranks keep equally many groups, so that they make
-    equally many calls.
-    """
-    G = rollout.G
-    has = (adv != 0).view(rollout.B, -1).any(1)                         # (B,)
-    most = int(ranks.gather(has.sum()[None]).max())
-    order = has.logical_not().to(torch.uint8).argsort(stable=True)      # those with a signal first
-    prompts = sorted(order[:most].tolist())
-    rows = [prompt * G + sample for prompt in prompts for sample in range(G)]
-    return subset(rollout, prompts), adv[rows]
-
-
 def segment_advantages(part: Part) -> Tensor:
     """The advantage of every chosen segment, (n, segments): of its round, and 0 for the last
     picture of a sample that keeps the one before.
@@ -525,17 +511,6 @@ def step_stats(run: Run) -> dict[str, float]:
         stats = run.ranks.mean_over_ranks(local) | part.group_stats
         out |= {f"{part.name}/{name}": value for name, value in stats.items()}
     return out
-
-
-def teach_referee(run: Run) -> dict[str, float]:
-    """Let a referee that learns see the step's pictures and prompts. [LVRPO Fig. 4]"""
-    if not run.learner:
-        return {}
-    losses = []
-    for part in run.parts:
-        if part.batch.task.draws:
-            losses.append(run.learner.learn(part.samples.images, part.samples.prompts, run.ranks))
-    return run.ranks.mean_over_ranks({"referee/loss": losses}) if losses else {}
 
 
 # ---- the run ----

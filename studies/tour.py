@@ -8,7 +8,7 @@ import inspect
 import math
 import tempfile
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -227,6 +227,14 @@ def by_hand(logp: float, logp_old: float, adv: float, clip: float) -> str:
     return HAND.format(**locals(), low=1 - clip, high=1 + clip)
 
 
+def first_step(flow: flow_grpo.Trajectory) -> flow_grpo.Trajectory:
+    """The trajectory with the first of its noisy steps alone."""
+    start = flow.window[0]
+    return replace(
+        flow, window=(start, start + 1), latents=flow.latents[:, :2], means=flow.means[:, :1],
+        std=flow.std[:1], logp=flow.logp[:, :1])
+
+
 CODE = (
     (train.one_step, "def one_step", 99), (train.act, "rollouts.append", 3),
     (train.reward, "task, samples", 2), (train.compare, "for part in parts", 7),
@@ -256,8 +264,8 @@ def page(step: Step) -> str:
     every, one = slice(None), slice(i, i + 1)
     start = (text_loss(step.before[0], part.adv, cfg, every, every),
              image_loss(step.before[1].flow, flow, part.adv, cfg))
-    first = map_rows(lambda column: column[one], flow)
-    replayed = flow_grpo.replay_of(step.after[1].flow.v[one, :1], first, steps=(0,))
+    first = first_step(map_rows(lambda column: column[one], flow))
+    replayed = flow_grpo.replay_of(step.after[1].flow.v[one, :1], first)
     step_loss = image_loss(replayed, first, part.adv[one], cfg)
     token_loss = text_loss(step.after[0], part.adv, cfg, one, slice(token, token + 1))
     step_hand = by_hand(image_after[i, 0], flow.logp[i, 0], adv, cfg.image_clip)

@@ -186,23 +186,21 @@ def test_the_gradient_is_zero_beyond_the_clip_on_the_side_that_the_advantage_fav
         assert stats["clip_ratio/step_mean"] == clipped
 
 
-@pytest.mark.parametrize("parts, steps", [(6, [None]), (1, [(2,), (0,), (1,)]), (2, [(0, 2), (1,)])])
 @either_ratio
-def test_splitting_into_micro_batches_and_steps_changes_neither_loss_nor_gradient(parts, steps, ratio_norm):
+def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(ratio_norm):
     old, weight, other = sample_linear(dtype=torch.float64)
     other.requires_grad_()
     adv, weights = torch.randn(6, dtype=torch.float64), torch.tensor([0.5, 1.0, 1.5])
     options = dict(
         total=18, low=0.01, high=0.02, ratio_norm=ratio_norm, weights=weights, kl_beta=0.1, mse_weight=0.3)
 
-    def loss_of(index, steps):
+    def loss_of(index):
         part = map_rows(lambda rows: rows[index], old)
-        reference = replay(linear_velocity(weight), part, steps=steps)
-        new = replay(linear_velocity(other), part, steps=steps)
+        reference, new = replay(linear_velocity(weight), part), replay(linear_velocity(other), part)
         return flow_grpo_loss(new, part, adv[index], reference=reference, **options)[0]
 
-    whole = loss_of(slice(None), None)
-    pieces = sum(loss_of(index, some) for index in torch.arange(6).chunk(parts) for some in steps)
+    whole = loss_of(slice(None))
+    pieces = sum(loss_of(index) for index in torch.arange(6).chunk(4))
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(torch.autograd.grad(pieces, other), torch.autograd.grad(whole, other))
 
@@ -224,8 +222,7 @@ def test_neither_the_old_policy_nor_the_reference_nor_the_advantage_receives_gra
 
 @pytest.mark.parametrize("change, words", [
     (dict(adv=torch.zeros(6, 1)), "adv"), (dict(total=0), "total"),
-    (dict(kl_beta=0.1), "reference"), (dict(mse_weight=0.1), "reference"),
-    (dict(reference=Replay((0,), *torch.zeros(3, 6, 1, 4))), "steps")])
+    (dict(kl_beta=0.1), "reference"), (dict(mse_weight=0.1), "reference")])
 def test_a_loss_that_makes_no_sense_is_refused(change, words):
     old, weight, _ = sample_linear()
     arguments = dict(adv=torch.zeros(6), total=18, low=0.1, high=0.1) | change
@@ -245,7 +242,7 @@ def shifted_loss(gaps, adv, **options):
     if options["ratio_norm"]:                             # which is linear in the mean
         scale = normalised_log_ratio(old.latents[:, 1:], old.means + 1, old.means, old.std)
         mean = (old.means + (gaps / scale)[..., None, None]).requires_grad_()
-    new, adv = Replay(same.steps, logp, mean, same.v), torch.tensor(adv, dtype=torch.float64)
+    new, adv = Replay(logp, mean, same.v), torch.tensor(adv, dtype=torch.float64)
     loss, stats = flow_grpo_loss(new, old, adv, total=5, reference=same, **options)
     (gradient,) = torch.autograd.grad(loss, mean if options["ratio_norm"] else logp)
     return [loss.detach(), gradient, *stats.values()]
@@ -297,7 +294,8 @@ def matched(N=6, J=3, dtype=torch.float64):
     """Renoised samples, velocities near those of the old policy (a leaf), other velocities, advantages."""
     weight, data = torch.randn(4, 4, dtype=dtype), torch.randn(N, 2, 2, dtype=dtype)
     noise = torch.randn(J, N, 2, 2, dtype=dtype)
-    drawn = renoise(data, stratified_times(J, seed=0, step=0), noise, linear_velocity(weight))
+    drawn = renoise(data, stratified_times(J, seed=0, step=0), noise)
+    drawn = dataclasses.replace(drawn, v=velocities_at(linear_velocity(weight), drawn))
     v = (drawn.v + 0.1 * torch.randn_like(drawn.v)).requires_grad_()
     return drawn, v, torch.randn_like(drawn.v), torch.rand(N, dtype=dtype) * 2 - 1
 
@@ -411,7 +409,8 @@ def test_following_the_gradient_raises_the_reward(loss):
     for step in range(30):
         if loss in FORMS:
             path = rollout(velocity, torch.randn(B * G, 2), time_grid(5), window=(0, 0), noise_level=0.0)
-            old = renoise(path.data, stratified_times(2, seed=0, step=step), torch.randn(2, B * G, 2), velocity)
+            old = renoise(path.data, stratified_times(2, seed=0, step=step), torch.randn(2, B * G, 2))
+            old = dataclasses.replace(old, v=velocities_at(velocity, old).detach())
         else:
             window = draw_window(2, 0, 4, seed=0, step=step)
             old = rollout(

@@ -250,26 +250,10 @@ def test_the_log_densitys_gradient_in_the_velocity_is_its_finite_difference(samp
     assert torch.autograd.gradcheck(lambda v: replay_of(v, old).logp, v)
 
 
-@samplers
-@pytest.mark.parametrize("steps", [(0, 1, 2), (1,), (2, 0)])
-def test_velocities_of_some_steps_score_as_those_steps_of_a_whole_replay(sampler, steps):
-    old, _, other = sample_linear(sampler)
-    velocity = linear_velocity(other)
-    whole = replay(velocity, old)
-    for part in (replay_of(whole.v[:, list(steps)], old, steps=steps), replay(velocity, old, steps=steps)):
-        assert part.steps == steps
-        for name in ("v", "mean", "logp"):
-            assert torch.equal(getattr(part, name), getattr(whole, name)[:, list(steps)])
-
-
-@pytest.mark.parametrize("steps", [(), (3,), (-1,)])
-def test_replaying_no_step_or_a_step_outside_the_window_is_refused(steps):
-    old, weight, _ = sample_linear()
-    with pytest.raises(ValueError, match="window.s steps 0..2"):
-        replay(linear_velocity(weight), old, steps=steps)
-
-
 def test_velocities_of_another_shape_are_refused():
     old, _, _ = sample_linear()
     with pytest.raises(ValueError, match=r"v is \(6, 3, 1, 2\), expected \(6, 3, 2, 2\)"):
         replay_of(torch.zeros(6, 3, 1, 2), old)
+    plain = rollout(stand_still, torch.zeros(2, 3), time_grid(5), window=(0, 0), noise_level=0.0)
+    with pytest.raises(ValueError, match="at least one step"):
+        replay_of(plain.means, plain)

@@ -126,6 +126,23 @@ def test_single_samples_leave_the_gradient_of_an_average_over_texts_equal(tmp_pa
     assert_close(pieces, one)
 
 
+def test_groups_without_a_signal_are_left_out_of_a_replay_that_no_penalty_holds(tmp_path, monkeypatch):
+    """The gradient stays; it is of the same totals."""
+    flags, kept, drop = "--image_loss grpo --text_beta 0 --ask 3 --kn 0 --sem 0", [], train.drop_tied
+
+    def remember(rollout, adv, ranks):
+        less, some = drop(rollout, adv, ranks)
+        kept.append((rollout.B, less.B, bool((some.view(less.B, -1) != 0).any(1).all())))
+        return less, some
+
+    monkeypatch.setattr(train, "drop_tied", remember)
+    less = gradients(tmp_path / "less", flags)
+    assert all(signal for _, _, signal in kept)
+    assert sum(few for _, few, _ in kept) < sum(many for many, _, _ in kept)
+    monkeypatch.setattr(train, "drop_tied", lambda rollout, adv, ranks: (rollout, adv))
+    assert_close(less, gradients(tmp_path / "all", flags))
+
+
 def test_an_epoch_starts_from_no_gradient(tmp_path):
     """At a rate that moves nothing every epoch has the same gradient."""
     still = "--ask 0 --think 0 --lr_understanding 1e-30 --lr_generation 1e-30"

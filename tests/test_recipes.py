@@ -144,6 +144,13 @@ def test_a_run_says_its_settings_in_lines_that_fit():
 # ---- what is refused ----
 
 
+def test_a_matching_loss_goes_without_what_a_recipe_sets_of_noisy_steps():
+    for loss, noisy in (("awm", (False, "none")), ("grpo", (True, "dt"))):
+        cfg = settings("--recipe unigrpo --image_loss", loss)
+        assert (cfg.shared_noise, cfg.step_weights) == noisy
+        check(cfg, 1)
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -178,9 +185,19 @@ def test_bad_flags_end_in_one_line_that_names_them(tmp_path, monkeypatch, capsys
     [
         ("--draw 0 --think 0 --ask 0", "nothing to learn from"),
         ("--sem 0 --ins 0 --kn 0", "--draw 2 has no reward: give one of --sem"),
-        ("--window_high 6", "does not fit in 5 noisy steps"),
-        ("--window 4", "does not fit in 5 noisy steps"),
-        ("--noise_level 2", "--noise_level 2.0: must be below 2 for cps"),
+        ("--image_loss grpo --window_high 6", "does not fit in 5 noisy steps"),
+        ("--image_loss grpo --window 4", "does not fit in 5 noisy steps"),
+        ("--image_loss grpo --noise_level 2", "--noise_level 2.0: must be below 2 for cps"),
+        ("--image_loss grpo --old_decay 0.5", "--old_decay 0.5 is of a matching loss"),
+        ("--image_loss awm --shared_noise", "--shared_noise True is of noisy steps"),
+        ("--image_loss fpo --step_weights flat", "--step_weights flat is of noisy steps"),
+        ("--image_loss nft --image_beta 1", "--image_beta 1.0 is of noisy steps"),
+        ("--image_loss nft --old_decay 1", "--old_decay 1.0: must be below 1"),
+        ("--credit gain", "no task of this run does so"),
+        ("--stop 0.5", "no task of this run does so"),
+        ("--reflect 2 --stop 1.5", "must be a share, at most 1"),
+        ("--rounds 2 --credit gain --normalise each", "compares no picture with the one before"),
+        ("--normalise each --advantage none", "--advantage none has no effect"),
         ("--ema 1", "--ema 1.0: must be below 1"), ("--lr_understanding 0", "set --ask 0"),
         ("--train_referee 1e-4 --sem 0", "which no reward of this run asks"),
         ("--train_referee 1e-4 --bf16", "does not go with --shard or --bf16"),

@@ -16,10 +16,12 @@ import flow_grpo
 import train
 from recipes import check
 from rewards import Samples
-from sample import TOY, Draw, Write, refine
+from grpo import group_advantage
+from sample import TOY, Draw, Picture, Rollout, Text, Write, refine
 from studies import refinement
 from support.rows import prompt_row
-from tasks import TASKS, WORDING, choices_of, draw_of, first_pictures, truth_and_variety
+from tasks import (
+    TASKS, WORDING, Choices, choices_of, draw_of, first_pictures, keep_first, truth_and_variety)
 from toy import shapes, world
 
 PROMPTS = shapes.prompts_by_tag("train")["position"][:3]
@@ -70,9 +72,10 @@ def test_first_pictures_drawn_in_parts_are_those_drawn_at_once(run):
 # ---- what a refinement earns ----
 
 
-def compare_refinements(scores, initial, **settings):
+def compare_refinements(scores, initial, kept=None, **settings):
     batch = SimpleNamespace(task=TASKS["reflect"], initial=torch.tensor(initial))
     part = train.Part(batch, None, None, {"dvreward": torch.tensor(scores)}, {})
+    part.kept = None if kept is None else torch.tensor(kept)
     train.compare([part], replace(REFLECT, **settings), ALONE)
     return part
 
@@ -118,6 +121,54 @@ def test_rewards_that_are_normalised_each_cannot_be_compared_with_a_first_pictur
         check(replace(REFLECT, normalise="each", advantage="group"), 1)
 
 
+# ---- permission to stop ----
+
+
+SAYS = [f"<think> {said} </think> so" for said in (shapes.RIGHT, "make it red", shapes.RIGHT, "no")]
+
+
+def test_a_diagnosis_that_nothing_needs_to_change_keeps_the_first_picture():
+    white, black = torch.ones(4, 3, 2, 2), torch.zeros(4, 3, 2, 2)
+    samples = Samples(["p"] * 4, [{}] * 4, texts=SAYS, images=white, sources=black)
+    kept, samples = keep_first(samples, TASKS["reflect"], WORDING["toy"])
+    assert kept.tolist() == [True, False, True, False]
+    assert samples.images.amax((1, 2, 3)).tolist() == [0, 1, 0, 1]
+
+
+def test_what_keeps_the_first_picture_is_compared_by_its_worth_and_teaches_no_image(run):
+    part = compare_refinements([0.5, 0.9, 0.5, 0.2] * 2, [0.5, 0.5], kept=[True, False] * 4)
+    assert part.adv[1] > part.adv[0] == part.adv[2] > part.adv[3]     # not lowered to the least
+    segments = (Text(None, None, chosen=True), Picture((2, 2), flow=True))
+    columns = train.segment_advantages(replace(part, rollout=Rollout(segments, 2, 4)))
+    assert torch.equal(columns[:, 0], part.adv)
+    assert torch.equal(columns[:, 1], part.adv.masked_fill(part.kept, 0.0))
+
+
+def test_a_share_of_the_prompts_refines_its_best_first_picture(policy):
+    rows = [prompt_row(metadata) for metadata in PROMPTS] * 2
+    options = dict(seed=0, step=1, index=range(4, 10), n=3, value=lambda s: brightness_of(s.images))
+    choices = Choices(None, None, Draw((32, 32), flow_grpo.time_grid(2)), WORDING["toy"])
+    values = {best: first_pictures(policy, rows, choices, best=best, **options)[1] for best in (0, 0.5, 1)}
+    assert (values[0] < values[1]).all()
+    assert torch.equal(values[0.5][0::2], values[0][0::2])
+    assert torch.equal(values[0.5][1::2], values[1][1::2])
+
+
+def test_rounds_earn_their_own_gain_or_what_the_last_is_worth():
+    first, last = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.4, 0.3, 0.2, 0.9])
+    batch = SimpleNamespace(task=TASKS["rounds"], initial=None)
+    written, drawn = Text(None, None, chosen=True), Picture((2, 2), flow=True)
+    segments = (written, drawn, Text(None, None), written, drawn)
+    cfg, columns = settings("--recipe unigrpo_rounds --rounds 1 --group_size 4"), {}
+    for credit, earlier in (("last", None), ("gain", {"ins": first})):
+        part = train.Part(batch, Rollout(segments, 1, 4), None, {"ins": last}, {}, earlier)
+        train.compare([part], replace(cfg, credit=credit), ALONE)
+        columns[credit] = train.segment_advantages(part).T
+    expected = [group_advantage(value, 4) for value in (last, first, last - first)]
+    assert torch.allclose(columns["last"], expected[0].expand(4, 4))
+    assert torch.allclose(columns["gain"], torch.stack([expected[1]] * 2 + [expected[2]] * 2))
+
+
 # ---- what is logged and evaluated ----
 
 
@@ -148,11 +199,20 @@ def test_a_diagnosis_is_right_if_it_names_what_is_wrong_with_the_picture():
 # ---- refinement after training ----
 
 
-def refine_six(policy, select, value, rounds=2):
+def refine_six(policy, select, value, rounds=2, stop=""):
     draw = Draw((32, 32), flow_grpo.time_grid(4, 2.0))
     return refine(
         policy, [metadata["prompt"] for metadata in PROMPTS] * 2, rounds, select, value, [draw],
-        [Write(24, 0.0), draw], look=WORDING["toy"].look, seed=0)
+        [Write(24, 0.0), draw], look=WORDING["toy"].look, seed=0, stop=stop)
+
+
+def test_the_policy_keeps_a_picture_that_it_finds_right(policy):
+    stop = refine_six(policy, "always", brightness_of, rounds=1)[1].texts[0].lower()
+    first, second = refine_six(policy, "self", brightness_of, rounds=1, stop=stop)
+    said = [stop in text.lower() for text in second.texts]
+    assert set(said) == {True, False}
+    for n, stopped in enumerate(said):
+        assert torch.equal(second.kept[n], (first if stopped else second).drawn[n])
 
 
 def test_the_judge_keeps_what_it_prefers(policy):
