@@ -24,7 +24,7 @@ from tasks import (
     TASKS, WORDING, Choices, choices_of, draw_of, first_pictures, keep_first, truth_and_variety)
 from toy import shapes, world
 
-PROMPTS = shapes.prompts_by_tag("train")["position"][:3]
+PROMPTS = [shapes.prompts_by_tag("train")[tag][0] for tag in ("position", "counting", "colors")]
 REFLECT = settings("--recipe alphagrpo_reflect --reflect 2 --group_size 4")
 
 
