@@ -32,7 +32,7 @@ from torch import nn
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from referees.captioner import load_captioner
 from referees.judge import load_judge
-from referees.siglip import load_siglip
+from referees.siglip import load_siglip, unit
 from support.checkpoint import save_policy
 from toy import shapes
 from toy.tiny import build_captioner, build_judge, build_siglip
@@ -147,10 +147,8 @@ def train_autoencoder(autoencoder, steps=5000):
 
 
 def latent_statistics(policy):
-    """Set the config's scale and shift so that the policy's latents are unit normal."""
-    x = render_both_splits(1000, np.random.default_rng(0))
-    with torch.no_grad():
-        z = torch.cat([policy.autoencoder.encode(part).latent_dist.mean for part in x.split(500)])
+    """Set the config's scale and shift, 1 and 0 so far, so that latents are unit normal."""
+    z = encode(policy, render_both_splits(1000, np.random.default_rng(0)))
     policy.config.ae.update(scale_factor=1 / z.std().item(), shift_factor=z.mean().item())
 
 
@@ -364,14 +362,6 @@ def new_base(tokenizer) -> Policy:
     return policy
 
 
-def train_base(policy, corpus, steps, lr, seed, scenes, tags):
-    """One round of ROUNDS."""
-    generator = torch.Generator().manual_seed(seed)
-    losses_of = partial(base_loss, policy, corpus, generator, scenes, tags)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    fit("base", losses_of, adamw(trained, lr), steps)
-
-
 class Imitation:
     """Further pretraining in the training loop: the control of a reinforcement run.
 
@@ -471,14 +461,12 @@ def siglip_losses(siglip, readout, pool, rng):
     asked = [any_prompt(rng, pool) for _ in range(BATCH)][:BATCH // 2]
     asked += [shapes.wrong_metadata(m, rng) for m in asked]                     # hard negatives
     scenes = [shapes.sample_scene(m, rng, training=False) for m in asked]
-    model, pixels = siglip.model, siglip.pixels(worn_pictures(scenes, rng))
-    vision = model.vision_model(pixel_values=pixels)
-    image = F.normalize(vision.pooler_output, dim=-1)
-    tokens = siglip.tokens([m["prompt"] for m in asked])
-    text = F.normalize(model.text_model(input_ids=tokens).pooler_output, dim=-1)
+    vision = siglip.vision_outputs(worn_pictures(scenes, rng))
+    texts = unit(siglip.text_features([m["prompt"] for m in asked]))
     things = [shapes.discrete(scene) for scene in scenes]
     right = torch.tensor([[shapes.satisfies(m, some) for m in asked] for some in things])
-    logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
+    cosine, model = unit(vision.pooler_output) @ texts.T, siglip.model
+    logits = cosine * model.logit_scale.exp() + model.logit_bias
     pairs = -F.logsigmoid((2.0 * right - 1) * logits).sum(1).mean()
     # What is where must survive the pooling: without it the embedding holds no relation.
     objects = readout.loss(vision.last_hidden_state, scenes, vision.pooler_output)
@@ -621,9 +609,12 @@ def main(folder: Path):
     policy.autoencoder.eval().requires_grad_(False)
     latent_statistics(policy)
     corpus = Corpus(policy)
-    for number, plan in enumerate(ROUNDS):
+    for number, (steps, lr, seed, scenes, tags) in enumerate(ROUNDS):
         if number == 2:                 # wrong counts too, or counts come out nearly perfect
             corpus = Corpus(policy, seed=10, miscount=MISCOUNT)
-        train_base(policy, corpus, *plan)
+        generator = torch.Generator().manual_seed(seed)
+        losses_of = partial(base_loss, policy, corpus, generator, scenes, tags)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        fit("base", losses_of, adamw(trained, lr), steps)
     save_policy(policy.eval(), folder / "policy")
     make_referees(folder)

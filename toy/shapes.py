@@ -253,12 +253,6 @@ def explicit(metadata: dict) -> str:
     return f"{words[1]} {relation} {words[0]}"
 
 
-def is_eval(split: str) -> bool:
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, must be 'train' or 'eval'")
-    return split == "eval"
-
-
 def new_clause(shape: str, **more) -> dict:
     return {"class": shape, "count": 1, **more}
 
@@ -305,7 +299,7 @@ def prompts(split: str) -> list[dict]:
     Eval has every prompt that names a HELD_OUT pair, every phrasing of one in seven compositions of
     position and color_attr, and one of the five phrasings (PREFIXES) of everything else, whose four
     other phrasings are in train."""
-    wanted, number, out = is_eval(split), 0, []
+    wanted, number, out = split == "eval", 0, []
     for meaning, (tag, ways) in enumerate(compositions()):
         new_meaning = tag in ("position", "color_attr") and meaning % 7 == 3
         for way in ways:
@@ -339,7 +333,7 @@ def implicit_prompts(split: str) -> list[dict]:
     They have the keys "implicit" and "thought". Each fact meets two shapes in train and the third
     in eval; HELD_OUT pairs go to eval. The thought is "<think> a triangle has three sides </think>
     three circles": it ends in the explicit prompt."""
-    wanted, out = is_eval(split), []
+    wanted, out = split == "eval", []
     for i, fact in enumerate(FACTS):
         owner, verb, rest = re.split(" (has|is) ", fact)
         value, *parts = rest.split()
@@ -452,7 +446,6 @@ def scene_split(scene: Scene) -> str:
 
 def random_scene(rng, split: str = "train") -> Scene:
     """A scene of 1 to 4 objects of any shape and colour; the splits share no discrete content."""
-    is_eval(split)
     while True:
         cells = rng.permutation(4)[:rng.integers(1, 5)]
         scene = tuple(
@@ -679,14 +672,12 @@ def repair(metadata: dict, scene: Scene, rng) -> Scene:
         kept.append(o._replace(color=color) if (o.color, shape) in HELD_OUT else o)
     colors = {c["class"]: c["color"] for c in metadata["include"] if "color" in c}
     kept = [o._replace(color=colors.get(o.shape, o.color)) for o in kept]
-
-    def moves(cells):
-        return sum((o.row, o.col) != cell for o, cell in zip(kept, cells))
-
-    for cells in sorted(permutations(CELLS, len(kept)), key=moves):
+    fitting = []
+    for cells in permutations(CELLS, len(kept)):
         moved = tuple(o._replace(row=row, col=col) for o, (row, col) in zip(kept, cells))
         if fits(metadata, moved):
-            return moved
+            fitting.append(moved)
+    return min(fitting, key=lambda moved: sum(a != b for a, b in zip(kept, moved)))
 
 
 def make_reflection(metadata: dict, scene: Scene, rng) -> tuple[str, Scene]:
@@ -810,15 +801,15 @@ def diversity(images: np.ndarray, detections: list[list[dict]], G: int) -> dict[
 
     layout_entropy in bits, at most log2 G; pairwise_distance, the RMS difference of two images in
     [0, 1]."""
-    layouts = np.array([layout(found) for found in detections]).reshape(-1, G)  # (B, G)
-    share = np.stack([(layouts == bits).mean(1) for bits in range(16)])         # (16, B)
-    bits = -share * np.log2(np.where(share > 0, share, 1))
-    flat = images.reshape(-1, G, SIZE * SIZE * 3) / 255.0           # (B, G, P)
-    apart = []
-    for i, j in combinations(range(G), 2):
-        apart.append(np.sqrt(((flat[:, i] - flat[:, j]) ** 2).mean(-1)))        # (B,)
-    entropy = float(bits.sum(0).mean()) + 0.0                       # + 0.0: never -0.0
-    return {"layout_entropy": entropy, "pairwise_distance": float(np.mean(apart))}
+    entropies, distances = [], []
+    for i in range(0, len(images), G):
+        layouts = [layout(found) for found in detections[i:i + G]]
+        share = np.unique(layouts, return_counts=True)[1] / G       # of each layout that occurs
+        entropies.append((share * np.log2(1 / share)).sum())
+        for a, b in combinations(images[i:i + G] / 255.0, 2):
+            distances.append(np.sqrt(((a - b) ** 2).mean()))
+    return {"layout_entropy": float(np.mean(entropies)),
+            "pairwise_distance": float(np.mean(distances))}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ ALWAYS = ("\n", "?", ".", ",", "yes", "no")
 SIDE = 32                                               # pixels of an image
 HALVES = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)  # (x - 0.5) / 0.5
 SMALL = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
+VISION = dict(**SMALL, num_hidden_layers=3, image_size=SIDE, patch_size=8)
 
 
 def word_tokenizer(vocabulary, *, append_eos, max_length):
@@ -49,32 +50,25 @@ def siglip_processor():
         image_seq_length=(SIDE // 8) ** 2, **HALVES)
 
 
-def siglip_vision():
-    from transformers import SiglipVisionConfig
-    return SiglipVisionConfig(**SMALL, num_hidden_layers=3, image_size=SIDE, patch_size=8)
-
-
 def build_siglip(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=True, max_length=24)
-    from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
-    text = SiglipTextConfig(
+    from transformers import SiglipConfig, SiglipModel
+    text = dict(
         **SMALL, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=24,
         projection_size=64, **ids_of(tokenizer))
-    config = SiglipConfig(text_config=text.to_dict(), vision_config=siglip_vision().to_dict())
+    config = SiglipConfig(text_config=text, vision_config=VISION)
     return save(folder, SiglipModel(config), tokenizer, siglip_processor())
 
 
 def build_judge(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=False, max_length=128)
-    from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    text = GemmaConfig(
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    text = dict(
         **SMALL, vocab_size=len(tokenizer), num_hidden_layers=3, num_key_value_heads=1, head_dim=16,
         max_position_embeddings=256, **ids_of(tokenizer))
-    vision = siglip_vision()
-    vision.vision_use_head = False
-    vision.projection_dim = 64
+    vision = dict(**VISION, vision_use_head=False, projection_dim=64)
     config = PaliGemmaConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64,
+        text_config=text, vision_config=vision, projection_dim=64,
         hidden_size=64, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         **ids_of(tokenizer))
     return save(folder, PaliGemmaForConditionalGeneration(config), tokenizer, siglip_processor())
@@ -86,8 +80,7 @@ def build_captioner(folder, vocabulary):
     text = dict(
         **SMALL, vocab_size=len(tokenizer), encoder_hidden_size=64, num_hidden_layers=2,
         max_position_embeddings=64, sep_token_id=tokenizer.eos_token_id, **ids_of(tokenizer))
-    vision = dict(**SMALL, num_hidden_layers=3, image_size=SIDE, patch_size=8)
-    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=64)
+    config = BlipConfig(text_config=text, vision_config=VISION, projection_dim=64)
     processor = BlipImageProcessor(size={"height": SIDE, "width": SIDE}, resample=3, **HALVES)
     return save(folder, BlipForConditionalGeneration(config), tokenizer, processor)
 
