@@ -610,7 +610,7 @@ def in_plane(net: nn.Module) -> Velocity:
 
 
 def learn_ring(steps: int, N: int = 512) -> nn.Module:
-    """Train a flow on eight spots on a circle of radius 2 by flow matching (arXiv 2210.02747)."""
+    """Train a flow on a circle of radius 2 by flow matching (arXiv 2210.02747)."""
     layers = []
     for width in (4, 128, 128):
         layers += [nn.Linear(width, 128), nn.SiLU()]
@@ -618,8 +618,7 @@ def learn_ring(steps: int, N: int = 512) -> nn.Module:
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     velocity = in_plane(net)
     for _ in range(steps):
-        spot = torch.randint(8, (N, 1)) + 0.5
-        angle = spot * math.pi / 4                                               # (N, 1)
+        angle = 2 * math.pi * torch.rand(N, 1)
         centre = torch.cat([angle.cos(), angle.sin()], 1)                        # (N, 2)
         data = 2 * centre + 0.12 * torch.randn(N, 2)
         noise = torch.randn(N, 2)
@@ -682,7 +681,7 @@ def improve(
         mean = reward.mean().item()
         mse = stats["velocity_mse"]
         rewards.append(mean)
-        if update % 10 == 9:
+        if update % 20 == 0 or update == updates - 1:
             print(f"{form}, update {update:3d}  reward {mean:.3f}  velocity mse {mse:.3f}")
     return rewards
 
@@ -710,8 +709,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Two losses draw a flow in the plane to one side.", allow_abbrev=False)
     parser.add_argument("--out", default="before_after.png", help="the picture")
-    parser.add_argument(
-        "--assert-reward", type=float, help="exit with an error if the last rewards are below this")
     args = parser.parse_args()
     torch.manual_seed(0)
     noise = torch.randn(600, 2)
@@ -725,12 +722,6 @@ def main() -> None:
         path = rollout(in_plane(net), noise, time_grid(40), window=(0, 0), noise_level=0.0)
         drawn[name] = path.data                                                  # (N, 2)
     save_picture(args.out, drawn, rewards)
-    for form, values in rewards.items():
-        last = sum(values[-10:]) / 10
-        if args.assert_reward is not None and last < args.assert_reward:
-            raise SystemExit(
-                f"the last ten rewards of {form} average {last:.3f}, expected at least "
-                f"{args.assert_reward}")
 
 
 if __name__ == "__main__":
