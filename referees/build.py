@@ -110,6 +110,12 @@ def text_model(reward: Reward):
     return None
 
 
+# reward -> the setting that names its model
+MODEL_OF = dict(
+    sem="siglip", dense="siglip", kn="judge", dvreward="judge", ins="detector",
+    recaption="captioner", pref="pref_model")
+
+
 def weighted_rewards(cfg) -> set[str]:
     return {name for name, weight in cfg.weights.items() if weight}
 
@@ -117,19 +123,11 @@ def weighted_rewards(cfg) -> set[str]:
 def models_asked(cfg) -> set[str]:
     """Folders or hub names of the models that a run's rewards ask."""
     asked = weighted_rewards(cfg)
-    models = set()
-    if "sem" in asked or "dense" in asked:
-        models.add(cfg.siglip)
-    if "kn" in asked or "dvreward" in asked:
-        models.add(cfg.judge)
+    models = {getattr(cfg, setting) for name, setting in MODEL_OF.items() if name in asked}
     if "ins" in asked and cfg.detector:
-        models |= {cfg.detector, COLOR_CLIP}
-    if "recaption" in asked:
-        models.add(cfg.captioner)
-        if not cfg.cycles_by_rule:
-            models.add(TEXT_ENCODER)
-    if "pref" in asked:
-        models.add(cfg.pref_model)
+        models.add(COLOR_CLIP)
+    if "recaption" in asked and not cfg.cycles_by_rule:
+        models.add(TEXT_ENCODER)
     return models - {""}
 
 

@@ -16,12 +16,10 @@ LEAST_MASS = 1e-3                               # of yes and no together, on ave
 
 def spellings(tokenizer, word: str) -> list[int]:
     """The ids of a word's spellings that are one token: word, Word, and both after a space."""
-    out = []
-    for spelling in (word, f" {word}", word.capitalize(), f" {word.capitalize()}"):
-        ids = tokenizer(spelling, add_special_tokens=False).input_ids
-        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and ids[0] not in out:
-            out.append(ids[0])
-    return out
+    words = [word, f" {word}", word.capitalize(), f" {word.capitalize()}"]
+    rows = tokenizer(words, add_special_tokens=False).input_ids
+    single = dict.fromkeys(row[0] for row in rows if len(row) == 1)
+    return [token for token in single if token != tokenizer.unk_token_id]
 
 
 @dataclass

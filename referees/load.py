@@ -97,22 +97,17 @@ def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Te
     return (x - mean) / std
 
 
-def processor_pixels(
-    images: Tensor, model, processor, size: tuple[int, int] | None = None
-) -> Tensor:
-    """What transformers' image processor would give, without its detour through 8 bits."""
-    size = size or (processor.size["height"], processor.size["width"])
-    mode = {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
-    mean, std = processor.image_mean, processor.image_std
-    return to_pixels(images.to(model.device), size, mode, mean, std).to(model.dtype)
-
-
 class Viewer:
     """A model that sees: `model`, with its `image_processor`."""
 
     def pixels(self, images: Tensor) -> Tensor:
-        """(N, 3, size, size): images as the model reads them."""
-        return processor_pixels(images, self.model, self.image_processor)
+        """(N, 3, size, size): what the image processor would give, without its detour by 8 bits."""
+        side, processor = self.model.config.vision_config.image_size, self.image_processor
+        mode = {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
+        pixels = to_pixels(
+            images.to(self.model.device), (side, side), mode, processor.image_mean,
+            processor.image_std)
+        return pixels.to(self.model.dtype)
 
 
 def in_batches(function: Callable, batch_size: int, *columns) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from policy import declare_torchvision_ops
 from referees.load import (
-    Viewer, freeze_model, in_batches, load_model, loading_errors, processor_pixels, to_pixels)
+    Viewer, freeze_model, in_batches, load_model, loading_errors, to_pixels)
 from support.run import start_moments
 
 
@@ -141,7 +141,7 @@ class Learner:
 
 
 @dataclass
-class Clip(Encoder):
+class Clip(Encoder, Viewer):
     """A CLIP of transformers: embeddings of images and texts, (N, D), of length 1.
 
     Differs: images are squashed to a square, not cropped.
@@ -157,9 +157,7 @@ class Clip(Encoder):
         return self.model.config.vision_config.image_size
 
     def image_features(self, images: Tensor) -> Tensor:
-        size = (self.size, self.size)
-        pixels = processor_pixels(images, self.model, self.image_processor, size)
-        return self.model.get_image_features(pixels).pooler_output
+        return self.model.get_image_features(self.pixels(images)).pooler_output
 
     def read_texts(self, texts: list[str], **how):
         """The tokenizer's ids and mask of texts, cut at the longest that the model reads."""

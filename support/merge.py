@@ -19,11 +19,10 @@ def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
     with the mean of both means and the smaller of both (unbiased) stds, changes are averaged;
     outside, each is added whole. A large bound is the average, bound 0 the sum; two equal changes
     are averaged inside but doubled outside. Symmetric; scales with the changes. A tensor that one
-    policy left as it was, or of one element, has no window: the sum.
+    policy left as it was has no window: the sum.
     """
-    mean, spread = (first.mean() + second.mean()) / 2, 0.0
-    if first.numel() > 1:
-        spread = torch.minimum(first.std(), second.std())
+    mean = (first.mean() + second.mean()) / 2
+    spread = torch.minimum(first.std(), second.std())
     low, high = mean - bound * spread, mean + bound * spread
     merged = 0
     for change in (first, second):

@@ -27,15 +27,12 @@ def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
         2, columns, figsize=(3.4 * columns, 6.8), layout="constrained", squeeze=False)
     for axis in axes.flat[len(keys):]:
         axis.set_axis_off()
-    for number, (head, rows) in enumerate(runs):
-        color, config = f"C{number}", head["config"]
-        label = f"{config['recipe']}, seed {config['seed']}"
-        for axis, key in zip(axes.flat, keys):
-            minutes, mean, error = curve(rows, key)
-            low, high = mean - 2 * error, mean + 2 * error
-            axis.plot(minutes, mean, color=color, label=label, marker="o", markersize=3)
-            axis.fill_between(minutes, low, high, color=color, alpha=0.15, linewidth=0)
     for axis, key in zip(axes.flat, keys):
+        for head, rows in runs:
+            minutes, mean, error = curve(rows, key)
+            label = "{recipe}, seed {seed}".format(**head["config"])
+            axis.plot(minutes, mean, label=label, marker="o", markersize=3)
+            axis.fill_between(minutes, mean - 2 * error, mean + 2 * error, alpha=0.15, linewidth=0)
         axis.set(title=titles[key], ylim=(0, 1), xlabel="minutes")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("held-out truth")

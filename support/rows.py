@@ -17,7 +17,6 @@ from policy import Policy
 from rewards import final_answer, normalise_answer, right_option
 from support.disk import one_line_error
 from support.pictures import open_picture, read_picture
-from support.terminal import say
 
 RELATIONS = ("above", "below", "left of", "right of")
 
@@ -69,7 +68,7 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
 
     A field that is null is left out. Errors: ValueError, with file and line.
     """
-    rows, changed = [], []
+    rows = []
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         with one_line_error(f"{where}: not a JSON object; each line must be one"):
@@ -83,12 +82,8 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
             check_clauses(row)
         for name in ("prompt", "question", "instruction", "caption"):
             if has_text(row, name):
-                text, row[name] = row[name], without_image_place(row[name], where)
-                changed += [text] if row[name] != text else []
+                row[name] = without_image_place(row[name], where)
         rows.append(row)
-    if changed:
-        say(f"warning: {len(changed)} texts of {path} hold the place of the image, which is left "
-            f"out, such as {changed[0][:60]!r}")
     return rows
 
 

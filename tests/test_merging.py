@@ -47,11 +47,9 @@ def test_a_policy_merged_with_itself_keeps_its_bulk_and_doubles_what_lies_two_st
     assert torch.equal(gaussian_merge(a, a), torch.where(outlier, 2 * a, a))
 
 
-@pytest.mark.parametrize(
-    "a, b", [(change(1), torch.zeros(200, dtype=torch.float64)), (change(1, 1), change(2, 1))]
-)
-def test_changes_without_a_window_are_added(a, b):
-    assert torch.equal(gaussian_merge(a, b), a + b)
+def test_a_change_next_to_none_has_no_window_and_is_kept_whole():
+    a = change(1)
+    assert torch.equal(gaussian_merge(a, torch.zeros_like(a)), a)
 
 
 # ---- folders ----

@@ -216,8 +216,8 @@ def test_a_question_is_cut_so_that_it_fits_and_brings_no_markers(folders):
 def test_spellings_of_yes_are_found_in_the_tokenizer_and_counted_once():
     words = {"yes": 3, "Yes": 4, " yes": 5, " Yes": 4, "no": 0}
 
-    def tokenizer(text, add_special_tokens):
-        return SimpleNamespace(input_ids=[words[text]] if text in words else [8, 9])
+    def tokenizer(texts, add_special_tokens):
+        return SimpleNamespace(input_ids=[[words[text]] if text in words else [8, 9] for text in texts])
 
     tokenizer.unk_token_id = 0
     assert judge.spellings(tokenizer, "yes") == [3, 5, 4]

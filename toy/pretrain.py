@@ -123,7 +123,7 @@ def render_both_splits(n, rng):
     return render_pixels(scenes)
 
 
-def train_autoencoder(autoencoder, steps=5000):
+def train_autoencoder(autoencoder):
     """Fit the autoencoder to rendered scenes.
 
     Loss: MSE + 0.1 L1 + 5e-4 KL; the latent is disturbed by a quarter of its size so that decoding
@@ -143,7 +143,7 @@ def train_autoencoder(autoencoder, steps=5000):
         return {"mse": F.mse_loss(y, x), "l1": 0.1 * (y - x).abs().mean(), "kl": 5e-4 * kl}
 
     optimizer = torch.optim.AdamW(autoencoder.train().parameters(), lr=3e-3, weight_decay=1e-4)
-    fit("autoencoder", losses_of, optimizer, steps)
+    fit("autoencoder", losses_of, optimizer, 5000)
 
 
 def latent_statistics(policy):

@@ -131,11 +131,11 @@ def held_out_prompts(split: str) -> list[Row]:
     The test has 3, 6, 9, 15, 32 and 32. Training has another phrasing of the same meaning, but for
     three in ten of position and nearly half of color_attr. Unseen pairs count together."""
     pool, rows = prompts_of_split(shapes.prompts, split), []
-    if split == "unseen":
-        return list(map(prompt_row, evenly_spaced(pool, PROMPTS_PER_TAG)))
-    for tag in shapes.TAGS:
-        tagged = [m for m in pool if m["tag"] == tag]
-        rows += map(prompt_row, evenly_spaced(tagged, PROMPTS_PER_TAG))
+    groups = [pool]
+    if split != "unseen":
+        groups = [[m for m in pool if m["tag"] == tag] for tag in shapes.TAGS]
+    for group in groups:
+        rows += map(prompt_row, evenly_spaced(group, PROMPTS_PER_TAG))
     return rows
 
 
