@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from rewards import NUMBER_WORDS
 from support.disk import fingerprint, write_atomic
-from support.rows import Metadata, read_json_lines, read_prompts
+from support.rows import Metadata, read_prompts
 from support.terminal import Arguments, new_file, one_line, say, the_device
 
 
@@ -113,12 +113,8 @@ class Questions:
 
     def check(self, rows: list[dict], text: str = "prompt") -> None:
         """ValueError if rows of a file have no questions; text: the field that names a row."""
-        bare = []
-        for row in rows:
-            if "questions" in row or row.get("include"):
-                self(row[text], row)
-            else:
-                bare.append(row[text][:60])
+        without = [row for row in rows if "questions" not in row and not row.get("include")]
+        bare = [row[text][:60] for row in without]
         if bare:
             raise ValueError(
                 f"--dvreward has no questions for {len(bare)} of {len(rows)} rows, such as "
@@ -240,7 +236,7 @@ def finished_rows(out: Path) -> set[str]:
     whole = text[:text.rfind("\n") + 1]
     if whole != text:
         write_atomic(out, whole.encode())
-    return {row.get("hash") for row in read_json_lines(str(out), ("prompt",))} if whole else set()
+    return {json.loads(line).get("hash") for line in whole.splitlines()}
 
 
 def read_answer(prompt: str, answer: str) -> dict:
@@ -282,12 +278,10 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
         given = tokenizer(
             chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         given = given.to(model.device)
-        sampling = dict(do_sample=False)
-        if temperature:
-            sampling = dict(do_sample=True, temperature=temperature)
         tokens = model.generate(
             **given, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id,
-            repetition_penalty=1.0, **sampling)  # a model's own penalty spoils JSON
+            do_sample=temperature > 0, temperature=temperature or 1.0,
+            repetition_penalty=1.0)             # a model's own penalty spoils JSON
         return tokenizer.batch_decode(
             tokens[:, given.input_ids.shape[1]:], skip_special_tokens=True)
 

@@ -8,6 +8,7 @@
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
@@ -57,13 +58,13 @@ def memory_table() -> str:
         parts = [kept, need["rollout"], need["replay"], peak(need)]
         rows.append([title, f"{cfg.resolution}", f"{world}", *(f"{gb:.0f}" for gb in parts)])
 
-    for title, flags in {"adapters, both experts": "--lora 64",
-                         "generation expert": "--lora 0 --shard --lr_understanding 0",
-                         "all weights": "--lora 0 --shard"}.items():
-        for pixels in (512, 1024):
-            for world in (1, 8) if "--shard" in flags else (1,):
-                size = f"--recipe unigrpo --think {4 * world} --resolution {pixels}"
-                add(title, world, f"{size} {flags}")
+    for title, worlds, flags in (
+            ("adapters, both experts", (1,), "--lora 64"),
+            ("generation expert", (1, 8), "--lora 0 --shard --lr_understanding 0"),
+            ("all weights", (1, 8), "--lora 0 --shard")):
+        for pixels, world in product((512, 1024), worlds):
+            size = f"--recipe unigrpo --think {4 * world} --resolution {pixels}"
+            add(title, world, f"{size} {flags}")
     add("adapters, `unigrpo_rounds`", 1, "--recipe unigrpo_rounds --rounds 4")
     add("adapters, `alphagrpo`", 1, "--recipe alphagrpo --think 4")
     add("adapters, `alphagrpo_reflect`", 1, "--recipe alphagrpo_reflect --reflect 4")

@@ -72,7 +72,7 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         with one_line_error(f"{where}: not a JSON object; each line must be one"):
-            row = drop_null(json.loads(line, parse_constant=lambda word: None))  # pandas' NaN
+            row = json.loads(line, object_hook=drop_null, parse_constant=lambda word: None)
             json.dumps(row, ensure_ascii=False).encode()        # half a character is no text
         if not isinstance(row, dict) or not all(has_text(row, name) for name in needed):
             raise ValueError(f"{where}: must be one object with the text fields {list(needed)}")
@@ -87,11 +87,9 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
     return rows
 
 
-def drop_null(value):
-    """A value of JSON without fields that are null, as exporters write what is not there."""
-    if isinstance(value, dict):
-        return {name: drop_null(field) for name, field in value.items() if field is not None}
-    return [drop_null(item) for item in value] if isinstance(value, list) else value
+def drop_null(row: dict) -> dict:
+    """An object without the fields that are null or NaN, as exporters write what is not there."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def check_clauses(row: dict) -> None:
