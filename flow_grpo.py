@@ -518,7 +518,7 @@ def flow_grpo_loss(
 
 def matching_loss(
     v: Tensor, drawn: Renoised, adv: Tensor, *, form: str, total: float | Tensor,
-    trust: float = 1.0, clip: float = 0.05, v_old: Tensor | None = None,
+    trust: float = 1.0, relative: bool = False, clip: float = 0.05, v_old: Tensor | None = None,
     v_ref: Tensor | None = None, mse_weight: float = 0.0,
 ) -> tuple[Tensor, dict]:
     """Return a forward-process loss of a micro-batch and its diagnostics.
@@ -529,7 +529,9 @@ def matching_loss(
     following copy. Per sample and time, with means over entries, two of the forms are
         2 A <v_old - u, v - v_old> + c |v - v_old|^2
     "nft": c = `trust` > 0, DiffusionNFT's two branches (arXiv 2509.16117) without their weights,
-    with A = 2r - 1 and c = its beta, less what does not depend on v.
+    with A = 2r - 1 and c = its beta, less what does not depend on v. `relative` divides the two
+    terms of each sample and time by |v_old - u|^2: a bad sample's push grows with its error, which
+    it raises, and so without bound.
     "awm": c = A, which is A times the rise of the flow-matching error |v - u|^2 (AWM, 2509.25050).
     A bad sample has negative curvature: nothing bounds how far v flees, but a penalty.
     "fpo": PPO's clip, to 1 - clip .. 1 + clip, of the ratio exp(-rise), |rise| at most 3 (FPO,
@@ -539,8 +541,8 @@ def matching_loss(
     samples x times. v_ref (N, J, ...) are the frozen policy's, for mse_weight * velocity_mse.
     "rise" and "shift", the mean of |v - v_old|^2, enter the stats, and "velocity_mse".
     Errors: ValueError for another form, a total that is not positive, or a penalty without v_ref.
-    Differs: DiffusionNFT divides each branch by its own error, clamps A / 5 to -1 .. 1, and samples
-    by the following copy; AWM weighs times, and adds a penalty to a running average.
+    Differs: DiffusionNFT divides each branch by the root of its own error, clamps A / 5 to -1 .. 1,
+    and samples by the following copy; AWM weighs times, and adds a penalty to a running average.
     """
     if not total > 0:
         raise ValueError(f"total is {total}, expected the positive global count")
@@ -555,6 +557,8 @@ def matching_loss(
     rise = slope + square                       # of the flow-matching error
     if form == "nft":
         loss = adv * slope + trust * square
+        if relative:
+            loss = loss / velocity_mse(v_old, drawn.target)
     elif form == "awm":
         loss = adv * rise
     elif form == "fpo":

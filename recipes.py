@@ -27,19 +27,19 @@ WORLD = Path(__file__).parent / "toy"
 # stands.
 
 # What the recipes of one paper share.
-UNIGRPO = dict(
-    accuracy=(1.0, "d: none"),
-    text_average=("sequence", "p"),
+UNIFPO = dict(
+    accuracy=(1.0, "d: none"), text_average=("sequence", "p"), epochs=(2, "p"),
+    bagel=dict(pref=(1.0, "d: its own, not released")))
+UNIGRPO = UNIFPO | dict(
     image_loss=("ratio_norm", "p"),
     step_weights=("dt", "d: none in Eq. 6"),
-    epochs=(2, "p"),
     # Eq. 8 with 1.5e-5 as a sum over the 65,536 entries of a latent at 512 pixels is 0.98 on
     # their mean. As a weight on the mean, 1.5e-5 would hold nothing.
     bagel=dict(pref=(1.0, "d: its own, not released"), mse_weight=(0.98, "d: 1.5e-5, mean or sum")),
 )
 UNIGRPO_TOY = dict(
-    ins=(1.0, "d: a preference model"), image_clip=(1e-3, "d: 1e-6, for more entries"),
-    lr_understanding=(5e-5, "d: 1e-6"))
+    ins=(1.0, "d: a preference model"), lr_understanding=(5e-5, "d: 1e-6"))
+UNIGRPO_CLIP = (1e-3, "d: 1e-6, for more entries")
 ALPHAGRPO = dict(
     dvreward=(1.0, "d: Qwen3-VL-30B, each question alone"),
     advantage=("batch", "p"),
@@ -89,7 +89,16 @@ RECIPES = {
         # Nothing but the picture's truth holds the toy's thoughts, so the understanding expert
         # learns four times slower than under lvrpo.
         toy=dict(
-            **UNIGRPO_TOY, mse_weight=(5e-5, "d: 1.5e-5, mean or sum"), steps=(125, "o")),
+            **UNIGRPO_TOY, image_clip=UNIGRPO_CLIP, mse_weight=(5e-5, "d: 1.5e-5, mean or sum"),
+            steps=(125, "o")),
+    ),
+    # Its baseline, of which its Table 1 says that it collapses.
+    "unifpo": dict(
+        **UNIFPO,
+        think=(32, "p"),
+        image_loss=("fpo", "p"),
+        image_clip=(0.05, "o"),
+        toy=dict(**UNIGRPO_TOY, steps=(125, "o")),
     ),
     "unigrpo_rounds": dict(
         **UNIGRPO,
@@ -97,7 +106,7 @@ RECIPES = {
         # One reward for two images is a noisier signal: at unigrpo's rate and penalty the toy
         # drifts and forgets.
         toy=dict(
-            **UNIGRPO_TOY, mse_weight=(2e-4, "d: 1.5e-5, mean or sum"),
+            **UNIGRPO_TOY, image_clip=UNIGRPO_CLIP, mse_weight=(2e-4, "d: 1.5e-5, mean or sum"),
             lr_generation=(2e-4, "d: 3e-5")),
     ),
     "alphagrpo": dict(

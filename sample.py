@@ -334,7 +334,9 @@ def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Gene
         velocity, start, item.times.to(policy.device), window=item.window,
         noise_level=item.noise_level, sampler=item.sampler, step_noise=noise[1:])
     if item.renoised is not None:
-        flow = flow_grpo.renoise(flow.data, item.renoised, noise[1:])
+        # Advantages of a group add up to 0, and so does what its noise would add to the gradient.
+        fresh = noise[1:, ::reader.repeats].repeat_interleave(reader.repeats, 1)    # (J, N, M, F)
+        flow = flow_grpo.renoise(flow.data, item.renoised, fresh)
         if item.keeps_v:
             flow = replace(flow, v=flow_grpo.velocities_at(velocity, flow))
     return Picture(item.size, flow=flow)

@@ -56,7 +56,7 @@ from tasks import (
     Batch, Source, counts, drop_tied, first_pictures, guidance_of, in_use, keep_first,
     micro_batches, rewards_of, samples_of, token_states, truth_and_variety)
 
-TRUST = float(os.environ.get("TRUST", 1))
+TRUST = 2.0  # curvature of the matching loss "nft" for advantages of spread 1
 BATCH_CLAMP = 5.0  # largest advantage in units of the batch's std [AlphaGRPO]
 TEXT_HALF = 0.8  # weight of a pair's text half; the image half has 1 [CoRL: lambda]
 
@@ -440,7 +440,7 @@ def image_loss(
         loss, stats = flow_grpo.matching_loss(
             scored.v, drawn, adv, form=cfg.image_loss, total=totals["image"], clip=cfg.image_clip,
             v_old=old, v_ref=None if reference is None else reference.v, trust=TRUST,
-            mse_weight=cfg.mse_weight)
+            relative=True, mse_weight=cfg.mse_weight)
         return cfg.image_weight * loss, as_numbers("image", stats)
     if cfg.step_weights != "none":
         over = drawn.window if cfg.window > 1 else (0, cfg.window_high)

@@ -329,6 +329,10 @@ def test_nft_is_the_two_branches_of_diffusion_nft_without_their_weights(seed, b)
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-7)
     (ours,), (theirs,) = torch.autograd.grad(loss, v), torch.autograd.grad(expected, v)
     torch.testing.assert_close(ours, theirs)
+    own = velocity_mse(drawn.v, u)
+    parts = [(part - own) / own / b for part in (velocity_mse(better, u), velocity_mse(worse, u))]
+    loss, _ = matching_loss(v, drawn, adv, form="nft", total=1, trust=b, relative=True)
+    torch.testing.assert_close(loss, (right * parts[0] + (1 - right) * parts[1]).sum())
 
 
 def test_awm_and_fpo_are_functions_of_the_change_in_the_flow_matching_error():
