@@ -57,7 +57,10 @@ from tasks import (
     micro_batches, rewards_of, samples_of, token_states, truth_and_variety)
 
 TRUST = 2.0  # curvature of the matching loss "nft" for advantages of spread 1
-BATCH_CLAMP = 5.0  # largest advantage in units of the batch's std [AlphaGRPO]
+# --advantage -> scale and std of grpo.group_advantage, and the largest size.
+ADVANTAGES = {
+    "group": ("group", "population", None), "unbiased": ("group", "unbiased", None),
+    "batch": ("batch", "population", 5.0), "none": ("none", "population", None)}
 TEXT_HALF = 0.8  # weight of a pair's text half; the image half has 1 [CoRL: lambda]
 
 # ---- what lives through a run, and through a step ----
@@ -207,7 +210,7 @@ def advantages(
     without which the share is None, see grpo.rectify, which passes over what `kept` this picture.
     """
     G, each = cfg.group_size, cfg.normalise == "each"
-    std = "unbiased" if cfg.advantage == "unbiased" else "population"
+    scale, std, clamp = ADVANTAGES[cfg.advantage]
     components = {
         name: ranks.gather(value.to(ranks.device)) for name, value in components.items()}  # (N,)
     summed = normalise_each(components, G, std) if each else components
@@ -231,11 +234,6 @@ def advantages(
             value = value - initial
         improved = (total > initial).float().mean().item()
         stats |= {"initial": initial.mean().item(), "improved": improved}
-    scale, clamp = cfg.advantage, None
-    if scale == "batch":
-        clamp = BATCH_CLAMP
-    elif scale == "unbiased":
-        scale = "group"
     if each and scale == "group":               # each reward is already divided by its own
         scale = "none"
     adv = group_advantage(value, G, scale=scale, std=std, clamp=clamp)              # (N,)
