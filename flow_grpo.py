@@ -1,20 +1,22 @@
-"""FlowGRPO: the policy gradient for an image that a flow model draws.
+"""Policy gradients for an image that a flow model draws: FlowGRPO, and matching losses.
 
 A flow model draws by an ODE, which has one outcome and so no log-probability. Noise in a window of
 W of its K steps makes each of these a Gaussian policy that stays close to the ODE's marginals; its
-log-density gives the ratio and the clip of PPO.
+log-density gives the ratio and the clip of PPO. A matching loss needs no noisy step: a drawn image
+gets fresh noise, and the policy learns from the velocity to it, weighed by the advantage.
 
 Sources: Flow-GRPO (arXiv 2505.05470): noisy step, log-density, KL; Flow-CPS (2509.05952) and
 DanceGRPO (2505.07818): other noise; MixGRPO (2507.21802): noise and gradient in a window, ODE
 elsewhere; GRPO-Guard (2510.22319): RatioNorm, 1/|dt| weights; UniGRPO (2603.23500): the velocity
-penalty, and the loss as a whole. Steps agree with the code of the first three.
+penalty, and the loss as a whole. Steps agree with the code of the first three. Matching losses:
+DiffusionNFT (2509.16117), AWM (2509.25050), FPO (2507.21053); flat weights: Flash-GRPO.
 Left out: text, guidance and transformers live in the caller's `velocity`, any f(x, t) -> v. The
 loss takes `adv`, so rewards and group advantage are the caller's. So are process groups: the caller
 counts `total` over micro-batches and ranks, and their gradients add up.
 
 Notation: t is flow time, 1 = noise, 0 = data, dt = t_next - t < 0; x = (1-t)*data + t*noise,
 v = noise - data; B prompts, G samples of each, N = B*G in prompt-major order; K steps, W of them
-noisy, "..." are the latent's own dimensions, at least one; `_old` is the
+noisy; J times of fresh noise; "..." are the latent's own dimensions, at least one; `_old` is the
 policy that sampled, `_ref` the frozen one. Latents stay in fp32, or in float64 if the initial noise
 is; `velocity` gets them so, and what it returns is widened.
 

@@ -13,7 +13,7 @@ from tiny_runs import ALONE, assert_close, checkpoint, gradients, records, run_t
 import eval as evaluation
 import flow_grpo
 import train
-from grpo import grpo_loss
+from grpo import grpo_loss, normalise_each
 from recipes import RECIPES
 from referees.judge import load_judge
 from sample import Text, replay_rollout, sample_plan
@@ -214,6 +214,16 @@ def test_what_the_papers_advantages_differ_in_is_a_setting_that_changes_them(tmp
     plain, _, _ = train.advantages(values, weights, cfg, ALONE)
     changed, _, _ = train.advantages(values, weights, dataclasses.replace(cfg, **settings), ALONE)
     assert (changed - plain).norm() > 1e-2 * plain.norm()
+
+
+def test_rewards_normalised_each_and_then_over_the_batch_are_gdpo(tmp_path):
+    cfg, weights = small(tmp_path, "--normalise each --advantage batch"), dict(sem=1.0, ins=2.0)
+    values = dict(sem=torch.arange(8) % 4 / 10, ins=torch.tensor([0.0, 1, 1, 0, 1, 0, 1, 1]))
+    adv, _, _ = train.advantages(values, weights, cfg, ALONE)
+    each = normalise_each(values, 4)
+    total = each["sem"] + 2 * each["ins"]
+    expected = (total - total.mean()) / (total.std(correction=0) + 1e-4)
+    torch.testing.assert_close(adv, expected)
 
 
 @pytest.mark.parametrize(
