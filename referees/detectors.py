@@ -111,30 +111,6 @@ class ZeroShot:
         return found
 
 
-@dataclass
-class Colors:
-    """The colour of an object: CLIP's choice among GenEval's ten, by three templates each."""
-
-    clip: Clip
-
-    def __call__(self, crops: list[Tensor], names: list[str]) -> list[str]:
-        """crops: (3, h, w) each, in [0, 1]; names: of their classes."""
-        if not crops:
-            return []
-        squares = torch.stack([middle_square(crop, self.clip.size) for crop in crops])
-        images = self.clip.embed_images(squares)                                    # (n, D)
-        texts = {name: self.color_texts(name) for name in dict.fromkeys(names)}
-        places = [int((texts[name] @ image).argmax()) for name, image in zip(names, images)]
-        return [COLORS[place] for place in places]
-
-    def color_texts(self, name: str) -> Tensor:
-        """(colours, D): the mean embedding of the templates of each colour, of length 1."""
-        texts = [
-            template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-        embedded = self.clip.embed_texts(texts).view(len(COLORS), len(TEMPLATES), -1)
-        return F.normalize(embedded.mean(1), dim=-1)
-
-
 def middle_square(crop: Tensor, size: int) -> Tensor:
     """The square in the middle of (3, h, w), as (3, size, size); so GenEval reads crops."""
     from torchvision.transforms.functional import center_crop
@@ -158,7 +134,7 @@ class Detector:
     """
 
     find: ZeroShot
-    colors: Colors
+    clip: Clip                                  # that names colours
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -182,10 +158,30 @@ class Detector:
             for thing in self.things_to_colour(m, things):
                 judged.append(thing)
                 crops.append(crop_of(image, thing))
-        colors = self.colors(crops, [thing["class"] for thing in judged])
+        colors = self.name_colors(crops, [thing["class"] for thing in judged])
         for thing, color in zip(judged, colors):
             thing["color"] = color
         return found
+
+    def name_colors(self, crops: list[Tensor], names: list[str]) -> list[str]:
+        """CLIP's choice among GenEval's ten colours, by three templates each.
+
+        crops: (3, h, w) each, in [0, 1]; names: of their classes.
+        """
+        if not crops:
+            return []
+        squares = torch.stack([middle_square(crop, self.clip.size) for crop in crops])
+        images = self.clip.embed_images(squares)                                    # (n, D)
+        texts = {name: self.color_texts(name) for name in dict.fromkeys(names)}
+        places = [int((texts[name] @ image).argmax()) for name, image in zip(names, images)]
+        return [COLORS[place] for place in places]
+
+    def color_texts(self, name: str) -> Tensor:
+        """(colours, D): the mean embedding of the templates of each colour, of length 1."""
+        texts = [
+            template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+        embedded = self.clip.embed_texts(texts).view(len(COLORS), len(TEMPLATES), -1)
+        return F.normalize(embedded.mean(1), dim=-1)
 
     def things_to_colour(self, metadata: Metadata, things: list[dict]) -> list[dict]:
         """The things whose colour a clause asks for: the best `count` of its class, each once."""
@@ -207,13 +203,12 @@ def names_of(metadata: Metadata) -> list[str]:
 
 
 def load_detector(
-    path: str, colors: str = COLOR_CLIP, *, device="cpu", batch_size: int = 8
+    path: str, clip: str = COLOR_CLIP, *, device="cpu", batch_size: int = 8
 ) -> Detector:
     """A frozen Detector of an OWLv2, and a CLIP for colours.
 
-    path, colors: local folders or hub names. Errors: see referees.load.load_model.
+    path, clip: local folders or hub names. Errors: see referees.load.load_model.
     """
     model, processor = load_model(
         "AutoModelForZeroShotObjectDetection", ("owlv2",), path, device, parts=("AutoProcessor",))
-    find = ZeroShot(model, processor, batch_size)
-    return Detector(find, Colors(load_clip(colors, device=device)))
+    return Detector(ZeroShot(model, processor, batch_size), load_clip(clip, device=device))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from rewards import NUMBER_WORDS
 from support.disk import fingerprint, write_atomic
-from support.rows import Metadata, read_prompts
+from support.rows import Metadata, has_text, read_prompts
 from support.terminal import Arguments, new_file, one_line, say, the_device
 
 
@@ -153,14 +153,13 @@ def read_question(item, place: int, quality: bool, where: str) -> Question:
     """One question of a file, at its place in its half. Errors: ValueError."""
     if isinstance(item, str):
         item = {"question": item}
-    text = item.get("question") if isinstance(item, dict) else None
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(item, dict) or not has_text(item, "question"):
         raise ValueError(f"{where} must have a text \"question\"")
     needs = item.get("needs") or []
     earlier = () if quality else range(place)
     if not isinstance(needs, list) or any(type(n) is not int or n not in earlier for n in needs):
         raise ValueError(f"{where}: \"needs\" must be places of earlier semantic questions")
-    return Question(text.strip(), quality, tuple(needs))
+    return Question(item["question"].strip(), quality, tuple(needs))
 
 
 # ---- questions by a language model ----

@@ -237,7 +237,7 @@ def first_step(flow: flow_grpo.Trajectory) -> flow_grpo.Trajectory:
 
 CODE = (
     (train.one_step, "def one_step", 99), (train.act, "rollouts.append", 3),
-    (train.reward, "task, samples", 2), (train.compare, "for part in parts", 7),
+    (train.reward, "scores = rewards.score", 1), (train.compare, "for part in parts", 7),
     (train.improve, "loss, stats = piece_loss", 1), (train.train, "stats = one_step", 4))
 
 
@@ -277,11 +277,11 @@ def page(step: Step) -> str:
 # ---- pictures ----
 
 
-def redraw(policy: Policy, part: train.Part, seed: int) -> Tensor:
+def redraw(policy: Policy, part: train.Part) -> Tensor:
     """The step's samples as a policy draws them from the same noise."""
     plan = part.batch.task.plan(part.batch.rows, part.batch.choices)
     rollout = sample_plan(
-        policy, plan, seed=seed, step=0, prompts=part.batch.index, G=part.rollout.G)
+        policy, plan, seed=0, step=0, prompts=part.batch.index, G=part.rollout.G)
     return images_of(policy, rollout)
 
 
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         save_grid(images, DOCS / "tour_group.png", columns=len(images), zoom=3)
         if a.after:
             base, after = load_toy_policy(str(TOY)), load_toy_policy(a.after)
-            drawn = [redraw(policy, step.part, 0) for policy in (base, step.run.policy, after)]
+            drawn = [redraw(policy, step.part) for policy in (base, step.run.policy, after)]
             save_grid(torch.cat(drawn), DOCS / "tour_noise.png", columns=len(images), zoom=3)
             before_after(base, after, first_rows(), DOCS / "first.png", dpi=82)
         write_atomic(DOCS / "tour.md", page(step).encode())

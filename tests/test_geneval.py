@@ -197,7 +197,7 @@ def test_an_objects_colour_is_that_of_the_square_in_the_middle_of_its_box():
     picture[:, 5:15, 10:20] = torch.tensor(RGB["red"])[:, None, None]
     crop = detectors.crop_of(picture, {"box": [10.0, 5.0, 20.0, 15.0]})
     assert crop.shape == (3, 10, 10)
-    name_colors = detectors.Colors(ClipOfColours())
+    name_colors = detectors.Detector(None, ClipOfColours()).name_colors
     assert name_colors([crop, picture[:, :, 22:]], ["dog", "cat"]) == ["red", "green"]
     assert name_colors([], []) == []
     assert detectors.crop_of(picture, {"box": [40.0, 20.0, 40.0, 20.0]}).shape == (3, 1, 1)

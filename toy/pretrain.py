@@ -119,8 +119,8 @@ def build_tokenizer():
 
 def render_both_splits(n, rng):
     """Pixels of n random scenes of each split, in turns."""
-    scenes = [shapes.random_scene(rng, split) for _ in range(n) for split in shapes.SPLITS]
-    return render_pixels(scenes)
+    return render_pixels(
+        [shapes.random_scene(rng, split) for _ in range(n) for split in shapes.SPLITS])
 
 
 def train_autoencoder(autoencoder):
@@ -369,7 +369,7 @@ class Imitation:
 
     def __init__(self, policy: Policy, seed: int, grad_clip: float):
         self.policy, self.seed, self.grad_clip = policy, seed, grad_clip
-        self.corpus = Corpus(policy, seed=1)
+        self.corpus = Corpus(policy)
 
     def step(self, step: int, optimizer) -> dict:
         generator = torch.Generator().manual_seed(10**6 * (self.seed + 1) + step)
