@@ -59,9 +59,8 @@ def geneval_check(
     found = best_by_class(metadata, detections, **thresholds)
     fractions, judged = [], []
     for clause in metadata.get("include", []):
-        things = found.get(clause["class"], [])[:clause["count"]]
-        judged.append(things)
-        right = things
+        right = found.get(clause["class"], [])[:clause["count"]]
+        judged.append(right)
         if "color" in clause:
             right = [thing for thing in right if thing["color"] == clause["color"]]
         if "position" in clause:
@@ -69,15 +68,17 @@ def geneval_check(
             right = [thing for thing in right if stands(thing, relation, judged[target])]
         fractions.append(len(right) / clause["count"])
     for clause in metadata.get("exclude", []):
-        number = len(found.get(clause["class"], []))
-        fractions.append(1.0 if number < clause["count"] else 0.0)
+        things = found.get(clause["class"], [])
+        fractions.append(1.0 if len(things) < clause["count"] else 0.0)
     return all(fraction == 1 for fraction in fractions), fractions
 
 
 def stands(thing: dict, relation: str, targets: list[dict]) -> bool:
     """Whether a thing is in the relation to every target, and there is one."""
-    holds = [relation in relative_position(thing["box"], other["box"]) for other in targets]
-    return bool(holds) and all(holds)
+    for other in targets:
+        if relation not in relative_position(thing["box"], other["box"]):
+            return False
+    return bool(targets)
 
 
 def fraction_kept(metadata: Metadata, detections: list[dict], **thresholds) -> float:

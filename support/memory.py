@@ -28,11 +28,12 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     gathered = 0
     if cfg.shard:
         gathered = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters())
-    frozen_copy = cfg.needs_reference and not cfg.lora
-    need = {
-        "weights": trained * 4 + (weights - trained) * byte, "gradients": trained * 4,
-        "AdamW": trained * 8, "average": trained * 4,
-        "reference": weights * byte if frozen_copy else 0, "referees": referees}
+    need = {"weights": trained * 4 + (weights - trained) * byte}
+    need["gradients"] = trained * 4
+    need["AdamW"] = trained * 8
+    need["average"] = trained * 4
+    need["reference"] = weights * byte if cfg.needs_reference and not cfg.lora else 0
+    need["referees"] = referees
 
     # Samples at once.
     samples = max(cfg.rows[task.name] for task in tasks) * cfg.group_size // world
