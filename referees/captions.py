@@ -1,5 +1,7 @@
 """What a caption of countable things says, taken apart by rule instead of by SPICE's parser."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -25,17 +27,14 @@ def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
     if words[2:3] == ["of"] and words[1] in ("photo", "picture", "drawing", "image"):
         words = words[3:]
     text = " ".join(words)
-    relations = [relation for relation in RELATIONS for _ in range(text.count(f" {relation} "))]
-    if len(relations) > 1:
-        if strict:
-            raise ValueError(
-                f"the caption {caption!r} has several relations, which no rule reads; use "
-                "another --captioner")
-        for relation in relations:
-            text = text.replace(f" {relation} ", " and ")
-        relations = []
-    out, sides = set(), []
-    for side in text.split(f" {relations[0]} ") if relations else [text]:
+    sides = re.split(f" ({'|'.join(RELATIONS)}) ", text)
+    relations, sides = sides[1::2], sides[::2]
+    if strict and len(relations) > 1:
+        raise ValueError(
+            f"the caption {caption!r} has several relations, which no rule reads; use "
+            "another --captioner")
+    out, names_of = set(), []                   # names_of: a list for each side
+    for side in sides:
         names = []
         for phrase in side.split(" and "):
             name, attributes = _read_phrase(phrase, caption, strict)
@@ -44,9 +43,9 @@ def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
             names.append(name)
             out.add((name,))
             out |= {(name, attribute) for attribute in attributes}
-        sides.append(names)
-    if relations:
-        first, second, relation = sides[0][-1], sides[1][0], relations[0]
+        names_of.append(names)
+    if len(relations) == 1:
+        first, second, relation = names_of[0][-1], names_of[1][0], relations[0]
         if relation in TURNED:
             first, second, relation = second, first, TURNED[relation]
         out.add((first, relation, second))

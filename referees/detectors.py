@@ -8,6 +8,7 @@ Notation: N images (N, 3, H, W) in [0, 1], Q queries of a detector, boxes (x1, y
 pixels.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,15 +67,16 @@ class ZeroShot:
     @torch.no_grad()
     def __call__(self, images: Tensor, classes: list[list[str]]) -> list[list[dict]]:
         """The things of each image: class, box and score."""
-        found = [[] for _ in images]
-        for names in dict.fromkeys(map(tuple, classes)):        # one call asks one text
+        found, start = [], 0
+        for names, same in itertools.groupby(classes):          # one call asks one text
+            stop = start + len(list(same))
             if not names:
-                continue
-            same = [n for n, other in enumerate(classes) if tuple(other) == names]
-            for i in range(0, len(same), self.batch_size):
-                rows = same[i:i + self.batch_size]
-                for n, seen in zip(rows, self.find_boxes(images[rows], list(names))):
-                    found[n] = self.things(seen, images.shape[-2:], names)
+                found += [[] for _ in range(start, stop)]
+            else:
+                for part in images[start:stop].split(self.batch_size):
+                    for seen in self.find_boxes(part, names):
+                        found.append(self.things(seen, images.shape[-2:], names))
+            start = stop
         return found
 
     def find_boxes(self, images: Tensor, names: list[str]) -> list[dict]:
@@ -96,7 +98,7 @@ class ZeroShot:
                     "give the class a shorter name")
 
     def things(
-        self, seen: dict[str, Tensor], size: tuple[int, int], names: tuple[str, ...]
+        self, seen: dict[str, Tensor], size: tuple[int, int], names: list[str]
     ) -> list[dict]:
         """The things of one image of size (H, W), of what find_boxes saw in it."""
         from torchvision.ops import clip_boxes_to_image
