@@ -82,6 +82,15 @@ def load_siglip(path: str, *, device="cpu", batch_size: int = 128) -> Siglip:
     return Siglip(*load_model("AutoModel", ("siglip",), path, device), batch_size)
 
 
+def sigmoid_loss(model: torch.nn.Module, images: Tensor, texts: Tensor, own: Tensor) -> Tensor:
+    """SigLIP's loss of all pairs of images (N, D) and texts (T, D), summed. [arXiv:2303.15343]
+
+    own: bool (N, T), whether a text is the image's own.
+    """
+    logits = images @ texts.T * model.logit_scale.exp() + model.logit_bias          # (N, T)
+    return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
+
+
 class Learner:
     """A SigLIP that learns during a run, from the policy's own pictures and prompts.
 
@@ -102,10 +111,9 @@ class Learner:
         """SigLIP's loss of each image against all distinct prompts, one of them its own, summed."""
         model = self.encoder.model
         texts = unit(self.encoder.text_features(distinct))                          # (prompts, D)
-        cosine = unit(self.encoder.image_features(images)) @ texts.T                # (N, prompts)
-        own = [[1.0 if prompt == other else -1.0 for other in distinct] for prompt in prompts]
-        own = torch.tensor(own, device=cosine.device)                               # (N, prompts)
-        return -F.logsigmoid(own * (cosine * model.logit_scale.exp() + model.logit_bias)).sum()
+        own = [[prompt == other for other in distinct] for prompt in prompts]
+        own = torch.tensor(own, device=texts.device)                                # (N, prompts)
+        return sigmoid_loss(model, unit(self.encoder.image_features(images)), texts, own)
 
     def learn_step(self, parts: list, ranks) -> dict[str, float]:
         """Learn from the pictures of a step's train.Parts; returns what is logged."""

@@ -32,7 +32,7 @@ from torch import nn
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from referees.captioner import load_captioner
 from referees.judge import load_judge
-from referees.siglip import load_siglip, unit
+from referees.siglip import load_siglip, sigmoid_loss, unit
 from support.checkpoint import save_policy
 from toy import shapes
 from toy.tiny import build_captioner, build_judge, build_siglip
@@ -465,9 +465,7 @@ def siglip_losses(siglip, readout, pool, rng):
     texts = unit(siglip.text_features([m["prompt"] for m in asked]))
     things = [shapes.discrete(scene) for scene in scenes]
     right = torch.tensor([[shapes.satisfies(m, some) for m in asked] for some in things])
-    cosine, model = unit(vision.pooler_output) @ texts.T, siglip.model
-    logits = cosine * model.logit_scale.exp() + model.logit_bias
-    pairs = -F.logsigmoid((2.0 * right - 1) * logits).sum(1).mean()
+    pairs = sigmoid_loss(siglip.model, unit(vision.pooler_output), texts, right) / len(asked)
     # What is where must survive the pooling: without it the embedding holds no relation.
     objects = readout.loss(vision.last_hidden_state, scenes, vision.pooler_output)
     return {"pairs": pairs, "objects": 5 * objects}
