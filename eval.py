@@ -127,11 +127,13 @@ def evaluate_stops(task: Task, samples: Samples, G: int) -> RowValues:
     """
     kept, samples = keep_first(samples, task, WORDING["toy"])
     found = detect(samples.images)
-    values = {"self_kept": kept, "self": task.truth(samples, found)}
-    for part, each in task.parts(samples, found, detect).items():
-        values[f"self_{part}"] = each
-    del values["self_initial"]
-    return {f"{task.name}/{key}": [mean_of_groups(each, G)] for key, each in values.items()}
+    parts = task.parts(samples, found, detect)
+    out = {}
+    for key in ("repaired", "spoiled"):
+        out[f"{task.name}/self_{key}"] = [mean_of_groups(parts[key], G)]
+    out[f"{task.name}/self_kept"] = [mean_of_groups(kept, G)]
+    out[f"{task.name}/self"] = [mean_of_groups(task.truth(samples, found), G)]
+    return out
 
 
 def sample_truth(

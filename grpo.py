@@ -432,9 +432,7 @@ def main() -> None:
     parser.add_argument(
         "--target", default="comparison within a group replaces a critic",
         help="lower-case letters and spaces")
-    parser.add_argument("--steps", type=int, default=25)
-    args = parser.parse_args()
-    learn_string(args.target, args.steps)
+    learn_string(parser.parse_args().target, steps=25)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 # One prompt of one task, so that the step has one thought and one image of each of eight samples.
 STEP = (
     "--think 1 --draw 0 --ask 0 --edit 0 --accuracy 0 --group_size 8 --steps 1 --epochs 1 "
-    "--eval_every 0")
+    "--eval_every 0 --image_loss grpo --image_weight 300 --image_beta 0.003 --step_weights dt "
+    "--lr_generation 5e-4")
 SHOWN = (
     "a photo of a red square", "a drawing of two squares",
     "a photo of a square left of a circle")     # in docs/first.png, and an edit
