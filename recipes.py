@@ -208,7 +208,7 @@ SCALES = {
     ),
 }
 
-# What a recipe or a scale sets of noisy steps, as a matching loss has it.
+# What is set of noisy steps, as a matching loss has it.
 NOISELESS = dict(shared_noise=False, step_weights="none", image_beta=0.0)
 
 
@@ -473,8 +473,9 @@ def parse(argv: list[str] | None = None) -> Config:
     if any(given.get(task.file) for task in TASKS.values()):
         # A task without a file is left out by default.
         chosen |= {name: 0 for name, task in TASKS.items() if not given.get(task.file)}
-    if given.get("image_loss", chosen.get("image_loss")) in FORMS:
-        chosen |= NOISELESS
+    # What is set of noisy steps, or of a matching loss, is of that loss alone.
+    matches = given.get("image_loss", chosen.get("image_loss")) in FORMS
+    chosen |= NOISELESS if matches else dict(old_decay=0.0)
     chosen |= given
     rows = {name: chosen.pop(name, 0) for name in TASKS}
     scoring = {reward for name, task in TASKS.items() if rows[name] for reward in rewards_of(task)}

@@ -56,18 +56,21 @@ def spoil_samples(monkeypatch, spoil):
     monkeypatch.setattr(train, "sample_plan", sample_and_spoil)
 
 
-@pytest.mark.parametrize("shift, words", [(3.0, "must be one function"), (0.04, None)])
+@pytest.mark.parametrize("loss, shift, words", [
+    ("grpo", 3.0, "must be one function"), ("grpo", 0.04, None), ("nft", 3.0, "must be one function"),
+    ("nft", 0.2, None)])
 def test_the_self_check_stops_a_run_whose_paths_differ_and_warns_beyond_the_clip_range(
-    tmp_path, monkeypatch, capsys, shift, words
+    tmp_path, monkeypatch, capsys, loss, shift, words
 ):
-    run = begin(tmp_path, "--think 0 --ask 0")
-    spoil_samples(monkeypatch, lambda segments: segments[-1].flow.logp.add_(shift))
+    run = begin(tmp_path, "--think 0 --ask 0 --image_loss", loss)
+    kept = "v" if loss == "nft" else "logp"
+    spoil_samples(monkeypatch, lambda segments: getattr(segments[-1].flow, kept).add_(shift))
     if words:
         with pytest.raises(ValueError, match=words):
             train.one_step(run, 0)
     else:
         train.one_step(run, 0)
-        assert "draw/image log-probs differ by 0.04" in capsys.readouterr().err
+        assert f"draw/image differs by {shift} before any update" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("each, refused", [(10**6, False), (10, True)])
@@ -82,7 +85,7 @@ def test_the_self_check_forgives_one_token_but_not_a_tenth_of_them(
 
     spoil_samples(monkeypatch, spoil_some)
     if refused:
-        with pytest.raises(ValueError, match="of think/text; they must be one function"):
+        with pytest.raises(ValueError, match="in think/text; they must be one function"):
             train.one_step(run, 0)
         return
     row = train.one_step(run, 0)
@@ -95,7 +98,7 @@ def test_the_self_check_forgives_one_token_but_not_a_tenth_of_them(
 
 def test_the_old_log_probs_of_a_text_are_those_of_its_first_replay(tiny):
     """So the first ratios are exactly 1, though decoding and replay round differently."""
-    run = tiny("lvrpo").run
+    run = tiny("unigrpo").run
     cfg = dataclasses.replace(run.cfg, text_beta=0.0, image_beta=0.0, mse_weight=0.0)
     (part,) = (part for part in run.parts if part.name == "think")
     piece = train.Piece(
@@ -183,7 +186,7 @@ def test_a_run_leaves_the_reference_and_the_referees_alone(tiny):
 
 
 def test_adapters_train_against_the_policy_without_them(tmp_path):
-    flags = "--ask 0 --think 0 --lora 4 --epochs 1 --lr_generation 1e-2"
+    flags = "--ask 0 --think 0 --lora 4 --lr_generation 1e-2 --mse_weight 0.1"
     finished = run_to_end(small(tmp_path, flags, "--steps 2"))
     first, second = (row["draw/image/velocity_mse"] for row in finished.rows)
     assert first < 1e-10
@@ -233,7 +236,7 @@ def test_rewards_normalised_each_and_then_over_the_batch_are_gdpo(tmp_path):
         dict(image_loss="grpo", step_weights="dt", text_average="token", text_ratio="sequence")],
 )
 def test_a_segment_is_weighed_clipped_and_compared_as_the_config_says(tiny, settings):
-    run, adv, totals = tiny("lvrpo").run, torch.linspace(-1, 1, 8), dict(text=50.0, image=30.0)
+    run, adv, totals = tiny("unigrpo").run, torch.linspace(-1, 1, 8), dict(text=50.0, image=30.0)
     cfg = dataclasses.replace(
         run.cfg, text_clip=0.01, text_clip_high=0.02, image_clip=1e-4, text_beta=0.3,
         image_beta=0.5, mse_weight=0.7, text_weight=3.0, image_weight=20.0, **settings)
@@ -268,7 +271,7 @@ def test_a_segment_is_weighed_clipped_and_compared_as_the_config_says(tiny, sett
 
 def test_the_control_imitates_with_the_optimiser_and_the_clip_of_the_run(tmp_path, monkeypatch):
     few, corpus = dict(pictures=96, thoughts=64, scenes=64, edits=96), pretrain.Corpus
-    monkeypatch.setattr(pretrain, "Corpus", lambda policy, seed: corpus(policy, seed, **few))
+    monkeypatch.setattr(pretrain, "Corpus", lambda policy: corpus(policy, **few))
     run = begin(tmp_path, "--recipe control --grad_clip 1e-3")
     stats = train.one_step(run, 0)
     grads = [p.grad.norm() for p in run.policy.parameters() if p.grad is not None]
