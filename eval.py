@@ -131,7 +131,7 @@ def evaluate_stops(task: Task, samples: Samples, G: int) -> RowValues:
     out = {}
     for key in ("repaired", "spoiled"):
         out[f"{task.name}/self_{key}"] = [mean_of_groups(parts[key], G)]
-    out[f"{task.name}/self_kept"] = [mean_of_groups(kept, G)]
+    out[f"{task.name}/self_kept"] = [mean_of_groups(kept.cpu(), G)]
     out[f"{task.name}/self"] = [mean_of_groups(task.truth(samples, found), G)]
     return out
 

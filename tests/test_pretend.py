@@ -64,7 +64,7 @@ def test_every_task_samples_scores_and_learns(tmp_path, tasks, rewards, flags):
     assert stats["grad_norm"] > 0
     assert {p.device for p in run.policy.parameters()} == {DEVICE}
     train.keep(run, 1)
-    tensors = run_state(run.policy, run.average, run.optimizer, run.learner)
+    tensors = run_state(run)
     assert load_checkpoint(tmp_path, tensors) == 1
 
 
