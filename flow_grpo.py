@@ -558,7 +558,7 @@ def matching_loss(
     if form == "nft":
         loss = adv * slope + trust * square
         if relative:
-            loss = loss / (velocity_mse(v_old, drawn.target) + 0.25)
+            loss = loss / (velocity_mse(v_old, drawn.target) + 1e-5)
     elif form == "awm":
         loss = adv * rise
     elif form == "fpo":

@@ -78,8 +78,9 @@ RECIPES = {
         # How an image gets its likelihood is not published. On the toy DiffusionNFT learns faster
         # than FlowGRPO, at one update a batch.
         toy=dict(
-            ins=(1.0, "d: binary rules, by reviews"), image_loss=("nft", "o"),
-            old_decay=(0.7, "o"), lr_generation=(1e-3, "o"), steps=(120, "o")),
+            ins=(3.0, "d: binary rules, by reviews"), image_loss=("nft", "o"),
+            old_decay=(0.7, "o"), image_weight=(30.0, "o"), lr_generation=(1e-3, "o"),
+            steps=(160, "o")),
         # With a weight, plain prompts would be refused: r_ins reads GenEval's fields in every row.
         bagel=dict(
             ins=(0.0, "d: binary rules, by reviews"), image_beta=(0.003, "o"),

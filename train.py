@@ -57,7 +57,6 @@ from tasks import (
     micro_batches, rewards_of, samples_of, token_states, truth_and_variety)
 
 VELOCITY_GAP = 0.1  # of one function whose steps are computed together or one by one
-TRUST = 2.0  # curvature of the matching loss "nft" for advantages of spread 1
 # --advantage -> scale and std of grpo.group_advantage, and the largest size.
 ADVANTAGES = {
     "group": ("group", "population", None), "unbiased": ("group", "unbiased", None),
@@ -438,8 +437,8 @@ def image_loss(
     if cfg.matches:
         loss, stats = flow_grpo.matching_loss(
             scored.v, drawn, adv, form=cfg.image_loss, total=totals["image"], clip=cfg.image_clip,
-            v_old=old, v_ref=None if reference is None else reference.v, trust=TRUST,
-            relative=True, mse_weight=cfg.mse_weight)
+            v_old=old, v_ref=None if reference is None else reference.v, relative=True,
+            mse_weight=cfg.mse_weight)
         return cfg.image_weight * loss, as_numbers("image", stats)
     if cfg.step_weights != "none":
         over = drawn.window if cfg.window > 1 else (0, cfg.window_high)
