@@ -683,8 +683,7 @@ def improve(
 def save_picture(file: str, drawn: dict[str, Tensor], rewards: dict[str, list[float]]) -> None:
     """Plot the samples (N, 2) of every named policy, and the rewards of each training."""
     import matplotlib.pyplot as plt
-    count = len(drawn) + 1
-    figure, axes = plt.subplots(1, count, figsize=(4.3 * count, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(drawn) + 1, figsize=(17, 4.2), layout="constrained")
     for ax, (name, data) in zip(axes, drawn.items()):
         won = data.sum(1) > 0                                                    # (N,)
         ax.scatter(*data.T, c=won, cmap="RdYlGn", vmin=0, vmax=1, s=7)
