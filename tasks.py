@@ -510,6 +510,16 @@ def counts(rollout: Rollout, per: str, most: int) -> Tensor:
     return torch.tensor([texts, steps], dtype=torch.float64)
 
 
+def step_counts(parts: list, cfg) -> Tensor:
+    """`counts` of all train.Parts of a step on this rank, (2,)."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for part in parts:
+        writes = part.batch.task.writes
+        most = getattr(cfg, writes) if writes else 0
+        total += counts(part.rollout, cfg.text_average, most)
+    return total
+
+
 def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
     """Parts of a rollout with their rows: whole groups if `size` samples hold one, else parts of a
     group; 0: one part.

@@ -53,8 +53,8 @@ from support.run import (
     refuse_finished, run_state, save_checkpoint, setup, signals, stop_if_asked)
 from support.terminal import one_line, say
 from tasks import (
-    Batch, Source, counts, drop_tied, first_pictures, guidance_of, in_use, keep_first,
-    micro_batches, rewards_of, samples_of, token_states, truth_and_variety)
+    Batch, Source, drop_tied, first_pictures, guidance_of, in_use, keep_first, micro_batches,
+    rewards_of, samples_of, step_counts, token_states, truth_and_variety)
 
 VELOCITY_GAP = 0.1  # of one function whose steps are computed together or one by one
 # --advantage -> scale and std of grpo.group_advantage, and the largest size.
@@ -268,7 +268,9 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
     statistics of the last of the steps. Raises Stop, if it is asked to, before the first.
     """
     cfg, ranks, policy = run.cfg, run.ranks, run.policy
-    pieces = [piece for part in parts for piece in pieces_of(run, part)]
+    text, image = ranks.total(step_counts(parts, cfg).to(ranks.device)).tolist()
+    totals = dict(text=text, image=image)
+    pieces = [piece for part in parts for piece in pieces_of(run, part, totals)]
     if not pieces:                              # momentum must not move the weights either
         return {"loss": 0.0, "grad_norm": 0.0}
     if run.follower:
@@ -334,20 +336,17 @@ class Piece:
     task: str
     rollout: Rollout
     adv: Tensor                                                         # (samples, segments)
-    totals: dict[str, float]  # "text", "image": what tasks.counts gives for the whole step
+    totals: dict[str, float]  # "text", "image": what step_counts gives on all ranks
     reference: list | None  # the frozen policy's replay, if a penalty compares with it
     # A segment's place -> a text's log-probs (n, L), or an image's velocities under the follower.
     old: dict[int, Tensor] = field(default_factory=dict)
 
 
-def pieces_of(run: Run, part: Part) -> list[Piece]:
-    """The micro-batches of a part. Their totals count all ranks, so that every task weighs
-    alike.
+def pieces_of(run: Run, part: Part, totals: dict[str, float]) -> list[Piece]:
+    """The micro-batches of a part. The totals count all tasks and ranks, so that a picture weighs
+    as much as any other, and so does a text.
     """
-    cfg, policy, task = run.cfg, run.policy, part.batch.task
-    longest = getattr(cfg, task.writes) if task.writes else 0
-    mine = counts(part.rollout, cfg.text_average, longest).to(run.ranks.device)     # (2,)
-    text, image = run.ranks.total(mine).tolist()
+    cfg, policy = run.cfg, run.policy
     adv, whole, pieces = segment_advantages(part), part.rollout, []     # adv: (n, segments)
     texts, images = len(chosen_texts(whole)), len(chosen_pictures(whole))
     penalised = bool(texts and cfg.text_beta or images and (cfg.image_beta or cfg.mse_weight))
@@ -361,8 +360,7 @@ def pieces_of(run: Run, part: Part) -> list[Piece]:
                 torch.no_grad(), precision(cfg, policy.device),
                 reference_of(policy, run.frozen) as frozen):
                 reference = replay_rollout(frozen, rollout)
-        pieces.append(
-            Piece(task.name, rollout, adv[rows], dict(text=text, image=image), reference))
+        pieces.append(Piece(part.name, rollout, adv[rows], totals, reference))
     return pieces
 
 

@@ -112,12 +112,6 @@ def batches_of(policy, *flags):
     return lambda step=0, ranks=ALONE: source.batches(step, ranks)
 
 
-def test_the_second_round_is_drawn_in_a_window_of_its_own(policy):
-    batches = batches_of(policy, "--rounds 1 --window 1")
-    both = [batches(step)[0].choices for step in range(9)]
-    assert any(each.draw.window != each.again.window for each in both)
-
-
 def test_every_step_and_every_seed_asks_anew(policy):
     flags = "--draw 8 --think 8 --ask 8 --seed"
     first_seed, other_seed = (batches_of(policy, flags, seed) for seed in (0, 1))
@@ -151,11 +145,19 @@ def test_ranks_share_the_rows_and_every_row_has_an_index_of_its_own(policy, tmp_
 
 
 def test_noisy_steps_move_within_their_range_from_step_to_step(policy):
-    batches = batches_of(policy, "--rounds 1 --window 2 --window_high 5")
+    batches = batches_of(policy, "--rounds 1 --window 2 --window_high 5 --image_loss grpo")
     drawn = [batches(step)[0].choices for step in range(20)]
     windows = {choice.draw.window for choice in drawn}
     assert windows == {(0, 2), (1, 3), (2, 4), (3, 5)}
     assert any(choice.draw.window != choice.again.window for choice in drawn)
+
+
+def test_times_of_a_matching_loss_differ_from_step_to_step_and_from_round_to_round(policy):
+    batches = batches_of(policy, "--rounds 1 --window 2 --image_loss nft")
+    drawn = [batches(step)[0].choices for step in range(2)]
+    times = [tuple(draw.renoised.tolist()) for choice in drawn for draw in (choice.draw, choice.again)]
+    assert len(set(times)) == 4
+    assert all(choice.draw.window == (0, 0) for choice in drawn)
 
 
 def test_alternating_gives_one_task_a_step_in_turns(policy):
