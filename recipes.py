@@ -79,8 +79,8 @@ RECIPES = {
         # than FlowGRPO, at one update a batch.
         toy=dict(
             ins=(3.0, "d: binary rules, by reviews"), image_loss=("nft", "o"),
-            old_decay=(0.7, "o"), image_weight=(30.0, "o"), lr_generation=(1e-3, "o"),
-            steps=(160, "o")),
+            old_decay=(0.7, "o"), image_weight=(60.0, "o"), lr_generation=(1.5e-3, "o"),
+            grad_clip=(200.0, "o"), steps=(200, "o"), eval_every=(100, "o")),
         # With a weight, plain prompts would be refused: r_ins reads GenEval's fields in every row.
         bagel=dict(
             ins=(0.0, "d: binary rules, by reviews"), image_beta=(0.003, "o"),
