@@ -31,7 +31,7 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     need = {"weights": trained * 4 + (weights - trained) * byte}
     need["gradients"] = trained * 4
     need["AdamW"] = trained * 8
-    need["average"] = trained * 4
+    need["average"] = trained * (8 if cfg.old_decay else 4)     # and the follower
     need["reference"] = weights * byte if cfg.needs_reference and not cfg.lora else 0
     need["referees"] = referees
 
