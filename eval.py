@@ -113,7 +113,7 @@ def evaluate_task(
     if task.parts:
         for part, each in task.parts(samples, found, detect).items():
             values[f"{name}/{part}"] = [mean_of_groups(each, G)]
-    if task.first:
+    if task.before:
         values |= evaluate_stops(task, samples, G)
     if task.also:
         for key, value in task.also(rows, samples, found, G).items():

@@ -471,6 +471,14 @@ def clipped_surrogate(
     return -(ratio * adv).minimum(clipped * adv)
 
 
+def check_loss(total: float | Tensor, adv: Tensor, v: Tensor) -> None:
+    """ValueError for a total that is not positive, or an adv that is not (N,) as v (N, ...)."""
+    if not total > 0:
+        raise ValueError(f"total is {total}, expected the positive global count")
+    if adv.shape != v.shape[:1]:
+        raise ValueError(f"adv is {tuple(adv.shape)}, expected (N,), one number per sample")
+
+
 def flow_grpo_loss(
     replayed: Replay, trajectory: Trajectory, adv: Tensor, *, total: float | Tensor, low: float,
     high: float, ratio_norm: bool = False, weights: Tensor | None = None,
@@ -491,12 +499,9 @@ def flow_grpo_loss(
     Errors: ValueError when shapes or steps do not fit, total is not positive, or a penalty lacks
     its reference.
     """
-    if not total > 0:
-        raise ValueError(f"total is {total}, expected the positive global count")
+    check_loss(total, adv, replayed.v)
     if reference is None and max(kl_beta, mse_weight) > 0:
         raise ValueError("kl_beta or mse_weight needs reference, a replay of the frozen policy")
-    if adv.shape != replayed.logp.shape[:1]:
-        raise ValueError(f"adv is {tuple(adv.shape)}, expected (N,), one number per sample")
     x_next = trajectory.latents[:, 1:]                                           # (N, W, ...)
     means, std, density = trajectory.means, trajectory.std, trajectory.density
     adv = adv.detach()[:, None]                                                  # (N, 1)
@@ -532,20 +537,23 @@ def matching_loss(
         2 A <v_old - u, v - v_old> + c |v - v_old|^2
     "nft": c = `trust` > 0, DiffusionNFT's two branches (arXiv 2509.16117) without their weights,
     with A = 2r - 1 and c = its beta, less what does not depend on v. `relative` divides the two
-    terms of each sample and time by |v_old - u|^2: a bad sample's push grows with its error, which
-    it raises, and so without bound.
+    terms of each sample and time by |v_old - u|^2. Without it the gradient of a bad sample is as
+    large as its error, and each step makes the error larger.
     "awm": c = A, which is A times the rise of the flow-matching error |v - u|^2 (AWM, 2509.25050).
     A bad sample has negative curvature: nothing bounds how far v flees, but a penalty.
     "fpo": PPO's clip, to 1 - clip .. 1 + clip, of the ratio exp(-rise), |rise| at most 3 (FPO,
     2507.21053).
-    At v = v_old all have the gradient of A |v - u|^2: for one update from the policy that sampled
-    they are one loss. They part as v moves. `total` is counted over the whole optimisation step:
-    samples x times. v_ref (N, J, ...) are the frozen policy's, for mse_weight * velocity_mse.
+    At v = v_old all have the gradient of A |v - u|^2, unless `relative`: for one update from the
+    policy that sampled they are one loss. They part as v moves. `total` is counted over the whole
+    optimisation step: samples x times. v_ref (N, J, ...) are the frozen policy's velocities, for
+    mse_weight * velocity_mse.
     "rise" and "shift", the mean of |v - v_old|^2, enter the stats, and "velocity_mse".
-    Errors: ValueError for another form, or a penalty without v_ref.
-    Differs: DiffusionNFT divides each branch by the root of its own error, clamps A / 5 to -1 .. 1,
-    and samples by the following copy; AWM weighs times, and adds a penalty to a running average.
+    Errors: ValueError for another form, a penalty without v_ref, and see `check_loss`.
+    Differs: DiffusionNFT divides each branch by the mean absolute error of its data, clamps A / 5 to
+    -1 .. 1, and samples by the following copy; AWM weighs times, and adds a penalty to a running
+    average.
     """
+    check_loss(total, adv, v)
     if v_ref is None and mse_weight > 0:
         raise ValueError("mse_weight needs v_ref, velocities of the frozen policy")
     v_old = _wide(drawn.v if v_old is None else v_old).detach()                  # (N, J, ...)

@@ -139,7 +139,7 @@ def normalise_each(
     mean what they say; the advantage of the summed reward [LVRPO Eq. 3] follows the component that
     varies most, see `variance_share`. It amplifies a component that hardly varies. A tied group
     gets exactly 0. `std` "population" divides squares by n, "unbiased" by n - 1.
-    Differs: TRL normalises the sum once more over the batch.
+    Differs: TRL normalises the sum once more over the batch, see `group_advantage`'s "batch".
     Errors: see `split_groups`.
     """
     n = G - DIVISORS[std]

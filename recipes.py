@@ -40,6 +40,7 @@ UNIGRPO = UNIFPO | dict(
 UNIGRPO_TOY = dict(
     ins=(1.0, "d: a preference model"), lr_understanding=(5e-5, "d: 1e-6"))
 UNIGRPO_CLIP = (1e-3, "d: 1e-6, for more entries")
+FPO_CLIP = 0.05                                 # FPO's own, of a ratio of other size
 ALPHAGRPO = dict(
     dvreward=(1.0, "d: Qwen3-VL-30B, each question alone"),
     advantage=("batch", "p"),
@@ -100,7 +101,7 @@ RECIPES = {
         **UNIFPO,
         think=(32, "p"),
         image_loss=("fpo", "p"),
-        image_clip=(0.05, "o"),
+        image_clip=(FPO_CLIP, "o"),
         toy=dict(**UNIGRPO_TOY, steps=(125, "o")),
     ),
     "unigrpo_rounds": dict(
@@ -286,7 +287,9 @@ class Config:
         choices=("geometric", "binary", "holistic"),
     )
     initial: int = setting(
-        1, "first pictures per prompt of --reflect, of which the lowest in reward is refined",
+        1,
+        "first pictures per prompt of --reflect, of which the lowest in reward is refined; see "
+        "--stop",
         least=1)
     rectify: str = setting(
         "off",
@@ -302,8 +305,8 @@ class Config:
     )
     stop: float = setting(
         0.0,
-        "above 0, a diagnosis that nothing needs to change keeps the picture, and this share of "
-        "--reflect refines the best of --initial first pictures, not the lowest [R3]")
+        "above 0, a diagnosis that nothing needs to change keeps the picture [R3], and if --initial "
+        "is above 1 this share of --reflect refines the best first picture, not the lowest")
     pair: str = setting(
         "none",
         "what the two halves of a pair share: the advantage of the summed reward, the sum of "
@@ -402,6 +405,11 @@ class Config:
         """Whether images learn by a matching loss."""
         return self.image_loss in FORMS
 
+    def penalises(self, texts: bool, images: bool) -> bool:
+        """Whether a penalty compares these segments with the frozen policy."""
+        of_images = images and (self.image_beta > 0 or self.mse_weight > 0)
+        return of_images or (texts and self.text_beta > 0)
+
     @property
     def needs_reference(self) -> bool:
         return self.penalised or bool(self.weights.get("tim"))
@@ -420,8 +428,11 @@ SETTINGS = fields(Config)[3:]                   # those with a flag of their own
 
 
 def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
-    """What a recipe sets at a scale, name -> (value, source); its part for the scale wins."""
-    column = RECIPES.get(recipe, RECIPES["lvrpo"])  # the control trains what lvrpo trains
+    """What a recipe sets at a scale, name -> (value, source); its part for the scale wins.
+
+    The control has lvrpo's tasks, at the scale's own rates.
+    """
+    column = RECIPES.get(recipe, RECIPES["lvrpo"] | {"toy": {}})
     both = {name: pair for name, pair in column.items() if name not in SCALES}
     return both | column.get(scale, {})
 
@@ -474,9 +485,15 @@ def parse(argv: list[str] | None = None) -> Config:
     if any(given.get(task.file) for task in TASKS.values()):
         # A task without a file is left out by default.
         chosen |= {name: 0 for name, task in TASKS.items() if not given.get(task.file)}
-    # What is set of noisy steps, or of a matching loss, is of that loss alone.
-    matches = given.get("image_loss", chosen.get("image_loss")) in FORMS
-    chosen |= NOISELESS if matches else dict(old_decay=0.0)
+    # A matching loss goes without what a recipe sets for noisy steps, and the reverse.
+    loss = given.get("image_loss", chosen.get("image_loss"))
+    chosen |= NOISELESS if loss in FORMS else dict(old_decay=0.0)
+    if loss == "fpo":
+        chosen["image_clip"] = FPO_CLIP
+    for name in ("noise_level", "sampler", "window_high"):
+        refuse(
+            loss in FORMS and name in given,
+            f"--{name} is of noisy steps, which --image_loss {loss} does not have; leave it out")
     chosen |= given
     rows = {name: chosen.pop(name, 0) for name in TASKS}
     scoring = {reward for name, task in TASKS.items() if rows[name] for reward in rewards_of(task)}
@@ -549,12 +566,15 @@ def check(cfg: Config, world: int) -> None:
         f"--rectify {cfg.rectify} --initial {cfg.initial} are for refinements, and no task of "
         "this run refines; see --reflect",
     )
-    comparing = [task for task in used if task.first]
+    comparing = [task for task in used if task.before]
     gain = cfg.credit == "gain"
     refuse(
-        (gain or cfg.stop) and not comparing,
-        f"--credit {cfg.credit} --stop {cfg.stop} are for pictures that are drawn again, and no "
-        "task of this run does so; see --reflect and --rounds")
+        gain and all(task.rounds == 1 for task in used),
+        "--credit gain is for two rounds, and no task of this run has them; see --rounds")
+    refuse(
+        cfg.stop and not comparing,
+        f"--stop {cfg.stop} is for pictures that are drawn again, and no task of this run does so; "
+        "see --reflect and --rounds")
     refuse(cfg.stop > 1, f"--stop {cfg.stop}: must be a share, at most 1")
     each = cfg.normalise == "each"
     refuse(
@@ -617,6 +637,9 @@ def check_matching(cfg: Config) -> None:
         cfg.old_decay and not cfg.matches,
         f"--old_decay {cfg.old_decay} is of a matching loss; set --image_loss to one of "
         f"{', '.join(FORMS)}")
+    refuse(
+        cfg.step_weights == "flat" and cfg.image_loss == "ratio_norm",
+        "--step_weights flat is for plain ratios: RatioNorm's gradients are of other sizes; set dt")
     for name, value in NOISELESS.items():
         refuse(
             cfg.matches and getattr(cfg, name) != value,

@@ -10,12 +10,12 @@ same calls.
 
 `sample_plan` walks a plan of these. It keeps what the update needs of each segment that the policy
 chose: tokens, mask and log-probs of a text; latents around every noisy step, means and log-probs of
-an image. `replay_rollout` walks the kept segments again, under other weights and with gradients. A
-prompt is read once and repeated for its group; what a sample wrote is read once for all noisy steps
-of its image.
+an image, or the image with fresh noise at J times. `replay_rollout` walks the kept segments again,
+under other weights and with gradients. A prompt is read once and repeated for its group; what a
+sample wrote is read once for all noisy steps of its image.
 
 Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M latent tokens, F
-features, W noisy steps.
+features, W noisy steps, J times of fresh noise.
 
     python sample.py "a red circle and a blue square" --n 8            # a grid in samples.png
     python sample.py "as many circles as a triangle has sides" --think # writes a thought first
@@ -96,7 +96,7 @@ class Draw:
     noise_level: float = 0.0
     sampler: str = "sde"                        # see flow_grpo.transition
     shared_noise: bool = False                  # one initial noise per group
-    renoised: Tensor | None = None              # (J,) times at which a matching loss reads it
+    match_times: Tensor | None = None           # (J,) at which a matching loss reads it
     keeps_v: bool = False                       # whether it keeps its velocities at these times
 
 
@@ -167,13 +167,14 @@ class Scored:
 
     @property
     def gaps(self) -> Tensor:
-        """|replay - rollout| of what was chosen: log-probs of tokens or noisy steps, or velocities.
+        """|replay - rollout| of what was chosen: log-probs of tokens or noisy steps, or velocities,
+        a mean over entries.
         """
         if self.v is None:
             return (self.logp - self.segment.logp)[self.segment.chosen].abs()
         drawn = self.segment.flow
         if isinstance(drawn, flow_grpo.Renoised):
-            return (self.v - drawn.v).flatten().abs()
+            return (self.v - drawn.v).abs().flatten(2).mean(-1).flatten()
         return (self.flow.logp - drawn.logp).flatten().abs()
 
 
@@ -323,8 +324,8 @@ def write(policy: Policy, item: Write, reader: Reader, generators: list[torch.Ge
 
 
 def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Generator]) -> Picture:
-    """Draw an image and keep its trajectory."""
-    count = item.window[1] - item.window[0] if item.renoised is None else len(item.renoised)
+    """Draw an image and keep its trajectory, or the image with fresh noise, one for a group."""
+    count = item.window[1] - item.window[0] if item.match_times is None else len(item.match_times)
     noise = initial_noise(policy, item.size, generators, count)         # (1 + W or J, N, M, F)
     start = noise[0]                                                                # (N, M, F)
     if item.shared_noise:
@@ -333,10 +334,10 @@ def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Gene
     flow = flow_grpo.rollout(
         velocity, start, item.times.to(policy.device), window=item.window,
         noise_level=item.noise_level, sampler=item.sampler, step_noise=noise[1:])
-    if item.renoised is not None:
-        # Advantages of a group add up to 0, and so does what its noise would add to the gradient.
+    if item.match_times is not None:
+        # A group shares its noise: its advantages add up to 0, so that the noise nearly cancels.
         fresh = noise[1:, ::reader.repeats].repeat_interleave(reader.repeats, 1)    # (J, N, M, F)
-        flow = flow_grpo.renoise(flow.data, item.renoised, fresh)
+        flow = flow_grpo.renoise(flow.data, item.match_times, fresh)
         if item.keeps_v:
             flow = replace(flow, v=flow_grpo.velocities_at(velocity, flow))
     return Picture(item.size, flow=flow)
@@ -505,8 +506,8 @@ class Round:
 def refine(
     policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable[[Tensor], Tensor],
     first: list, again: list, *, look: str, seed: int,
-    guidance: tuple[Guidance | None, Guidance | None] = (None, None), system: bool = False,
-    stop: str = ""
+    stop: str, guidance: tuple[Guidance | None, Guidance | None] = (None, None),
+    system: bool = False
 ) -> list[Round]:
     """Draw, then look at what is kept and draw again, `rounds` times -> rounds + 1 Rounds.
     [AlphaGRPO]
@@ -537,7 +538,7 @@ def refine(
         source = kept * 2 - 1
         seen = [See(vit_pixels(policy, source), source), looks]
         drawn, worth, texts = walk(seen, again, step, guidance[1])
-        said = torch.tensor([stop in text.lower() for text in texts or [""] * N])   # (N,)
+        said = torch.tensor([stop in text.lower() for text in texts or [""] * N]).to(worth.device)
         better = {
             "always": worth == worth, "judge": worth > best, "oracle": best < 1, "self": ~said
         }[select]

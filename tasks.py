@@ -124,7 +124,7 @@ class Task:
         return "images" in self.gives
 
     @property
-    def first(self) -> str:
+    def before(self) -> str:
         """The field of rewards.Samples that holds the picture before the last, or nothing."""
         if self.refines:
             return "sources"
@@ -336,7 +336,7 @@ def draw_of(cfg, scale: str, place: int) -> Draw:
     if cfg.matches:
         chosen = flow_grpo.stratified_times(cfg.window, shift, seed=cfg.seed, step=place)
         keeps_v = not cfg.old_decay or place in (0, -1)         # v_old, or for the self-check
-        return replace(plain, renoised=chosen, keeps_v=keeps_v)
+        return replace(plain, match_times=chosen, keeps_v=keeps_v)
     window = flow_grpo.draw_window(cfg.window, 0, cfg.window_high, seed=cfg.seed, step=place)
     return replace(
         plain, window=window, noise_level=cfg.noise_level, sampler=cfg.sampler,
@@ -445,10 +445,12 @@ def samples_of(
 def keep_first(samples: Samples, task: Task, wording: Wording) -> tuple[Tensor, Samples]:
     """Which samples say that nothing needs to change, (N,); and all of them, of which these have
     the picture before the last in place of the last. [R3]
+
+    Differs: under --credit gain R3 counts a right picture that is kept as a gain of 1, here it is 0.
     """
     kept = torch.tensor([wording.stop in text.lower() for text in samples.texts])   # (N,)
     kept = kept.to(samples.images.device)
-    first = getattr(samples, task.first)
+    first = getattr(samples, task.before)
     images = torch.where(kept[:, None, None, None], first, samples.images)
     return kept, replace(samples, images=images)
 
@@ -525,7 +527,7 @@ def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]
     group; 0: one part.
     """
     B, G = rollout.B, rollout.G
-    prompts, samples = B, G
+    prompts, samples = max(B, 1), G
     if size:
         prompts, samples = max(1, size // G), min(size, G)
     parts = []
@@ -549,6 +551,8 @@ def drop_tied(rollout: Rollout, adv: Tensor, ranks) -> tuple[Rollout, Tensor]:
     order = has.logical_not().to(torch.uint8).argsort(stable=True)      # those with a signal first
     prompts = sorted(order[:most].tolist())
     rows = [prompt * G + sample for prompt in prompts for sample in range(G)]
+    if not rows:
+        return replace(rollout, B=0), adv[:0]
     return subset(rollout, prompts), adv[rows]
 
 

@@ -13,7 +13,7 @@ Losses are divided by global counts, so that ranks and micro-batches change a gr
 alone.
 
 Legend: B prompts per step and task, G samples each, N = B*G prompt-major, n of them on this rank, L
-text positions, W noisy steps.
+text positions, W noisy steps, J times of fresh noise.
 """
 
 import os
@@ -138,7 +138,8 @@ def act(run: Run, batch: Batch) -> Rollout:
     """1. Sample G trajectories of every row, at most --rollout_batch at once.
 
     Of every sample the rollout keeps what the policy chose: tokens of texts (n, L), latents of
-    images around their noisy steps (n, W + 1, M, F), and the log-probs of both.
+    images around their noisy steps (n, W + 1, M, F), and the log-probs of both; or images with
+    fresh noise at J times, (n, J, M, F).
     """
     cfg, policy, task = run.cfg, run.policy, batch.task
     rollouts = []
@@ -161,7 +162,7 @@ def reward(run: Run, batch: Batch, rollout: Rollout) -> Part:
     if cfg.credit == "gain" and task.rounds > 1:
         before = samples_of(run.policy, task, batch.rows, rollout, last=2)
         earlier = rewards.score(scoring, before)                        # name -> (n,)
-    if cfg.stop and task.first:
+    if cfg.stop and task.before:
         kept, samples = keep_first(samples, task, batch.choices.wording)
     scores = rewards.score(scoring, samples)                            # name -> (n,)
     stats = truth_and_variety(task, samples, run.source.detector, rollout.G)
@@ -304,7 +305,9 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
 
 
 def draw_first_pictures(run: Run, batch: Batch) -> Batch:
-    """Refinement tasks only: draw each prompt's first pictures, score them, and keep the least."""
+    """Refinement tasks only: draw each prompt's first pictures, score them, and keep one of each:
+    the least, or of the share --stop the best.
+    """
     cfg, scoring = run.cfg, rewards_in_use(run, batch)
     weights = {name: cfg.weights[name] for name in scoring}
 
@@ -348,9 +351,9 @@ def pieces_of(run: Run, part: Part, totals: dict[str, float]) -> list[Piece]:
     """
     cfg, policy = run.cfg, run.policy
     adv, whole, pieces = segment_advantages(part), part.rollout, []     # adv: (n, segments)
-    texts, images = len(chosen_texts(whole)), len(chosen_pictures(whole))
-    penalised = bool(texts and cfg.text_beta or images and (cfg.image_beta or cfg.mse_weight))
-    if not penalised and not (images and cfg.image_loss == "nft"):
+    texts, images = bool(chosen_texts(whole)), bool(chosen_pictures(whole))
+    penalised = cfg.penalises(texts, images)
+    if not penalised and not (images and cfg.image_loss == "nft"):  # its curvature acts on all
         whole, adv = drop_tied(whole, adv, run.ranks)
     for rollout, rows in micro_batches(whole, cfg.micro):
         reference = None
@@ -398,7 +401,7 @@ def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[
 
     The old log-probs of its texts are those of the first call, at which their ratios are exactly 1:
     in bf16, decoding and replay round otherwise, which at some tokens is more than the clip range.
-    Those of its images are the rollout's, which walks each noisy step by the same call as replay.
+    Those of noisy steps are the rollout's; a matching loss has velocities, see `follow`.
     """
     with precision(cfg, policy.device):
         scored = replay_rollout(policy, piece.rollout)
@@ -431,13 +434,14 @@ def image_loss(
     scored, old: Tensor | None, reference, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted loss of one drawn image; adv (n,), old: the follower's velocities."""
-    drawn, weights = scored.segment.flow, None
+    drawn = scored.segment.flow
     if cfg.matches:
         loss, stats = flow_grpo.matching_loss(
             scored.v, drawn, adv, form=cfg.image_loss, total=totals["image"], clip=cfg.image_clip,
             v_old=old, v_ref=None if reference is None else reference.v, relative=True,
             mse_weight=cfg.mse_weight)
         return cfg.image_weight * loss, as_numbers("image", stats)
+    weights = None
     if cfg.step_weights != "none":
         over = drawn.window if cfg.window > 1 else (0, cfg.window_high)
         weights = flow_grpo.step_weights(                               # (W,)

@@ -49,7 +49,8 @@ T90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 PREAMBLE = f"""# Claims in miniature
 
 What the papers say, run again on the toy: `python -m studies.claims NAME --jobs 2`. The arms are
-shorter than the recipes' runs. Nothing is tuned per arm; the recipes were tuned as they are.
+shorter than the recipes' runs. Nothing is tuned per arm; the recipes were tuned as they are, on
+seed 0, and an arm with another image loss takes the rates of the recipe that has it.
 LVRPO's claim that larger policies learn faster (1.3B, 7B, 13B) is not run: the toy has weights of
 one width. CoRL samples an image as VQ tokens; in its claims here an image is flow steps.
 

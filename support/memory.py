@@ -11,10 +11,10 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     """What a run needs on each GPU, in GB (1e9 bytes), by counting numbers.
 
     The policy may be on the meta device. Kept all the time are weights (fp32 if trained),
-    gradients, AdamW's moments, the average, a frozen reference, and the referees, whose bytes are
-    given. A rollout and the replay of one micro-batch need room in turn. A rollout holds the text's
-    keys and values twice while they grow, and one block's activations of an image step. A replay
-    holds every block's input (about twelve times as much without checkpointing), one block's
+    gradients, AdamW's moments, the average and the follower, a frozen reference, and the referees,
+    whose bytes are given. A rollout and the replay of one micro-batch need room in turn. A rollout
+    holds the text's keys and values twice while they grow, and one block's activations of an image
+    step. A replay holds every block's input (about twelve times as much without checkpointing), one block's
     activations of all noisy steps at once, and the logits with three copies in fp32. Both hold two
     gathered blocks of a sharded policy. Left out are activations of referees and of the
     autoencoder, what the allocator loses, and the whole weights that a sharded rollout keeps only

@@ -387,6 +387,10 @@ def test_what_a_matching_loss_cannot_use_is_refused():
     drawn, v, _, adv = matched()
     with pytest.raises(ValueError, match='form is "dpo"'):
         matching_loss(v, drawn, adv, form="dpo", total=1)
+    with pytest.raises(ValueError, match="total is 0"):
+        matching_loss(v, drawn, adv, form="nft", total=0)
+    with pytest.raises(ValueError, match=r"adv is \(6, 1\)"):
+        matching_loss(v, drawn, adv[:, None], form="nft", total=1)
     with pytest.raises(ValueError, match="mse_weight needs v_ref"):
         matching_loss(v, drawn, adv, form="nft", total=1, mse_weight=0.1)
 

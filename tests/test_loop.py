@@ -146,6 +146,13 @@ def test_groups_without_a_signal_are_left_out_of_a_replay_that_no_penalty_holds(
     assert_close(less, gradients(tmp_path / "all", flags))
 
 
+def test_a_step_whose_groups_are_all_tied_moves_no_weight(tmp_path, monkeypatch):
+    run = begin(tmp_path, "--recipe alphagrpo --think 2 --draw 0 --ask 0")
+    monkeypatch.setitem(run.rewards, "dvreward", lambda samples: torch.ones(len(samples.prompts)))
+    monkeypatch.setitem(run.rewards, "format", lambda samples: torch.ones(len(samples.prompts)))
+    assert train.one_step(run, 0)["grad_norm"] == 0
+
+
 def test_an_epoch_starts_from_no_gradient(tmp_path):
     """At a rate that moves nothing every epoch has the same gradient."""
     still = "--ask 0 --think 0 --lr_understanding 1e-30 --lr_generation 1e-30"

@@ -147,10 +147,20 @@ def test_a_run_says_its_settings_in_lines_that_fit():
 
 
 def test_a_matching_loss_goes_without_what_a_recipe_sets_of_noisy_steps():
-    for loss, noisy in (("awm", (False, "none")), ("grpo", (True, "dt"))):
+    settings_of_loss = {
+        "awm": (False, "none", 1e-3), "fpo": (False, "none", 0.05), "grpo": (True, "dt", 1e-3)}
+    for loss, noisy in settings_of_loss.items():
         cfg = settings("--recipe unigrpo --image_loss", loss)
-        assert (cfg.shared_noise, cfg.step_weights) == noisy
+        assert (cfg.shared_noise, cfg.step_weights, cfg.image_clip) == noisy
         check(cfg, 1)
+    with pytest.raises(ValueError, match="--sampler is of noisy steps"):
+        settings("--image_loss nft --sampler sde")
+
+
+def test_the_control_has_the_tasks_of_lvrpo_at_the_rates_of_the_scale():
+    control, lvrpo = settings("--recipe control"), settings("--recipe lvrpo")
+    assert control.rows == lvrpo.rows
+    assert (control.lr_generation, control.old_decay, control.grad_clip) == (5e-4, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +205,8 @@ def test_bad_flags_end_in_one_line_that_names_them(tmp_path, monkeypatch, capsys
         ("--image_loss fpo --step_weights flat", "--step_weights flat is of noisy steps"),
         ("--image_loss nft --image_beta 1", "--image_beta 1.0 is of noisy steps"),
         ("--image_loss nft --old_decay 1", "--old_decay 1.0: must be below 1"),
-        ("--credit gain", "no task of this run does so"),
+        ("--reflect 2 --credit gain", "--credit gain is for two rounds"),
+        ("--image_loss ratio_norm --step_weights flat", "--step_weights flat is for plain ratios"),
         ("--stop 0.5", "no task of this run does so"),
         ("--reflect 2 --stop 1.5", "must be a share, at most 1"),
         ("--rounds 2 --credit gain --normalise each", "compares no picture with the one before"),

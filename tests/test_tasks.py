@@ -155,7 +155,7 @@ def test_noisy_steps_move_within_their_range_from_step_to_step(policy):
 def test_times_of_a_matching_loss_differ_from_step_to_step_and_from_round_to_round(policy):
     batches = batches_of(policy, "--rounds 1 --window 2 --image_loss nft")
     drawn = [batches(step)[0].choices for step in range(2)]
-    times = [tuple(draw.renoised.tolist()) for choice in drawn for draw in (choice.draw, choice.again)]
+    times = [tuple(draw.match_times.tolist()) for choice in drawn for draw in (choice.draw, choice.again)]
     assert len(set(times)) == 4
     assert all(choice.draw.window == (0, 0) for choice in drawn)
 
