@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 THERE = Ranks(0, 1, DEVICE)
 SHORT = (
     "--group_size 2 --epochs 1 --think_tokens 3 --answer_tokens 2 --denoise_steps 2 --window 1 "
-    "--window_high 1"
+    ""
 )
 REWARDS = ["sem", "kn", "dense", "ins", "accuracy", "format", "dvreward", "likeness", "tim"]
 
@@ -51,7 +51,7 @@ def test_tensors_of_two_devices_cannot_meet():
         (
             ["pair_image", "reflect"],
             ["sem", "recaption"],
-            "--lora 2 --guidance 2 --checkpointing --image_loss ratio_norm --sampler sde "
+            "--lora 2 --guidance 2 --checkpointing --image_loss ratio_norm --sampler sde --window_high 1 "
             "--text_ratio sequence --advantage unbiased",
         ),
     ],
