@@ -119,7 +119,7 @@ RECIPES = {
         format=(1.0, "d: closed at the very end"),
         toy=dict(
             image_weight=(300.0, "d: 1, text : image 1 : 1"), step_weights=("dt", "d: none"),
-            lr_generation=(3e-4, "d: 5e-5")),
+            grad_clip=(20.0, "d: 1"), lr_generation=(3e-4, "d: 5e-5")),
         # The 16 and 40 steps of its code are points of the grid, 15 and 39 calls of the velocity.
         bagel=dict(
             **ALPHAGRPO_BAGEL, denoise_steps=(15, "p"), window=(10, "p"), window_high=(11, "p"),
@@ -152,7 +152,7 @@ RECIPES = {
         # of steps.
         toy=dict(
             pair_image=(48, "d: 16, of VQ tokens"), pair_text=(48, "d: 16"),
-            likeness=(1.0, "d: LPIPS"), lr_generation=(2.5e-4, "d: 4e-6")),
+            likeness=(1.0, "d: LPIPS"), grad_clip=(20.0, "o"), lr_generation=(2.5e-4, "d: 4e-6")),
         bagel=dict(
             pair_image=(16, "d: 16, of VQ tokens"), pair_text=(16, "p"), likeness=(1.0, "p"),
             think_tokens=(512, "p"), lr_understanding=(4e-6, "d: 4e-6, all weights"),
@@ -305,8 +305,8 @@ class Config:
     )
     stop: float = setting(
         0.0,
-        "above 0, a diagnosis that nothing needs to change keeps the picture [R3], and if --initial "
-        "is above 1 this share of --reflect refines the best first picture, not the lowest")
+        "above 0, a diagnosis that nothing needs to change keeps the picture [R3], and with "
+        "--initial above 1 this share of --reflect refines the best first picture, not the lowest")
     pair: str = setting(
         "none",
         "what the two halves of a pair share: the advantage of the summed reward, the sum of "
