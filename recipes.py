@@ -130,11 +130,13 @@ RECIPES = {
         reflect=(32, "p"),
         rectify=("group", "p"),
         text_weight=(0.2, "p"),
-        # Without a penalty the toy forgets to leave the rest of a picture as it is.
+        # Without a penalty the toy forgets to leave the rest of a picture as it is, and without
+        # permission to stop it learns to find fault with every picture.
         toy=dict(
+            stop=(0.25, "d: none"), initial=(2, "d: 7"),
             image_weight=(300.0, "d: 1, text : image 1 : 5"), image_beta=(0.003, "d: 0"),
-            step_weights=("dt", "d: none"), lr_generation=(2e-4, "d: 5e-5"),
-            steps=(75, "d: 10 epochs")),
+            step_weights=("dt", "d: none"), lr_understanding=(4e-4, "d: 5e-5"),
+            lr_generation=(2e-4, "d: 5e-5")),
         bagel=dict(
             **ALPHAGRPO_BAGEL, initial=(7, "p"), denoise_steps=(39, "p"), window=(5, "p"),
             window_high=(15, "p")),

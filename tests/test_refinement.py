@@ -25,7 +25,7 @@ from tasks import (
 from toy import shapes, world
 
 PROMPTS = [shapes.prompts_by_tag("train")[tag][0] for tag in ("position", "counting", "colors")]
-REFLECT = settings("--recipe alphagrpo_reflect --reflect 2 --group_size 4")
+REFLECT = settings("--recipe alphagrpo_reflect --reflect 2 --group_size 4 --stop 0")
 
 
 def brightness_of(images):
