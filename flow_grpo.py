@@ -37,6 +37,17 @@ Example, two prompts with two samples each, two noisy steps of eight:
 >>> stats["ratio/mean"].item(), old.latents.shape, old.logp.shape
 (1.0, torch.Size([4, 3, 3]), torch.Size([4, 2]))
 
+The same samples without a noisy step, by a matching loss at three times:
+
+>>> path = rollout(velocity, noise, time_grid(8), window=(0, 0), noise_level=0.0)
+>>> drawn = renoise(path.data, stratified_times(3, seed=0, step=0), torch.randn(3, 4, 3))
+>>> drawn = replace(drawn, v=velocities_at(velocity, drawn).detach())
+>>> v = velocities_at(velocity, drawn)
+>>> loss, stats = matching_loss(v, drawn, adv.flatten(), form="nft", total=3 * 4)
+>>> loss.backward()
+>>> stats["rise"].item(), drawn.latents.shape
+(0.0, torch.Size([4, 3, 3]))
+
 With diffusers (SD3) the grid is scheduler.sigmas, and the prediction is noise - data: the velocity
 is transformer(x.to(dtype), timestep=1000 * t.expand(len(x)), ..., return_dict=False)[0].
 
@@ -199,8 +210,9 @@ def step_weights(
     undo. Without RatioNorm the SDE's gradients grow as sqrt(|dt|), and they favour short steps.
     "flat": std / |d mean / dv|, Flash-GRPO's coefficient. A log-ratio has the gradient
     (d mean / dv) noise / std on the velocity, which gets one size at every step.
-    `over` divides them by their mean over these steps (start, stop), so that the size of the update
-    stays as it was: the window, or, if that is one step, all steps that it may be.
+    The last step of "cps" has flat weight 0.
+    `over` (start, stop) divides the weights by their mean over these steps, so that the size of the
+    update stays as it was. Give the window; give the range that it is drawn from if it is one step.
     Errors: ValueError for another kind.
     """
     weights = []
@@ -366,7 +378,7 @@ class Renoised:
     latents: Tensor                   # (N, J, ...) (1-t) data + t noise
     target: Tensor                    # (N, J, ...) noise - data
     data: Tensor                      # (N, ...) final sample
-    v: Tensor | None = None           # (N, J, ...) under the policy that sampled
+    v: Tensor | None = None           # (N, J, ...) under the policy that sampled: its v_old
 
     @property
     def points(self) -> tuple[Tensor, Tensor]:
@@ -528,24 +540,25 @@ def matching_loss(
     trust: float = 1.0, relative: bool = False, clip: float = 0.05, v_old: Tensor | None = None,
     v_ref: Tensor | None = None, mse_weight: float = 0.0,
 ) -> tuple[Tensor, dict]:
-    """Return a forward-process loss of a micro-batch and its diagnostics.
+    """Return the loss of a micro-batch that learns from fresh noise, and its diagnostics.
 
+    For one update from the policy that sampled, its three forms are one loss, unless `relative`.
     Samples of the plain ODE get fresh noise, and the policy learns from the velocity to it as flow
     matching does, weighed by the advantage A (N,). v (N, J, ...) are the velocities at
     drawn.points, u = drawn.target, v_old those of the policy that sampled (drawn.v), or of a slowly
     following copy. Per sample and time, with means over entries, two of the forms are
         2 A <v_old - u, v - v_old> + c |v - v_old|^2
-    "nft": c = `trust` > 0, DiffusionNFT's two branches (arXiv 2509.16117) without their weights,
-    with A = 2r - 1 and c = its beta, less what does not depend on v. `relative` divides the two
-    terms of each sample and time by |v_old - u|^2. Without it the gradient of a bad sample is as
-    large as its error, and each step makes the error larger.
+    "nft": c = `trust` > 0. With A = 2r - 1 and c = beta this is r |v+ - u|^2 + (1 - r) |v- - u|^2,
+    divided by beta, without the terms free of v: DiffusionNFT's branches (arXiv 2509.16117) without
+    their weights. `relative`, of this form alone, divides the two terms of each sample and time by
+    |v_old - u|^2. Without it the gradient of a bad sample is as large as its error, and each step
+    makes the error larger.
     "awm": c = A, which is A times the rise of the flow-matching error |v - u|^2 (AWM, 2509.25050).
     A bad sample has negative curvature: nothing bounds how far v flees, but a penalty.
     "fpo": PPO's clip, to 1 - clip .. 1 + clip, of the ratio exp(-rise), |rise| at most 3 (FPO,
     2507.21053).
-    At v = v_old all have the gradient of A |v - u|^2, unless `relative`: for one update from the
-    policy that sampled they are one loss. They part as v moves. `total` is counted over the whole
-    optimisation step: samples x times. v_ref (N, J, ...) are the frozen policy's velocities, for
+    At v = v_old all have the gradient of A |v - u|^2. They part as v moves. `total` is counted over
+    the whole optimisation step: samples x times. v_ref (N, J, ...) are the frozen policy's velocities, for
     mse_weight * velocity_mse.
     "rise" and "shift", the mean of |v - v_old|^2, enter the stats, and "velocity_mse".
     Errors: ValueError for another form, a penalty without v_ref, and see `check_loss`.

@@ -495,7 +495,8 @@ def parse(argv: list[str] | None = None) -> Config:
     for name in ("noise_level", "sampler", "window_high"):
         refuse(
             loss in FORMS and name in given,
-            f"--{name} is of noisy steps, which --image_loss {loss} does not have; leave it out")
+            f"--{name} is of noisy steps, which --image_loss {loss} does not have; leave it out, or "
+            "set --image_loss grpo")
     chosen |= given
     rows = {name: chosen.pop(name, 0) for name in TASKS}
     scoring = {reward for name, task in TASKS.items() if rows[name] for reward in rewards_of(task)}
@@ -581,7 +582,7 @@ def check(cfg: Config, world: int) -> None:
     each = cfg.normalise == "each"
     refuse(
         each and (refining or gain),
-        "--normalise each compares no picture with the one before; set --reflect 0 --credit last")
+        "--normalise each compares no picture with the one before; leave it out")
     refuse(
         each and cfg.advantage == "none",
         "--advantage none has no effect: --normalise each divides each reward by its group's std; "
@@ -646,7 +647,7 @@ def check_matching(cfg: Config) -> None:
         refuse(
             cfg.matches and getattr(cfg, name) != value,
             f"--{name} {getattr(cfg, name)} is of noisy steps, which --image_loss "
-            f"{cfg.image_loss} does not have; leave it out")
+            f"{cfg.image_loss} does not have; leave it out, or set --image_loss grpo")
 
 
 def check_window(cfg: Config) -> None:

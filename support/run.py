@@ -507,7 +507,7 @@ def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
             if stored.get(key) != wanted.get(key):
                 raise ValueError(
                     f"{path}: {key} has shape {stored.get(key)}, the policy {wanted.get(key)}; "
-                    "was it written with another --policy, --lora, --old_decay or rates?")
+                    "was it written with another --policy, --lora, --image_loss or rates?")
         read_checkpoint(path, {"step": into["step"]})
         steps[path] = int(into["step"])
     if not steps:
