@@ -270,9 +270,9 @@ def test_a_resumed_run_says_and_logs_what_differs(older, capsys):
     run(older, "--steps", 3, "--resume", "--seed", 9, "--ins", 2, "--save_every", 7, "--micro", 4)
     _, logged = read_rows(older / "log.jsonl")
     (row,) = [row for row in logged if "resumed" in row]
-    assert row["resumed"] == {"ins": [1.0, 2.0], "seed": [0, 9]}
+    assert row["resumed"] == {"ins": [3.0, 2.0], "seed": [0, 9]}
     assert row["step"] == 2
-    assert "resumes with other settings: ins 1.0 -> 2.0, seed 0 -> 9" in capsys.readouterr().err
+    assert "resumes with other settings: ins 3.0 -> 2.0, seed 0 -> 9" in capsys.readouterr().err
 
 
 def test_versions_commits_and_ranks_are_settings_too():
