@@ -394,8 +394,7 @@ class Config:
     @property
     def penalised(self) -> bool:
         """Whether a penalty compares with the frozen policy."""
-        return self.recipe != "control" and bool(
-            self.text_beta or self.image_beta or self.mse_weight)
+        return self.recipe != "control" and self.penalises(texts=True, images=True)
 
     @property
     def cycles_by_rule(self) -> bool:

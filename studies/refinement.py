@@ -42,7 +42,8 @@ def refine_prompts(
     draw, write = plain_draw(policy), Write(scale["tokens"], temperature=0.0)
     return refine(
         policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
-        guidance=(scale["guidance"], scale["edit"]), system=wording.system_prompt, stop=wording.stop)
+        stop=wording.stop,
+        guidance=(scale["guidance"], scale["edit"]), system=wording.system_prompt)
 
 
 def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
