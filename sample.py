@@ -129,11 +129,11 @@ class Picture:
         None  # as the ViT reads them; of a chosen one if it is read back
     )
     latents: Tensor | None = None                                       # (B, M, F) clean
-    flow: flow_grpo.Trajectory | flow_grpo.Renoised | None = None   # None: the image was given
+    drawn: flow_grpo.Trajectory | flow_grpo.Renoised | None = None  # None: the image was given
 
     @property
     def is_given(self) -> bool:
-        return self.flow is None
+        return self.drawn is None
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Scored:
     @property
     def flow(self) -> flow_grpo.Replay | None:
         """The noisy steps of an image."""
-        return None if self.v is None else flow_grpo.replay_of(self.v, self.segment.flow)
+        return None if self.v is None else flow_grpo.replay_of(self.v, self.segment.drawn)
 
     @property
     def gaps(self) -> Tensor:
@@ -172,7 +172,7 @@ class Scored:
         """
         if self.v is None:
             return (self.logp - self.segment.logp)[self.segment.chosen].abs()
-        drawn = self.segment.flow
+        drawn = self.segment.drawn
         if isinstance(drawn, flow_grpo.Renoised):
             return (self.v - drawn.v).abs().flatten(2).mean(-1).flatten()
         return (self.flow.logp - drawn.logp).flatten().abs()
@@ -290,7 +290,7 @@ def sample_plan(
             if not last:
                 segment = replace(
                     segment, pixels=vit_pixels(policy, decode_images(policy, segment)))
-                reader.image(segment.pixels, segment.flow.data, segment.size)
+                reader.image(segment.pixels, segment.drawn.data, segment.size)
         segments.append(segment)
     return Rollout(tuple(segments), len(prompts), G, guidance)
 
@@ -340,15 +340,15 @@ def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Gene
         flow = flow_grpo.renoise(flow.data, item.match_times, fresh)
         if item.keeps_v:
             flow = replace(flow, v=flow_grpo.velocities_at(velocity, flow))
-    return Picture(item.size, flow=flow)
+    return Picture(item.size, drawn=flow)
 
 
-def decode_images(policy: Policy, drawn: Picture) -> Tensor:
+def decode_images(policy: Policy, picture: Picture) -> Tensor:
     """The images of a chosen segment, (N, 3, H, W), nominally in [-1, 1]."""
-    pixels = drawn.size[0] * drawn.size[1]
+    pixels = picture.size[0] * picture.size[1]
     batch = max(
         1, min(256, 2**21 // pixels))  # the decoder's widest layer holds 256 numbers a pixel
-    images = [policy.decode(part, drawn.size) for part in drawn.flow.data.split(batch)]
+    images = [policy.decode(part, picture.size) for part in picture.drawn.data.split(batch)]
     return torch.cat(images)
 
 
@@ -377,7 +377,7 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
         elif segment.is_given:
             reader.image(segment.pixels, segment.latents, segment.size)
         else:
-            x, t = segment.flow.points                                  # (N, W, M, F), (W,)
+            x, t = segment.drawn.points                                 # (N, W, M, F), (W,)
             if not len(t):
                 raise ValueError(
                     "an image drawn with an empty window has no noisy step to score; draw it "
@@ -385,7 +385,7 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
             v = reader.velocity(segment.size)(x.flatten(0, 1), t.repeat(len(x)))    # (N*W, M, F)
             out.append(Scored(segment, v=v.view_as(x)))
             if segment.pixels is not None:
-                reader.image(segment.pixels, segment.flow.data, segment.size)
+                reader.image(segment.pixels, segment.drawn.data, segment.size)
     return out
 
 
@@ -395,7 +395,7 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
 # The fields that hold a row per prompt or sample.
 ROWS = {
     Text: ("tokens", "mask", "chosen", "logp"),
-    Picture: ("size", "pixels", "latents", "flow"),
+    Picture: ("size", "pixels", "latents", "drawn"),
     flow_grpo.Trajectory: ("latents", "means", "logp", "data"),
     flow_grpo.Renoised: ("latents", "target", "data", "v"),
 }

@@ -508,7 +508,7 @@ def counts(rollout: Rollout, per: str, most: int) -> Tensor:
         texts += {
             "token": int(text.chosen.sum()), "sequence": len(text.chosen),
             "constant": len(text.chosen) * most}[per]
-    steps = sum(picture.flow.points[0][..., 0, 0].numel() for picture in chosen_pictures(rollout))
+    steps = sum(picture.drawn.points[0][..., 0, 0].numel() for picture in chosen_pictures(rollout))
     return torch.tensor([texts, steps], dtype=torch.float64)
 
 

@@ -434,7 +434,7 @@ def image_loss(
     scored, old: Tensor | None, reference, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted loss of one drawn image; adv (n,), old: the follower's velocities."""
-    drawn = scored.segment.flow
+    drawn = scored.segment.drawn
     if cfg.matches:
         loss, stats = flow_grpo.matching_loss(
             scored.v, drawn, adv, form=cfg.image_loss, total=totals["image"], clip=cfg.image_clip,

@@ -245,7 +245,7 @@ CODE = (
 def page(step: Step) -> str:
     """The text of docs/tour.md."""
     part, cfg, i = step.part, step.run.cfg, 0           # i: the sample whose numbers are shown
-    text, flow = part.rollout.segments[1], part.rollout.segments[2].flow
+    text, flow = part.rollout.segments[1], part.rollout.segments[2].drawn
     text_after, image_after = step.after[0].logp, step.after[1].flow.logp
     chosen = text.chosen[i]
     words = step.run.policy.tokenizer.batch_decode(text.tokens[i][chosen][:, None])

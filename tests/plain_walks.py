@@ -19,7 +19,7 @@ def plain_replay(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
     prompt, thought, drawn = rollout.segments
     tokens = prompt.tokens.repeat_interleave(rollout.G, 0)                              # (N, L)
     mask = prompt.mask.repeat_interleave(rollout.G, 0)
-    flow, image = drawn.flow, []
+    flow, image = drawn.drawn, []
     for w in range(flow.logp.shape[1]):
         _, context = policy.append_text(policy.empty(len(tokens)), tokens, mask)
         logits, context = policy.append_text(context, thought.tokens, thought.mask)

@@ -64,7 +64,7 @@ def test_the_self_check_stops_a_run_whose_paths_differ_and_warns_beyond_the_clip
 ):
     run = begin(tmp_path, "--think 0 --ask 0 --image_loss", loss)
     kept = "v" if loss == "nft" else "logp"
-    spoil_samples(monkeypatch, lambda segments: getattr(segments[-1].flow, kept).add_(shift))
+    spoil_samples(monkeypatch, lambda segments: getattr(segments[-1].drawn, kept).add_(shift))
     if words:
         with pytest.raises(ValueError, match=words):
             train.one_step(run, 0)
@@ -264,9 +264,9 @@ def test_a_segment_is_weighed_clipped_and_compared_as_the_config_says(tiny, sett
             weights = None
             if cfg.step_weights != "none":
                 weights = flow_grpo.step_weights(
-                    old.flow.times, old.flow.window, over=old.flow.window)
+                    old.drawn.times, old.drawn.window, over=old.drawn.window)
             loss, _ = flow_grpo.flow_grpo_loss(
-                ours.flow, old.flow, adv, total=30.0, low=1e-4, high=1e-4, weights=weights,
+                ours.flow, old.drawn, adv, total=30.0, low=1e-4, high=1e-4, weights=weights,
                 ratio_norm=cfg.image_loss == "ratio_norm", reference=ref.flow, kl_beta=0.5, mse_weight=0.7)
             want += 20.0 * loss.item()
         columns = adv[:, None].expand(-1, len(scored))
@@ -359,7 +359,7 @@ def test_an_update_makes_the_better_samples_likelier(tmp_path):
             if isinstance(scored.segment, Text):
                 change = (scored.logp - scored.segment.logp).sum(1)
             else:
-                change = (scored.flow.logp - scored.segment.flow.logp).sum(1)
+                change = (scored.flow.logp - scored.segment.drawn.logp).sum(1)
             assert (part.adv * change).mean() > 0
 
 

@@ -65,7 +65,7 @@ def test_replay_with_unchanged_weights_gives_the_log_probs_of_the_rollout(policy
     assert [scored.segment for scored in replay] == [s for s in rollout.segments if not s.is_given]
     for scored in replay:
         segment = scored.segment
-        kept = segment if isinstance(segment, Text) else segment.flow
+        kept = segment if isinstance(segment, Text) else segment.drawn
         assert_near(logp_of(scored), kept.logp)
 
 
@@ -141,7 +141,7 @@ def test_a_drawn_image_is_read_back_by_its_pixels_and_by_its_latents(policy, par
     if part == "pixels":
         changed = replace(first, pixels=[-image for image in first.pixels])
     else:
-        changed = replace(first, flow=replace(first.flow, data=-first.flow.data))
+        changed = replace(first, drawn=replace(first.drawn, data=-first.drawn.data))
     other = replace(rollout, segments=(prompt, changed, *rest))
     second, changed_second = (replay_rollout(policy, r)[-1].flow.v for r in (rollout, other))
     assert (second - changed_second).abs().max() > 1e-3
@@ -164,7 +164,7 @@ def test_a_sample_depends_on_its_own_seed_step_prompt_and_number_alone(policy):
     alone = walk(policy, "think, draw", [1], prompts=[8], first_sample=2)
     same = subset(whole, range(1, 2), range(2, 4))
     assert texts_of(policy, same) == texts_of(policy, alone)
-    assert_near(same.segments[-1].flow.data, alone.segments[-1].flow.data)
+    assert_near(same.segments[-1].drawn.data, alone.segments[-1].drawn.data)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_sample_depends_on_its_own_seed_step_prompt_and_number_alone(policy):
 def test_another_seed_step_prompt_or_number_gives_another_sample(policy, change):
     settings = dict(seed=1, step=2, prompts=[0], first_sample=0)
     one, other = (walk(policy, "text to image", [0], **(settings | more)) for more in ({}, change))
-    assert (one.segments[-1].flow.latents - other.segments[-1].flow.latents).abs().max() > 1e-2
+    assert (one.segments[-1].drawn.latents - other.segments[-1].drawn.latents).abs().max() > 1e-2
 
 
 def test_no_two_samples_share_a_generator():
@@ -193,7 +193,7 @@ def test_shared_noise_is_that_of_a_prompts_own_first_sample(policy):
     own, shared = (
         walk(policy, "text to image", draw=replace(draw, shared_noise=is_shared), G=4)
         .segments[-1]
-        .flow.latents[:, 0]
+        .drawn.latents[:, 0]
         for is_shared in (False, True)
     )
     assert torch.equal(shared, own[::4].repeat_interleave(4, 0))
@@ -201,7 +201,7 @@ def test_shared_noise_is_that_of_a_prompts_own_first_sample(policy):
 
 def test_every_step_has_noise_of_its_own(policy):
     draw = replace(DRAW, size=(32, 32), window=(0, 2))
-    flow = walk(policy, "text to image", draw=draw, G=8).segments[-1].flow
+    flow = walk(policy, "text to image", draw=draw, G=8).segments[-1].drawn
     steps = (flow.latents[:, 1:] - flow.means) / flow.std.view(1, -1, 1, 1)
     noises = torch.stack([flow.latents[:, 0], steps[:, 0], steps[:, 1]]).flatten(1)
     assert noises.shape[1] > 1000
@@ -233,7 +233,7 @@ def test_rollouts_of_some_prompts_join_to_the_rollout_of_all(policy, layout):
 
 def test_pictures_are_the_decoded_pixels_brought_from_minus_one_to_one_into_zero_to_one(policy):
     rollout = walk(policy, "text to image")
-    pixels = policy.decode(rollout.segments[-1].flow.data, SIZE)
+    pixels = policy.decode(rollout.segments[-1].drawn.data, SIZE)
     images = images_of(policy, rollout)
     assert images.shape == (6, 3, *SIZE)
     assert_near(images, (pixels.clamp(-1, 1) + 1) / 2, 1e-6)
