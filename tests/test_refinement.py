@@ -138,7 +138,7 @@ def test_a_diagnosis_that_nothing_needs_to_change_keeps_the_first_picture():
 def test_what_keeps_the_first_picture_is_compared_by_its_worth_and_teaches_no_image(run):
     part = compare_refinements([0.5, 0.9, 0.5, 0.2] * 2, [0.5, 0.5], kept=[True, False] * 4)
     assert part.adv[1] > part.adv[0] == part.adv[2] > part.adv[3]     # not lowered to the least
-    segments = (Text(None, None, chosen=True), Picture((2, 2), flow=True))
+    segments = (Text(None, None, chosen=True), Picture((2, 2), drawn=True))
     columns = train.segment_advantages(replace(part, rollout=Rollout(segments, 2, 4)))
     assert torch.equal(columns[:, 0], part.adv)
     assert torch.equal(columns[:, 1], part.adv.masked_fill(part.kept, 0.0))
@@ -157,7 +157,7 @@ def test_a_share_of_the_prompts_refines_its_best_first_picture(policy):
 def test_rounds_earn_their_own_gain_or_what_the_last_is_worth():
     first, last = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.4, 0.3, 0.2, 0.9])
     batch = SimpleNamespace(task=TASKS["rounds"], initial=None)
-    written, drawn = Text(None, None, chosen=True), Picture((2, 2), flow=True)
+    written, drawn = Text(None, None, chosen=True), Picture((2, 2), drawn=True)
     segments = (written, drawn, Text(None, None), written, drawn)
     cfg, columns = settings("--recipe unigrpo_rounds --rounds 1 --group_size 4"), {}
     for credit, earlier in (("last", None), ("gain", {"ins": first})):
