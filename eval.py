@@ -12,6 +12,7 @@ independent. Every random number comes from --seed.
 Legend: B rows, G samples of each, N = B*G prompt-major.
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -20,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import flow_grpo
 from policy import Guidance, Policy
 from rewards import Samples
-from sample import SAMPLING, TOY, Draw, Read, See, Write, images_of, sample_plan, texts_of
+from sample import TOY, Read, See, Write, images_of, plain_draw, sample_plan, texts_of
 from support.checkpoint import keep_gathered, load_policy
 from support.disk import write_atomic
 from support.memory import room_to_gather
@@ -38,7 +38,7 @@ from tasks import (
 from toy import shapes
 from toy.world import detect, evenly_spaced, render_pixels
 
-ODE_STEPS, SHIFT, SIZE = 10, 2.0, (32, 32)
+SIZE = (32, 32)
 
 # name -> what each held-out row is worth, in parts that weigh equally: one array a tag, or one
 RowValues = dict[str, list[np.ndarray]]
@@ -46,11 +46,10 @@ RowValues = dict[str, list[np.ndarray]]
 Table = dict[str, tuple[float, float]]
 
 
-def plain_choices() -> Choices:
-    """Greedy text, and pictures without noisy steps."""
-    draw = Draw(SIZE, flow_grpo.time_grid(ODE_STEPS, SHIFT))
+def plain_choices(scale: str) -> Choices:
+    """Greedy text, and pictures without noisy steps, or of image tokens at temperature 1."""
     think, answer = Write(24, temperature=0.0), Write(4, temperature=0.0)
-    return Choices(think, answer, draw, WORDING["toy"])
+    return Choices(think, answer, plain_draw(scale, SIZE), WORDING[scale])
 
 
 # ---- samples and their truth ----
@@ -64,7 +63,7 @@ def sample_task(
     A refinement gets a first picture of its own for each sample. guidance: scale of text guidance
     in drawing from text; edits and refinements are drawn without.
     """
-    choices = plain_choices()
+    choices = plain_choices(policy.config.scale)
     if task.refines:
         rows, G = [row for row in rows for _ in range(G)], 1
         index = list(range(len(rows)))
@@ -89,11 +88,16 @@ def evaluate_rows(
     """
     values = {}
     for place, task in enumerate(TASKS.values()):
-        if task.held_out:
+        if task.held_out and can_do(policy, task):
             G = samples if samples and task.draws else task.samples
             values |= evaluate_task(policy, task, seed + place, guidance, G, split)
     values["captions"] = [captions_truth(policy, seed)]
     return values
+
+
+def can_do(policy: Policy, task: Task) -> bool:
+    """Whether a policy knows a task: only one that reads latents edits."""
+    return task.file != "edits" or policy.reads_latents
 
 
 def evaluate_task(
@@ -156,7 +160,7 @@ def captions_truth(policy: Policy, seed: int, per_prompt: int = 4) -> np.ndarray
     for row in TASKS["draw"].held_out("test"):
         scenes += [shapes.sample_scene(row.metadata, rng) for _ in range(per_prompt)]
     questions = Read([shapes.CAPTION] * len(scenes))
-    plan = [See(render_pixels(scenes)), questions, plain_choices().think]
+    plan = [See(render_pixels(scenes)), questions, plain_choices(policy.config.scale).think]
     rollout = sample_plan(policy, plan, seed=seed, step=0, prompts=range(len(scenes)), G=1)
     meaning, right = shapes.captions_by_text(), []
     for text, scene in zip(texts_of(policy, rollout), map(shapes.discrete, scenes)):
@@ -253,8 +257,7 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     if not drawing:
         return None
     task, index = drawing[-1], list(range(4))
-    times = flow_grpo.time_grid(cfg.denoise_steps, SAMPLING[source.scale]["shift"])
-    draw = Draw((cfg.resolution, cfg.resolution), times)
+    draw = plain_draw(source.scale, (cfg.resolution, cfg.resolution), cfg.denoise_steps)
     choices = choices_of(cfg, source.scale, draw)
     rows = source.pools[task.name]((cfg.seed, 0, random_place(task)), 4, range(4))
     if task.refines:
@@ -271,7 +274,7 @@ def picture_run(log: Path, before: str, device: torch.device) -> str:
     """
     out, titles = log.parent, {name: task.title for name, task in TASKS.items()}
     policies = [load_policy(folder, device) for folder in (before, out / "policy")]
-    before_after(*policies, gallery(), out / "before_after.png", dpi=130)
+    before_after(*policies, gallery(policies[0]), out / "before_after.png", dpi=130)
     plot([log], out / "curves.png", titles)
     return summary(log)
 
@@ -316,10 +319,10 @@ def before_after(
     save_figure(figure, out, dpi=dpi)
 
 
-def gallery() -> list[tuple[Task, list[Row]]]:
+def gallery(policy: Policy) -> list[tuple[Task, list[Row]]]:
     """Four held-out rows of each task that draws once."""
     shown = []
-    for task in TASKS.values():
+    for task in filter(functools.partial(can_do, policy), TASKS.values()):
         if task.draws and task.held_out and not task.refines and task.rounds == 1:
             shown.append((task, evenly_spaced(task.held_out("test"), 4)))
     return shown
@@ -388,7 +391,7 @@ def run(a) -> str:
 def load_toy_policy(folder: str) -> Policy:
     """A policy that can be measured on the toy. Errors: ValueError for a larger one."""
     policy = load_policy(folder, device=the_device())
-    if policy.config.scale != "toy":
+    if not policy.config.scale.startswith("toy"):
         raise ValueError(
             f"{folder} is too large for the toy world; measure it with python -m studies.geneval")
     return policy

@@ -25,6 +25,7 @@ the context, D width, Dv width of the ViT, H heads, d width of a head, V vocabul
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 UNDERSTANDING, GENERATION = 0, 1
+EXPERTS = ("understanding", "generation")
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 # What the release keeps in its scripts instead of its folder.
 RELEASE_BAGEL = dict(latent_patch_size=2, max_latent_size=64, vit_max_num_patch_per_side=70)
@@ -409,6 +411,10 @@ class Policy(nn.Module):
     The autoencoder is frozen. Errors: ValueError for a tokenizer that does not fit.
     """
 
+    stem = "ema"                                      # of its file of weights
+    reads_latents = True                              # of a picture, so that it can edit
+    reads_blanks = False                              # in place of a prompt, without guidance
+
     def __init__(self, config: PolicyConfig, tokenizer):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -449,6 +455,23 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What is cut over ranks; the rest is small."""
+        return [*self.blocks, *self.vit.encoder["layers"], self.embed, self.head]
+
+    def adaptable(self, expert: str) -> list[tuple[nn.Module, str]]:
+        """Return (parent, name) of the linear layers of one of EXPERTS that may get adapters."""
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        parents = [block.experts[EXPERTS.index(expert)] for block in self.blocks]
+        return [(parent, name) for parent in parents for name in names]
+
+    @staticmethod
+    def expert_of(name: str) -> str:
+        """Return the expert of a parameter; generation has the latent and time layers too."""
+        generates = re.search(r"experts\.1\.|norms\.1\.|^latent_|^time_embedder", name)
+        return EXPERTS[bool(generates)]
+
     # -- text --
 
     def token_ids(self, texts: list[str], room: int = 0) -> list[list[int]]:
@@ -471,11 +494,16 @@ class Policy(nn.Module):
             rows.append(row)
         return rows
 
-    def encode_text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Return the tokens (N, L) of `token_ids`, padded right, and their mask (N, L)."""
+    def encode_text(self, texts: list[str], after: str = "nothing") -> tuple[Tensor, Tensor]:
+        """Return the tokens (N, L) of `token_ids`, padded right, and their mask (N, L).
+
+        after: what was read before, "nothing", an "image" or a "turn"; here all texts are alike.
+        """
         rows = [torch.tensor(ids) for ids in self.token_ids(texts)]
         tokens, mask = pad_right(rows, value=self.end)
         return tokens.to(self.device), mask.to(self.device)
+
+    encode_written = encode_text                      # of texts that the policy is taught to write
 
     def decode_text(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """Return the words of tokens (N, L) under the mask (N, L), without start and end."""
@@ -613,6 +641,10 @@ class Policy(nn.Module):
         return streams[expert][:, -M:], longer
 
     # -- images --
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError for a drawn image's (height, width) that the grid does not have."""
+        self.latent_grid(size, 1)
 
     def embed_pixels(self, pixels) -> tuple[Tensor, Tensor]:
         """Return ViT tokens in the policy's width, positions added: (N, M, D), and mask (N, M)."""

@@ -20,7 +20,7 @@ from tasks import TASKS, Task, in_use, rewards_of
 
 WORLD = Path(__file__).parent / "toy"
 
-# What each method sets, at both scales or (toy=, bagel=) at one; the rest is the scale's or
+# What each method sets, at all scales or (toy=, bagel=, ...) at one; the rest is the scale's or
 # Config's default. Each value is (value, source): "p" if value and mechanism are the paper's; "o"
 # ours, if the paper's is not known; "d" departs, and names the paper's value or mechanism.
 # docs/recipes.md lists what departs without a setting; tests/paper_values.json says where each "p"
@@ -29,6 +29,8 @@ WORLD = Path(__file__).parent / "toy"
 # What the recipes of one paper share.
 UNIFPO = dict(
     accuracy=(1.0, "d: none"), text_average=("sequence", "p"), epochs=(2, "p"),
+    toy_janus=dict(ins=(1.0, "d: a preference model")),
+    janus=dict(pref=(1.0, "d: its own, not released"), guidance=(1.0, "p")),
     bagel=dict(pref=(1.0, "d: its own, not released")))
 UNIGRPO = UNIFPO | dict(
     image_loss=("ratio_norm", "p"),
@@ -60,11 +62,22 @@ CORL_IMAGES = dict(
     image_weight=(300.0, "d: 1"),
     step_weights=("dt", "d: none"),
 )
+# CoRL trains the language model alone, all of it, and draws with guidance 5.
+CORL_JANUS = dict(
+    guidance=(5.0, "p"), guidance_in=("both", "d: sampling"), image_weight=(1.0, "p"),
+    likeness=(1.0, "p"), lora=(0, "p"), lr_generation=(0.0, "p"))
+CORL_TOY_JANUS = dict(
+    guidance=(1.0, "d: 5"), image_weight=(1.0, "p"), likeness=(1.0, "d: LPIPS"),
+    grad_clip=(20.0, "o"))
 CORL_QUESTIONS = dict(
     format=(1.0, "p"), group_size=(16, "p"), advantage=("unbiased", "p"),
     text_average=("sequence", "p"), text_beta=(0.02, "p"),
     toy=dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
-    bagel=dict(think_tokens=(512, "p"), lr_understanding=(1e-6, "d: 1e-6, all weights")))
+    toy_janus=dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
+    bagel=dict(think_tokens=(512, "p"), lr_understanding=(1e-6, "d: 1e-6, all weights")),
+    janus=dict(
+        think_tokens=(512, "p"), lora=(0, "p"), lr_understanding=(1e-6, "p"),
+        lr_generation=(0.0, "p")))
 
 RECIPES = {
     "lvrpo": dict(
@@ -82,6 +95,9 @@ RECIPES = {
             ins=(3.0, "d: binary rules, by reviews"), image_loss=("nft", "o"),
             old_decay=(0.7, "o"), image_weight=(60.0, "o"), lr_generation=(1.5e-3, "o"),
             grad_clip=(200.0, "o"), steps=(200, "o"), eval_every=(100, "o")),
+        # Janus-Pro cannot edit.
+        toy_janus=dict(ins=(3.0, "d: binary rules, by reviews"), edit=(0, "o")),
+        janus=dict(ins=(0.0, "d: binary rules, by reviews"), edit=(0, "o")),
         # With a weight, plain prompts would be refused: r_ins reads GenEval's fields in every row.
         bagel=dict(
             ins=(0.0, "d: binary rules, by reviews"), image_beta=(0.003, "o"),
@@ -142,7 +158,8 @@ RECIPES = {
             window_high=(15, "p")),
     ),
     # Stage 1 of CoRL, then its three refined policies, each from what stage 1 wrote (--policy
-    # out/corl/policy). Its images are sampled VQ tokens of Janus-Pro, here they are flow steps.
+    # out/corl/policy). Its images are VQ tokens of Janus-Pro, as at the two scales of Janus; at the
+    # others they are flow steps.
     "corl": dict(
         **CORL_IMAGES,
         pair=("joint", "p"),
@@ -159,6 +176,12 @@ RECIPES = {
             pair_image=(16, "d: 16, of VQ tokens"), pair_text=(16, "p"), likeness=(1.0, "p"),
             think_tokens=(512, "p"), lr_understanding=(4e-6, "d: 4e-6, all weights"),
             lr_generation=(4e-6, "d: 4e-6, all weights")),
+        toy_janus=dict(
+            **CORL_TOY_JANUS, pair_image=(48, "d: 16"), pair_text=(48, "d: 16"),
+            lr_understanding=(3e-4, "d: 4e-6")),
+        janus=dict(
+            **CORL_JANUS, pair_image=(16, "p"), pair_text=(16, "p"), think_tokens=(512, "p"),
+            lr_understanding=(4e-6, "p")),
     ),
     "corl_t2i": dict(
         **CORL_IMAGES,
@@ -171,19 +194,40 @@ RECIPES = {
             pair_image=(16, "d: 16, of VQ tokens"), likeness=(1.0, "p"),
             lr_understanding=(1e-6, "d: 1e-6, all weights"),
             lr_generation=(1e-6, "d: 1e-6, all weights")),
+        toy_janus=dict(
+            **CORL_TOY_JANUS, pair_image=(24, "d: 16"), image_beta=(0.02, "p"),
+            lr_understanding=(1.5e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
+        janus=dict(
+            **CORL_JANUS, pair_image=(16, "p"), image_beta=(0.02, "p"),
+            lr_understanding=(1e-6, "p")),
     ),
     "corl_mc": dict(**CORL_QUESTIONS, choose=(32, "p"), accuracy=(1.0, "p")),
     "corl_oe": dict(**CORL_QUESTIONS, reason=(32, "p"), accuracy=(1.0, "d: its code grades")),
 }
 
-# What depends on size. The toy's values are ours, measured. BAGEL's are UniGRPO's Table 3, if it
+RELEASED = dict(
+    bf16=True, checkpointing=True, save_every=5,        # a step takes minutes
+    # The toy's referees are not for photographs, nor its rule for free captions.
+    siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448",
+    captioner="Salesforce/blip-image-captioning-base", pref_model="yuvalkirstain/PickScore_v1",
+    detector="google/owlv2-base-patch16-ensemble")
+
+# What depends on size. The toys' values are ours, measured. BAGEL's are UniGRPO's Table 3, if it
 # has them, but for the resolution.
 SCALES = {
     "toy": dict(
         group_size=16, steps=100, lr_understanding=2e-4, lr_generation=5e-4, image_clip=1e-3,
         denoise_steps=6, noise_level=0.8, sampler="cps", window=3, window_high=3, shared_noise=True,
         resolution=32, think_tokens=24, answer_tokens=4),
+    "toy_janus": dict(
+        group_size=16, steps=100, lr_understanding=3e-4, lr_generation=3e-4, image_clip=0.2,
+        resolution=32, think_tokens=24, answer_tokens=4),
+    "janus": dict(
+        **RELEASED, group_size=8, steps=1000, lr_understanding=1e-6, lr_generation=1e-6,
+        image_clip=0.2, guidance=5.0, resolution=384, think_tokens=256, answer_tokens=256, lora=64,
+        micro=4, rollout_batch=16),
     "bagel": dict(
+        **RELEASED,
         group_size=24,
         steps=1000,
         lr_understanding=1e-6,
@@ -198,22 +242,18 @@ SCALES = {
         think_tokens=256,
         answer_tokens=256,
         lora=64,
-        bf16=True,
-        checkpointing=True,
         micro=4,
         rollout_batch=24,
-        save_every=5,                           # a step takes minutes
-        # The toy's referees are not for photographs, nor its rule for free captions.
-        siglip="google/siglip2-so400m-patch14-384",
-        judge="google/paligemma2-3b-mix-448",
-        captioner="Salesforce/blip-image-captioning-base",
-        pref_model="yuvalkirstain/PickScore_v1",
-        detector="google/owlv2-base-patch16-ensemble",
     ),
 }
+TOKEN_SCALES = ("toy_janus", "janus")           # whose policies draw token by token
 
 # What is set of noisy steps, as a matching loss has it.
 NOISELESS = dict(shared_noise=False, step_weights="none", image_beta=0.0)
+# What is set of flow steps, as image tokens have it.
+FLOWLESS = dict(
+    image_loss="token", old_decay=0.0, mse_weight=0.0, step_weights="none", denoise_steps=0,
+    noise_level=0.0, sampler="sde", window=0, window_high=0, shared_noise=False)
 
 
 def setting(
@@ -346,16 +386,18 @@ class Config:
     image_loss: str = setting(
         "grpo",
         "FlowGRPO, or with RatioNorm [GRPO-Guard, UniGRPO Eq. 5]; or a matching loss of pictures "
-        "of the plain ODE: DiffusionNFT, AWM, FPO",
-        choices=("grpo", "ratio_norm", *FORMS),
+        "of the plain ODE: DiffusionNFT, AWM, FPO; image tokens have GRPO's text loss alone",
+        choices=("grpo", "ratio_norm", *FORMS, "token"),
     )
     old_decay: float = setting(
         0.0,
         "decay of the average of weights that is a matching loss's old policy; 0: it is the "
         "policy that sampled",
     )
-    image_clip: float = setting(0.0, "clip range of a noisy step's ratio, or of fpo's")
-    image_beta: float = setting(0.0, "weight of the transition KL to the reference")
+    image_clip: float = setting(
+        0.0, "clip range of a noisy step's or an image token's ratio, or of fpo's")
+    image_beta: float = setting(
+        0.0, "weight of the transition KL to the reference, or of k3 of image tokens")
     mse_weight: float = setting(0.0, "weight of |v - v_ref|^2, a mean over entries [UniGRPO Eq. 8]")
     step_weights: str = setting(
         "none",
@@ -365,6 +407,11 @@ class Config:
     )
     epochs: int = setting(1, "optimiser steps per batch", least=1)
     guidance: float = setting(1.0, "scale of text guidance in drawing; 1: none", least=1)
+    guidance_in: str = setting(
+        "both",
+        "whether image tokens that were drawn with guidance are scored with it, or without [CoRL]",
+        choices=("both", "sampling"),
+    )
     denoise_steps: int = setting(0, "K, calls of the velocity per image", least=1)
     noise_level: float = setting(0.0, "size of the noise in noisy steps", above=0)
     sampler: str = setting("sde", "noise of Flow-GRPO or Flow-CPS", choices=("sde", "cps"))
@@ -435,7 +482,20 @@ def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
     """
     column = RECIPES.get(recipe, RECIPES["lvrpo"] | {"toy": {}})
     both = {name: pair for name, pair in column.items() if name not in SCALES}
-    return both | column.get(scale, {})
+    settings = both | column.get(scale, {})
+    if scale in TOKEN_SCALES:                   # which have no flow steps to set
+        settings = {name: pair for name, pair in settings.items() if name not in FLOWLESS}
+    return settings
+
+
+def scale_of(folder: Path) -> str:
+    """The column of SCALES that fits a policy folder, by its kind and its width."""
+    config = read_json(folder / "config.json", {})
+    text = config.get("text_config") or config.get("language_config")
+    if text:                                    # of Janus-Pro, in one of its two layouts
+        return "janus" if text["hidden_size"] >= 1024 else "toy_janus"
+    sizes = read_json(folder / "llm_config.json", {"hidden_size": 0})
+    return PolicyConfig(sizes, {}).scale
 
 
 def argument_parser() -> Arguments:
@@ -446,9 +506,6 @@ def argument_parser() -> Arguments:
     ap.add_argument(
         "--recipe", default="lvrpo", choices=[*RECIPES, "control", "pretrain"],
         help="a method; or control, more pretraining; or pretrain, which makes the toy's weights")
-    ap.add_argument(
-        "--scale", choices=[*SCALES],
-        help="settings that depend on size; default: by the width of --policy")
     for name, task in TASKS.items():
         ap.add_argument(f"--{name}", dest=name, type=number(int, least=0), help=task.help)
     for name, entry in REWARDS.items():
@@ -466,9 +523,9 @@ def argument_parser() -> Arguments:
     return ap
 
 
-def parse(argv: list[str] | None = None) -> Config:
+def parse(argv: list[str] | None = None, scale: str = "") -> Config:
     """Command line -> Config. Later wins: Config's default, the scale, the recipe, the flag.
-    Unknown names are refused.
+    Unknown names are refused. scale: by default what fits --policy.
     """
     given = {
         name: value
@@ -477,17 +534,24 @@ def parse(argv: list[str] | None = None) -> Config:
     }
     if given["recipe"] == "pretrain":
         given.setdefault("out", str(WORLD))
-    sizes = read_json(
-        Path(given.get("policy", Config.policy)) / "llm_config.json", {"hidden_size": 0})
-    scale = given.pop("scale", None) or PolicyConfig(sizes, {}).scale
+    scale = scale or scale_of(Path(given.get("policy", Config.policy)))
     chosen = dict(SCALES[scale])
     for name, (value, _) in settings_of(given["recipe"], scale).items():
         chosen[name] = value
     if any(given.get(task.file) for task in TASKS.values()):
         # A task without a file is left out by default.
         chosen |= {name: 0 for name, task in TASKS.items() if not given.get(task.file)}
+    refuse(
+        scale in TOKEN_SCALES and given["recipe"] == "unifpo",
+        "--recipe unifpo is of flow steps, and this policy draws token by token; see unigrpo")
+    if scale in TOKEN_SCALES:                   # go without what a recipe sets for flow steps
+        chosen |= FLOWLESS
     # A matching loss goes without what a recipe sets for noisy steps, and the reverse.
     loss = given.get("image_loss", chosen.get("image_loss"))
+    refuse(
+        (scale in TOKEN_SCALES) != (loss == "token"),
+        f"--image_loss {loss or 'grpo'} does not fit a policy of scale {scale}: image tokens have "
+        "token, and nothing else has it; leave it out")
     chosen |= NOISELESS if loss in FORMS else dict(old_decay=0.0)
     if loss == "fpo":
         chosen["image_clip"] = FPO_CLIP
@@ -578,6 +642,7 @@ def check(cfg: Config, world: int) -> None:
         f"--stop {cfg.stop} is for pictures that are drawn again, and no task of this run does so; "
         "see --reflect and --rounds")
     refuse(cfg.stop > 1, f"--stop {cfg.stop}: must be a share, at most 1")
+    check_tokens(cfg)
     each = cfg.normalise == "each"
     refuse(
         each and (refining or gain),
@@ -612,7 +677,7 @@ def check(cfg: Config, world: int) -> None:
     for name, decay in dict(ema=cfg.ema, old_decay=cfg.old_decay).items():
         refuse(
             decay >= 1, f"--{name} {decay}: must be below 1, or the average would never move")
-    if not cfg.matches:
+    if not cfg.matches and cfg.image_loss != "token":
         check_window(cfg)
 
 
@@ -631,6 +696,21 @@ def check_task(cfg: Config, task: Task, world: int) -> None:
         f"{flag} rows teach the understanding expert, which --lr_understanding 0 freezes; set "
         f"--{task.name} 0",
     )
+
+
+def check_tokens(cfg: Config) -> None:
+    """ValueError for settings of flow steps with image tokens, or the reverse."""
+    if cfg.image_loss != "token":
+        refuse(
+            cfg.guidance_in != "both",
+            f"--guidance_in {cfg.guidance_in} is of image tokens, and {cfg.policy} draws by flow "
+            "steps; leave it out")
+        return
+    for name, value in FLOWLESS.items():
+        refuse(
+            getattr(cfg, name) != value,
+            f"--{name} {getattr(cfg, name)} is of flow steps, and {cfg.policy} draws token by "
+            "token; leave it out")
 
 
 def check_matching(cfg: Config) -> None:

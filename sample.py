@@ -10,7 +10,8 @@ same calls.
 
 `sample_plan` walks a plan of these. It keeps what the update needs of each segment that the policy
 chose: tokens, mask and log-probs of a text; latents around every noisy step, means and log-probs of
-an image, or the image with fresh noise at J times. `replay_rollout` walks the kept segments again,
+an image, or the image with fresh noise at J times, or tokens and log-probs of an image that is
+written token by token (janus.py). `replay_rollout` walks the kept segments again,
 under other weights and with gradients. A prompt is read once and repeated for its group; what a
 sample wrote is read once for all noisy steps of its image.
 
@@ -88,16 +89,19 @@ class Write:
 
 @dataclass(frozen=True)
 class Draw:
-    """An image that the policy chooses: noisy steps inside the window, ODE steps elsewhere."""
+    """An image that the policy chooses: noisy steps inside the window, ODE steps elsewhere; or
+    without times token by token, at a temperature.
+    """
 
     size: Size
-    times: Tensor                                                       # (K+1,) flow_grpo.time_grid
+    times: Tensor | None = None                                         # (K+1,) flow_grpo.time_grid
     window: tuple[int, int] = (0, 0)            # empty: plain sampling
     noise_level: float = 0.0
     sampler: str = "sde"                        # see flow_grpo.transition
     shared_noise: bool = False                  # one initial noise per group
     match_times: Tensor | None = None           # (J,) at which a matching loss reads it
     keeps_v: bool = False                       # whether it keeps its velocities at these times
+    temperature: float = 1.0                    # of image tokens; 0 is greedy
 
 
 # ---- what a trajectory keeps ----
@@ -119,9 +123,18 @@ class Text:
 
 
 @dataclass(frozen=True)
+class ImageTokens:
+    """An image that was drawn token by token."""
+
+    data: Tensor                                                                    # (N, M)
+    logp: Tensor                                                                    # (N, M)
+    temperature: float
+
+
+@dataclass(frozen=True)
 class Picture:
-    """An image segment: B rows with pixels (and latents) if it was given, N rows of a flow
-    trajectory if chosen.
+    """An image segment: B rows with pixels (and latents) if it was given, N rows of what was drawn
+    if chosen.
     """
 
     size: Size | list[Size]  # of the latents if there are some, else of the pixels
@@ -129,11 +142,19 @@ class Picture:
         None  # as the ViT reads them; of a chosen one if it is read back
     )
     latents: Tensor | None = None                                       # (B, M, F) clean
-    drawn: flow_grpo.Trajectory | flow_grpo.Renoised | None = None  # None: the image was given
+    # None: the image was given.
+    drawn: flow_grpo.Trajectory | flow_grpo.Renoised | ImageTokens | None = None
 
     @property
     def is_given(self) -> bool:
         return self.drawn is None
+
+    @property
+    def choices(self) -> int:
+        """How many noisy steps, times or tokens were drawn of it, of all samples."""
+        if isinstance(self.drawn, ImageTokens):
+            return self.drawn.data.numel()
+        return self.drawn.points[0][..., 0, 0].numel()
 
 
 @dataclass(frozen=True)
@@ -148,8 +169,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scored:
-    """A chosen segment under the weights of a replay: a text's logp (N, L), or the velocities at
-    an image's points.
+    """A chosen segment under the weights of a replay: logp of a text's or an image's tokens,
+    (N, L) or (N, M), or the velocities at an image's points.
     """
 
     segment: Text | Picture
@@ -158,7 +179,7 @@ class Scored:
 
     @property
     def kind(self) -> str:
-        return "text" if self.v is None else "image"
+        return "text" if isinstance(self.segment, Text) else "image"
 
     @property
     def flow(self) -> flow_grpo.Replay | None:
@@ -170,23 +191,27 @@ class Scored:
         """|replay - rollout| of what was chosen: log-probs of tokens or noisy steps, or velocities,
         a mean over entries.
         """
-        if self.v is None:
+        if self.kind == "text":
             return (self.logp - self.segment.logp)[self.segment.chosen].abs()
         drawn = self.segment.drawn
+        if isinstance(drawn, ImageTokens):
+            return (self.logp - drawn.logp).flatten().abs()
         if isinstance(drawn, flow_grpo.Renoised):
             return (self.v - drawn.v).abs().flatten(2).mean(-1).flatten()
         return (self.flow.logp - drawn.logp).flatten().abs()
 
 
 class Reader:
-    """The contexts of one walk: everything and, for guidance, two shorter ones [BAGEL].
+    """The contexts of one walk: everything and, for guidance, two others.
 
-    no_text: what was read before the last given text; no_image: the given texts without the images.
+    no_text: what was read before the last given text [BAGEL], or everything with blanks in place of
+    the texts [Janus]; no_image: the given texts without the images [BAGEL].
     """
 
     def __init__(self, policy: Policy, B: int, guidance: Guidance | None):
-        self.policy, self.guidance = policy, guidance
-        self.repeats, self.repeated = 1, False
+        self.policy = policy
+        self.guidance = guidance if guidance and guidance.text_scale > 1 else None
+        self.repeats, self.repeated, self.started = 1, False, False
         self.full = self.no_text = self.no_image = policy.empty(B)
 
     def text(
@@ -195,7 +220,11 @@ class Reader:
         """Read text; the logits (N, L, V) if they are asked for. What the policy wrote enters the
         full context alone.
         """
-        if self.guidance and not chosen:
+        self.started = chosen
+        if self.guidance and self.policy.reads_blanks:
+            blank = self.policy.blank(tokens)
+            _, self.no_text = self.policy.append_text(self.no_text, blank, mask, logits=False)
+        elif self.guidance and not chosen:
             self.no_text = self.full
             _, self.no_image = self.policy.append_text(self.no_image, tokens, mask, logits=False)
         out, self.full = self.policy.append_text(self.full, tokens, mask, logits=logits)
@@ -203,8 +232,12 @@ class Reader:
 
     def image(self, pixels: Tensor | None, latents: Tensor | None, size: Size) -> None:
         """Read a clean image."""
-        self.full = self.policy.append_image(self.full, pixels=pixels, latents=latents, size=size)
-        self.no_text = self.full
+        clean = dict(pixels=pixels, latents=latents, size=size)
+        self.full = self.policy.append_image(self.full, **clean)
+        if self.guidance and self.policy.reads_blanks:
+            self.no_text = self.policy.append_image(self.no_text, **clean)
+        else:
+            self.no_text = self.full
 
     def repeat(self, G: int) -> None:
         """Repeat every row for the G samples of its prompt, at the first chosen segment; later
@@ -227,6 +260,13 @@ class Reader:
                 self.policy, x, t, size, self.full, self.no_text, self.no_image, self.guidance)
 
         return with_guidance if self.guidance else without_guidance
+
+    def branches(self) -> dict:
+        """The keyword arguments with which the policy samples and scores image tokens."""
+        out = dict(started=self.started)
+        if self.guidance:
+            out |= dict(without=self.no_text, scale=self.guidance.text_scale)
+        return out
 
 
 # ---- acting ----
@@ -276,7 +316,7 @@ def sample_plan(
             reader.repeat(G)
         if isinstance(item, Read):
             texts = [text for text in item.texts for _ in range(reader.repeats)]
-            segment = Text(*policy.encode_text(texts))
+            segment = Text(*policy.encode_text(texts, after=what_came(segments)))
             reader.text(segment.tokens, segment.mask)
         elif isinstance(item, See):
             segment = see(policy, item, reader)
@@ -295,6 +335,14 @@ def sample_plan(
     return Rollout(tuple(segments), len(prompts), G, guidance)
 
 
+def what_came(segments: list[Text | Picture]) -> str:
+    """What a given text follows: "nothing", an "image" of the same turn, or another "turn"."""
+    if not segments:
+        return "nothing"
+    last = segments[-1]
+    return "image" if isinstance(last, Picture) and last.is_given else "turn"
+
+
 def see(policy: Policy, item: See, reader: Reader) -> Picture:
     """The segment of a given image. Errors: ValueError after a chosen segment."""
     if reader.repeated:
@@ -304,8 +352,8 @@ def see(policy: Policy, item: See, reader: Reader) -> Picture:
         size = tuple(sized.shape[-2:])
     else:
         size = [tuple(image.shape[-2:]) for image in sized]
-    latents = None if item.source is None else policy.encode(item.source)
-    return Picture(size, item.pixels, latents)
+    reads = item.source is not None and policy.reads_latents
+    return Picture(size, item.pixels, policy.encode(item.source) if reads else None)
 
 
 def write(policy: Policy, item: Write, reader: Reader, generators: list[torch.Generator]) -> Text:
@@ -324,7 +372,16 @@ def write(policy: Policy, item: Write, reader: Reader, generators: list[torch.Ge
 
 
 def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Generator]) -> Picture:
-    """Draw an image and keep its trajectory, or the image with fresh noise, one for a group."""
+    """Draw an image and keep its tokens, its trajectory, or the image with fresh noise, one for a
+    group.
+    """
+    if item.times is None:
+        policy.check_size(item.size)
+        M = policy.config.image_tokens
+        uniforms = torch.stack([torch.rand(M, generator=generator) for generator in generators])
+        tokens, logp = policy.sample_image(                                         # (N, M) each
+            reader.full, uniforms.to(policy.device), item.temperature, **reader.branches())
+        return Picture(item.size, drawn=ImageTokens(tokens, logp, item.temperature))
     count = item.window[1] - item.window[0] if item.match_times is None else len(item.match_times)
     noise = initial_noise(policy, item.size, generators, count)         # (1 + W or J, N, M, F)
     start = noise[0]                                                                # (N, M, F)
@@ -376,6 +433,11 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
                 out.append(Scored(segment, logp=F.pad(logp, (1, 0))))
         elif segment.is_given:
             reader.image(segment.pixels, segment.latents, segment.size)
+        elif isinstance(segment.drawn, ImageTokens):
+            tokens, temperature = segment.drawn.data, segment.drawn.temperature
+            logp = policy.score_image(                                              # (N, M)
+                reader.full, tokens, temperature, **reader.branches())
+            out.append(Scored(segment, logp=logp))
         else:
             x, t = segment.drawn.points                                 # (N, W, M, F), (W,)
             if not len(t):
@@ -384,8 +446,8 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
                     "with one, or renoise it")
             v = reader.velocity(segment.size)(x.flatten(0, 1), t.repeat(len(x)))    # (N*W, M, F)
             out.append(Scored(segment, v=v.view_as(x)))
-            if segment.pixels is not None:
-                reader.image(segment.pixels, segment.drawn.data, segment.size)
+        if isinstance(segment, Picture) and not segment.is_given and segment.pixels is not None:
+            reader.image(segment.pixels, segment.drawn.data, segment.size)
     return out
 
 
@@ -396,6 +458,7 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
 ROWS = {
     Text: ("tokens", "mask", "chosen", "logp"),
     Picture: ("size", "pixels", "latents", "drawn"),
+    ImageTokens: ("data", "logp"),
     flow_grpo.Trajectory: ("latents", "means", "logp", "data"),
     flow_grpo.Renoised: ("latents", "target", "data", "v"),
 }
@@ -550,16 +613,31 @@ def refine(
 # ---- the command line ----
 
 # What a person's samples take from the policy's scale. BAGEL's values are the official
-# inferencer's, whose 50 points are 49 steps. guidance: of a picture from text; edit: of an edit.
+# inferencer's, whose 50 points are 49 steps. Janus-Pro's are its demo's; it draws token by token.
+# guidance: of a picture from text; edit: of an edit.
 SAMPLING = {
     "toy": dict(
         size=32, steps=10, shift=2.0, tokens=24, system_prompt=False, zoom=4,
         guidance=Guidance(1.0), edit=Guidance(1.0), judge=str(TOY.parent / "judge")),
+    "toy_janus": dict(
+        size=32, steps=None, shift=None, tokens=24, system_prompt=False, zoom=4,
+        guidance=Guidance(1.0), edit=None, judge=str(TOY.parent / "judge")),
+    "janus": dict(
+        size=384, steps=None, shift=None, tokens=512, system_prompt=False, zoom=1,
+        guidance=Guidance(5.0), edit=None, judge="google/paligemma2-3b-mix-448"),
     "bagel": dict(
         size=1024, steps=49, shift=3.0, tokens=1024, system_prompt=True, zoom=1,
         guidance=Guidance(4.0), edit=Guidance(4.0, 2.0, "text_channel", 0.0, (0.0, 1.0)),
         judge="google/paligemma2-3b-mix-448"),
 }
+
+
+def plain_draw(scale: str, size: Size, steps: int | None = None) -> Draw:
+    """An image without noisy steps, in `steps` or as many as the scale takes; or its tokens."""
+    table = SAMPLING[scale]
+    if table["steps"] is None:
+        return Draw(size)
+    return Draw(size, flow_grpo.time_grid(steps or table["steps"], table["shift"]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -590,8 +668,11 @@ def main(argv: list[str] | None = None) -> None:
         "--temperature", type=number(float, least=0), default=0.0,
         help="temperature of the text; 0 is greedy")
     ap.add_argument(
+        "--image_temperature", type=number(float, least=0), default=1.0,
+        help="temperature of image tokens, of Janus; 0 is greedy")
+    ap.add_argument(
         "--guidance", type=number(float, least=0),
-        help="text guidance scale (1 for the toy, 4 for BAGEL); 1 is none")
+        help="text guidance scale (1 for the toy, 4 for BAGEL, 5 for Janus); 1 is none")
     ap.add_argument(
         "--image_guidance", type=number(float, least=0),
         help="image guidance scale of an edit (1 for the toy, 2 for BAGEL)")
@@ -599,6 +680,21 @@ def main(argv: list[str] | None = None) -> None:
     args = ap.parse_args(argv)
     with one_line("sample.py"):
         print(run(args))
+
+
+def check_kind(args: argparse.Namespace, policy: Policy) -> None:
+    """ValueError for what means nothing to this kind of policy."""
+    if policy.reads_latents:
+        if args.image_temperature != 1:
+            raise ValueError(
+                f"--image_temperature {args.image_temperature} is of image tokens, and "
+                f"{args.policy} draws by flow steps; leave it out")
+        return
+    for name in ("edit", "steps", "image_guidance"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name} {getattr(args, name)} is of flow steps, and {args.policy} draws token "
+                "by token; leave it out")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -610,6 +706,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"--out {out}: must be a .png file in a folder that exists")
     policy = load_policy(args.policy, device=the_device(), adapter=args.adapter)
     scale, prompt = SAMPLING[policy.config.scale], Read([args.prompt])
+    check_kind(args, policy)
     write, plan = Write(scale["tokens"], args.temperature), []
     if args.think and scale["system_prompt"]:
         plan.append(Read([THINK_TO_ANSWER if args.question else THINK_TO_DRAW]))
@@ -630,11 +727,11 @@ def run(args: argparse.Namespace) -> str:
     plan.append(prompt)
     if args.think:
         plan.append(write)
-    times = flow_grpo.time_grid(args.steps or scale["steps"], scale["shift"])
-    plan.append(Draw(size, times))
-    guided = guidance if guidance.text_scale > 1 else None
+    plan.append(
+        replace(
+            plain_draw(policy.config.scale, size, args.steps), temperature=args.image_temperature))
     rollout = sample_plan(
-        policy, plan, seed=args.seed, step=0, prompts=[0], G=args.n, guidance=guided)
+        policy, plan, seed=args.seed, step=0, prompts=[0], G=args.n, guidance=guidance)
     save_grid(images_of(policy, rollout), args.out, columns=min(args.n, 8), zoom=scale["zoom"])
     texts = dict.fromkeys(texts_of(policy, rollout) or [])
     return "\n".join([*texts, f"{args.n} images in {args.out}"])

@@ -24,7 +24,7 @@ from referees.questions import Questions, with_questions
 from rewards import REWARDS, Samples
 from sample import (
     SAMPLING, THINK_TO_DRAW, Draw, Read, Rollout, See, Write, chosen_pictures, chosen_texts,
-    images_of, sample_plan, subset, texts_of)
+    images_of, plain_draw, sample_plan, subset, texts_of)
 from support.pictures import to_bytes, vit_pixels
 from support.rows import (
     READERS, Pool, Row, captions_of_file, check_rules, choices_of_file, edits_of_file, pool_by_tag,
@@ -70,6 +70,7 @@ WORDING = {
         system_prompt=True,
     ),
 }
+WORDING |= {"toy_janus": WORDING["toy"], "janus": replace(WORDING["bagel"], system_prompt=False)}
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ def first_pictures(
     1, and None comes back. The samples' numbers start beyond those of any group, so that they share
     no noise with the refinements.
     """
-    plain = replace(choices, draw=Draw(choices.draw.size, choices.draw.times))
+    draw = Draw(choices.draw.size, choices.draw.times, temperature=choices.draw.temperature)
+    plain = replace(choices, draw=draw)
     rollout = sample_plan(
         policy, draw_plan(rows, plain), seed=seed, step=step, prompts=index, G=n,
         first_sample=FIRST_PICTURES, guidance=guidance)
@@ -327,13 +329,15 @@ class Batch:
 
 
 def draw_of(cfg, scale: str, place: int) -> Draw:
-    """How a training run draws: with a window of noisy steps, or by the ODE with times at which a
-    matching loss reads the picture. place: a step s, or -1 - s for the second of two rounds.
+    """How a training run draws: token by token, with a window of noisy steps, or by the ODE with
+    times at which a matching loss reads the picture. place: a step s, or -1 - s for the second of
+    two rounds.
     """
-    shift = SAMPLING[scale]["shift"]
-    times = flow_grpo.time_grid(cfg.denoise_steps, shift)
-    plain = Draw((cfg.resolution, cfg.resolution), times)
+    plain = plain_draw(scale, (cfg.resolution, cfg.resolution), cfg.denoise_steps)
+    if cfg.image_loss == "token":
+        return plain
     if cfg.matches:
+        shift = SAMPLING[scale]["shift"]
         chosen = flow_grpo.stratified_times(cfg.window, shift, seed=cfg.seed, step=place)
         keeps_v = not cfg.old_decay or place in (0, -1)         # v_old, or for the self-check
         return replace(plain, match_times=chosen, keeps_v=keeps_v)
@@ -376,7 +380,12 @@ class Source:
         self.pools, self.drawn_rows = {}, []    # drawn_rows: what r_ins will judge
         self.texts = {}                         # task -> what rewards will read of its file's rows
         if any(task.draws for task in self.tasks):
-            policy.latent_grid((cfg.resolution, cfg.resolution), 1)  # refuses what is no multiple
+            policy.check_size((cfg.resolution, cfg.resolution))
+        for task in self.tasks:
+            if task.file == "edits" and not policy.reads_latents:
+                raise ValueError(
+                    f"--{task.name} {cfg.rows[task.name]}: this policy reads no latents of a "
+                    f"picture, so that it cannot edit; set --{task.name} 0")
         if self.toy:
             if cfg.resolution != shapes.SIZE:
                 raise ValueError(
@@ -466,7 +475,7 @@ def token_states(reference: Callable, precision: Callable, size: int) -> Callabl
     def states(images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with reference() as policy, precision():
             pixels = vit_pixels(policy, images * 2 - 1)
-            tokens, mask = policy.encode_text(prompts)                              # (N, L)
+            tokens, mask = policy.encode_text(prompts, after="image")               # (N, L)
             parts = []
             for i in range(0, len(prompts), size):
                 part = slice(i, i + size)
@@ -499,7 +508,8 @@ def truth_and_variety(task: Task, samples: Samples, detector, G: int) -> dict[st
 
 
 def counts(rollout: Rollout, per: str, most: int) -> Tensor:
-    """What a rollout's losses are averaged over, (2,): units of text, and noisy image steps.
+    """What a rollout's losses are averaged over, (2,): units of text, and of images noisy steps,
+    times of fresh noise or tokens.
 
     per: "token" counts sampled tokens, "sequence" texts, "constant" texts times `most` tokens.
     """
@@ -508,8 +518,8 @@ def counts(rollout: Rollout, per: str, most: int) -> Tensor:
         texts += {
             "token": int(text.chosen.sum()), "sequence": len(text.chosen),
             "constant": len(text.chosen) * most}[per]
-    steps = sum(picture.drawn.points[0][..., 0, 0].numel() for picture in chosen_pictures(rollout))
-    return torch.tensor([texts, steps], dtype=torch.float64)
+    images = sum(picture.choices for picture in chosen_pictures(rollout))
+    return torch.tensor([texts, images], dtype=torch.float64)
 
 
 def step_counts(parts: list, cfg) -> Tensor:

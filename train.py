@@ -137,9 +137,10 @@ def one_step(run: Run, step: int) -> dict[str, float]:
 def act(run: Run, batch: Batch) -> Rollout:
     """1. Sample G trajectories of every row, at most --rollout_batch at once.
 
-    Of every sample the rollout keeps what the policy chose: tokens of texts (n, L), latents of
-    images around their noisy steps (n, W + 1, M, F), and the log-probs of both; or images with
-    fresh noise at J times, (n, J, M, F).
+    Of every sample the rollout keeps what the policy chose: tokens of texts (n, L), tokens of
+    images (n, M) or their latents around noisy steps (n, W + 1, M, F), and the log-probs of all; or
+    images with fresh noise at J times, (n, J, M, F). With --guidance_in sampling the update scores
+    them without guidance, which is another policy than the one that drew [CoRL].
     """
     cfg, policy, task = run.cfg, run.policy, batch.task
     rollouts = []
@@ -151,7 +152,8 @@ def act(run: Run, batch: Batch) -> Rollout:
                     policy, task.plan(rows, batch.choices), seed=cfg.seed, step=batch.step,
                     prompts=index, G=cfg.group_size, guidance=guidance_of(cfg, task.sees))
             )
-    return join(rollouts)
+    rollout = join(rollouts)
+    return replace(rollout, guidance=None) if cfg.guidance_in == "sampling" else rollout
 
 
 def reward(run: Run, batch: Batch, rollout: Rollout) -> Part:
@@ -341,7 +343,7 @@ class Piece:
     adv: Tensor                                                         # (samples, segments)
     totals: dict[str, float]  # "text", "image": what step_counts gives on all ranks
     reference: list | None  # the frozen policy's replay, if a penalty compares with it
-    # A segment's place -> a text's log-probs (n, L), or an image's velocities under the follower.
+    # A segment's place -> log-probs of tokens (n, L or M), or velocities under the follower.
     old: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -399,21 +401,19 @@ def follow(run: Run, pieces: list[Piece]) -> None:
 def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[str, float]]:
     """The loss of a micro-batch, a scalar, and its stats: the sum over its chosen segments.
 
-    The old log-probs of its texts are those of the first call, at which their ratios are exactly 1:
-    in bf16, decoding and replay round otherwise, which at some tokens is more than the clip range.
-    Those of noisy steps are the rollout's; a matching loss has velocities, see `follow`.
+    The old log-probs of its tokens are those of the first call, at which their ratios are exactly
+    1: in bf16, decoding and replay round otherwise, which at some tokens is more than the clip
+    range. Those of noisy steps are the rollout's; a matching loss has velocities, see `follow`.
     """
     with precision(cfg, policy.device):
         scored = replay_rollout(policy, piece.rollout)
     loss, log = 0.0, {}
     for i, segment in enumerate(scored):
         reference, adv = piece.reference[i] if piece.reference else None, piece.adv[:, i]
-        if isinstance(segment.segment, Text):
-            old = piece.old.setdefault(i, segment.logp.detach())
-            term, stats = text_loss(segment, old, reference, adv, piece.totals, cfg)
-        else:
-            old = piece.old.get(i)
-            term, stats = image_loss(segment, old, reference, adv, piece.totals, cfg)
+        if segment.logp is not None:
+            piece.old.setdefault(i, segment.logp.detach())
+        one_loss = text_loss if segment.kind == "text" else image_loss
+        term, stats = one_loss(segment, piece.old.get(i), reference, adv, piece.totals, cfg)
         loss = loss + term
         log |= stats
     return loss, log
@@ -433,8 +433,16 @@ def text_loss(
 def image_loss(
     scored, old: Tensor | None, reference, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted loss of one drawn image; adv (n,), old: the follower's velocities."""
+    """The weighted loss of one drawn image; adv (n,), old: the follower's velocities, or log-probs
+    (n, M) of image tokens.
+    """
     drawn = scored.segment.drawn
+    if cfg.image_loss == "token":
+        loss, stats = grpo_loss(
+            scored.logp, old, adv, torch.ones_like(old), total=totals["image"], low=cfg.image_clip,
+            high=cfg.image_clip, beta=cfg.image_beta,
+            logp_ref=None if reference is None else reference.logp)
+        return cfg.image_weight * loss, as_numbers("image", stats)
     if cfg.matches:
         loss, stats = flow_grpo.matching_loss(
             scored.v, drawn, adv, form=cfg.image_loss, total=totals["image"], clip=cfg.image_clip,
@@ -477,7 +485,7 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
     loss, before any update.
 
     A gap beyond the clip range is said. Errors: ValueError far beyond it, where the two are
-    different functions.
+    different functions, which is meant with --guidance_in sampling.
     """
     cfg, gaps = run.cfg, {}
     for part in parts:
@@ -495,7 +503,7 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
         clip = VELOCITY_GAP if cfg.matches else cfg.image_clip
         if name.endswith("text"):
             clip = cfg.text_clip
-        if gap > max(10 * clip, 0.05):
+        if gap > max(10 * clip, 0.05) and cfg.guidance_in == "both":
             raise ValueError(
                 f"self-check: rollout and replay differ by {gap:.2g} in {name}; they must be one "
                 "function")
@@ -657,9 +665,10 @@ def main() -> None:
         if ranks.rank == 0:
             print(describe(cfg))
         if cfg.recipe == "pretrain":
-            from toy import pretrain
+            from toy import pretrain, pretrain_janus
 
             pretrain.main(Path(cfg.out))
+            pretrain_janus.main(Path(cfg.out))
         else:
             status = train(cfg, ranks)
     if dist.is_initialized():

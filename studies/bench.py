@@ -50,7 +50,7 @@ def memory_table() -> str:
     tokenizer, rows = load_policy(TOY).tokenizer, []
 
     def add(title: str, world: int, flags: str) -> None:
-        cfg = parse(["--scale", "bagel", "--prompts", "-", *flags.split()])
+        cfg = parse(["--prompts", "-", *flags.split()], scale="bagel")
         policy = release_on_meta(tokenizer)
         freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
         need = memory(policy, cfg, world, in_use(cfg), referee_bytes(cfg))
@@ -76,7 +76,7 @@ def memory_table() -> str:
 
 SMALL = "--recipe unigrpo --think 1 --group_size 4 --micro 2 --lora 4 --resolution 32"
 LARGE = (
-    "--recipe unigrpo --scale bagel --think 1 --group_size 4 --micro 2 --lora 64 --resolution 512 "
+    "--recipe unigrpo --think 1 --group_size 4 --micro 2 --lora 64 --resolution 512 "
     "--think_tokens 256 --pref 0 --ins 0 --format 1")
 
 

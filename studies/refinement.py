@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import flow_grpo
 from eval import mean_and_error, mean_of_groups
 from policy import Policy
 from referees.geneval import geneval_check
 from referees.judge import load_judge
 from rewards import Knowledge, Samples
-from sample import SAMPLING, TOY, Draw, Read, Round, Write, images_of, refine, sample_plan
+from sample import SAMPLING, TOY, Read, Round, Write, images_of, plain_draw, refine, sample_plan
 from studies.tables import markdown_table
 from support.checkpoint import load_policy
 from support.disk import write_atomic
@@ -28,18 +27,13 @@ from toy import shapes
 from toy.world import detect
 
 
-def plain_draw(policy: Policy) -> Draw:
-    """How a person's samples are drawn at the policy's scale, without noisy steps."""
-    scale = SAMPLING[policy.config.scale]
-    return Draw((scale["size"],) * 2, flow_grpo.time_grid(scale["steps"], scale["shift"]))
-
-
 def refine_prompts(
     policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable, seed: int
 ) -> list[Round]:
     """sample.refine with greedy diagnoses and the policy's own wording."""
     scale, wording = SAMPLING[policy.config.scale], WORDING[policy.config.scale]
-    draw, write = plain_draw(policy), Write(scale["tokens"], temperature=0.0)
+    draw = plain_draw(policy.config.scale, (scale["size"],) * 2)
+    write = Write(scale["tokens"], temperature=0.0)
     return refine(
         policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
         stop=wording.stop,
@@ -91,7 +85,8 @@ def refinement_table(
         done = refine_prompts(policy, prompts, rounds, select, value, seed)
         table[f"refine, {select}"] = [share(truth(each.kept)) for each in done]
     table["best, judge"], table["best, oracle"] = [], []
-    plan, right, score = [Read(prompts), plain_draw(policy)], [], []
+    draw = plain_draw(policy.config.scale, (SAMPLING[policy.config.scale]["size"],) * 2)
+    plan, right, score = [Read(prompts), draw], [], []
     for step in range(rounds + 1):
         rollout = sample_plan(
             policy, plan, seed=seed, step=step, prompts=range(len(prompts)), G=1)
@@ -144,7 +139,7 @@ def run(a) -> str:
     out = a.out or Path("refine.png" if a.prompt else "refine.json")
     judge = a.judge or scale["judge"]
     if not a.prompt:
-        if policy.config.scale != "toy":
+        if not policy.config.scale.startswith("toy"):
             raise ValueError("the table is of the toy's held-out prompts; give a prompt")
         table = refinement_table(policy, judge, a.rounds, seed=a.seed)
         result = {"policy": a.policy, "seed": a.seed, "table": table}

@@ -1,10 +1,11 @@
-"""Weights in and out: policy folders in the released layout, adapters, and shards over ranks.
+"""Weights in and out: policy folders in the released layouts, adapters, and shards over ranks.
 
 A policy folder has the layout of the released BAGEL-7B-MoT: llm_config.json, vit_config.json,
 ema.safetensors (or shards with an index), ae.safetensors and the tokenizer's files.
 bagel_config.json and ae_config.json hold what the release hard-codes, and are optional. What is
-written here loads in other BAGEL tools, adapters load in peft. Only safetensors are read and
-written, and each file is replaced whole or not at all.
+written here loads in other BAGEL tools, adapters load in peft. A folder of Janus-Pro has
+transformers' layout, or the original one, which is read but not written. Only safetensors are read
+and written, and each file is replaced whole or not at all.
 
     policy = load_policy("BAGEL-7B-MoT", device="cuda", adapter="out/adapter")
     save_policy(policy, "merged")
@@ -25,9 +26,9 @@ from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from janus import ORIGINAL_NAMES, Janus, build_model, convert_config
 from policy import (
-    GENERATION, RELEASE_AE, RELEASE_BAGEL, UNDERSTANDING, Policy, PolicyConfig,
-    declare_torchvision_ops)
+    EXPERTS, RELEASE_AE, RELEASE_BAGEL, Policy, PolicyConfig, declare_torchvision_ops)
 from support.disk import one_line_error, read_json, replacing, write_atomic
 from support.lora import adapters, add_lora
 
@@ -47,7 +48,7 @@ def open_tensors(folder: Path, stem: str) -> dict:
         opened = {key: file for key in file.keys()}
     elif not index.exists():
         raise FileNotFoundError(
-            f"{folder} has no {single.name}; pickled weights are not read, convert them")
+            f"{folder} has no {single.name}; pickled weights are not read, convert them: {CONVERT}")
     else:
         with one_line_error(f"{index} cannot be followed"):
             file_of = dict(read_json(index)["weight_map"])
@@ -67,6 +68,9 @@ def open_file(path: Path):
 
 
 FLOATS = ["F64", "F32", "F16", "BF16"]          # safetensors' names
+CONVERT = (
+    'python -c "import torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v in '
+    "torch.load('pytorch_model.bin', weights_only=True).items()}, 'model.safetensors')\"")
 
 
 def all_finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -76,15 +80,17 @@ def all_finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def assign(
-    module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=()
+    module: nn.Module, folder: Path, stem: str, names: dict[str, str], dtype, device, masters=(),
+    opened: dict | None = None,
 ) -> torch.dtype:
     """Give `module` the tensors of a file one by one, and return the dtype of the file's first.
 
     names: key in the file -> name in the module. dtype: of the module; None keeps that first one's.
-    masters: names that become fp32. Errors: ValueError for keys, shapes and dtypes that do not fit,
-    and for numbers that are not finite.
+    masters: names that become fp32. opened: the file's tensors under other keys. Errors: ValueError
+    for keys, shapes and dtypes that do not fit, and for numbers that are not finite.
     """
-    opened, file = open_tensors(folder, stem), folder / f"{stem}.safetensors"
+    file = folder / f"{stem}.safetensors"
+    opened = opened or open_tensors(folder, stem)
     missing, extra = sorted(names.keys() - opened.keys()), sorted(opened.keys() - names.keys())
     if missing or extra:
         counts = f"{len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}"
@@ -118,7 +124,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 # Our names -> the released keys, in this order. Experts are a list here, a suffix there: <0> is no
 # suffix, <1> is _moe_gen.
 RELEASE_NAMES = (
-    (r"\.base\.", "."), (r"^blocks", "language_model.model.layers"),
+    (r"\.base\.", "."), (r"^model\.", ""), (r"^blocks", "language_model.model.layers"),
     (r"^norms\.(\d)", r"language_model.model.norm<\1>"),
     (r"experts\.(\d)\.norm_in", r"input_layernorm<\1>"),
     (r"experts\.(\d)\.norm_out", r"post_attention_layernorm<\1>"),
@@ -159,7 +165,8 @@ def load_policy(
 ) -> Policy:
     """Read a policy folder; every key and shape is checked, and missing or extra ones are named.
 
-    dtype: None keeps the file's, which the autoencoder always does. prepare(policy) sees the policy
+    A folder of Janus-Pro, by its config.json, gives a Janus. dtype: None keeps the file's, which
+    BAGEL's autoencoder always does, but for a Janus on a CPU: fp32. prepare(policy) sees the policy
     without memory (on the meta device), and may freeze it, add adapters or `shard` it. What it
     leaves trainable becomes fp32, and a sharded rank reads its own part alone. adapter: a folder of
     `save_adapters` to put on. Errors: OSError and ValueError, in one line that names the file.
@@ -167,15 +174,9 @@ def load_policy(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"policy folder {folder} does not exist")
-    llm, vit = read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json")
-    bagel = RELEASE_BAGEL | read_json(folder / "bagel_config.json", {})
-    config = PolicyConfig(llm, vit, bagel, read_json(folder / "ae_config.json", RELEASE_AE))
-    tokenizer = load_tokenizer(folder)
-    with one_line_error(f"the config files of {folder} do not describe a policy"):
-        check_config(config)
-        with torch.device("meta"):              # without memory until tensors are assigned
-            policy = Policy(config, tokenizer)
-    policy.autoencoder.requires_grad_(False)
+    kind = read_json(folder / "config.json", {}).get("model_type")
+    build = build_janus if kind in ("janus", "multi_modality") else build_bagel
+    policy = build(folder, load_tokenizer(folder))
     masters = ()
     if prepare:
         prepare(policy)
@@ -184,14 +185,92 @@ def load_policy(
     for name in policy.state_dict():
         if not name.startswith("autoencoder.") and not name.endswith((".A", ".B")):
             names[release_name(name)] = name
-    levels = len(config.ae["ch_mult"])
-    ae_names = {release_ae_name(name, levels): name for name in policy.autoencoder.state_dict()}
-    policy.stored = assign(policy, folder, "ema", names, dtype, device, masters)
-    assign(policy.autoencoder, folder, "ae", ae_names, None, device)
+    if isinstance(policy, Janus):
+        if dtype is None and torch.device(device).type == "cpu":
+            dtype = torch.float32
+        opened = open_original(folder) if kind == "multi_modality" else None
+        policy.stored = assign(policy, folder, "model", names, dtype, device, masters, opened)
+        restore_buffers(policy, device)
+    else:
+        levels = len(policy.config.ae["ch_mult"])
+        ae_names = {release_ae_name(name, levels): name for name in policy.autoencoder.state_dict()}
+        policy.stored = assign(policy, folder, "ema", names, dtype, device, masters)
+        assign(policy.autoencoder, folder, "ae", ae_names, None, device)
     reset_adapters(policy, device)
     if adapter:
         load_adapters(policy, adapter)
     return policy.eval()
+
+
+def build_bagel(folder: Path, tokenizer) -> Policy:
+    """The policy of a BAGEL folder on the meta device, without memory until tensors are assigned."""
+    llm, vit = read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json")
+    bagel = RELEASE_BAGEL | read_json(folder / "bagel_config.json", {})
+    config = PolicyConfig(llm, vit, bagel, read_json(folder / "ae_config.json", RELEASE_AE))
+    with one_line_error(f"the config files of {folder} do not describe a policy"):
+        check_config(config)
+        with torch.device("meta"):
+            policy = Policy(config, tokenizer)
+    policy.autoencoder.requires_grad_(False)
+    return policy
+
+
+def build_janus(folder: Path, tokenizer) -> Janus:
+    """The policy of a Janus-Pro folder on the meta device."""
+    from transformers import JanusConfig
+
+    raw = read_json(folder / "config.json")
+    with one_line_error(f"{folder / 'config.json'} does not describe a policy"):
+        if raw["model_type"] == "multi_modality":
+            config = convert_config(raw)
+        else:
+            # transformers ties the two tables of words unless the file says otherwise; the
+            # published folders say nothing and hold two.
+            config = JanusConfig.from_dict({"tie_word_embeddings": False} | raw)
+        with torch.device("meta"):
+            return Janus(build_model(config), tokenizer)
+
+
+class OriginalTensor:
+    """A tensor of an original Janus file under a key of transformers, as `assign` reads it."""
+
+    def __init__(self, file, key: str, part: int | None):
+        self.file, self.key, self.part = file, key, part
+
+    def get_tensor(self, _: str) -> Tensor:
+        value = self.file.get_tensor(self.key)
+        if self.key.endswith("pos_embed"):
+            return value[0]
+        return value if self.part is None else value.chunk(3)[self.part]
+
+
+def open_original(folder: Path) -> dict[str, OriginalTensor]:
+    """transformers' key -> tensor of an original Janus folder. What transformers leaves out, the
+    vision encoder's pooling head and the VQ autoencoder's counters, is left out.
+    """
+    opened = {}
+    for key, file in open_tensors(folder, "model").items():
+        if ".attn_pool." in key or key.endswith("codebook_used"):
+            continue
+        name = key
+        for theirs, ours in ORIGINAL_NAMES:
+            name = re.sub(theirs, ours, name)
+        if ".attn.qkv." not in name:
+            opened[name] = OriginalTensor(file, key, None)
+            continue
+        for part, letter in enumerate("qkv"):   # one matrix in the file
+            own = name.replace(".attn.qkv.", f".self_attn.{letter}_proj.")
+            opened[own] = OriginalTensor(file, key, part)
+    return opened
+
+
+def restore_buffers(policy: Janus, device) -> None:
+    """Give the buffers that no file holds their values."""
+    core = policy.core
+    language, embeddings = core.language_model, core.vision_model.embeddings
+    language.rotary_emb = type(language.rotary_emb)(core.config.text_config).to(device)
+    M = policy.config.image_tokens
+    embeddings.position_ids = torch.arange(M, device=device)[None]
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:
@@ -199,13 +278,30 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
 
     Each file is replaced atomically. All ranks of a sharded policy call it, and rank 0 writes.
     """
-    folder, config, tensors = Path(folder), policy.config, {}
+    folder, tensors = Path(folder), {}
     writes = not policy.sharded or dist.get_rank() == 0
     for name, value in merged_state(policy):    # all ranks gather each tensor, one rank keeps it
         if writes and not name.startswith("autoencoder."):
             tensors[release_name(name)] = value.cpu()
     if not writes:
         return
+    if isinstance(policy, Janus):
+        release = policy.config.release
+        write_atomic(folder / "config.json", release.to_json_string().encode())
+        save_tensors(tensors, folder / "model.safetensors")
+    else:
+        save_bagel(policy, tensors, folder)
+    files = tokenizer_files(policy.tokenizer)
+    for name in TOKENIZER_FILES:
+        if name in files:
+            write_atomic(folder / name, files[name])
+        else:                                   # a file of another tokenizer would be read too
+            (folder / name).unlink(missing_ok=True)
+
+
+def save_bagel(policy: Policy, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the four configs and the two files of weights, of which `tensors` are the larger."""
+    config = policy.config
     for name in ("llm", "vit", "bagel", "ae"):
         content = json.dumps(getattr(config, name), indent=2)
         write_atomic(folder / f"{name}_config.json", content.encode())
@@ -217,12 +313,6 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
             value = value[:, :, None, None]     # the release has 1x1 convolutions for these
         ae[key] = value
     save_tensors(ae, folder / "ae.safetensors")
-    files = tokenizer_files(policy.tokenizer)
-    for name in TOKENIZER_FILES:
-        if name in files:
-            write_atomic(folder / name, files[name])
-        else:                                   # a file of another tokenizer would be read too
-            (folder / name).unlink(missing_ok=True)
 
 
 # The one implemented value of each field that would change what is computed. A field that a file
@@ -263,7 +353,8 @@ def check_config(config: PolicyConfig) -> None:
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def load_tokenizer(folder: Path):
@@ -382,14 +473,17 @@ def load_adapters(policy: Policy, folder: str | Path) -> Policy:
     folder = Path(folder)
     rank, alpha = adapter_strength(folder)
     keys = open_tensors(folder, "adapter_model")
-    experts = {GENERATION if "_moe_gen" in key else UNDERSTANDING for key in keys}
-    add_lora(policy, rank, alpha, tuple(experts))
+    experts = {re.search("_moe_gen|generation_", key) is not None for key in keys}
+    add_lora(policy, rank, alpha, tuple(EXPERTS[generates] for generates in sorted(experts)))
     assign(
         policy, folder, "adapter_model", adapter_keys(policy), torch.float32, policy.device)
     return policy
 
 
 # ---- several GPUs ----
+
+FORWARDS = (
+    "append_text", "append_image", "image_states", "velocity", "sample_image", "score_image")
 
 
 def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
@@ -402,14 +496,15 @@ def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
     """
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*policy.blocks, *policy.vit.encoder["layers"], policy.embed, policy.head):
+    for module in policy.parts:
         fully_shard(module, mp_policy=precision)
     # The root must hold no parameters: FSDP2 would withhold the gradients of those that several
     # calls use before one backward.
     small = {p for p in policy.parameters() if not isinstance(p, DTensor)}
     fully_shard(policy, ignored_params=small)
-    for method in ("append_text", "append_image", "image_states", "velocity"):
-        register_fsdp_forward_method(policy, method)
+    for method in FORWARDS:
+        if hasattr(policy, method):
+            register_fsdp_forward_method(policy, method)
     numbers = sum(p.numel() for p in policy.parameters() if isinstance(p, DTensor))
     policy.sharded, policy.gathered_bytes = True, numbers * (dtype.itemsize if dtype else 4)
     return policy
@@ -450,13 +545,11 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
 # ---- what is trained ----
 
-EXPERTS = {"understanding": UNDERSTANDING, "generation": GENERATION}
-
 
 def freeze(policy: Policy, trained: tuple[str, ...], lora: int, checkpointing: bool) -> None:
     """Leave only the named experts trainable: adapters of rank `lora`, or at 0 all weights."""
     if lora:
-        add_lora(policy, lora, 2.0 * lora, tuple(EXPERTS[name] for name in trained))
+        add_lora(policy, lora, 2.0 * lora, trained)
     for name, params in trainable_by_expert(policy).items():
         for p in params:
             p.requires_grad_(name in trained)
@@ -465,11 +558,10 @@ def freeze(policy: Policy, trained: tuple[str, ...], lora: int, checkpointing: b
 
 
 def trainable_by_expert(policy: Policy) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters by expert; "generation" has the latent and time layers too."""
+    """The trainable parameters by expert."""
     groups = {name: [] for name in EXPERTS}
     for name, p in trainable(policy).items():
-        generates = re.search(r"experts\.1\.|norms\.1\.|^latent_|^time_embedder", name)
-        groups["generation" if generates else "understanding"].append(p)
+        groups[policy.expert_of(name)].append(p)
     return groups
 
 

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from policy import GENERATION, UNDERSTANDING, Policy
+from policy import EXPERTS, Policy
 
 
 class LoRA(nn.Module):
@@ -33,17 +33,13 @@ class LoRA(nn.Module):
 
 
 def add_lora(
-    policy: Policy, rank: int, alpha: float,
-    experts: tuple[int, ...] = (UNDERSTANDING, GENERATION),
+    policy: Policy, rank: int, alpha: float, experts: tuple[str, ...] = EXPERTS
 ) -> Policy:
-    """Freeze the policy and put adapters on q, k, v, o and the MLP of `experts`, in place."""
+    """Freeze the policy and put adapters on the linear layers of `experts`, in place."""
     policy.requires_grad_(False)
-    for block in policy.blocks:
-        for e in experts:
-            expert = block.experts[e]
-            for name in ("q", "k", "v", "o", "gate", "up", "down"):
-                adapter = LoRA(getattr(expert, name), rank, alpha)
-                setattr(expert, name, adapter)
+    for expert in experts:
+        for parent, name in policy.adaptable(expert):
+            setattr(parent, name, LoRA(getattr(parent, name), rank, alpha))
     return policy
 
 

@@ -31,12 +31,12 @@ def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
     return merged
 
 
-def open_trained(folder: Path, base: dict[str, Tensor]) -> dict:
+def open_trained(folder: Path, stem: str, base: dict[str, Tensor]) -> dict:
     """Open the weights of a policy folder, as open_tensors does.
 
     Errors: ValueError for keys and shapes that are not the base's.
     """
-    opened = open_tensors(folder, "ema")
+    opened = open_tensors(folder, stem)
     if differ := opened.keys() ^ base.keys():
         raise ValueError(f"{folder} and the base do not fit: {min(differ)} is in only one of them")
     for key, file in opened.items():
@@ -59,7 +59,7 @@ def merge(first: Path, second: Path, base: Path, out: Path, bound: float = 2.0) 
     for name, x in policy.state_dict().items():
         if not name.startswith("autoencoder."):
             weights[release_name(name)] = x
-    trained = [open_trained(folder, weights) for folder in (first, second)]
+    trained = [open_trained(folder, policy.stem, weights) for folder in (first, second)]
     for key, x in weights.items():
         changes = [tensors[key].get_tensor(key).float() - x.float() for tensors in trained]
         x += gaussian_merge(*changes, bound)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from policy import GENERATION
 from sample import TOY
 from support.checkpoint import load_policy
 from support.compile import compile_experts
@@ -44,7 +43,7 @@ def test_adapters_are_switched_on_again_after_an_error():
 
 
 def test_adapters_sit_on_all_projections_of_the_named_experts_and_train_alone():
-    policy = add_lora(load_policy(TOY), rank=2, alpha=4.0, experts=(GENERATION,))
+    policy = add_lora(load_policy(TOY), rank=2, alpha=4.0, experts=("generation",))
     names = {f"blocks.{n}.experts.1.{leaf}" for n in range(len(policy.blocks)) for leaf in LEAVES}
     assert adapters(policy).keys() == names
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}

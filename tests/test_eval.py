@@ -13,7 +13,7 @@ import torch
 import eval as evaluation
 from eval import mean_and_error, paired_change, sample_task, summary, table_of
 from rewards import Samples
-from sample import TOY
+from sample import SAMPLING, TOY
 from support.checkpoint import load_policy
 from support.plots import plot
 from support.rows import Row
@@ -157,7 +157,7 @@ def test_a_change_is_paired_by_row_so_that_hard_prompts_cancel():
 
 
 def test_a_policy_does_not_change_against_itself(monkeypatch, small, tmp_path, capsys):
-    monkeypatch.setattr(evaluation, "ODE_STEPS", 2)
+    monkeypatch.setitem(SAMPLING["toy"], "steps", 2)
     out = tmp_path / "e.json"
     evaluation.main(["--against", str(TOY), "--samples", "2", "--out", str(out)])
     held = json.loads(out.read_text())

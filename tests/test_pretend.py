@@ -71,9 +71,9 @@ def test_every_task_samples_scores_and_learns(tmp_path, tasks, rewards, flags):
 def test_a_run_is_evaluated_drawn_resumed_and_exported(tmp_path, monkeypatch):
     for name, value in dict(PROMPTS_PER_TAG=1, THOUGHTS=2, QUESTIONS=24, EDITS=12).items():
         monkeypatch.setattr(world, name, value)
-    monkeypatch.setattr(evaluation, "ODE_STEPS", 2)
-    short = replace(evaluation.plain_choices(), think=Write(3, 0.0), answer=Write(2, 0.0))
-    monkeypatch.setattr(evaluation, "plain_choices", lambda: short)
+    monkeypatch.setitem(sample.SAMPLING["toy"], "steps", 2)
+    short = replace(evaluation.plain_choices("toy"), think=Write(3, 0.0), answer=Write(2, 0.0))
+    monkeypatch.setattr(evaluation, "plain_choices", lambda scale: short)
     monkeypatch.setattr(evaluation, "evaluate_rows", functools.cache(evaluation.evaluate_rows))
     monkeypatch.setattr(evaluation, "picture_run", lambda *args: "")
     one = f"--draw 1 --think 0 --ask 0 --kn 0 --sem 0 {SHORT}"

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import ALONE, assert_close, checkpoint, flags_of, moments, records, words
+from tiny_runs import (
+    ALONE, assert_close, checkpoint, flags_of, moments, records, settings, words)
 
 import train
 from policy import Policy, PolicyConfig
-from recipes import parse
 from sample import TOY, Draw, Read, images_of, sample_plan
 from support.checkpoint import load_policy, save_policy, save_tensors
 
@@ -80,7 +80,7 @@ def out(folder, tmp_path_factory):
     plain = flags_of("lvrpo", out / "two-plain")
     # One step by one process, then one by two ranks; one step by two ranks, for a test to go on
     # from.
-    train.train(parse(large(folder, out / "one-then-two", "whole", "--steps 1")), ALONE)
+    train.train(settings(*large(folder, out / "one-then-two", "whole", "--steps 1")), ALONE)
     cut = [
         large(folder, out / "one-then-two", "whole", "--shard --resume"),
         large(folder, out / "two-then-one", "whole", "--shard --steps 1")]
@@ -92,7 +92,7 @@ def out(folder, tmp_path_factory):
         text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in SHARDED:
-        train.train(parse(large(folder, out / f"one-{name}", name)), ALONE)
+        train.train(settings(*large(folder, out / f"one-{name}", name)), ALONE)
     return out
 
 
@@ -124,7 +124,7 @@ def test_one_process_goes_on_from_a_sharded_checkpoint_that_holds_no_pickle(fold
     run = out / "two-then-one"
     suffixes = {path.suffix for path in (run / "checkpoint").iterdir()}
     assert suffixes == {".safetensors"}
-    train.train(parse(large(folder, run, "whole", "--resume")), ALONE)
+    train.train(settings(*large(folder, run, "whole", "--resume")), ALONE)
     assert_same_run(run, out / "one-whole")
     assert not (run / "checkpoint").exists()
 
@@ -164,7 +164,7 @@ def test_a_bf16_release_trains_fp32_masters_and_stays_bf16(folder, tmp_path):
     save_tensors({key: value.bfloat16() for key, value in load_file(path).items()}, path)
     flags = "--draw 0 --ask 0 --lr_understanding 0 --bf16 --steps 1"
     half = large(tmp_path / "half", tmp_path / "out", "whole", flags)
-    train.train(parse(half), ALONE)
+    train.train(settings(*half), ALONE)
     (row,) = records(tmp_path / "out")
     assert row["grad_norm"] > 0
     masters = {v.dtype for k, v in checkpoint(tmp_path / "out").items() if k.startswith("policy.")}

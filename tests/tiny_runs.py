@@ -29,7 +29,13 @@ def words(*flags) -> list[str]:
 
 
 def settings(*flags) -> Config:
-    return parse(words(*flags))
+    """Of a command line, which may name the scale of a policy that is not there: --scale bagel."""
+    given, scale = words(*flags), ""
+    if "--scale" in given:
+        place = given.index("--scale")
+        scale = given[place + 1]
+        given = given[:place] + given[place + 2:]
+    return parse(given, scale)
 
 
 def small(out, *flags) -> Config:

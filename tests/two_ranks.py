@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 import train
-from recipes import parse
 from support.checkpoint import keep_gathered, load_policy, shard
 from support.run import setup
+from tiny_runs import settings
 
 
 def gather_with_room_on_one_rank_alone(folder: str, rank: int) -> None:
@@ -26,6 +26,6 @@ def gather_with_room_on_one_rank_alone(folder: str, rank: int) -> None:
 if __name__ == "__main__":
     ranks = setup()
     for flags in json.loads(sys.argv[1]):
-        train.train(parse(flags), ranks)
+        train.train(settings(*flags), ranks)
     gather_with_room_on_one_rank_alone(sys.argv[2], ranks.rank)
     dist.destroy_process_group()

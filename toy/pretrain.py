@@ -159,14 +159,16 @@ class Lesson:
     """Rows of one layout: [image in] [text read] -> [text written] [picture drawn].
 
     Only the text that is read is always there; each image may have several texts. Texts are
-    (tokens, mask); pixels (N, 3, 32, 32); latents (N, 4, 16), also of an image that is redrawn."""
+    (tokens, mask); pixels (N, 3, 32, 32); what is drawn latents (N, 4, 16) or image tokens (N, 16);
+    latents also of an image that is redrawn, if the policy reads them."""
 
     def __init__(self, policy, read, write=(), draw=(), see=()):
-        self.read = policy.encode_text(read)
-        self.write = policy.encode_text(write) if write else None
+        self.read = policy.encode_text(read, after="image" if see else "nothing")
+        self.write = policy.encode_written(write) if write else None
         self.draw = encode(policy, render_pixels(draw)) if draw else None
         self.pixels = render_pixels(see) if see else None
-        self.latents = encode(policy, self.pixels) if see and draw else None
+        redrawn = see and draw and policy.reads_latents
+        self.latents = encode(policy, self.pixels) if redrawn else None
         self.rows = len(see) if see else len(read)
         self.texts = len(read) // self.rows
 
@@ -205,7 +207,9 @@ class Corpus:
 
         changes = [edit_of(rng) for _ in range(edits)]
         instructions, sources, targets, _ = zip(*changes)
-        self.edits = Lesson(policy, instructions, draw=targets, see=sources)
+        self.edits = None                                       # Janus cannot edit
+        if policy.reads_latents:
+            self.edits = Lesson(policy, instructions, draw=targets, see=sources)
 
         reflections = [
             reflection_of(m, shapes.pick(rng, by_tag[m["tag"]]), rng) for m in draw_prompts(edits)]
@@ -214,7 +218,7 @@ class Corpus:
 
 
 def encode(policy, pixels):
-    """Clean latents (N, 4, 16)."""
+    """Clean latents (N, 4, 16), or image tokens (N, 16)."""
     return torch.cat([policy.encode(part) for part in pixels.split(500)])
 
 
@@ -302,6 +306,17 @@ def flow_loss(policy, context, data, generator):
     return F.mse_loss(policy.velocity(context, x, t, SIZE), noise - data)
 
 
+def token_loss(policy, context, data, started):
+    """Mean surprise of image tokens (N, 16), in nats."""
+    return -policy.score_image(context, data, started=started).mean()
+
+
+def drop_prompts(policy, tokens, generator):
+    """Tokens (N, L), of which one row in ten is what guidance reads in place of a prompt."""
+    dropped = torch.rand(len(tokens), 1, generator=generator) < 0.1
+    return torch.where(dropped, policy.blank(tokens), tokens)
+
+
 def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
     """One step's losses by name.
 
@@ -324,14 +339,18 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
             context = policy.append_image(context, lesson.pixels[i], latents, SIZE)
             context = context.repeat(lesson.texts)
         j = (i[:, None] * lesson.texts + torch.arange(lesson.texts)).flatten()
-        tokens, mask = lesson.read
-        _, context = policy.append_text(context, tokens[j], mask[j], logits=False)
+        tokens, mask = (part[j] for part in lesson.read)
+        if policy.reads_blanks and not text:
+            tokens = drop_prompts(policy, tokens, generator)
+        _, context = policy.append_text(context, tokens, mask, logits=False)
         if text:
             tokens, mask = (part[j] for part in lesson.write)
             logits, context = policy.append_text(context, tokens, mask)
             target = mask[:, 1:]
             losses[text] = F.cross_entropy(logits[:, :-1][target], tokens[:, 1:][target])
-        if picture:
+        if picture and not policy.reads_latents:
+            losses[picture] = token_loss(policy, context, lesson.draw[i], started=bool(text))
+        elif picture:
             data = lesson.draw[i].repeat_interleave(draws, 0)
             losses[picture] = flow_loss(policy, context.repeat(draws), data, generator)
 
@@ -340,7 +359,8 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
         learn(corpus.thoughts, BATCH // 3, "thought", "thought_picture")
         losses["thought_picture"] *= 0.5
         learn(corpus.questions, scenes, "answer")
-        learn(corpus.edits, 20, picture="edit")
+        if corpus.edits:
+            learn(corpus.edits, 20, picture="edit")
         learn(corpus.reflections, 20, "reflection", "repair")
     return losses
 
@@ -597,6 +617,18 @@ def make_referees(folder):
         model.save_pretrained(folder / name)
 
 
+def train_base(policy, rounds):
+    """Teach a policy the corpus in rounds like those of ROUNDS."""
+    corpus = Corpus(policy)
+    for number, (steps, lr, seed, scenes, tags) in enumerate(rounds):
+        if number == 2:                 # wrong counts too, or counts come out nearly perfect
+            corpus = Corpus(policy, seed=10, miscount=MISCOUNT)
+        generator = torch.Generator().manual_seed(seed)
+        losses_of = partial(base_loss, policy, corpus, generator, scenes, tags)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        fit("base", losses_of, adamw(trained, lr), steps)
+
+
 def main(folder: Path):
     """Make everything in `folder` (toy): policy/, siglip/, judge/, captioner/."""
     torch.manual_seed(0)
@@ -606,13 +638,6 @@ def main(folder: Path):
     policy.autoencoder.load_state_dict(autoencoder.state_dict())
     policy.autoencoder.eval().requires_grad_(False)
     latent_statistics(policy)
-    corpus = Corpus(policy)
-    for number, (steps, lr, seed, scenes, tags) in enumerate(ROUNDS):
-        if number == 2:                 # wrong counts too, or counts come out nearly perfect
-            corpus = Corpus(policy, seed=10, miscount=MISCOUNT)
-        generator = torch.Generator().manual_seed(seed)
-        losses_of = partial(base_loss, policy, corpus, generator, scenes, tags)
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        fit("base", losses_of, adamw(trained, lr), steps)
+    train_base(policy, ROUNDS)
     save_policy(policy.eval(), folder / "policy")
     make_referees(folder)
