@@ -1,28 +1,37 @@
-"""How the files of toy/janus are made. Seeds are fixed; scenes and words are those of toy/pretrain.
+"""How toy/janus is made, by `torchrun train.py --recipe pretrain` too. What is not said here is as
+in toy/pretrain.
 
-    tokenizer    one word one token, with Janus's markers, the colon and line breaks
+    tokenizer    the same closed vocabulary, with Janus's markers, the colon and line breaks
     vq           transformers' JanusVQVAE: 32x32x3 pixels to 4x4 codes, each one of 2048
+    base         the policy: cross-entropy of texts and image tokens on the same wrong data; one
+                 caption in ten is padding, which guidance compares with. It is taught no edits
 
-Legend: N pictures, P vectors (16 a picture), C codes, E entries. Vectors and codes have length 1.
+Legend: N pictures, P vectors, C codes, E entries of a code. Vectors and codes have length 1.
 """
+
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import nn
 
+from janus import Janus, build_model
 from policy import declare_torchvision_ops
+from support.checkpoint import save_policy
 from toy import shapes
-from toy.pretrain import adamw, fit, render_both_splits
+from toy.pretrain import BOUND, EVEN, adamw, fit, render_both_splits, train_base
 from toy.tiny import ids_of
 
-NAMES = dict(                           # the published ones
-    pad_token="<｜▁pad▁｜>", bos_token="<｜begin▁of▁sentence｜>", eos_token="<｜end▁of▁sentence｜>",
+# Names of Janus-Pro's files.
+NAMES = dict(
+    bos_token="<｜begin▁of▁sentence｜>", eos_token="<｜end▁of▁sentence｜>", pad_token="<｜▁pad▁｜>",
     boi_token="<begin_of_image>", eoi_token="<end_of_image>", image_token="<image_placeholder>",
     unk_token="<unk>")
 ROLES = ("<|User|>", "<|Assistant|>")
-SEPARATORS = (":", "\n\n", "\n")        # in the order in which they are looked for
+SEPARATORS = (":", "\n\n", "\n")
 LLM = dict(
     model_type="llama", hidden_size=128, intermediate_size=352, num_hidden_layers=4,
     num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-6,
@@ -33,106 +42,148 @@ VISION = dict(
 VQ = dict(
     base_channels=32, channel_multiplier=[1, 1, 1, 1], num_res_blocks=0, latent_channels=32,
     embed_dim=8, num_embeddings=2048, projection_dim=128, image_token_embed_dim=128)
-PLAIN_STEPS, VQ_STEPS, VQ_BATCH = 4000, 12000, 16       # steps without codes and with; pictures
-IDLE = 100                              # steps without a use after which a code is drawn anew
+PLAIN_STEPS, VQ_STEPS, PICTURES = 3000, 7000, 16        # steps before and with codes, pictures each
+IDLE = 100                              # steps after which an unused code is drawn anew
+# As toy.pretrain.ROUNDS.
+ROUNDS = ((1100, 2e-3, 2, 16, EVEN), (800, 1.5e-3, 3, 20, EVEN), (500, 1e-3, 4, 20, BOUND),
+          (900, 1e-3, 5, 40, BOUND))
 
 
 def build_tokenizer():
-    """Words of shapes.VOCABULARY, the separators and the special tokens; the padding is id 0."""
+    """Words of shapes.VOCABULARY, separators and the special tokens; the padding is id 0."""
     declare_torchvision_ops()
     from transformers import PreTrainedTokenizerFast
-    words = [*NAMES.values(), *ROLES, *SEPARATORS, *shapes.VOCABULARY]
+    special = sorted(NAMES.values(), key=lambda name: name != NAMES["pad_token"])
+    words = [*special, *ROLES, *SEPARATORS, *shapes.VOCABULARY]
     ids = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=NAMES["unk_token"]))
-    blanks = pre_tokenizers.Split(Regex("[ \t]+"), "removed")
-    separators = pre_tokenizers.Split(Regex("|".join(SEPARATORS)), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([blanks, separators])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(" +"), "removed"),
+        pre_tokenizers.Split(Regex("|".join(SEPARATORS)), "isolated")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, additional_special_tokens=list(ROLES),
         clean_up_tokenization_spaces=False, **NAMES)
 
 
 def build_config(tokenizer):
-    """transformers' JanusConfig of the toy's sizes, for the words of a tokenizer."""
+    """The JanusConfig of the toy's sizes, for the words of a tokenizer."""
     declare_torchvision_ops()
     from transformers import JanusConfig
     text = LLM | {"vocab_size": len(tokenizer)} | ids_of(tokenizer)
     return JanusConfig(
         text_config=text, vision_config=VISION, vq_config=VQ,
-        image_token_id=tokenizer.image_token_id, tie_word_embeddings=False)
+        image_token_id=tokenizer.convert_tokens_to_ids(NAMES["image_token"]),
+        tie_word_embeddings=False)
 
 
 # ---- the VQ autoencoder ----
 
 
 def vectors_of(vqmodel, pixels):
-    """The vectors (P, E) of pictures (N, 3, 32, 32), before codes are chosen."""
-    z = vqmodel.quant_conv(vqmodel.encoder(pixels))
-    return F.normalize(rearrange(z, "n e h w -> (n h w) e"), dim=1)
-
-
-def picture_losses(vqmodel, vectors, pixels):
-    """MSE and 0.1 L1 between pictures (N, 3, 32, 32) and what is decoded from vectors (P, E)."""
-    z = rearrange(vectors, "(n h w) e -> n e h w", h=4, w=4)
-    drawn = vqmodel.decoder(vqmodel.post_quant_conv(z))
-    return {"mse": F.mse_loss(drawn, pixels), "l1": 0.1 * F.l1_loss(drawn, pixels)}
+    """The vectors (N, E, 4, 4) of pictures, before a code is chosen."""
+    return F.normalize(vqmodel.quant_conv(vqmodel.encoder(pixels)), dim=1)
 
 
 def nearest(vectors, codes):
-    """The number of the code of least angle for each of the vectors: (P,)."""
-    return (vectors @ codes.T).argmax(1)
+    """The code of the least angle for each of (P, E) vectors: (P,)."""
+    return torch.cat([(part @ codes.T).argmax(1) for part in vectors.split(4000)])
 
 
-def cluster(vectors, codes):
-    """Codes (C, E) after eight rounds of k-means, by angle, over vectors (P, E)."""
+def cluster(vectors, count, generator):
+    """The means' directions (C, E) of `count` clusters of vectors: 8 rounds of k-means."""
+    codes = vectors[torch.randperm(len(vectors), generator=generator)[:count]]
     for _ in range(8):
-        sums = torch.zeros_like(codes).index_add_(0, nearest(vectors, codes), vectors)
+        sums = torch.zeros_like(codes)
+        sums.index_add_(0, nearest(vectors, codes), vectors)
         empty = (sums == 0).all(1, keepdim=True)
         codes = torch.where(empty, codes, F.normalize(sums, dim=1))
     return codes
 
 
 def train_vq(vqmodel):
-    """Fit a JanusVQVAE to rendered scenes: first as a plain autoencoder, then with codes.
+    """Fit a JanusVQVAE to rendered scenes, first as a plain autoencoder, then with codes.
 
-    Plain: vectors are disturbed, so that decoding forgives the step to a code. Then their clusters
-    are the first codes, gradients pass a code as if it were the vector, a code learns to be near
-    its vectors, and those to be near their code at a quarter of that weight."""
-    generator = torch.Generator().manual_seed(0)
-    pool = render_both_splits(6000, np.random.default_rng(0))
-    vqmodel.train().requires_grad_(True).to(memory_format=torch.channels_last)
+    Loss: MSE + 0.1 L1, and with codes (code - vector)^2, of which the vector learns a quarter. The
+    plain one's vectors are disturbed, so that decoding forgives the step to a code; k-means of
+    them makes the codes. Gradients pass a code as if it were its vector."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    pool = render_both_splits(6000, rng)
+    vqmodel = vqmodel.train().to(memory_format=torch.channels_last)
     book = vqmodel.quantize.embedding.weight                    # (C, E)
-    idle = torch.zeros(len(book))                               # (C,) steps since the last use
+    idle = torch.zeros(len(book))                               # (C,) steps without a use
 
-    def pick_rows(rows, count):
-        return rows[torch.randint(len(rows), (count,), generator=generator)]
+    def draw_pictures():
+        return pool[torch.randint(len(pool), (PICTURES,), generator=generator)]
+
+    def picture_losses(vectors, pixels):
+        drawn = vqmodel.decoder(vqmodel.post_quant_conv(vectors))
+        return {"mse": F.mse_loss(drawn, pixels), "l1": 0.1 * F.l1_loss(drawn, pixels)}
 
     def plain_losses():
-        pixels = pick_rows(pool, VQ_BATCH)
+        pixels = draw_pictures()
         vectors = vectors_of(vqmodel, pixels)
-        noise = torch.randn(vectors.shape, generator=generator)
-        return picture_losses(vqmodel, F.normalize(vectors + 0.1 * noise, dim=1), pixels)
+        noise = 0.1 * torch.randn(vectors.shape, generator=generator)
+        return picture_losses(F.normalize(vectors + noise, dim=1), pixels)
 
-    def code_losses():
-        pixels = pick_rows(pool, VQ_BATCH)
-        vectors = vectors_of(vqmodel, pixels)
-        constant = vectors.detach()
-        dead = idle >= IDLE
-        book.data[dead] = pick_rows(constant, int(dead.sum()))
-        codes = F.normalize(book, dim=1)
-        chosen = nearest(constant, codes)
+    def replace_idle(vectors, chosen):
+        """Give the codes that no picture has used for IDLE steps a random vector each."""
         idle.add_(1)
         idle[chosen] = 0
-        codes = codes[chosen]                                   # (P, E)
-        losses = picture_losses(vqmodel, vectors + (codes - vectors).detach(), pixels)
-        losses["code"] = F.mse_loss(codes, constant)
-        losses["vector"] = 0.25 * F.mse_loss(vectors, codes.detach())
-        return losses
+        (dead,) = (idle > IDLE).nonzero(as_tuple=True)
+        new = torch.randint(len(vectors), dead.shape, generator=generator)
+        book.data[dead] = vectors[new]
+        idle[dead] = 0
 
-    fit("vq, plain", plain_losses, adamw(vqmodel.parameters(), 3e-3), PLAIN_STEPS)
+    def code_losses():
+        pixels = draw_pictures()
+        vectors = vectors_of(vqmodel, pixels)
+        flat = rearrange(vectors, "n e h w -> (n h w) e")
+        codes = F.normalize(book, dim=1)
+        chosen = nearest(flat.detach(), codes.detach())
+        replace_idle(flat.detach(), chosen)
+        code = codes[chosen]
+        losses = {
+            "code": F.mse_loss(code, flat.detach()),
+            "vector": 0.25 * F.mse_loss(flat, code.detach())}
+        step = rearrange(code - flat, "(n h w) e -> n e h w", h=4, w=4)
+        return losses | picture_losses(vectors + step.detach(), pixels)
+
+    fit("plain", plain_losses, adamw(vqmodel.parameters(), 3e-3), PLAIN_STEPS)
     with torch.no_grad():
-        vectors = vectors_of(vqmodel, pool[:2000])
-        book.copy_(cluster(vectors, pick_rows(vectors, len(book))))
-    fit("vq", code_losses, adamw(vqmodel.parameters(), 3e-3), VQ_STEPS)
+        seen = vectors_of(vqmodel, pool[:2000])
+        flat = rearrange(seen, "n e h w -> (n h w) e")
+        book.copy_(cluster(flat, len(book), generator))
+    fit("codes", code_losses, adamw(vqmodel.parameters(), 3e-3), VQ_STEPS)
     book.data = F.normalize(book.data, dim=1)
-    vqmodel.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+    return vqmodel.eval()
+
+
+# ---- the base ----
+
+
+def new_base() -> Janus:
+    """A policy of the toy's sizes with xavier matrices, whose VQ autoencoder comes later."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    policy = Janus(build_model(build_config(tokenizer)), tokenizer)
+    for name, p in policy.named_parameters():
+        if p.ndim == 2 and "embed" not in name:
+            nn.init.xavier_uniform_(p)
+        elif name.endswith(".bias"):
+            nn.init.zeros_(p)
+    policy.stored = torch.bfloat16      # in the file, as the published folders have it
+    return policy
+
+
+def main(folder: Path):
+    """Make the policy folder janus/ in `folder` (toy)."""
+    policy = new_base()
+    policy.requires_grad_(True)         # the vision encoder learns here, and nowhere else
+    core = policy.core
+    torch.manual_seed(0)
+    vq = train_vq(type(core.vqmodel)(core.config.vq_config))
+    core.vqmodel.load_state_dict(vq.state_dict())
+    core.vqmodel.eval().requires_grad_(False)
+    core.generation_embeddings.weight.data.copy_(vq.quantize.embedding.weight)
+    train_base(policy, ROUNDS)
+    save_policy(policy.eval(), folder / "janus")
