@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from policy import declare_torchvision_ops
 from referees.load import Viewer, in_batches, load_model
@@ -14,15 +14,8 @@ from rewards import token_f1
 TEXT_ENCODER = "google-bert/bert-base-uncased"  # CoRL's, for BERTScore
 
 
-@dataclass
 class Captioner(Viewer):
-    """An image captioner, BLIP: greedy captions of at most `longest` tokens, as in CoRL's code."""
-
-    model: torch.nn.Module
-    tokenizer: Callable
-    image_processor: Callable
-    batch_size: int = 128
-    longest: int = 50
+    """An image captioner, BLIP: greedy captions of at most 50 tokens, as in CoRL's code."""
 
     @torch.no_grad()
     def captions(self, images: Tensor) -> list[str]:
@@ -30,8 +23,7 @@ class Captioner(Viewer):
         captions = []
         for part in images.split(self.batch_size):
             tokens = self.model.generate(
-                pixel_values=self.pixels(part), do_sample=False, num_beams=1,
-                max_new_tokens=self.longest)
+                pixel_values=self.pixels(part), do_sample=False, num_beams=1, max_new_tokens=50)
             captions += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [caption.strip() for caption in captions]
 
@@ -46,7 +38,7 @@ def load_captioner(path: str, *, device="cpu", batch_size: int = 128) -> Caption
 class TextEncoder:
     """A BERT: states of a text's words, and BERTScore."""
 
-    model: torch.nn.Module
+    model: nn.Module
     tokenizer: Callable
     batch_size: int = 128
 
@@ -56,8 +48,8 @@ class TextEncoder:
         longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
         given = self.tokenizer(
             texts, truncation=True, max_length=longest, padding=True, padding_side="right",
-            return_attention_mask=True, return_special_tokens_mask=True, return_tensors="pt")
-        given = given.to(self.model.device)
+            return_attention_mask=True, return_special_tokens_mask=True,
+            return_tensors="pt").to(self.model.device)
 
         def last_states(ids: Tensor, mask: Tensor) -> Tensor:
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -8,8 +8,7 @@ from torch import Tensor
 from rewards import NUMBERS
 from support.rows import RELATIONS
 
-ONE = ("a", "an", "the", "one", "1")
-COUNTED = {**dict.fromkeys(ONE, "1"), **NUMBERS, "2": "2", "3": "3", "4": "4"}
+COUNTED = {"a": "1", "an": "1", "the": "1", "1": "1", "2": "2", "3": "3", "4": "4", **NUMBERS}
 TURNED = {"right of": "left of", "below": "above"}  # the same relation, its two sides exchanged
 
 
@@ -27,14 +26,15 @@ def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
     if words[2:3] == ["of"] and words[1] in ("photo", "picture", "drawing", "image"):
         words = words[3:]
     text = " ".join(words)
-    sides = re.split(f" ({'|'.join(RELATIONS)}) ", text)
-    relations, sides = sides[1::2], sides[::2]
+    parts = re.split(f" ({'|'.join(RELATIONS)}) ", text)
+    relations = parts[1::2]
     if strict and len(relations) > 1:
         raise ValueError(
             f"the caption {caption!r} has several relations, which no rule reads; use "
             "another --captioner")
-    out, names_of = set(), []                   # names_of: a list for each side
-    for side in sides:
+    out = set()
+    names_of = []                               # a list for each side
+    for side in parts[::2]:
         names = []
         for phrase in side.split(" and "):
             name, attributes = _read_phrase(phrase, caption, strict)
@@ -45,7 +45,9 @@ def caption_tuples(caption: str, strict: bool = True) -> set[tuple]:
             out |= {(name, attribute) for attribute in attributes}
         names_of.append(names)
     if len(relations) == 1:
-        first, second, relation = names_of[0][-1], names_of[1][0], relations[0]
+        first = names_of[0][-1]
+        second = names_of[1][0]
+        relation = relations[0]
         if relation in TURNED:
             first, second, relation = second, first, TURNED[relation]
         out.add((first, relation, second))
@@ -73,7 +75,8 @@ def tuple_f1(prompt: str, caption: str) -> float:
     What no rule reads in the caption is one more thing that the prompt does not say. ValueError if
     no rule reads the prompt.
     """
-    first, second = caption_tuples(prompt), caption_tuples(caption, strict=False)
+    first = caption_tuples(prompt)
+    second = caption_tuples(caption, strict=False)
     return 2 * len(first & second) / (len(first) + len(second))
 
 

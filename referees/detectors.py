@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from policy import declare_torchvision_ops
 from referees.geneval import COLORS, best_by_class
@@ -60,14 +60,15 @@ class ZeroShot:
     stays.
     """
 
-    model: torch.nn.Module
+    model: nn.Module
     processor: Callable
     batch_size: int = 8
 
     @torch.no_grad()
     def __call__(self, images: Tensor, classes: list[list[str]]) -> list[list[dict]]:
         """The things of each image: class, box and score."""
-        found, start = [], 0
+        found = []
+        start = 0
         for names, same in itertools.groupby(classes):          # one call asks one text
             stop = start + len(list(same))
             if not names:
@@ -81,7 +82,8 @@ class ZeroShot:
 
     def find_boxes(self, images: Tensor, names: list[str]) -> list[dict]:
         """The processor's scores, labels and boxes of each image, with scores above LEAST."""
-        text, sizes = [text_of(name) for name in names], [images.shape[-2:]] * len(images)
+        text = [text_of(name) for name in names]
+        sizes = [images.shape[-2:]] * len(images)
         given = self.processor(
             images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt")
         out = self.model(**given.to(self.model.device))
@@ -94,8 +96,8 @@ class ZeroShot:
             length = len(self.processor.tokenizer(text_of(name)).input_ids)
             if length > longest:
                 raise ValueError(
-                    f"the detector reads {longest} tokens, and {text_of(name)[:80]!r} has {length}; "
-                    "give the class a shorter name")
+                    f"the detector reads {longest} tokens, and {text_of(name)[:80]!r} has "
+                    f"{length}; give the class a shorter name")
 
     def things(
         self, seen: dict[str, Tensor], size: tuple[int, int], names: list[str]
@@ -103,7 +105,8 @@ class ZeroShot:
         """The things of one image of size (H, W), of what find_boxes saw in it."""
         from torchvision.ops import clip_boxes_to_image
 
-        scores, boxes = seen["scores"], clip_boxes_to_image(seen["boxes"], size)
+        scores = seen["scores"]
+        boxes = clip_boxes_to_image(seen["boxes"], size)
         found = []
         for k, name in enumerate(names):
             of_name = (seen["labels"] == k).nonzero().flatten()
@@ -124,7 +127,8 @@ def middle_square(crop: Tensor, size: int) -> Tensor:
 def crop_of(image: Tensor, thing: dict) -> Tensor:
     """What is inside a thing's box, (3, h, w), at least one pixel."""
     x1, y1, x2, y2 = map(int, thing["box"])
-    x1, y1 = min(x1, image.shape[2] - 1), min(y1, image.shape[1] - 1)
+    x1 = min(x1, image.shape[2] - 1)
+    y1 = min(y1, image.shape[1] - 1)
     return image[:, y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)]
 
 
@@ -141,7 +145,7 @@ class Detector:
     @property
     def thresholds(self) -> dict[str, float]:
         """Those of geneval.best_by_class for this detector's scores."""
-        return {"threshold": THRESHOLD, "counting_threshold": THRESHOLD}
+        return dict(threshold=THRESHOLD, counting_threshold=THRESHOLD)
 
     def check(self, metadata: list[Metadata]) -> None:
         """ValueError for a colour that is none of the ten, and for a class of too many words."""
@@ -155,7 +159,8 @@ class Detector:
 
     def __call__(self, images: Tensor, metadata: list[Metadata]) -> list[list[dict]]:
         found = self.find(images, [names_of(m) for m in metadata])
-        crops, judged = [], []
+        crops = []
+        judged = []
         for image, m, things in zip(images, metadata, found):
             for thing in self.things_to_colour(m, things):
                 judged.append(thing)

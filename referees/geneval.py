@@ -6,7 +6,7 @@ A detection is {"class", "box": [x1, y1, x2, y2], "score", "color"}; boxes are i
 down, and there is a colour only if a clause asks for one.
 """
 
-import math
+import numpy as np
 
 from support.rows import RELATIONS, Metadata
 
@@ -21,15 +21,14 @@ def relative_position(box_a: list[float], box_b: list[float]) -> set[str]:
     Along each axis the offset of the centres is shortened by a share of the summed sizes, then
     divided by the length of the unshortened offset. A component above 0.5 is a relation.
     """
-    offset, shortened = [], []
-    for low, high in ((0, 2), (1, 3)):
-        apart = (box_a[low] + box_a[high] - box_b[low] - box_b[high]) / 2
-        sizes = abs(box_a[high] - box_a[low]) + abs(box_b[high] - box_b[low])
-        offset.append(apart)
-        shortened.append(math.copysign(max(abs(apart) - MARGIN * sizes, 0.0), apart))
-    if max(map(abs, shortened)) < 1e-3:         # the length may be 0
+    corners = np.reshape([box_a, box_b], (2, 2, 2))                     # box, corner, axis
+    middle_a, middle_b = corners.mean(1)
+    offset = middle_a - middle_b                                        # (2,)
+    sizes = np.ptp(corners, 1).sum(0)
+    shortened = np.sign(offset) * np.maximum(abs(offset) - MARGIN * sizes, 0)
+    if abs(shortened).max() < 1e-3:             # the length may be 0
         return set()
-    dx, dy = (part / math.hypot(*offset) for part in shortened)
+    dx, dy = shortened / np.hypot(*offset)
     components = zip(RELATIONS, (-dy, dy, -dx, dx))
     return {relation for relation, component in components if component > 0.5}
 
@@ -57,7 +56,8 @@ def geneval_check(
     only an exclude clause. [GenEval, its code]
     """
     found = best_by_class(metadata, detections, **thresholds)
-    fractions, judged = [], []
+    fractions = []
+    judged = []
     for clause in metadata.get("include", []):
         right = found.get(clause["class"], [])[:clause["count"]]
         judged.append(right)

@@ -3,7 +3,6 @@
 Notation: N images (N, 3, H, W) in [0, 1], P patches, D width, V vocabulary, R questions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +33,7 @@ class Judge(Viewer):
     on them.
     """
 
-    model: torch.nn.Module
-    tokenizer: Callable
-    image_processor: Callable
-    batch_size: int = 128
-    max_question: int = 96
+    max_question = 96
 
     def __post_init__(self):
         self.answers = [spellings(self.tokenizer, word) for word in ("yes", "no")]
@@ -56,15 +51,15 @@ class Judge(Viewer):
 
     def rows(self, questions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (R, L) each."""
-        vision, image = self.model.config.vision_config, self.model.config.image_token_id
+        vision = self.model.config.vision_config
+        image = self.model.config.image_token_id
         patches = (vision.image_size // vision.patch_size) ** 2
         head = [image] * patches + [self.tokenizer.bos_token_id]
         newline = self.tokenizer("\n", add_special_tokens=False).input_ids
         rows = [head + ids + newline for ids in self.text_ids(questions)]
         given = self.tokenizer.pad(
             {"input_ids": rows}, padding_side="left", return_attention_mask=True,
-            return_tensors="pt", verbose=False)
-        given = given.to(self.model.device)
+            return_tensors="pt", verbose=False).to(self.model.device)
         return given.input_ids, given.attention_mask
 
     def features(self, images: Tensor) -> Tensor:
@@ -109,20 +104,20 @@ class Judge(Viewer):
 
         worded = [self.word_question(question) for question in questions]
         logits = in_batches(logits_of, self.batch_size, about, worded)              # (R, 3)
-        mass = (logits[:, :2].logsumexp(1) - logits[:, 2]).exp().mean().item()
+        answers = logits[:, :2]
+        mass = (answers.logsumexp(1) - logits[:, 2]).exp().mean().item()
         if mass < LEAST_MASS:
             raise ValueError(
                 f"the judge puts {mass:.1e} of its probability on yes and no, expected most of "
                 "it; a model that thinks before it answers, or that was not trained for such "
                 "questions, is no judge")
-        return logits[:, :2].softmax(-1)[:, 0]                                      # (R,)
+        return answers.softmax(-1)[:, 0]                                            # (R,)
 
     def word_question(self, question: str) -> str:
         """The question as this kind of model is asked it."""
         return question
 
 
-@dataclass
 class ChatJudge(Judge):
     """A yes/no judge that is a chat model: Qwen2.5-VL, Qwen3-VL, InternVL and others.
 
@@ -133,7 +128,7 @@ class ChatJudge(Judge):
     Errors: Judge's, and ValueError for a model that is made to think first.
     """
 
-    max_question: int = 2**20                   # it reads what its context holds
+    max_question = 2**20                        # it reads what its context holds
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,7 +146,7 @@ class ChatJudge(Judge):
         for marker in self.tokenizer.all_special_tokens:
             question = question.replace(marker, " ")
         content = [{"type": "image"}, {"type": "text", "text": " ".join(question.split())}]
-        turns = [{"role": "user", "content": content}]
+        turns = [dict(role="user", content=content)]
         return self.image_processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=False)
 
@@ -164,8 +159,8 @@ class ChatJudge(Judge):
         images = [[image] for image in features.float()]
         rows = [self.row(question) for question in questions]
         given = self.image_processor(
-            images=images, text=rows, padding=True, do_rescale=False, return_tensors="pt")
-        given = given.to(self.model.device, self.model.dtype)
+            images=images, text=rows, padding=True, do_rescale=False,
+            return_tensors="pt").to(self.model.device, self.model.dtype)
         return self.model(**given, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
 

@@ -9,11 +9,12 @@ Notation: N images (N, 3, H, W) in [0, 1].
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from policy import declare_torchvision_ops
 from support.checkpoint import all_finite
@@ -25,24 +26,23 @@ def loading_errors(path: str) -> one_line_error:
     """A context in which what libraries raise at the files of a model becomes one line."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    files = "config, safetensors, tokenizer, preprocessor files"
-    what = f"{path} cannot be loaded, must be a folder or hub name with {files}"
+    what = (
+        f"{path} cannot be loaded, must be a folder or hub name with config, safetensors, "
+        "tokenizer, preprocessor files")
     if not Path(path).is_dir():
         what += f" (no such folder; as a hub name it is looked for in {HF_HUB_CACHE} and online)"
     return one_line_error(what)
 
 
-def freeze_model(model: torch.nn.Module, device, **mismatches) -> torch.nn.Module:
+def freeze_model(model: nn.Module, device, **mismatches) -> nn.Module:
     """The model on its device, in eval mode, without gradients.
 
     mismatches: kind -> keys in which weights and config differ. Errors: ValueError if there are
     any, or a weight is not finite.
     """
-    not_finite = [name for name, x in model.state_dict().items() if not all_finite(x)]
-    faults = {}
-    for kind, keys in {**mismatches, "not_finite": not_finite}.items():
-        if keys:
-            faults[kind] = sorted(map(str, keys))[:4]
+    mismatches["not_finite"] = [
+        name for name, x in model.state_dict().items() if not all_finite(x)]
+    faults = {kind: sorted(map(str, keys))[:4] for kind, keys in mismatches.items() if keys}
     if faults:
         raise ValueError(f"its weights are not those of its config: {faults}")
     return model.to(device).eval().requires_grad_(False)
@@ -60,8 +60,8 @@ def kind_of(path: str) -> str:
 def load_model(
     auto_class: str, model_types: tuple[str, ...], path: str, device, dtype=torch.float32,
     parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor"), heads: tuple[str, ...] = ()
-) -> tuple:
-    """(frozen model, *parts) of a local folder or hub name, by transformers' auto classes.
+) -> list:
+    """[frozen model, *parts] of a local folder or hub name, by transformers' auto classes.
 
     model_types: those that are accepted, none for any. heads: prefixes of keys that a release holds
     for another use, which are left out.
@@ -83,26 +83,32 @@ def load_model(
         out = [freeze_model(model, device, **mismatches)]
         for part in parts:
             out.append(getattr(transformers, part).from_pretrained(path, trust_remote_code=False))
-    return tuple(out)
+    return out
 
 
 def to_pixels(images: Tensor, size: tuple[int, int], mode: str, mean, std) -> Tensor:
     """Images as a vision tower reads them, (N, 3, *size): resized, not cropped, normalised."""
     x = images.float()
-    if x.shape[-2:] != tuple(size):
-        x = F.interpolate(x, size=tuple(size), mode=mode, antialias=True, align_corners=False)
+    if x.shape[-2:] != size:
+        x = F.interpolate(x, size=size, mode=mode, antialias=True, align_corners=False)
         x = x.clamp(0, 1)
-    mean = torch.tensor(mean, device=x.device).view(-1, 1, 1)
-    std = torch.tensor(std, device=x.device).view(-1, 1, 1)
+    mean, std = torch.tensor([mean, std], device=x.device)[..., None, None]         # (3, 1, 1) each
     return (x - mean) / std
 
 
+@dataclass
 class Viewer:
-    """A model that sees: `model`, with its `image_processor`."""
+    """A model that sees, with its tokenizer and image processor."""
+
+    model: nn.Module
+    tokenizer: Callable
+    image_processor: Callable
+    batch_size: int = 128
 
     def pixels(self, images: Tensor) -> Tensor:
         """(N, 3, size, size): what the image processor would give, without its detour by 8 bits."""
-        side, processor = self.model.config.vision_config.image_size, self.image_processor
+        side = self.model.config.vision_config.image_size
+        processor = self.image_processor
         mode = {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
         pixels = to_pixels(
             images.to(self.model.device), (side, side), mode, processor.image_mean,
@@ -151,7 +157,8 @@ def numbers_in(path: str) -> int:
     """How many numbers the safetensors of a folder hold, or of a hub name in the cache; else 0."""
     from safetensors import safe_open
 
-    folder, total = folder_of(path), 0
+    folder = folder_of(path)
+    total = 0
     if folder is None:
         return 0
     for file in folder.glob("[!.]*.safetensors"):

@@ -17,6 +17,7 @@ quality questions are a call of their own; here one answer holds all and is chec
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from rewards import NUMBER_WORDS
 from support.disk import fingerprint, write_atomic
 from support.rows import Metadata, has_text, read_prompts
-from support.terminal import Arguments, new_file, one_line, say, the_device
+from support.terminal import Arguments, new_file, say, the_device
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ PHOTO_QUALITY = (
 
 
 def article(words: str) -> str:
-    return f"an {words}" if words[:1].lower() in tuple("aeiou") else f"a {words}"
+    return f"an {words}" if words.lower().startswith(tuple("aeiou")) else f"a {words}"
 
 
 def plural(noun: str) -> str:
@@ -66,7 +67,9 @@ def questions_by_rule(
     if not metadata.get("include"):
         raise ValueError(
             f"prompt {prompt[:60]!r} has no objects to ask about; give its questions with its row")
-    asked, existence, totals = {}, [], {}
+    asked = {}
+    existence = []
+    totals = Counter()
 
     def ask(text: str, *needs: int) -> int:
         """The place of a question, which is added if it is new."""
@@ -74,9 +77,10 @@ def questions_by_rule(
         return list(asked).index(text)
 
     for clause in metadata["include"]:
-        totals[clause["class"]] = totals.get(clause["class"], 0) + clause["count"]
+        totals[clause["class"]] += clause["count"]
     for clause in metadata["include"]:
-        name, count = clause["class"], totals[clause["class"]]
+        name = clause["class"]
+        count = totals[name]
         there = ask(f"is there {article(name)} ?")
         if count == 1:
             ask(f"is there one {name} ?", there)
@@ -111,10 +115,10 @@ class Questions:
             return metadata["questions"]
         return questions_by_rule(prompt, metadata, TOY_QUALITY if self.toy else PHOTO_QUALITY)
 
-    def check(self, rows: list[dict], text: str = "prompt") -> None:
+    def check(self, rows: list[dict], text: str) -> None:
         """ValueError if rows of a file have no questions; text: the field that names a row."""
-        without = [row for row in rows if "questions" not in row and not row.get("include")]
-        bare = [row[text][:60] for row in without]
+        bare = [
+            row[text][:60] for row in rows if "questions" not in row and not row.get("include")]
         if bare:
             raise ValueError(
                 f"--dvreward has no questions for {len(bare)} of {len(rows)} rows, such as "
@@ -164,6 +168,7 @@ def read_question(item, place: int, quality: bool, where: str) -> Question:
 
 # ---- questions by a language model ----
 
+Writer = Callable[[list[str], float], list[str]]  # (requests, temperature) -> answers
 ASK = """Take the prompt of an image apart into yes/no questions that check the finished image.
 
 Answer with one JSON object and nothing else:
@@ -183,14 +188,12 @@ Prompt: {prompt}"""
 
 
 def decompose(
-    path: str, write: Callable[[list[str], float], list[str]], model: str, out: Path,
-    batch: int = 8, tries: int = 5
+    path: str, write: Writer, model: str, out: Path, batch: int = 8, tries: int = 5
 ) -> list[str]:
     """Add the rows of a file of prompts to `out`, each with questions by a language model.
 
-    write(requests, temperature) -> answers. A row that `out` already has, with the same model and
-    instruction, is not asked again. Returns the prompts that got no questions, each with the
-    reason.
+    A row that `out` already has, with the same model and instruction, is not asked again. Returns
+    the prompts that got no questions, each with the reason.
     Errors: ValueError if no prompt at all gets questions.
     """
     rows = {}
@@ -199,27 +202,27 @@ def decompose(
         key = json.dumps([row, writer, ASK], sort_keys=True)
         rows[hashlib.sha256(key.encode()).hexdigest()[:16]] = row
     done = finished_rows(out)
-    waiting = {key: "" for key in rows if key not in done}      # and why its last try failed
+    waiting = {key: row for key, row in rows.items() if key not in done}
+    reasons = {}                                # why the last try of each failed
     asked = len(waiting)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=asked, desc="decomposing") as bar, out.open("a", encoding="utf-8") as file:
         for attempt in range(tries):
-            left = list(waiting)
+            left = list(waiting.items())
             for i in range(0, len(left), batch):
-                keys = left[i:i + batch]
-                requests = [ASK.format(prompt=rows[key]["prompt"]) for key in keys]
+                some = left[i:i + batch]
+                requests = [ASK.format(prompt=row["prompt"]) for _, row in some]
                 answers = write(requests, 0.7 if attempt else 0.0)
-                for key, answer in zip(keys, answers):
+                for (key, row), answer in zip(some, answers):
                     try:
-                        questions = read_answer(rows[key]["prompt"], answer)
+                        questions = read_answer(row["prompt"], answer)
                     except ValueError as error:
-                        waiting[key] = str(error)
+                        reasons[key] = error
                         continue
                     del waiting[key]
-                    file.write(json.dumps({**rows[key], **questions, "hash": key}) + "\n")
-                    file.flush()
+                    print(json.dumps({**row, **questions, "hash": key}), file=file, flush=True)
                     bar.update()
-    failures = [f"{rows[key]['prompt']}: {reason}" for key, reason in waiting.items()]
+    failures = [f"{row['prompt']}: {reasons[key]}" for key, row in waiting.items()]
     if asked and len(failures) == asked:
         raise ValueError(
             f"{model} gave no valid questions for any of {asked} prompts in {tries} tries each; "
@@ -249,7 +252,7 @@ def read_answer(prompt: str, answer: str) -> dict:
     return {half: found[half] for half in HALVES}
 
 
-def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], float], list[str]]:
+def load_writer(path: str, device, longest: int = 1024) -> Writer:
     """decompose's `write` by a chat model of transformers, such as Qwen/Qwen3-8B.
 
     Errors: see referees.load.load_model; ValueError for a tokenizer without a chat template.
@@ -268,15 +271,13 @@ def load_writer(path: str, device, longest: int = 1024) -> Callable[[list[str], 
     torch.manual_seed(0)                        # of the second and later tries
 
     @torch.no_grad()
-    def write(requests: list[str], temperature: float) -> list[str]:
-        chats = []
-        for request in requests:
-            turns = [{"role": "user", "content": request}]
-            chats.append(tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+    def write(requests, temperature):
+        chats = tokenizer.apply_chat_template(
+            [[dict(role="user", content=request)] for request in requests], tokenize=False,
+            add_generation_prompt=True, enable_thinking=False)
         given = tokenizer(
-            chats, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        given = given.to(model.device)
+            chats, return_tensors="pt", padding=True, padding_side="left",
+            add_special_tokens=False).to(model.device)
         tokens = model.generate(
             **given, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id,
             do_sample=temperature > 0, temperature=temperature or 1.0,
@@ -297,13 +298,16 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument(
         "--out", type=new_file, default="with_questions.jsonl",
         help="where the rows are added with their questions; rows that it has are not asked again")
-    a = ap.parse_args(argv)
-    with one_line("referees.questions"):
-        read_prompts(a.prompts)                 # before a large model is loaded
-        left = decompose(a.prompts, load_writer(a.llm, the_device()), a.llm, a.out)
-        for prompt in left:
-            say(f"left out: {prompt}")
-        print(f"{a.out} holds the prompts with their questions; {len(left)} got none")
+    ap.run(run, argv)
+
+
+def run(a) -> str:
+    """Carry out a parsed command line; returns what to print."""
+    read_prompts(a.prompts)                     # before a large model is loaded
+    left = decompose(a.prompts, load_writer(a.llm, the_device()), a.llm, a.out)
+    for prompt in left:
+        say(f"left out: {prompt}")
+    return f"{a.out} holds the prompts with their questions; {len(left)} got none"
 
 
 if __name__ == "__main__":

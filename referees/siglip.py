@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from policy import declare_torchvision_ops
 from referees.load import (
@@ -34,17 +34,11 @@ class Encoder:
         return unit(in_batches(self.text_features, self.batch_size, texts))         # (N, D)
 
 
-@dataclass
 class Siglip(Encoder, Viewer):
     """A SigLIP, or a SigLIP 2 of fixed resolution (transformers' SiglipModel).
 
     Embeddings of images and texts (N, D), and of patches (N, P, D), all of length 1.
     """
-
-    model: torch.nn.Module
-    tokenizer: Callable
-    image_processor: Callable
-    batch_size: int = 128
 
     def tokens(self, texts: list[str]) -> Tensor:
         """(N, length): lower case and padded to full length without a mask, as it was trained."""
@@ -82,7 +76,7 @@ def load_siglip(path: str, *, device="cpu", batch_size: int = 128) -> Siglip:
     return Siglip(*load_model("AutoModel", ("siglip",), path, device), batch_size)
 
 
-def sigmoid_loss(model: torch.nn.Module, images: Tensor, texts: Tensor, own: Tensor) -> Tensor:
+def sigmoid_loss(model: nn.Module, images: Tensor, texts: Tensor, own: Tensor) -> Tensor:
     """SigLIP's loss of all pairs of images (N, D) and texts (T, D), summed. [arXiv:2303.15343]
 
     own: bool (N, T), whether a text is the image's own.
@@ -111,8 +105,8 @@ class Learner:
         """SigLIP's loss of each image against all distinct prompts, one of them its own, summed."""
         model = self.encoder.model
         texts = unit(self.encoder.text_features(distinct))                          # (prompts, D)
-        own = [[prompt == other for other in distinct] for prompt in prompts]
-        own = torch.tensor(own, device=texts.device)                                # (N, prompts)
+        own = torch.tensor(                                                         # (N, prompts)
+            [[prompt == other for other in distinct] for prompt in prompts], device=texts.device)
         return sigmoid_loss(model, unit(self.encoder.image_features(images)), texts, own)
 
     def learn_step(self, parts: list, ranks) -> dict[str, float]:
@@ -129,7 +123,9 @@ class Learner:
         The ranks add up their gradients; each compares its pictures with its own prompts.
         """
         self.optimizer.zero_grad()
-        distinct, size, total = list(dict.fromkeys(prompts)), self.encoder.batch_size, 0.0
+        distinct = list(dict.fromkeys(prompts))
+        size = self.encoder.batch_size
+        total = 0.0
         for i in range(0, len(prompts), size):
             part = self.loss(images[i:i + size], prompts[i:i + size], distinct) / len(prompts)
             (part / ranks.world).backward()
@@ -148,17 +144,11 @@ class Learner:
         return out
 
 
-@dataclass
 class Clip(Encoder, Viewer):
     """A CLIP of transformers: embeddings of images and texts, (N, D), of length 1.
 
     Differs: images are squashed to a square, not cropped.
     """
-
-    model: torch.nn.Module
-    tokenizer: Callable
-    image_processor: Callable
-    batch_size: int = 128
 
     @property
     def size(self) -> int:
@@ -196,19 +186,15 @@ class OpenClip(Encoder):
     Differs: images are squashed to a square, not cropped.
     """
 
-    model: torch.nn.Module
+    model: nn.Module
     tokenizer: Callable
     batch_size: int = 128
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def image_features(self, images: Tensor) -> Tensor:
         cfg = self.model.visual.preprocess_cfg
         size = cfg["size"]
-        size = (size, size) if isinstance(size, int) else size
-        images = images.to(self.device)
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        images = images.to(self.model.logit_scale.device)
         pixels = to_pixels(images, size, cfg["interpolation"], cfg["mean"], cfg["std"])
         return self.model.encode_image(pixels)
 
@@ -216,7 +202,8 @@ class OpenClip(Encoder):
         return self.tokenizer(texts).tolist()
 
     def text_features(self, texts: list[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(texts).to(self.device))
+        tokens = self.tokenizer(texts).to(self.model.logit_scale.device)
+        return self.model.encode_text(tokens)
 
 
 def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenClip:
@@ -236,7 +223,7 @@ def load_open_clip(path: str, *, device="cpu", batch_size: int = 128) -> OpenCli
             path = snapshot_download(path.removeprefix("hf-hub:"), allow_patterns=wanted)
         names = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
         if not any(Path(path, name).exists() for name in names):
-            raise ValueError(f"it holds neither {names[0]} nor {names[1]}")
+            raise ValueError(f"it holds none of {names}")
         model = open_clip.create_model(f"local-dir:{path}", require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{path}")
         return OpenClip(freeze_model(model, device), tokenizer, batch_size)

@@ -23,7 +23,6 @@ from referees.build import referee_bytes
 from sample import TOY
 from studies.tables import markdown_table
 from support.checkpoint import freeze, load_policy, reset_adapters
-from support.compile import compile_experts
 from support.memory import memory, peak
 from support.run import Ranks, precision
 from support.terminal import Arguments, first_line, one_line, the_device
@@ -47,9 +46,21 @@ def release_on_meta(tokenizer) -> Policy:
 def memory_table() -> str:
     """Markdown: GB on each GPU by support.memory, for UniGRPO by what is trained, then for adapters
     under the other recipes that draw; 4 prompts on each GPU."""
-    tokenizer, rows = load_policy(TOY).tokenizer, []
-
-    def add(title: str, world: int, flags: str) -> None:
+    runs = []
+    for title, worlds, flags in (
+            ("adapters, both experts", (1,), "--lora 64"),
+            ("generation expert", (1, 8), "--lora 0 --shard --lr_understanding 0"),
+            ("all weights", (1, 8), "--lora 0 --shard")):
+        for pixels, world in product((512, 1024), worlds):
+            size = f"--recipe unigrpo --think {4 * world} --resolution {pixels}"
+            runs.append((title, world, f"{size} {flags}"))
+    runs += [
+        ("adapters, `unigrpo_rounds`", 1, "--recipe unigrpo_rounds --rounds 4"),
+        ("adapters, `alphagrpo`", 1, "--recipe alphagrpo --think 4"),
+        ("adapters, `alphagrpo_reflect`", 1, "--recipe alphagrpo_reflect --reflect 4")]
+    tokenizer = load_policy(TOY).tokenizer
+    rows = []
+    for title, world, flags in runs:
         cfg = parse(["--prompts", "-", *flags.split()], scale="bagel")
         policy = release_on_meta(tokenizer)
         freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
@@ -57,19 +68,8 @@ def memory_table() -> str:
         kept = sum(need.values()) - need["rollout"] - need["replay"]
         parts = [kept, need["rollout"], need["replay"], peak(need)]
         rows.append([title, f"{cfg.resolution}", f"{world}", *(f"{gb:.0f}" for gb in parts)])
-
-    for title, worlds, flags in (
-            ("adapters, both experts", (1,), "--lora 64"),
-            ("generation expert", (1, 8), "--lora 0 --shard --lr_understanding 0"),
-            ("all weights", (1, 8), "--lora 0 --shard")):
-        for pixels, world in product((512, 1024), worlds):
-            size = f"--recipe unigrpo --think {4 * world} --resolution {pixels}"
-            add(title, world, f"{size} {flags}")
-    add("adapters, `unigrpo_rounds`", 1, "--recipe unigrpo_rounds --rounds 4")
-    add("adapters, `alphagrpo`", 1, "--recipe alphagrpo --think 4")
-    add("adapters, `alphagrpo_reflect`", 1, "--recipe alphagrpo_reflect --reflect 4")
     head = ["trained", "pixels", "GPUs", "kept", "rollout", "replay", "peak"]
-    return "\n".join(markdown_table(head, rows))
+    return markdown_table(head, rows)
 
 
 # ---- a GPU, measured: each part prints its rows of a table ----
@@ -80,14 +80,14 @@ LARGE = (
     "--think_tokens 256 --pref 0 --ins 0 --format 1")
 
 
-def begin(small: bool, out: Path) -> train.Run:
+def begin(small: bool, out: Path, device: torch.device) -> train.Run:
     """A run of the toy, or of random weights of the release's sizes, with adapters."""
     prompts = out / "prompts.txt"
     prompts.write_text("a red circle and a blue square", encoding="utf-8")
     flags = SMALL if small else f"{LARGE} --prompts {prompts}"
     prepare = train.prepare_policy if small else random_release
     with mock.patch.object(train, "prepare_policy", prepare):
-        return train.begin(parse([*flags.split(), "--out", str(out)]), Ranks(0, 1, the_device()))
+        return train.begin(parse([*flags.split(), "--out", str(out)]), Ranks(0, 1, device))
 
 
 def random_release(cfg: Config, ranks: Ranks) -> Policy:
@@ -111,7 +111,8 @@ def clock(run: train.Run, what: str, function: Callable, *args):
         out = function(*args)
         if cuda:
             torch.cuda.synchronize()
-        seconds, peak_gb = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
+        seconds = time.perf_counter() - start
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9
         print(f"| {what}, {call} | {seconds:.3f} s, {peak_gb:.1f} GB |", flush=True)
     return out
 
@@ -120,8 +121,7 @@ def parity(run: train.Run) -> None:
     """A step of the toy on the CPU and on the device, from the same random numbers."""
     for device in (torch.device("cpu"), run.ranks.device):
         with TemporaryDirectory() as out:
-            toy = train.begin(parse([*SMALL.split(), "--out", out]), Ranks(0, 1, device))
-            stats = train.one_step(toy, 0)
+            stats = train.one_step(begin(True, Path(out), device), 0)
         for name in ("loss", "grad_norm"):
             print(f"| the toy's {name}, {device.type} | {stats[name]:.6f} |")
 
@@ -138,19 +138,21 @@ def cudnn(run: train.Run) -> None:
     print(f"| NaN in the gradient of cuDNN's attention | {int(q.grad.isnan().sum())} |")
 
 
-def acting(run: train.Run, batches: tuple[int, ...] = (1, 4, 8, 24, 96), how: str = "") -> None:
+def acting(run: train.Run) -> None:
     """Read a prompt, write a thought, and denoise a step, by the size of the batch."""
-    policy, cfg, device = run.policy, run.cfg, run.ranks.device
-    size, W = (cfg.resolution,) * 2, cfg.think_tokens
-    for N in batches:
-        tokens, uniforms = torch.full((N, W), 9, device=device), torch.rand(N, W, device=device)
+    policy = run.policy
+    device = run.ranks.device
+    size = (run.cfg.resolution,) * 2
+    W = run.cfg.think_tokens
+    for N in (1, 4, 8, 24, 96):
+        tokens = torch.full((N, W), 9, device=device)
+        uniforms = torch.rand(N, W, device=device)
         x = policy.encode(torch.zeros(N, 3, *size))
-        with torch.no_grad(), precision(cfg, device):
-            read, empty = policy.append_text, policy.empty(N)
-            _, context = clock(run, f"{how}read {N} x {W} tokens", read, empty, tokens)
-            write = policy.sample_text
-            clock(run, f"{how}write {N} x {W} tokens", write, context, uniforms)
-            clock(run, f"{how}denoise {N} images", policy.velocity, context, x, 0.7, size)
+        with torch.no_grad(), precision(run.cfg, device):
+            _, context = clock(
+                run, f"read {N} x {W} tokens", policy.append_text, policy.empty(N), tokens)
+            clock(run, f"write {N} x {W} tokens", policy.sample_text, context, uniforms)
+            clock(run, f"denoise {N} images", policy.velocity, context, x, 0.7, size)
 
 
 def step(run: train.Run) -> None:
@@ -165,13 +167,7 @@ def step(run: train.Run) -> None:
     print(f"| improve, computed | {peak(need):.1f} GB |")
 
 
-def compiled_acting(run: train.Run) -> None:
-    """The last part, since the policy stays compiled."""
-    compile_experts(run.policy, "inductor" if run.ranks.device.type == "cuda" else "aot_eager")
-    acting(run, (8,), "compiled, ")
-
-
-PARTS = parity, cudnn, acting, step, compiled_acting
+PARTS = parity, cudnn, acting, step
 
 
 def measure_gpu(small: bool) -> bool:
@@ -180,7 +176,7 @@ def measure_gpu(small: bool) -> bool:
         raise ValueError("no GPU here; --small tries the same code on the toy")
     fine = True
     with TemporaryDirectory() as out:
-        run = begin(small, Path(out))
+        run = begin(small, Path(out), the_device())
         print(f"| {run.ranks.device.type}, torch {torch.__version__} | measured |\n| --- | --- |")
         for part in PARTS:
             try:

@@ -12,7 +12,6 @@ interval of the difference, paired by seed: see `verdict_of`. The claims and the
 are in claims.toml.
 """
 
-import json
 import os
 import re
 import shutil
@@ -29,18 +28,21 @@ import numpy as np
 
 from eval import mean_and_error
 from rewards import NUMBER_WORDS
-from studies.tables import markdown_table
+from studies.tables import markdown_table, write_json
 from support.disk import read_json, write_atomic
 from support.plots import pyplot, save_figure
 from support.run import CHECKPOINTS, Owner, read_log
-from support.terminal import Arguments, number, one_line, say
+from support.terminal import Arguments, number, say
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 OUT = Path("out/claims")                        # the folder of the arms
 MARGIN = 0.03                                   # of truth: less than this counts as no difference
 LEAST = 6                                       # seeds that a verdict needs
-HOLDS, FAILS, OPEN, NOT_RUN = "holds", "does not hold", "cannot tell", "not run"
+HOLDS = "holds"
+FAILS = "does not hold"
+OPEN = "cannot tell"
+NOT_RUN = "not run"
 EQUAL = f"no difference beyond {MARGIN}"
 # Student's t: what 95% and 90% lie within, on both sides, for 1, 2, ... 9 degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -52,7 +54,8 @@ What the papers say, run again on the toy: `python -m studies.claims NAME --jobs
 shorter than the recipes' runs. Nothing is tuned per arm; the recipes were tuned as they are, on
 seed 0, and an arm with another image loss takes the rates of the recipe that has it.
 LVRPO's claim that larger policies learn faster (1.3B, 7B, 13B) is not run: the toy has weights of
-one width. CoRL samples an image as VQ tokens; in its claims here an image is flow steps.
+one width. CoRL samples an image as VQ tokens: its claims stand twice, of flow steps, and of image
+tokens under names that end so.
 
 **The rule.** A claim has one primary comparison, the paper's own sentence, first in its table. The
 others are shown and not judged. `a > b in x` is the x of arm a less that of arm b, paired by seed,
@@ -74,8 +77,7 @@ five steps, at the end; the seeds follow in brackets. `x at equal y` compares x 
 reach the same y; `uneven` is the spread of a value over the noisy steps, divided by its mean; `sem`
 is r_sem of held-out pictures by the toy's own frozen SigLIP.
 
-![The primary comparisons that were run](claims.png)
-"""
+![The primary comparisons that were run](claims.png)"""
 
 # ---- the claims ----
 
@@ -154,8 +156,10 @@ def commands(arm: str, seed: int, out: Path) -> list[list[str]]:
     def policy_of(found) -> str:
         return str(folder_of(found[1], seed, out) / "policy")
 
-    program, *rest = flags = [POLICY_OF.sub(policy_of, flag) for flag in flags_of(arm)]
-    policy, table = str(folder / "policy"), str(folder / "table.json")
+    flags = [POLICY_OF.sub(policy_of, flag) for flag in flags_of(arm)]
+    program, *rest = flags
+    policy = str(folder / "policy")
+    table = str(folder / "table.json")
     if program in PROGRAMS:
         return [[*PROGRAMS[program].split(), "--policy", *rest, "--out", table]]
     if program == "merge":
@@ -172,7 +176,8 @@ def run_arm(arm: str, seed: int, out: Path) -> str:
 
     A run that was stopped goes on if it was begun with the same flags, else its folder is removed.
     """
-    folder, todo = folder_of(arm, seed, out), commands(arm, seed, out)
+    folder = folder_of(arm, seed, out)
+    todo = commands(arm, seed, out)
     begun = folder / "begun.txt"
     if has_meaning(begun, arm) and any((folder / name).exists() for name in CHECKPOINTS):
         todo[0].append("--resume")
@@ -208,7 +213,8 @@ def missing_runs(names: list[str], seeds: int, out: Path) -> list[tuple[str, int
 
 def run_missing(names: list[str], seeds: int, out: Path, jobs: int) -> list[str]:
     """Run the arms of some claims that are not done, parents first -> what failed, a line each."""
-    todo, failed = missing_runs(names, seeds, out), []
+    todo = missing_runs(names, seeds, out)
+    failed = []
     if todo:
         say(
             f"{len(todo)} runs of 1 to 15 minutes are missing, {jobs} at a time; a call that was "
@@ -240,7 +246,8 @@ def values_of(arm: str, seed: int, out: Path) -> dict:
 def values_of_table(path: Path) -> dict:
     """Of an evaluation, of scores' means, or of refinement's table, whose steps are the numbers of
     pictures drawn."""
-    result, values = read_json(path), {}
+    result = read_json(path)
+    values = {}
     for key, cell in result.get("means", result["table"]).items():
         values[key] = np.atleast_2d(np.array(cell, dtype=float))[:, 0].tolist()
     longest = max(map(len, values.values()))
@@ -263,8 +270,7 @@ def values_of_log(path: Path) -> dict:
         near.append([row for row in steps if at - 5 <= row["step"] < at] or steps[:5])
     everywhere = set.intersection(*map(set, steps)) if steps else set()
     for key in everywhere - values.keys():
-        if isinstance(steps[0][key], int | float):
-            values[key] = [float(np.mean([row[key] for row in some])) for some in near]
+        values[key] = [float(np.mean([row[key] for row in some])) for some in near]
     for key in [key.removesuffix("/0") for key in values if key.endswith("/0")]:
         values[f"{key}/uneven"] = unevenness(values, key)
     return values
@@ -324,15 +330,17 @@ def compare(arms: dict[str, dict], text: str) -> dict:
 
     arms: arm -> {"values": key -> for each seed, a value for each evaluation}.
     """
-    c, differences = parse_comparison(text), []
+    c = parse_comparison(text)
+    differences = []
     for one, other in zip(runs_of(arms[c.a]), runs_of(arms[c.b])):
-        a, b = one[c.key_a][-1], other[c.key_b][-1]
+        a = one[c.key_a][-1]
+        b = other[c.key_b][-1]
         if c.by:
             a, b = values_when_equal(one, other, c.key_a, c.by)
         differences.append(round(a - b, 4))
     mean = round(float(np.mean(differences)), 4)
     interval = [round(x, 4) for x in t_interval(differences, T95)]
-    return {"comparison": text, "differences": differences, "mean": mean, "interval": interval}
+    return dict(comparison=text, differences=differences, mean=mean, interval=interval)
 
 
 def runs_of(arm: dict) -> list[dict]:
@@ -363,24 +371,19 @@ def verdict_of(differences: list[float]) -> str:
 
 def result_of(name: str, seeds: int, out: Path) -> dict:
     """What a claim's arms gave and the verdict, as docs/claims keeps it."""
-    claim, arms = CLAIMS[name], {}
+    claim = CLAIMS[name]
+    arms = {}
     for arm in claim.arms:
-        runs, rounded = [values_of(arm, seed, out) for seed in range(seeds)], {}
+        runs = [values_of(arm, seed, out) for seed in range(seeds)]
+        rounded = {}
         for key in claim.measures:
             if key in runs[0]:
                 rounded[key] = [[float(f"{x:.4g}") for x in run[key]] for run in runs]
-        arms[arm] = {"command": command_of(arm), "steps": runs[0]["steps"], "values": rounded}
-    return judge(name, arms, seeds)
-
-
-def judge(name: str, arms: dict[str, dict], seeds: int) -> dict:
-    """A claim's result from the values of its arms, or of none."""
-    claim = CLAIMS[name]
-    comparisons = [compare(arms, text) for text in claim.compares if arms]
-    verdict = verdict_of(comparisons[0]["differences"]) if arms else NOT_RUN
-    return {
-        "claim": name, "paper": claim.paper, "says": claim.says, "seeds": seeds, "arms": arms,
-        "comparisons": comparisons, "verdict": verdict}
+        arms[arm] = dict(command=command_of(arm), steps=runs[0]["steps"], values=rounded)
+    comparisons = [compare(arms, text) for text in claim.compares]
+    return dict(
+        claim=name, paper=claim.paper, says=claim.says, seeds=seeds, arms=arms,
+        comparisons=comparisons, verdict=verdict_of(comparisons[0]["differences"]))
 
 
 def command_of(arm: str) -> str:
@@ -394,49 +397,52 @@ def command_of(arm: str) -> str:
 
 def kept_result(name: str) -> dict:
     """A claim's kept result; without one, that of no arms."""
-    return read_json(DOCS / "claims" / f"{name}.json", judge(name, {}, 0))
+    empty = dict(claim=name, seeds=0, arms={}, comparisons=[], verdict=NOT_RUN)
+    return read_json(DOCS / "claims" / f"{name}.json", empty)
 
 
 def page() -> str:
     """docs/claims.md from the kept results."""
-    rows, sections = [], []
+    rows = []
+    sections = []
     for name, claim in CLAIMS.items():
         result = kept_result(name)
         primary = print_comparisons(result)[0][:3]
         rows.append([f"[{name}](#{name}): {claim.says}", claim.paper, *primary, result["verdict"]])
-        sections += ["", *section(result)]
+        sections.append(section(result))
     heads = ["claim", "paper", "primary comparison", "difference", "95% interval", "verdict"]
-    return "\n".join([PREAMBLE, *markdown_table(heads, rows), *sections]) + "\n"
+    return "\n\n".join([PREAMBLE, markdown_table(heads, rows), *sections]) + "\n"
 
 
-def section(result: dict) -> list[str]:
-    """The lines of one claim: verdict, comparisons, measures, commands."""
-    name, arms, comparisons = result["claim"], result["arms"], print_comparisons(result)
-    primary, verdict = comparisons[0][0], result["verdict"].capitalize()
+def section(result: dict) -> str:
+    """The text of one claim: verdict, comparisons, measures, commands."""
+    name = result["claim"]
+    claim = CLAIMS[name]
+    arms = result["arms"]
+    comparisons = print_comparisons(result)
+    primary = comparisons[0][0]
     if arms:
         primary = f"{' '.join(comparisons[0][:3])}, {result['seeds']} seeds"
-    claim, heads = CLAIMS[name], ["comparison", "difference", "95% interval", "of each seed"]
-    lines = [
+    heads = ["comparison", "difference", "95% interval", "of each seed"]
+    parts = [
         f"## {name}",
-        "",
-        f"{claim.paper}: {claim.says}",
-        f"**{verdict}**: {primary}. {claim.reading}",
-        "",
-        *markdown_table(heads, comparisons),
-    ]
+        f"{claim.paper}: {claim.says}\n"
+        f"**{result['verdict'].capitalize()}**: {primary}. {claim.reading}",
+        markdown_table(heads, comparisons)]
     if arms:
         measures = []
         for key in claim.measures:
             measures.append([key, *(print_seeds(arm["values"].get(key)) for arm in arms.values())])
-        lines += ["", *markdown_table(["measure", *arms], measures)]
+        parts.append(markdown_table(["measure", *arms], measures))
     made = [[arm, f"`{command_of(arm)}`"] for arm in with_parents([name])]
-    return lines + ["", *markdown_table(["arm", "command"], made)]
+    return "\n\n".join([*parts, markdown_table(["arm", "command"], made)])
 
 
 def print_comparisons(result: dict) -> list[list[str]]:
     """A row for each comparison of a claim, the primary one first: words, difference, interval,
     and the difference of each seed."""
-    kept, rows = {each["comparison"]: each for each in result["comparisons"]}, []
+    kept = {each["comparison"]: each for each in result["comparisons"]}
+    rows = []
     for text in CLAIMS[result["claim"]].compares:
         row = [str(parse_comparison(text)), NOT_RUN, "-", "-"]
         if each := kept.get(text):
@@ -467,7 +473,8 @@ def save_forest(out: Path) -> None:
     labels = []
     for result in map(kept_result, CLAIMS):
         if result["comparisons"]:
-            each, place = result["comparisons"][0], len(labels)
+            each = result["comparisons"][0]
+            place = len(labels)
             axis.plot(each["interval"], [place] * 2, color="tab:grey")
             axis.plot(each["mean"], place, ".", color="tab:grey")
             labels.append(f"{result['paper']}: {result['claim']}\n{result['verdict']}")
@@ -488,7 +495,9 @@ def run_claims(names: list[str], seeds: int, jobs: int, out: Path) -> str:
     if unknown := [name for name in names if name not in CLAIMS]:
         raise ValueError(
             f"no claim is called {', '.join(unknown)}; the claims are {', '.join(CLAIMS)}")
-    names, out, kept = names or list(CLAIMS), out.resolve(), DOCS / "claims"  # runs start in ROOT
+    names = names or list(CLAIMS)
+    out = out.resolve()                         # runs start in ROOT
+    kept = DOCS / "claims"
     for name in names:
         more = kept_result(name)["seeds"]
         if more > seeds:
@@ -496,14 +505,15 @@ def run_claims(names: list[str], seeds: int, jobs: int, out: Path) -> str:
                 f"{kept / name}.json holds {more} seeds; give --seeds {more} or more, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     owner = Owner(out)                          # two calls would remove each other's runs
-    failed, lines = run_missing(names, seeds, out, jobs), []
+    failed = run_missing(names, seeds, out, jobs)
+    lines = []
     for name in names:
         if missing_runs([name], seeds, out):
             lines.append(f"{name}: not all arms are there")
             continue
         result = result_of(name, seeds, out)
-        write_atomic(kept / f"{name}.json", json.dumps(result, indent=1).encode())
-        lines += section(result)
+        write_json(kept / f"{name}.json", result)
+        lines.append(section(result))
     owner.close()
     write_atomic(DOCS / "claims.md", page().encode())
     save_forest(DOCS / "claims.png")
@@ -535,13 +545,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     ap.add_argument("--jobs", type=number(int, least=1), default=2,
                     help="runs at the same time, a thread each")
-    ap.add_argument("--out", type=Path, default=OUT, help="the folder of the arms")
-    a = ap.parse_args(argv)
-    with one_line("studies.claims"):
-        if a.list:
-            print(list_claims(a.out))
-        else:
-            print(run_claims(a.names, a.seeds, a.jobs, a.out))
+    ap.run(run, argv)
+
+
+def run(a) -> str:
+    """Carry out a parsed command line; returns what to print."""
+    return list_claims(OUT) if a.list else run_claims(a.names, a.seeds, a.jobs, OUT)
 
 
 if __name__ == "__main__":

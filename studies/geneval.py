@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import flow_grpo
 from eval import Table, print_table, table_of
 from policy import Policy
 from referees.detectors import Detector, load_detector
 from referees.geneval import geneval_check
-from sample import SAMPLING, TOY, Draw, Read, images_of, sample_plan
+from sample import SAMPLING, TOY, Read, images_of, plain_draw, sample_plan
+from studies.tables import write_json
 from support.checkpoint import load_policy
 from support.disk import fingerprint, read_json, replacing, write_atomic
 from support.pictures import to_bytes
 from support.rows import Metadata, check_rules, read_prompts
-from support.terminal import Arguments, number, one_line, the_device
+from support.terminal import Arguments, number, the_device
 from toy.world import detect
 
 
@@ -59,15 +59,15 @@ def judge_pictures(
 ) -> Table:
     """Judge the pictures by GenEval's rules: tag -> (share that passes, standard error over
     prompts), and the mean of the tags, "overall". detector: None for the toy's exact one."""
-    thresholds, right = detector.thresholds if detector else {}, []
+    thresholds = detector.thresholds if detector else {}
+    right = {}                                  # tag -> the share that passes, of each prompt
     for i, row in enumerate(tqdm(rows, desc="judging")):
         images = [np.array(Image.open(path)) for path in paths_of(out, i, samples)]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255   # (G, 3, H, W)
         found = detector(pixels, [row] * samples) if detector else detect(pixels)
         verdicts = [geneval_check(row, each, **thresholds)[0] for each in found]
-        right.append(np.mean(verdicts))
-    tags = np.array([row.get("tag", "") for row in rows])
-    values = {tag: [np.array(right)[tags == tag]] for tag in dict.fromkeys(tags)}
+        right.setdefault(row["tag"], []).append(np.mean(verdicts))
+    values = {tag: [shares] for tag, shares in right.items()}
     return table_of(values | {"overall": sum(values.values(), [])})
 
 
@@ -76,35 +76,32 @@ def begin_folder(out: Path, settings: dict) -> None:
     path = out / "settings.json"
     if read_json(path, settings) != settings:
         raise ValueError(f"{path} is of other settings than these; give another --out")
-    write_atomic(path, json.dumps(settings, indent=1).encode())
+    write_json(path, settings)
 
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.geneval", description="GenEval's rules on pictures of a policy.")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
-    ap.add_argument("--metadata", type=Path, required=True,
+    ap.add_argument("--metadata", required=True,
                     help="prompts in GenEval's format, such as its evaluation_metadata.jsonl")
     ap.add_argument("--detector", default="",
                     help="an OWLv2: a folder or hub name; the toy has its own")
     ap.add_argument("--guidance", type=number(float, least=1),
                     help="text guidance scale (1 for the toy, 4 for BAGEL)")
     ap.add_argument("--samples", type=number(int, least=1), default=4, help="images of each prompt")
-    ap.add_argument("--size", type=number(int, least=1),
-                    help="pixels per side (32 for the toy, 1024 for BAGEL)")
     ap.add_argument("--steps", type=number(int, least=1),
                     help="denoising steps (10 for the toy, 49 for BAGEL)")
     ap.add_argument("--out", type=Path, default=Path("geneval"), help="the folder of pictures")
-    a = ap.parse_args(argv)
-    with one_line("studies.geneval"):
-        print(run(a))
+    ap.run(run, argv)
 
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
-    rows = read_prompts(str(a.metadata))
-    check_rules(rows, str(a.metadata), "prompt")
+    rows = read_prompts(a.metadata)
+    check_rules(rows, a.metadata, "prompt")
     policy = load_policy(a.policy, device=the_device())
-    scale, detector = SAMPLING[policy.config.scale], None
+    scale = SAMPLING[policy.config.scale]
+    detector = None
     if a.detector:
         detector = load_detector(a.detector, device=policy.device)
         detector.check(rows)
@@ -112,9 +109,9 @@ def run(a) -> str:
         raise ValueError("GenEval's rules need --detector, such as "
                          "google/owlv2-base-patch16-ensemble")
     settings = dict(
-        samples=a.samples, size=a.size or scale["size"], steps=a.steps or scale["steps"],
-        text_scale=scale["guidance"].text_scale if a.guidance is None else a.guidance)
-    content = {"policy": fingerprint(Path(a.policy)), "prompts": fingerprint(a.metadata)}
+        samples=a.samples, size=scale["size"], steps=a.steps or scale["steps"],
+        text_scale=a.guidance or scale["guidance"].text_scale)
+    content = dict(policy=fingerprint(Path(a.policy)), prompts=fingerprint(Path(a.metadata)))
     begin_folder(a.out, settings | content)
     draw_pictures(policy, rows, a.out, **settings)
     table = judge_pictures(rows, a.out, a.samples, detector)

@@ -4,7 +4,6 @@
     python -m studies.refinement "three red squares" --select judge      # draws, looks, draws again
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,31 +12,34 @@ from torch import Tensor
 
 from eval import mean_and_error, mean_of_groups
 from policy import Policy
-from referees.geneval import geneval_check
 from referees.judge import load_judge
 from rewards import Knowledge, Samples
 from sample import SAMPLING, TOY, Read, Round, Write, images_of, plain_draw, refine, sample_plan
-from studies.tables import markdown_table
+from studies.tables import markdown_table, write_json
 from support.checkpoint import load_policy
-from support.disk import write_atomic
 from support.pictures import save_grid
-from support.terminal import Arguments, new_file, number, one_line, plain_text, the_device
+from support.terminal import Arguments, new_file, number, plain_text, the_device
 from tasks import TASKS, WORDING
 from toy import shapes
-from toy.world import detect
+from toy.world import detect, drawn_truth
+
+# Name -> (mean, standard error) by the number of pictures drawn.
+Truths = dict[str, list[tuple[float, float]]]
 
 
 def refine_prompts(
     policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable, seed: int
 ) -> list[Round]:
     """sample.refine with greedy diagnoses and the policy's own wording."""
-    scale, wording = SAMPLING[policy.config.scale], WORDING[policy.config.scale]
-    draw = plain_draw(policy.config.scale, (scale["size"],) * 2)
+    name = policy.config.scale
+    scale = SAMPLING[name]
+    wording = WORDING[name]
+    draw = plain_draw(name, (scale["size"],) * 2)
     write = Write(scale["tokens"], temperature=0.0)
     return refine(
         policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
-        stop=wording.stop,
-        guidance=(scale["guidance"], scale["edit"]), system=wording.system_prompt)
+        stop=wording.stop, guidance=(scale["guidance"], scale["edit"]),
+        system=wording.system_prompt)
 
 
 def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
@@ -47,17 +49,15 @@ def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[T
     Errors: ValueError for a prompt that is not the toy's.
     """
     if select != "oracle":
-        knowledge, rows = Knowledge(load_judge(judge, device=device)), [{}] * len(prompts)
+        knowledge = Knowledge(load_judge(judge, device=device))
+        rows = [{}] * len(prompts)
         return lambda images: knowledge(Samples(prompts, rows, images=images)).cpu()
     known = {m["prompt"]: m for split in shapes.SPLITS for m in shapes.prompts(split)}
     if set(prompts) - known.keys():
         raise ValueError("--select oracle asks the toy's exact detector, which knows only the "
                          "toy's prompts; use --select judge")
-
-    def truth(images: Tensor) -> Tensor:
-        verdicts = [geneval_check(known[p], found)[0] for p, found in zip(prompts, detect(images))]
-        return torch.tensor(verdicts).float()
-    return truth
+    metadata = [known[prompt] for prompt in prompts]
+    return lambda images: drawn_truth(Samples(prompts, metadata, images=images), detect(images))
 
 
 # ---- the table ----
@@ -65,12 +65,13 @@ def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[T
 
 def refinement_table(
     policy: Policy, judge: str, rounds: int = 3, samples: int = 4, seed: int = 1234
-) -> dict[str, list[tuple[float, float]]]:
-    """Truth by the number of pictures drawn, 1..rounds + 1: name -> (mean, standard error) each.
+) -> Truths:
+    """Truth by the number of pictures drawn, 1..rounds + 1.
 
-    `refine, always|self|judge|oracle`: sample.refine with each way of selecting. `best, judge|oracle`:
-    of as many pictures drawn anew, the one that the judge prefers, or any that is right. Held-out
-    prompts, `samples` of each; the judge is asked one question about the whole prompt.
+    `refine, always|self|judge|oracle`: sample.refine with each way of selecting. `best,
+    judge|oracle`: of as many pictures drawn anew, the one that the judge prefers, or any that is
+    right. Held-out prompts, `samples` of each; the judge is asked one question about the whole
+    prompt.
     """
     prompts = [row.text for row in TASKS["draw"].held_out("test") for _ in range(samples)]
     truth = value_of("oracle", prompts, judge, policy.device)
@@ -84,12 +85,14 @@ def refinement_table(
         value = judged if select == "judge" else truth
         done = refine_prompts(policy, prompts, rounds, select, value, seed)
         table[f"refine, {select}"] = [share(truth(each.kept)) for each in done]
-    table["best, judge"], table["best, oracle"] = [], []
+    table["best, judge"] = []
+    table["best, oracle"] = []
     draw = plain_draw(policy.config.scale, (SAMPLING[policy.config.scale]["size"],) * 2)
-    plan, right, score = [Read(prompts), draw], [], []
+    right = []
+    score = []
     for step in range(rounds + 1):
         rollout = sample_plan(
-            policy, plan, seed=seed, step=step, prompts=range(len(prompts)), G=1)
+            policy, [Read(prompts), draw], seed=seed, step=step, prompts=range(len(prompts)), G=1)
         images = images_of(policy, rollout)
         right.append(truth(images))                                                        # (N,)
         score.append(judged(images))
@@ -99,12 +102,12 @@ def refinement_table(
     return table
 
 
-def print_refinement(table: dict[str, list[tuple[float, float]]]) -> str:
+def print_refinement(table: Truths) -> str:
     """The table in markdown, a row per number of pictures drawn."""
     rows = []
     for n, cells in enumerate(zip(*table.values()), 1):
         rows.append([f"{n}", *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)])
-    return "\n".join(markdown_table(["pictures drawn", *table], rows))
+    return markdown_table(["pictures drawn", *table], rows)
 
 
 # ---- the command line ----
@@ -116,20 +119,17 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("prompt", nargs="?", type=plain_text,
                     help="what to draw; without one: a table on held-out rows")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
-    ap.add_argument("--judge", default="", help="yes/no judge: a folder or hub name; default: the "
-                    "toy's for the toy, PaliGemma 2 for BAGEL")
     ap.add_argument("--select", choices=["always", "judge", "oracle", "self"],
                     default="always",
-                    help="which picture is kept: the new one, the one that the judge prefers, the "
-                         "new one if the old one is wrong by the toy's truth, or the new one "
-                         "unless the policy says that nothing needs to change")
+                    help="which picture is kept: the new one, the one that the judge prefers (the "
+                         "toy's for the toy, PaliGemma 2 for BAGEL), the new one if the old one is "
+                         "wrong by the toy's truth, or the new one unless the policy says that "
+                         "nothing needs to change")
     ap.add_argument("--rounds", type=number(int, least=1), default=3, help="times it draws again")
     ap.add_argument("--n", type=number(int, least=1), default=4, help="samples of the prompt")
     ap.add_argument("--seed", type=number(int, least=0), default=1234, help="of noise and texts")
     ap.add_argument("--out", type=new_file, help="the file; default: refine.png, or refine.json")
-    a = ap.parse_args(argv)
-    with one_line("studies.refinement"):
-        print(run(a))
+    ap.run(run, argv)
 
 
 def run(a) -> str:
@@ -137,19 +137,18 @@ def run(a) -> str:
     policy = load_policy(a.policy, device=the_device())
     scale = SAMPLING[policy.config.scale]
     out = a.out or Path("refine.png" if a.prompt else "refine.json")
-    judge = a.judge or scale["judge"]
+    judge = scale["judge"]
     if not a.prompt:
         if not policy.config.scale.startswith("toy"):
             raise ValueError("the table is of the toy's held-out prompts; give a prompt")
         table = refinement_table(policy, judge, a.rounds, seed=a.seed)
-        result = {"policy": a.policy, "seed": a.seed, "table": table}
-        write_atomic(out, json.dumps(result, indent=1).encode())
+        write_json(out, dict(policy=a.policy, seed=a.seed, table=table))
         return f"{print_refinement(table)}\nwritten to {out}"
     prompts = [a.prompt] * a.n
     value = value_of(a.select, prompts, judge, policy.device)
     rounds = refine_prompts(policy, prompts, a.rounds, a.select, value, a.seed)
     images = torch.stack([each.drawn for each in rounds], dim=1).flatten(0, 1)  # sample-major
-    save_grid(images, str(out), columns=len(rounds), zoom=scale["zoom"])
+    save_grid(images, out, columns=len(rounds), zoom=scale["zoom"])
     lines = [f"{out}: a row per sample, a column per round"]
     for k, each in enumerate(rounds):
         lines.append(f"round {k}: mean {each.value.mean():.3f}")

@@ -3,7 +3,6 @@
     python -m studies.reward_truth --policy out/policy       # by that policy's pictures
 """
 
-import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,28 +12,28 @@ import torch
 from torch import Tensor
 
 from eval import load_toy_policy, mean_and_error, mean_of_groups, sample_truth
-from grpo import variance_share
+from grpo import centre, variance_share
 from policy import Policy
 from recipes import parse
 from referees.build import build_rewards
 from referees.questions import Questions
-from rewards import REWARDS, Samples, score
+from rewards import Samples, score
 from sample import TOY
-from studies.tables import markdown_table
-from support.disk import write_atomic
-from support.terminal import Arguments, new_file, one_line
-from tasks import TASKS, token_states
+from studies.tables import markdown_table, write_json
+from support.terminal import Arguments, new_file
+from tasks import TASKS, rewards_of, token_states
 from toy import shapes
 from toy.world import detect, render_pixels
 
-COLUMNS = ("overall", "in_group", "share")
 SEED = 1234                                     # of held-out pictures and noise
 
 
 def held_out_samples(policy: Policy) -> tuple[Samples, Tensor]:
     """Samples of held-out prompts, 8 of each, with a picture of the prompt as the real one, and
     their truth (N,)."""
-    rng, task, rows = np.random.default_rng(SEED), TASKS["draw"], []
+    rng = np.random.default_rng(SEED)
+    task = TASKS["draw"]
+    rows = []
     for row in task.held_out("test"):
         real = render_pixels([shapes.sample_scene(row.metadata, rng)])[0] * 0.5 + 0.5
         rows.append(replace(row, real=real))
@@ -45,22 +44,14 @@ def held_out_samples(policy: Policy) -> tuple[Samples, Tensor]:
 def score_samples(policy: Policy, samples: Samples) -> dict[str, Tensor]:
     """name -> scores (N,) of every reward of pictures that the toy can ask. tim compares the states
     of the policy itself."""
-    names, flags = [], ["--pair_image", "1"]
-    for name, entry in REWARDS.items():
-        asked = any(set(fields) <= {"images", "reals"} for fields in entry.reads)
-        if asked and name != "pref":            # no preference model knows the toy
-            names.append(name)
-            flags += [f"--{name}", "1"]
+    readable = rewards_of(TASKS["pair_image"])
+    names = [name for name in readable if name != "pref"]       # no preference model knows the toy
+    flags = " ".join(f"--{name} 1" for name in names)
+    cfg = parse(f"--pair_image 1 {flags}".split())
     rewards = build_rewards(
-        parse(flags), policy.device, detector=detect, rows=[], questions=Questions(True),
+        cfg, policy.device, detector=detect, rows=[], questions=Questions(True),
         states=token_states(lambda: nullcontext(policy), nullcontext, 512))
     return score({name: rewards[name] for name in names}, samples)
-
-
-def centre(values: Tensor, G: int) -> Tensor:
-    """(N,) less the mean of each group of G: all that a group advantage sees."""
-    groups = values.double().view(-1, G)
-    return (groups - groups.mean(1, keepdim=True)).flatten()
 
 
 def correlation(a: Tensor, b: Tensor) -> float | None:
@@ -72,10 +63,12 @@ def correlation(a: Tensor, b: Tensor) -> float | None:
 def truth_table(scores: dict[str, Tensor], truth: Tensor, G: int) -> dict[str, dict]:
     """name -> its correlation with the truth over all samples ("overall") and within groups
     ("in_group"), and its share of the variance within groups if all rewards were added up."""
-    share, table = variance_share(scores, {name: 1.0 for name in scores}, G), {}
+    share = variance_share(scores, dict.fromkeys(scores, 1.0), G)
+    table = {}
     for name, values in scores.items():
-        inside = correlation(centre(values, G), centre(truth, G))
-        table[name] = dict(zip(COLUMNS, (correlation(values, truth), inside, share[name])))
+        inside = correlation(centre(values.double(), G).flatten(), centre(truth, G).flatten())
+        table[name] = dict(
+            overall=correlation(values, truth), in_group=inside, share=share[name])
     return table
 
 
@@ -85,27 +78,25 @@ def print_rewards(table: dict[str, dict]) -> str:
     for name, columns in table.items():
         cells = ["-" if x is None else f"{x:.3f}" for x in columns.values()]
         rows.append([f"`{name}`", *cells])
-    return "\n".join(markdown_table(["reward", *COLUMNS], rows))
+    return markdown_table(["reward", "overall", "in_group", "share"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.reward_truth", description="Each reward against the truth.")
     ap.add_argument("--policy", default=str(TOY), help="the policy whose pictures are judged")
     ap.add_argument("--out", type=new_file, default="rewards.json", help="the table as JSON")
-    a = ap.parse_args(argv)
-    with one_line("studies.reward_truth"):
-        print(run(a))
+    ap.run(run, argv)
 
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
-    policy, G = load_toy_policy(a.policy), TASKS["draw"].samples
+    policy = load_toy_policy(a.policy)
+    G = TASKS["draw"].samples
     samples, truth = held_out_samples(policy)
     scores = score_samples(policy, samples)
     table = truth_table(scores, truth, G)
     means = {name: mean_and_error(mean_of_groups(each, G)) for name, each in scores.items()}
-    result = {"policy": a.policy, "means": means, "table": table}
-    write_atomic(a.out, json.dumps(result, indent=1).encode())
+    write_json(a.out, dict(policy=a.policy, means=means, table=table))
     return f"{print_rewards(table)}\nwritten to {a.out}"
 
 

@@ -19,12 +19,12 @@ import train
 from eval import before_after, load_toy_policy
 from grpo import grpo_loss
 from policy import Policy
-from sample import TOY, images_of, map_rows, replay_rollout, sample_plan
+from sample import TOY, images_of, replay_rollout, sample_plan
 from studies.tables import markdown_table
 from support.disk import write_atomic
 from support.pictures import save_grid
 from support.run import Ranks
-from support.terminal import Arguments, one_line
+from support.terminal import Arguments
 from tasks import TASKS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -169,10 +169,6 @@ def print_numbers(values: Tensor, digits: int = 4) -> list[str]:
     return [f"{value:z.{digits}f}" for value in values.tolist()]
 
 
-def print_table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(markdown_table(head, rows))
-
-
 @dataclass
 class Step:
     """One update of one prompt: the run after it, its part, and what the policy said before and
@@ -223,17 +219,11 @@ def image_loss(replayed: flow_grpo.Replay, flow, adv: Tensor, cfg) -> float:
 def by_hand(logp: float, logp_old: float, adv: float, clip: float) -> str:
     """PPO's clipped loss of one action, a line per step."""
     ratio = math.exp(logp - logp_old)
-    clipped = min(max(ratio, 1 - clip), 1 + clip)
+    low = 1 - clip
+    high = 1 + clip
+    clipped = min(max(ratio, low), high)
     loss = -min(ratio * adv, clipped * adv)
-    return HAND.format(**locals(), low=1 - clip, high=1 + clip)
-
-
-def first_step(flow: flow_grpo.Trajectory) -> flow_grpo.Trajectory:
-    """The trajectory with the first of its noisy steps alone."""
-    start = flow.window[0]
-    return replace(
-        flow, window=(start, start + 1), latents=flow.latents[:, :2], means=flow.means[:, :1],
-        std=flow.std[:1], logp=flow.logp[:, :1])
+    return HAND.format(**locals())
 
 
 CODE = (
@@ -244,33 +234,43 @@ CODE = (
 
 def page(step: Step) -> str:
     """The text of docs/tour.md."""
-    part, cfg, i = step.part, step.run.cfg, 0           # i: the sample whose numbers are shown
-    text, flow = part.rollout.segments[1], part.rollout.segments[2].drawn
-    text_after, image_after = step.after[0].logp, step.after[1].flow.logp
+    part = step.part
+    cfg = step.run.cfg
+    i = 0                                               # the sample whose numbers are shown
+    _, text, image = part.rollout.segments
+    flow = image.drawn
+    text_before, image_before = step.before
+    text_after, image_after = step.after
     chosen = text.chosen[i]
+    logp = text.logp[i]
     words = step.run.policy.tokenizer.batch_decode(text.tokens[i][chosen][:, None])
     head = ["token", *(f"`{word}`".replace("|", "\\|") for word in words)]
-    tokens = print_table(head, [["log-prob", *print_numbers(text.logp[i][chosen], 2)]])
+    tokens = markdown_table(head, [["log-prob", *print_numbers(logp[chosen], 2)]])
     entries = {"x": flow.latents[i, 0], "mean": flow.means[i, 0], "x_next": flow.latents[i, 1],
-               "v": step.before[1].flow.v[i, 0]}
+               "v": image_before.flow.v[i, 0]}
     four = [[name, *print_numbers(value.flatten()[:4])] for name, value in entries.items()]
-    noisy_step = print_table(["", "1", "2", "3", "4"], four)
+    noisy_step = markdown_table(["", "1", "2", "3", "4"], four)
     columns = part.rewards | {"sum": sum(part.rewards.values()), "advantage": part.adv}
     values = torch.stack([*columns.values()], 1)                                        # (n, R + 2)
     scores = [[f"{n}", *print_numbers(values[n], 3)] for n in best_first(part)]
-    rewards = print_table(["sample", *columns], scores)
-    token, adv = int(text.logp[i].argmin()), part.adv[i].item()
-    ratios = (text_after - text.logp)[i][chosen].exp()
-    step_ratio = (image_after - flow.logp)[i, 0].exp()
-    every, one = slice(None), slice(i, i + 1)
-    start = (text_loss(step.before[0], part.adv, cfg, every, every),
-             image_loss(step.before[1].flow, flow, part.adv, cfg))
-    first = first_step(map_rows(lambda column: column[one], flow))
-    replayed = flow_grpo.replay_of(step.after[1].flow.v[one, :1], first)
+    rewards = markdown_table(["sample", *columns], scores)
+    token = int(logp.argmin())
+    adv = part.adv[i].item()
+    ratios = (text_after.logp[i] - logp)[chosen].exp()
+    step_ratio = (image_after.flow.logp - flow.logp)[i, 0].exp()
+    every = slice(None)
+    one = slice(i, i + 1)
+    start = (text_loss(text_before, part.adv, cfg, every, every),
+             image_loss(image_before.flow, flow, part.adv, cfg))
+    begin, _ = flow.window
+    first = replace(
+        flow, window=(begin, begin + 1), latents=flow.latents[one, :2], means=flow.means[one, :1],
+        std=flow.std[:1], logp=flow.logp[one, :1], data=flow.data[one])
+    replayed = flow_grpo.replay_of(image_after.flow.v[one, :1], first)
     step_loss = image_loss(replayed, first, part.adv[one], cfg)
-    token_loss = text_loss(step.after[0], part.adv, cfg, one, slice(token, token + 1))
-    step_hand = by_hand(image_after[i, 0], flow.logp[i, 0], adv, cfg.image_clip)
-    token_hand = by_hand(text_after[i, token], text.logp[i, token], adv, cfg.text_clip)
+    token_loss = text_loss(text_after, part.adv, cfg, one, slice(token, token + 1))
+    step_hand = by_hand(replayed.logp[0, 0], first.logp[0, 0], adv, cfg.image_clip)
+    token_hand = by_hand(text_after.logp[i, token], logp[token], adv, cfg.text_clip)
     code = [source_lines(*place) for place in CODE]
     return PAGE.format(**locals(), size=flow.data[0].numel())
 
@@ -292,7 +292,8 @@ def best_first(part: train.Part) -> list[int]:
 
 def first_rows() -> list:
     """Four held-out rows: a colour, a number, a place, an edit."""
-    draw, edit = TASKS["draw"], TASKS["edit"]
+    draw = TASKS["draw"]
+    edit = TASKS["edit"]
     rows = [row for row in draw.held_out("test") if row.text in SHOWN]
     return [(draw, rows), (edit, edit.held_out("test")[1:2])]
 
@@ -300,18 +301,23 @@ def first_rows() -> list:
 def main(argv: list[str] | None = None) -> None:
     ap = Arguments(prog="studies.tour", description="One step of training, as a page.")
     ap.add_argument("--after", default="", help="a trained policy folder, for the last pictures")
-    a = ap.parse_args(argv)
-    with one_line("studies.tour"), tempfile.TemporaryDirectory() as scratch:
+    ap.run(run, argv)
+
+
+def run(a) -> str:
+    """Carry out a parsed command line; returns what to print."""
+    with tempfile.TemporaryDirectory() as scratch:
         step = one_update(0, Path(scratch))
         images = step.part.samples.images[best_first(step.part)]
         save_grid(images, DOCS / "tour_group.png", columns=len(images), zoom=3)
         if a.after:
-            base, after = load_toy_policy(str(TOY)), load_toy_policy(a.after)
+            base = load_toy_policy(str(TOY))
+            after = load_toy_policy(a.after)
             drawn = [redraw(policy, step.part) for policy in (base, step.run.policy, after)]
             save_grid(torch.cat(drawn), DOCS / "tour_noise.png", columns=len(images), zoom=3)
             before_after(base, after, first_rows(), DOCS / "first.png", dpi=82)
         write_atomic(DOCS / "tour.md", page(step).encode())
-        print(f"{DOCS / 'tour.md'} is written")
+        return f"{DOCS / 'tour.md'} is written"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ class LoRA(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.base, self.rank, self.alpha = base.requires_grad_(False), rank, alpha
+        self.base = base.requires_grad_(False)
+        self.rank = rank
+        self.alpha = alpha
         self.enabled = True
         like = dict(dtype=torch.float32, device=base.weight.device)
         self.A = nn.Parameter(torch.randn(rank, base.in_features, **like) / rank)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from support.checkpoint import all_finite, load_policy, open_tensors, release_name, save_policy
-from support.terminal import Arguments, number, one_line
+from support.terminal import Arguments
 
 
 def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
@@ -23,10 +23,9 @@ def gaussian_merge(first: Tensor, second: Tensor, bound: float = 2.0) -> Tensor:
     """
     mean = (first.mean() + second.mean()) / 2
     spread = torch.minimum(first.std(), second.std())
-    low, high = mean - bound * spread, mean + bound * spread
     merged = 0
     for change in (first, second):
-        inside = (low < change) & (change < high)
+        inside = (change - mean).abs() < bound * spread
         merged = merged + torch.where(inside, 0.5, 1.0) * change
     return merged
 
@@ -40,7 +39,8 @@ def open_trained(folder: Path, stem: str, base: dict[str, Tensor]) -> dict:
     if differ := opened.keys() ^ base.keys():
         raise ValueError(f"{folder} and the base do not fit: {min(differ)} is in only one of them")
     for key, file in opened.items():
-        shape, own = file.get_slice(key).get_shape(), list(base[key].shape)
+        shape = file.get_slice(key).get_shape()
+        own = list(base[key].shape)
         if shape != own:
             raise ValueError(f"{folder}: {key} has shape {shape}, the base {own}")
     return opened
@@ -55,10 +55,8 @@ def merge(first: Path, second: Path, base: Path, out: Path, bound: float = 2.0) 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds files already; give another --out")
     policy = load_policy(base)
-    weights = {}
-    for name, x in policy.state_dict().items():
-        if not name.startswith("autoencoder."):
-            weights[release_name(name)] = x
+    state = policy.state_dict().items()
+    weights = {release_name(name): x for name, x in state if not name.startswith("autoencoder.")}
     trained = [open_trained(folder, policy.stem, weights) for folder in (first, second)]
     for key, x in weights.items():
         changes = [tensors[key].get_tensor(key).float() - x.float() for tensors in trained]
@@ -75,13 +73,13 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument(
         "--base", type=Path, required=True, help="the policy folder that both were trained from")
     ap.add_argument("--out", type=Path, required=True, help="the policy folder to write")
-    ap.add_argument(
-        "--bound", type=number(float, least=0), default=2.0,
-        help="stds inside which changes are averaged")
-    a = ap.parse_args(argv)
-    with one_line("support.merge"):
-        merge(*a.policies, a.base, a.out, a.bound)
-        print(f"wrote {a.out}")
+    ap.run(run, argv)
+
+
+def run(a) -> str:
+    """Carry out a parsed command line; returns what to print."""
+    merge(*a.policies, a.base, a.out)
+    return f"wrote {a.out}"
 
 
 if __name__ == "__main__":

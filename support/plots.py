@@ -42,11 +42,8 @@ def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
 
 def curve(rows: list[dict], key: str) -> np.ndarray:
     """(3, evaluations) minutes, mean and standard error of a headline; NaN is a gap."""
-    points = []
-    for row in rows:
-        if "eval" in row:
-            mean, error = row["eval"].get(key, (None, None))
-            points.append([row["seconds"] / 60, mean, error])
+    looks = [row for row in rows if "eval" in row]
+    points = [[row["seconds"] / 60, *row["eval"].get(key, (None, None))] for row in looks]
     return np.array(points, dtype=float).T      # None becomes NaN
 
 

@@ -77,8 +77,9 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
         if not isinstance(row, dict) or not all(has_text(row, name) for name in needed):
             raise ValueError(f"{where}: must be one object with the text fields {list(needed)}")
         row = {"tag": "", "include": [], **row}
-        wanted = "a class, a count of at least 1, perhaps a color and a position to an earlier one"
-        with one_line_error(f"{where}: every clause must have {wanted}"):
+        with one_line_error(
+            f"{where}: every clause must have a class, a count of at least 1, perhaps a color and "
+            "a position to an earlier one"):
             check_clauses(row)
         for name in ("prompt", "question", "instruction", "caption"):
             if has_text(row, name):
@@ -102,8 +103,9 @@ def check_clauses(row: dict) -> None:
     for half, fields in (("include", Clause.__annotations__), ("exclude", ("class", "count"))):
         for place, clause in enumerate(row.get(half, [])):
             count = clause.setdefault("count", 1)
-            right = [type(count) is int and count >= 1, has_text(clause, "class")]
-            right.append(set(clause) <= set(fields))
+            right = [
+                type(count) is int and count >= 1, has_text(clause, "class"),
+                set(clause) <= set(fields)]
             if "color" in clause:
                 clause["color"] = clause["color"].strip().lower()
                 right.append(has_text(clause, "color"))
@@ -114,7 +116,8 @@ def check_clauses(row: dict) -> None:
                 raise ValueError(f"not {clause}")
 
 
-IMAGE_PLACE = r"(?:</?\|?(?:image|img|vision)[^<>]*>|\[IMG\])"  # of many programs' questions
+# The place of an image, as many programs' questions have it.
+PLACE = r"(?:</?\|?(?:image|img|vision)[^<>]*>|\[IMG\])"
 
 
 def without_image_place(text: str, where: str) -> str:
@@ -122,9 +125,8 @@ def without_image_place(text: str, where: str) -> str:
 
     Errors: ValueError for a place among the words, or of a video.
     """
-    place = IMAGE_PLACE
-    text = re.sub(rf"^\s*({place}\s*)+|(\s*{place})+\s*$", "", text, flags=re.IGNORECASE)
-    if not text or re.search(rf"{place}|<\|?video[^<>]*>", text, re.IGNORECASE):
+    text = re.sub(rf"^\s*({PLACE}\s*)+|(\s*{PLACE})+\s*$", "", text, flags=re.IGNORECASE)
+    if not text or re.search(rf"{PLACE}|<\|?video[^<>]*>", text, re.IGNORECASE):
         raise ValueError(
             f"{where}: {text[:60]!r} holds the place of an image; one image is read, before the "
             "text: word the row without")
@@ -183,7 +185,8 @@ def read_questions(path: str) -> list[dict]:
 
 def check_answer(row: dict) -> None:
     """ValueError for an answer that no text can earn, or that names no option."""
-    answer, options = row["answer"], row.get("options") or []
+    answer = row["answer"]
+    options = row.get("options") or []
     tags = [tag for tag in ("<think>", "</think>", "<answer>", "</answer>") if tag in answer]
     if tags or not normalise_answer(answer):
         raise ValueError(
@@ -255,12 +258,12 @@ def prompt_row(metadata: Metadata) -> Row:
 
 def pool_by_tag(prompts: list[Metadata]) -> Pool:
     """Tags in turn, whatever number of prompts each has, and a random prompt of the tag."""
-    groups: dict[str, list] = {}
+    by_tag = {}
     for metadata in prompts:
-        groups.setdefault(metadata.get("tag", ""), []).append(metadata)
-    groups = list(groups.values())
+        by_tag.setdefault(metadata["tag"], []).append(metadata)
+    groups = list(by_tag.values())
 
-    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+    def draw(key, count, mine):
         rng = np.random.default_rng(key)
         turns = rng.permutation(count * len(groups))[:count] % len(groups)
         places = [rng.integers(len(groups[turn])) for turn in turns]
@@ -272,7 +275,7 @@ def pool_by_tag(prompts: list[Metadata]) -> Pool:
 def pool_of(rows: list[dict], policy: Policy, read: Callable[[dict, Policy], Row]) -> Pool:
     """Rows of a file, none twice in a step if it has enough; an image is read when it is drawn."""
 
-    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+    def draw(key, count, mine):
         chosen = np.random.default_rng(key).choice(len(rows), count, replace=len(rows) < count)
         return [read(rows[chosen[i]], policy) for i in mine]
 
@@ -286,9 +289,11 @@ def prompts_of_file(rows: list[dict], policy: Policy) -> Pool:
 def question_row(row: dict, policy: Policy) -> Row:
     """An open question; the answer to one that has options is the right option's text."""
     pixels, _ = read_picture(row["image"], policy)
-    answer, metadata = row["answer"], Metadata(tag=row.get("kind", ""), include=[])
-    if row.get("options"):
-        answer = row["options"][right_option(answer, row["options"])]
+    answer = row["answer"]
+    options = row.get("options")
+    metadata = Metadata(tag=row.get("kind", ""), include=[])
+    if options:
+        answer = options[right_option(answer, options)]
     return Row(row["question"], metadata, pixels, reward_pixels(pixels), answer)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -124,8 +124,8 @@ def start_moments(optimizer: torch.optim.AdamW) -> None:
     """Give AdamW its moments before its first step, so that a checkpoint can be read in place."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
+            optimizer.state[p] = dict(
+                step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
 
 def clip_gradients(optimizer, most: float) -> Tensor:
@@ -140,7 +140,8 @@ def clip_gradients(optimizer, most: float) -> Tensor:
 
 def setup() -> Ranks:
     """Read torchrun's environment and join its process group: nccl on GPUs, else gloo."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = the_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -168,16 +169,19 @@ class Log:
     """
 
     def __init__(self, out: Path, config: dict, active: bool, world: int):
-        self.path, self.active = out / "log.jsonl", active
-        self.evaluated, self.waiting, self.opened, self.owner = set(), [], False, None
-        versions = dict(
-            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        self.path = out / "log.jsonl"
+        self.active = active
+        self.evaluated = set()
+        self.waiting = []
+        self.opened = False
+        self.owner = None
         paths = {name: Path(config[name]) for name in FILES if config.get(name)}
         files = {name: fingerprint(path) for name, path in paths.items() if path.exists()}
-        command = " ".join(sys.argv)
+        versions = dict(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         self.head = dict(
-            config=config, command=command, commit=commit(), world=world, versions=versions,
-            files=files)
+            config=config, command=" ".join(sys.argv), commit=commit(), world=world,
+            versions=versions, files=files)
         self.start = time.monotonic()
         if active:
             out.mkdir(parents=True, exist_ok=True)
@@ -198,12 +202,13 @@ class Log:
         kept = [
             row
             for row in rows
-            if row.get("step", step) < step or ("eval" in row and row["step"] == step)
+            if row["step"] < step or ("eval" in row and row["step"] == step)
         ]
         self.start -= max((row["seconds"] for row in kept), default=0.0)
         self.evaluated = {row["step"] for row in kept if "eval" in row}
-        changed = differences(head, self.head) if head else {}
-        self.write([head or self.head, *kept])
+        head = head or self.head
+        changed = differences(head, self.head)
+        self.write([head, *kept])
         self.opened = True
         if changed:
             named = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
@@ -214,15 +219,15 @@ class Log:
         """Add a row. Evaluations before the first step wait for it."""
         if not self.active:
             return
+        row = dict(seconds=round(time.monotonic() - self.start, 2), **record)
         if "eval" in record:
             self.evaluated.add(record["step"])
-        row = dict(seconds=round(time.monotonic() - self.start, 2), **record)
-        if not self.opened and "eval" in record:
-            self.waiting.append(row)
-            return
+            if not self.opened:
+                self.waiting.append(row)
+                return
         self.open()
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), file=file)
 
     def open(self) -> None:
         """Begin the file with the head and the rows that waited."""
@@ -269,9 +274,10 @@ CHECKPOINTS = ("checkpoint.safetensors", "checkpoint", "checkpoint.old")
 
 def refuse_finished(out: Path) -> None:
     """ValueError if a folder holds a run, which a run that begins anew would mix with its own."""
-    if not any((out / name).exists() for name in ("log.jsonl", *CHECKPOINTS)):
+    log = out / "log.jsonl"
+    if not log.exists() and not any((out / name).exists() for name in CHECKPOINTS):
         return
-    head, rows = read_rows(out / "log.jsonl") if (out / "log.jsonl").exists() else (None, [])
+    head, rows = read_rows(log) if log.exists() else (None, [])
     what = "a checkpoint without a log"
     if head:
         steps = sum("loss" in row for row in rows)
@@ -283,7 +289,8 @@ def differences(old: dict, new: dict) -> dict[str, list]:
     """name -> [old, new] of the settings, commit, versions and number of ranks in which two heads
     of a log differ.
     """
-    a, b = flatten_head(old), flatten_head(new)
+    a = flatten_head(old)
+    b = flatten_head(new)
     return {
         name: [a.get(name), b.get(name)]
         for name in sorted(a.keys() | b.keys())
@@ -306,10 +313,11 @@ def commit() -> str | None:
     """The commit of these files, with "+" if they differ from it; None outside git or without
     it.
     """
-    root = str(Path(__file__).parent.parent)
-    command = ["git", "-C", root, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    here = Path(__file__).parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -319,15 +327,15 @@ def read_rows(path: Path) -> tuple[dict | None, list[dict]]:
     leaves them, are skipped.
     """
     rows = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and ("step" in row or "config" in row):
             rows.append(row)
-    heads = [row for row in rows if "config" in row]
-    return (heads[0] if heads else None), [row for row in rows if "config" not in row]
+    head = next((row for row in rows if "config" in row), None)
+    return head, [row for row in rows if "config" not in row]
 
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:
@@ -345,7 +353,8 @@ def signals():
 
     A SIGHUP that is ignored, as nohup does, stays ignored.
     """
-    caught, old = [], {}
+    caught = []
+    old = {}
 
     def catch(number, frame):                   # print is not for handlers
         os.write(2, b"stopping as soon as no weight moves; a checkpoint follows\n")
@@ -431,10 +440,8 @@ def save_checkpoint(
     in safetensors, which any number of ranks can read.
     """
     tensors = tensors | {"step": torch.tensor(step)}
-    single, folder, scratch, old = (
-        out / name
-        for name in ("checkpoint.safetensors", "checkpoint", "checkpoint.tmp", "checkpoint.old")
-    )
+    single, folder, old = (out / name for name in CHECKPOINTS)
+    scratch = out / "checkpoint.tmp"
     if not sharded:
         if rank == writer:
             # A file of its own: several ranks may fail together.
@@ -470,9 +477,9 @@ def read_checkpoint(path: Path, tensors: dict[str, Tensor]) -> None:
             alone = not any(isinstance(value, DTensor) for value in tensors.values())
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
             return
-        with safe_open(path, framework="pt") as file:
-            for key, value in tensors.items():
-                value.copy_(shard_like(file.get_tensor(key).to(value.device), value))
+        stored = load_file(path)                # mapped, not read
+        for key, value in tensors.items():
+            value.copy_(shard_like(stored[key].to(value.device), value))
 
 
 def stored_kinds(path: Path) -> dict[str, tuple]:
@@ -485,9 +492,7 @@ def stored_kinds(path: Path) -> dict[str, tuple]:
                     raise ValueError(f"parts of {key} are missing")
             return {
                 key: (tuple(value.size), value.properties.dtype) for key, value in stored.items()}
-        with safe_open(path, framework="pt") as file:
-            values = {key: file.get_tensor(key) for key in file.keys()}         # mapped, not read
-            return {key: (tuple(x.shape), x.dtype) for key, x in values.items()}
+        return {key: (tuple(x.shape), x.dtype) for key, x in load_file(path).items()}
 
 
 def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
@@ -498,7 +503,8 @@ def load_checkpoint(out: Path, tensors: dict[str, Tensor]) -> int:
     """
     into = tensors | {"step": torch.tensor(0)}
     single, folder, old = (out / name for name in CHECKPOINTS)
-    wanted, steps = {key: (tuple(value.shape), value.dtype) for key, value in into.items()}, {}
+    wanted = {key: (tuple(value.shape), value.dtype) for key, value in into.items()}
+    steps = {}
     for path in (single, folder if folder.exists() else old):   # a kill may leave both
         if not path.exists():
             continue

@@ -78,6 +78,12 @@ class Arguments(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
+    def run(self, work: Callable, argv: list[str] | None) -> None:
+        """Parse a command line, and print what `work` makes of it, or in one line why it cannot."""
+        a = self.parse_args(argv)
+        with one_line(self.prog):
+            print(work(a))
+
 
 def number(
     kind: type, least: float | None = None, above: float | None = None
@@ -132,8 +138,7 @@ def one_line(program: str):
         sys.stdout.flush()
     except KeyboardInterrupt:
         end(program, "interrupted", 130)
-    except (
-        ValueError, OSError, FloatingPointError, RecursionError, argparse.ArgumentError) as error:
+    except (ValueError, OSError, FloatingPointError, RecursionError) as error:
         end(program, first_line(error))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):

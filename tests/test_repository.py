@@ -72,8 +72,8 @@ def test_importing_files_of_ours_reads_no_library_or_room_that_they_do_not_need(
 # ---- the house ----
 
 
-def test_the_top_level_is_the_card_with_tasks_and_recipes():
-    card = {*CORE, "eval", "tasks", "recipes"}
+def test_the_top_level_is_the_card_with_tasks_recipes_and_janus():
+    card = {*CORE, "eval", "tasks", "recipes", "janus"}
     assert {path.stem for path in ROOT.glob("*.py")} == card
 
 

@@ -17,8 +17,6 @@ All sampling takes a np.random.Generator.
     metadata, rng = prompts("train")[0], np.random.default_rng(0)
     found = detect(render(sample_scene(metadata, rng)))[0]  # [{"class", "box", "score", "color"}]
     satisfies(metadata, read(found))                        # True
-
-`python toy/shapes.py` prints prompts, and whether the detector reads their pictures back.
 """
 import functools
 import re
@@ -29,7 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-SIZE, GROUND = 32, 245                                  # pixels; grey level of the plain ground
+SIZE = 32                                               # pixels of a side
+GROUND = 245                                            # grey level of the plain ground
 COLORS = {"red": (225, 20, 30), "green": (20, 160, 60), "blue": (30, 70, 235),
           "yellow": (245, 220, 20), "purple": (150, 20, 190), "orange": (245, 130, 20)}
 INK = 225                                               # a full pixel's drop below the ground
@@ -144,8 +143,10 @@ def damage(scene: Scene, rng, what: str) -> np.ndarray:
     what: "ground" lays a haze or specks over it, "shape" a bar of bare ground across one object."""
     image = render(scene)
     if what == "shape":
-        o, wide = pick(rng, scene), rng.integers(3, 5)
-        centre, axis = (o.y, o.x), rng.integers(2)
+        o = pick(rng, scene)
+        wide = rng.integers(3, 5)
+        centre = (o.y, o.x)
+        axis = rng.integers(2)
         box = [slice(c - o.radius - 1, c + o.radius + 1) for c in centre]
         start = centre[axis] - wide // 2
         box[axis] = slice(start, start + wide)
@@ -236,7 +237,7 @@ def article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def name_group(shape: str, count: int, color: str = "") -> str:
+def name_group(shape: str, count: int, color: str) -> str:
     """"three circles", "an orange circle", "a circle": only a single one is given its colour."""
     return article(f"{color} {shape}".strip()) if count == 1 else f"{COUNTS[count]} {shape}s"
 
@@ -263,7 +264,7 @@ def build(tag: str, include: list[dict], prefix: str = "") -> dict:
     Differs: every prompt excludes more objects of any shape than it names, not only counting
     prompts: if extra objects are free, a policy soon fills its pictures with them."""
     more = [new_clause(shape, count=wanted_count(include, shape) + 1) for shape in SHAPES]
-    metadata = {"tag": tag, "include": [dict(clause) for clause in include], "exclude": more}
+    metadata = dict(tag=tag, include=[dict(clause) for clause in include], exclude=more)
     metadata["prompt"] = prefix + explicit(metadata)
     if any((clause.get("color"), clause["class"]) in HELD_OUT for clause in include):
         metadata["held_out"] = True
@@ -277,20 +278,18 @@ def compositions() -> Iterator[tuple[str, list]]:
         yield "single_object", [[new_clause(shape)]]
     for a, b in pairs:
         yield "two_object", list(permutations([new_clause(a), new_clause(b)]))
-    for shape in SHAPES:
-        for count in (2, 3, 4):
-            yield "counting", [[new_clause(shape, count=count)]]
-    for shape in SHAPES:
-        for color in COLORS:
-            yield "colors", [[new_clause(shape, color=color)]]
+    for shape, count in product(SHAPES, (2, 3, 4)):
+        yield "counting", [[new_clause(shape, count=count)]]
+    for shape, color in product(SHAPES, COLORS):
+        yield "colors", [[new_clause(shape, color=color)]]
     for a, b in pairs:
         for relation, opposite in OPPOSITE.items():
             yield "position", [[new_clause(b), new_clause(a, position=[relation, 0])],
                                [new_clause(a), new_clause(b, position=[opposite, 0])]]
     for a, b in pairs:
         for color, other in permutations(COLORS, 2):
-            first, second = new_clause(a, color=color), new_clause(b, color=other)
-            yield "color_attr", list(permutations([first, second]))
+            both = new_clause(a, color=color), new_clause(b, color=other)
+            yield "color_attr", list(permutations(both))
 
 
 def prompts(split: str) -> list[dict]:
@@ -299,7 +298,9 @@ def prompts(split: str) -> list[dict]:
     Eval has every prompt that names a HELD_OUT pair, every phrasing of one in seven compositions of
     position and color_attr, and one of the five phrasings (PREFIXES) of everything else, whose four
     other phrasings are in train."""
-    wanted, number, out = split == "eval", 0, []
+    wanted = split == "eval"
+    number = 0
+    out = []
     for meaning, (tag, ways) in enumerate(compositions()):
         new_meaning = tag in ("position", "color_attr") and meaning % 7 == 3
         for way in ways:
@@ -312,6 +313,7 @@ def prompts(split: str) -> list[dict]:
     return out
 
 
+@functools.cache
 def prompts_by_tag(*splits: str) -> dict[str, list[dict]]:
     """tag -> prompts of these splits."""
     by_tag = {tag: [] for tag in TAGS}
@@ -333,23 +335,22 @@ def implicit_prompts(split: str) -> list[dict]:
     They have the keys "implicit" and "thought". Each fact meets two shapes in train and the third
     in eval; HELD_OUT pairs go to eval. The thought is "<think> a triangle has three sides </think>
     three circles": it ends in the explicit prompt."""
-    wanted, out = split == "eval", []
+    wanted = split == "eval"
+    out = []
     for i, fact in enumerate(FACTS):
         owner, verb, rest = re.split(" (has|is) ", fact)
         value, *parts = rest.split()
         for j, shape in enumerate(SHAPES):
             if verb == "has":
-                tag, clause = "counting", new_clause(shape, count=COUNTS.index(value))
+                metadata = build("counting", [new_clause(shape, count=COUNTS.index(value))])
                 riddle = f"as many {shape}s as {owner} has {parts[0]}"
             else:
-                tag, clause = "colors", new_clause(shape, color=value)
+                metadata = build("colors", [new_clause(shape, color=value)])
                 riddle = f"a {shape} in the color of {owner}"
-            for prefix in PREFIXES:
-                metadata = build(tag, [clause])
-                if ((i + i // 3 + j) % 3 == 0 or "held_out" in metadata) == wanted:
-                    thought = f"<think> {fact} </think> {metadata['prompt']}"
-                    metadata["prompt"] = prefix + riddle
-                    out.append(metadata | {"implicit": True, "thought": thought})
+            if ((i + i // 3 + j) % 3 == 0 or "held_out" in metadata) == wanted:
+                thought = f"<think> {fact} </think> {metadata['prompt']}"
+                metadata.update(implicit=True, thought=thought)
+                out += [metadata | {"prompt": prefix + riddle} for prefix in PREFIXES]
     return out
 
 
@@ -358,7 +359,8 @@ def wrong_metadata(metadata: dict, rng) -> dict:
 
     That is a shape, a count, a colour, or a relation, which becomes its opposite. Never makes a
     HELD_OUT pair. An implicit prompt yields an explicit one."""
-    tag, include = metadata["tag"], [dict(clause) for clause in metadata["include"]]
+    tag = metadata["tag"]
+    include = [dict(clause) for clause in metadata["include"]]
     clause = include[-1] if tag == "position" else pick(rng, include)
     if tag == "position":
         relation, target = clause["position"]
@@ -369,7 +371,7 @@ def wrong_metadata(metadata: dict, rng) -> dict:
         named = [c["class"] for c in include]
         clause["class"] = pick(rng, [s for s in SHAPES if s not in named])
     else:
-        clause["color"] = free_color(rng, clause["class"], True, but=[c["color"] for c in include])
+        clause["color"] = free_color(rng, clause["class"], but=[c["color"] for c in include])
     prefix, _, _ = metadata["prompt"].rpartition(explicit(metadata))    # "" of an implicit prompt
     return build(tag, include, prefix)
 
@@ -377,8 +379,8 @@ def wrong_metadata(metadata: dict, rng) -> dict:
 def wrong_thought(metadata: dict, rng) -> str:
     """The thought of an implicit prompt with another count or colour, followed to its prompt."""
     wrong = wrong_metadata(metadata, rng)
-    clauses = metadata["include"][0], wrong["include"][0]
-    old, new = [c.get("color", COUNTS[c["count"]]) for c in clauses]
+    clauses = [clause for m in (metadata, wrong) for clause in m["include"]]
+    old, new = [clause.get("color", COUNTS[clause["count"]]) for clause in clauses]
     fact, _ = metadata["thought"].split(" </think> ")
     return f"{fact.replace(old, new)} </think> {wrong['prompt']}"
 
@@ -402,7 +404,7 @@ def place(rng, shape: str, color: str, row: int, col: int) -> Object:
     return Object(shape, color, row, col, dx, dy, radius)
 
 
-def free_color(rng, shape: str, training: bool, but=()) -> str:
+def free_color(rng, shape: str, but=(), training: bool = True) -> str:
     """A colour for the shape, none of `but`; with training none that would make a HELD_OUT pair."""
     barred = HELD_OUT if training else ()
     return pick(rng, [c for c in COLORS if c not in but and (c, shape) not in barred])
@@ -416,7 +418,7 @@ def fits(metadata: dict, scene: Scene) -> bool:
     if not right or metadata["tag"] != "position":
         return right
     a, b = scene
-    offset = {"row": abs(a.y - b.y), "col": abs(a.x - b.x)}
+    offset = dict(row=abs(a.y - b.y), col=abs(a.x - b.x))
     axis, _ = RELATIONS[metadata["include"][1]["position"][0]]
     return offset[axis] == max(offset.values())
 
@@ -430,7 +432,7 @@ def sample_scene(metadata: dict, rng, training: bool = True) -> Scene:
         scene = ()
         for clause, cell in zip(wanted, rng.permutation(4)):
             shape = clause["class"]
-            color = clause.get("color") or free_color(rng, shape, training)
+            color = clause.get("color") or free_color(rng, shape, training=training)
             scene += (place(rng, shape, color, *CELLS[cell]),)
         if fits(metadata, scene):
             return scene
@@ -461,9 +463,9 @@ def question_kinds(scene: Scene) -> list[str]:
     """The kinds of question that a scene answers.
 
     color and shape need a unique object, relation needs two."""
-    shapes, colors = unique(scene, "shape"), unique(scene, "color")
-    needs = {"count": scene, "color": shapes, "shape": colors, "exists": scene,
-             "relation": shapes[1:]}
+    shapes = unique(scene, "shape")
+    colors = unique(scene, "color")
+    needs = dict(count=scene, color=shapes, shape=colors, exists=scene, relation=shapes[1:])
     return [kind for kind, objects in needs.items() if objects]
 
 
@@ -473,7 +475,8 @@ def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Q
     exists and relation are yes half of the time. training: no question names a HELD_OUT pair that
     the scene lacks."""
     kind = kind or pick(rng, question_kinds(scene))
-    shapes, answer = unique(scene, "shape"), pick(rng, ("yes", "no"))
+    shapes = unique(scene, "shape")
+    answer = pick(rng, ("yes", "no"))
     if kind == "count":
         shape = pick(rng, SHAPES)
         return Question(kind, f"how many {shape}s ?", COUNTS[count_of(scene, shape)], (shape,))
@@ -488,8 +491,7 @@ def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Q
         pairs = [(o.color, o.shape) for o in scene]
         pair = pick(rng, sorted(set(pairs)) if answer == "yes" else near_misses(pairs, training))
         return Question(kind, f"is there {article(' '.join(pair))} ?", answer, pair)
-    i, j = rng.permutation(len(shapes))[:2]
-    a, b = shapes[i], shapes[j]
+    a, b = [shapes[i] for i in rng.permutation(len(shapes))[:2]]
     relation = pick(rng, [r for r in RELATIONS if in_relation(a, b, r) == (answer == "yes")])
     about = (a.shape, relation, b.shape)
     return Question(kind, f"is the {a.shape} {relation} the {b.shape} ?", answer, about)
@@ -497,14 +499,15 @@ def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Q
 
 def near_misses(pairs: list[tuple[str, str]], training: bool) -> list[tuple[str, str]]:
     """Absent (color, shape) pairs that share a word with a present one, so both words count."""
-    words, barred = set(sum(pairs, ())), [*pairs, *(HELD_OUT if training else ())]
+    words = set(sum(pairs, ()))
+    barred = [*pairs, *(HELD_OUT if training else ())]
     absent = [pair for pair in product(COLORS, SHAPES) if pair not in barred]
     return [pair for pair in absent if words & set(pair)]
 
 
 def answers_of(kind: str) -> tuple[str, ...]:
     """Every answer that a kind of question can have."""
-    return {"count": COUNTS, "color": tuple(COLORS), "shape": SHAPES}.get(kind, ("yes", "no"))
+    return dict(count=COUNTS, color=tuple(COLORS), shape=SHAPES).get(kind, ("yes", "no"))
 
 
 def other_answers(question: Question) -> list[str]:
@@ -557,19 +560,16 @@ def describe(scene: Scene) -> str:
 
     Two single objects stand in the relation along the larger offset of their centres: "a red circle
     above a blue square"."""
-    words = []
-    for shape in SHAPES:
-        group = [o for o in scene if o.shape == shape]
-        if group:
-            words.append(name_group(shape, len(group), group[0].color))
-    if len(scene) != 2 or len(words) != 2:
-        return " and ".join(words)
-    a, b = sorted(scene)                                        # by shape, as the words are
-    if abs(a.x - b.x) >= abs(a.y - b.y):
-        relation = "left of" if a.x < b.x else "right of"
-    else:
-        relation = "above" if a.y < b.y else "below"
-    return f"{words[0]} {relation} {words[1]}"
+    include = clauses_of(scene)
+    if len(scene) == len(include) == 2:
+        a, b = sorted(scene)                                    # by shape, as the clauses are
+        if abs(a.x - b.x) >= abs(a.y - b.y):
+            relation = "left of" if a.x < b.x else "right of"
+        else:
+            relation = "above" if a.y < b.y else "below"
+        first, second = include
+        include = [second, first | {"position": [relation, 0]}]
+    return explicit({"include": include})
 
 
 # ---- edits and reflections ----
@@ -583,14 +583,14 @@ def make_edit(scene: Scene, rng) -> Edit:
     edits = {}
     for o in unique(scene, "shape"):
         others = tuple(p for p in scene if p != o)
-        color = free_color(rng, o.shape, True, but=[o.color])
+        color = free_color(rng, o.shape, but=[o.color])
         edits[f"make the {o.shape} {color}"] = (*others, o._replace(color=color))
         if others:
             edits[f"remove the {o.shape}"] = others
     free = empty_cells(scene)
     if free:
         shape = pick(rng, SHAPES)
-        new = place(rng, shape, free_color(rng, shape, True), *pick(rng, free))
+        new = place(rng, shape, free_color(rng, shape), *pick(rng, free))
         edits[f"add {article(f'{new.color} {shape}')}"] = (*scene, new)
     if not edits:
         raise ValueError("make_edit: four objects and no unique shape; draw another scene")
@@ -617,12 +617,17 @@ def judge_edit(source: Things, target: Things, things: Things) -> tuple[bool, bo
 
     source and target are what the scenes of make_edit say, things what the edited picture says.
     An added object may stand in any free quadrant."""
-    before, after, now = set(source), set(target), set(things)
-    gone, come, others = before - after, after - before, before & after
+    before = set(source)
+    after = set(target)
+    now = set(things)
+    gone = before - after
+    come = after - before
+    others = before & after
     rest = list(things)
     for thing in others & now:
         rest.remove(thing)
-    known, made = 4 if gone else 2, []          # with another colour the quadrant is given too
+    known = 4 if gone else 2                    # with another colour the quadrant is given too
+    made = []
     for new in come:
         made = [t for t in rest if t[:known] == new[:known]]
     stray = set(rest) - set(made) - gone
@@ -637,7 +642,8 @@ def critique(metadata: dict, things: Things) -> str:
     """The first thing wrong with a picture in words: a number, then a colour, then the relation."""
     include = metadata["include"]
     for shape in SHAPES:
-        count, wanted = count_of(things, shape), wanted_count(include, shape)
+        count = count_of(things, shape)
+        wanted = wanted_count(include, shape)
         if count != wanted:
             return f"{there_are(COUNTS[count], shape)} , there should be {COUNTS[wanted]}"
     for clause in include:
@@ -656,7 +662,8 @@ def repair(metadata: dict, scene: Scene, rng) -> Scene:
 
     A surplus object changes its shape before a new one is added; then as few as possible move."""
     needed = [clause["class"] for clause in metadata["include"] for _ in range(clause["count"])]
-    kept, spare = [], []
+    kept = []
+    spare = []
     for o in scene:
         if o.shape in needed:
             needed.remove(o.shape)
@@ -664,7 +671,7 @@ def repair(metadata: dict, scene: Scene, rng) -> Scene:
         else:
             spare.append(o)
     for shape in needed:
-        color = free_color(rng, shape, True)
+        color = free_color(rng, shape)
         if spare:
             o = spare.pop(0)._replace(shape=shape)
         else:
@@ -708,11 +715,6 @@ def components(mask: np.ndarray) -> np.ndarray:
     return np.unique(number[padded], return_inverse=True)[1]
 
 
-def ramp(value: np.ndarray, low: float, high: float) -> np.ndarray:
-    """0 up to low, 1 from high on, linear between; it falls if low > high."""
-    return np.clip((value - low) / (high - low), 0.0, 1.0)
-
-
 def overlap(shape: str, x: np.ndarray, y: np.ndarray, area: np.ndarray, owner: np.ndarray):
     """IoU of each component with the smooth-edged shape of its area and centroid.
 
@@ -748,7 +750,8 @@ def detect(images: np.ndarray) -> list[list[dict]]:
 
     n, y, x = np.nonzero(mask)                                      # (P,) pixels of shapes
     owner = components(mask)                                        # (P,) their component
-    ink, drop = ink[mask], drop[mask]                               # (P,), (P, 3)
+    ink = ink[mask]                                                 # (P,)
+    drop = drop[mask]                                               # (P, 3)
     area = np.bincount(owner)                                       # (D,) pixels of components
     image = np.zeros(len(area), int)
     image[owner] = n                                                # (D,) the image that has it
@@ -756,24 +759,27 @@ def detect(images: np.ndarray) -> list[list[dict]]:
     def mean(value):                                                # (P,) -> (D,)
         return np.bincount(owner, value) / area
 
-    right, down = x - mean(x)[owner], y - mean(y)[owner]
+    right = x - mean(x)[owner]
+    down = y - mean(y)[owner]
     fit = np.stack([overlap(shape, right, down, area, owner) for shape in SHAPES])  # (3, D)
     palette = (GROUND - np.array(list(COLORS.values()))) / INK      # (6, 3)
     hue = drop / ink[:, None]
     miss = np.sqrt([mean(((hue - color) ** 2).sum(1)) for color in palette])  # (6, D)
-    best, near = np.sort(fit, 0)[::-1], np.sort(miss, 0)
+    best = np.sort(fit, 0)[::-1]
+    near = np.sort(miss, 0)
     tip = 0.1 * (fit.argmax(0) == SHAPES.index("triangle"))         # what pixels cost a triangle
     score = 1.0
-    for value, none, full in (
+    for value, none, full in (                  # a value scores 0 up to `none`, 1 from `full` on
             (best[0] + tip, 0.73, 0.86), (best[0] - best[1], 0.0, 0.07), (near[0], 0.35, 0.2),
             (near[1] - near[0], 0.0, 0.12), (mean(ink), 0.55, 0.72), (area, 15, 25),
             (area, 220, 170), (mean(haze[n]), 0.25, 0.15)):
-        score = score * ramp(value, none, full)                     # (D,)
+        score = score * np.clip((value - none) / (full - none), 0.0, 1.0)   # (D,)
 
     box = np.full((len(area), 4), SIZE)                             # right and bottom as negatives
     np.minimum.at(box, owner, np.stack([x, y, -1 - x, -1 - y], 1))
     box *= [1, 1, -1, -1]                                           # (D, 4)
-    found, colors = [[] for _ in images], list(COLORS)
+    found = [[] for _ in images]
+    colors = list(COLORS)
     for d in np.argsort(-score, kind="stable")[:(score > 0).sum()]:
         found[image[d]].append({"class": SHAPES[fit[:, d].argmax()], "box": box[d].tolist(),
                                 "score": float(score[d]), "color": colors[miss[:, d].argmin()]})
@@ -786,7 +792,8 @@ def read(detections: list[dict], threshold: float = 0.3) -> Things:
     for found in detections:
         if found["score"] > threshold:
             left, top, right, bottom = found["box"]
-            row, col = int(top + bottom >= SIZE), int(left + right >= SIZE)
+            row = int(top + bottom >= SIZE)
+            col = int(left + right >= SIZE)
             things.append(Thing(found["class"], found["color"], row, col))
     return tuple(sorted(things))
 
@@ -801,20 +808,13 @@ def diversity(images: np.ndarray, detections: list[list[dict]], G: int) -> dict[
 
     layout_entropy in bits, at most log2 G; pairwise_distance, the RMS difference of two images in
     [0, 1]."""
-    entropies, distances = [], []
+    entropies = []
+    distances = []
     for i in range(0, len(images), G):
         layouts = [layout(found) for found in detections[i:i + G]]
         share = np.unique(layouts, return_counts=True)[1] / G       # of each layout that occurs
         entropies.append((share * np.log2(1 / share)).sum())
         for a, b in combinations(images[i:i + G] / 255.0, 2):
             distances.append(np.sqrt(((a - b) ** 2).mean()))
-    return {"layout_entropy": float(np.mean(entropies)),
-            "pairwise_distance": float(np.mean(distances))}
-
-
-if __name__ == "__main__":
-    rng = np.random.default_rng(0)
-    for metadata in prompts("train")[::60]:
-        scene = sample_scene(metadata, rng)
-        verdict = "right" if read(detect(render(scene))[0]) == discrete(scene) else "WRONG"
-        print(f"{verdict}: {metadata['prompt']}: {describe(scene)}")
+    return dict(
+        layout_entropy=float(np.mean(entropies)), pairwise_distance=float(np.mean(distances)))

@@ -29,8 +29,8 @@ def word_tokenizer(vocabulary, *, append_eos, max_length):
     tokenizer.pre_tokenizer = Sequence([
         Split(Regex(r"[ \t]+"), "removed"), Split(Regex(r"\n|[?.,]"), "isolated")])
     if append_eos:
-        end = ("<eos>", words.index("<eos>"))
-        tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[end])
+        tokenizer.post_processor = TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", words.index("<eos>"))])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
         unk_token="<unk>", additional_special_tokens=["<image>"], model_max_length=max_length,

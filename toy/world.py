@@ -4,7 +4,6 @@ Legend: B rows, G samples of each, N = B*G prompt-major. Pixels that the policy 
 [-1, 1], images that rewards read in [0, 1]. Detections are None if there is no detector.
 """
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -22,13 +21,6 @@ PROMPTS_PER_TAG, THOUGHTS, QUESTIONS, EDITS = 32, 96, 1000, 200         # rows o
 VALIDATION = 1000  # added to the seed of rows that are drawn, for the validation split
 
 
-class EditMetadata(Metadata):
-    """An edit's metadata, with what the pictures before and after it say."""
-
-    source: shapes.Things
-    target: shapes.Things
-
-
 # ---- rows ----
 
 
@@ -41,7 +33,7 @@ def render_pixels(scenes: list[shapes.Scene]) -> Tensor:
 def toy_rows(make: Callable[[np.random.Generator], Row]) -> Pool:
     """Rows of the toy world, each made from (key, number of the row) by itself."""
 
-    def draw(key: tuple, count: int, mine: range) -> list[Row]:
+    def draw(key, count, mine):
         return [make(np.random.default_rng((*key, i))) for i in mine]
 
     return draw
@@ -50,7 +42,7 @@ def toy_rows(make: Callable[[np.random.Generator], Row]) -> Pool:
 def question_row(scene: shapes.Scene, question: shapes.Question) -> Row:
     pixels = render_pixels([scene])[0]
     return Row(
-        question.text, {"tag": question.kind, "include": []}, pixels, pixels * 0.5 + 0.5,
+        question.text, dict(tag=question.kind, include=[]), pixels, pixels * 0.5 + 0.5,
         question.answer, question.options)
 
 
@@ -65,11 +57,15 @@ def choice_question(rng: np.random.Generator) -> Row:
 
 
 def edit_row(edit: shapes.Edit) -> Row:
-    """An edit of shapes.make_edit; its tag is the verb: make, remove or add."""
+    """An edit of shapes.make_edit.
+
+    Its metadata have the verb (make, remove or add) as tag, and what the pictures before and after
+    it say as source and target.
+    """
     pixels = render_pixels([edit.source])[0]
-    metadata: EditMetadata = edit.metadata | {
-        "tag": edit.instruction.split()[0], "source": shapes.discrete(edit.source),
-        "target": shapes.discrete(edit.target)}
+    metadata = edit.metadata | dict(
+        tag=edit.instruction.split()[0], source=shapes.discrete(edit.source),
+        target=shapes.discrete(edit.target))
     return Row(
         edit.instruction, metadata, pixels, pixels * 0.5 + 0.5, full=pixels,
         wanted=shapes.describe(edit.target))
@@ -86,16 +82,11 @@ def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
             continue
 
 
-@functools.cache
-def train_prompts() -> dict[str, list[Metadata]]:
-    return shapes.prompts_by_tag("train")
-
-
 def toy_pair(rng: np.random.Generator) -> tuple[Row, Row]:
     """A prompt with a real picture of it, and a question about that picture, open or with options.
 
     All tags are equally likely."""
-    metadata = shapes.pick(rng, train_prompts()[shapes.pick(rng, shapes.TAGS)])
+    metadata = shapes.pick(rng, shapes.prompts_by_tag("train")[shapes.pick(rng, shapes.TAGS)])
     scene = shapes.sample_scene(metadata, rng)
     while shapes.scene_split(scene) == "eval":  # whose questions the evaluation asks
         scene = shapes.sample_scene(metadata, rng)
@@ -130,7 +121,8 @@ def held_out_prompts(split: str) -> list[Row]:
 
     The test has 3, 6, 9, 15, 32 and 32. Training has another phrasing of the same meaning, but for
     three in ten of position and nearly half of color_attr. Unseen pairs count together."""
-    pool, rows = prompts_of_split(shapes.prompts, split), []
+    pool = prompts_of_split(shapes.prompts, split)
+    rows = []
     groups = [pool]
     if split != "unseen":
         groups = [[m for m in pool if m["tag"] == tag] for tag in shapes.TAGS]
@@ -151,11 +143,13 @@ def held_out_questions(split: str, seed: int = 7, choice: bool = False) -> list[
     """QUESTIONS scenes that training never asks about, one question each, kinds in turn.
 
     Half as many of unseen pairs, and, choice=True, of questions with lettered options."""
-    unseen, rows = split == "unseen", []
+    unseen = split == "unseen"
+    rows = []
     rng = np.random.default_rng(seed + VALIDATION if split == "validation" else seed)
     wanted = QUESTIONS // 2 if unseen or choice else QUESTIONS
     while len(rows) < wanted:
-        kind, scene = KINDS[len(rows) % len(KINDS)], shapes.random_scene(rng, "eval")
+        kind = KINDS[len(rows) % len(KINDS)]
+        scene = shapes.random_scene(rng, "eval")
         if shapes.shows_held_out(scene) == unseen and kind in shapes.question_kinds(scene):
             question = shapes.make_question(scene, rng, kind, training=False)
             if choice:
@@ -203,7 +197,7 @@ def edit_parts(samples, detections, detector) -> dict[str, Tensor]:
     for m, found in zip(samples.metadata, detections):
         verdicts.append(shapes.judge_edit(m["source"], m["target"], shapes.read(found)))
     changed, kept = torch.tensor(verdicts, dtype=torch.float).unbind(1)
-    return {"changed": changed, "kept": kept}
+    return dict(changed=changed, kept=kept)
 
 
 def edit_truth(samples, detections) -> Tensor | None:
@@ -226,7 +220,7 @@ def compare_with_first(images: str):
     def parts(samples, detections, detector) -> dict[str, Tensor]:
         first = drawn_truth(samples, detector(getattr(samples, images)))
         last = drawn_truth(samples, detections)
-        return {"initial": first, "repaired": (1 - first) * last, "spoiled": first * (1 - last)}
+        return dict(initial=first, repaired=(1 - first) * last, spoiled=first * (1 - last))
 
     return parts
 
