@@ -12,7 +12,6 @@ independent. Every random number comes from --seed.
 Legend: B rows, G samples of each, N = B*G prompt-major.
 """
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -68,10 +67,11 @@ def sample_task(
         rows, G = [row for row in rows for _ in range(G)], 1
         index = list(range(len(rows)))
         rows, _ = first_pictures(policy, rows, choices, seed=seed, step=0, index=index, n=1)
-    guided = guidance > 1 and task.draws and not task.sees
+    scale = 1.0 if task.sees else guidance
+    index = list(range(len(rows)))
     rollout = sample_plan(
-        policy, task.plan(rows, choices), seed=seed, step=0, prompts=list(range(len(rows))), G=G,
-        guidance=Guidance(guidance) if guided else None)
+        policy, task.plan(rows, choices), seed=seed, step=0, prompts=index, G=G,
+        guidance=Guidance(scale))
     return samples_of(policy, task, rows, rollout)
 
 
@@ -160,7 +160,8 @@ def captions_truth(policy: Policy, seed: int, per_prompt: int = 4) -> np.ndarray
     for row in TASKS["draw"].held_out("test"):
         scenes += [shapes.sample_scene(row.metadata, rng) for _ in range(per_prompt)]
     questions = Read([shapes.CAPTION] * len(scenes))
-    plan = [See(render_pixels(scenes)), questions, plain_choices(policy.config.scale).think]
+    think = plain_choices(policy.config.scale).think
+    plan = [See(render_pixels(scenes)), questions, think]
     rollout = sample_plan(policy, plan, seed=seed, step=0, prompts=range(len(scenes)), G=1)
     meaning, right = shapes.captions_by_text(), []
     for text, scene in zip(texts_of(policy, rollout), map(shapes.discrete, scenes)):
@@ -322,7 +323,9 @@ def before_after(
 def gallery(policy: Policy) -> list[tuple[Task, list[Row]]]:
     """Four held-out rows of each task that draws once."""
     shown = []
-    for task in filter(functools.partial(can_do, policy), TASKS.values()):
+    for task in TASKS.values():
+        if not can_do(policy, task):
+            continue
         if task.draws and task.held_out and not task.refines and task.rounds == 1:
             shown.append((task, evenly_spaced(task.held_out("test"), 4)))
     return shown

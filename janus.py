@@ -76,7 +76,27 @@ class JanusLayout:
         """Longest side, shortest side and stride, in pixels, of an image that is read."""
         return self.side, self.side, self.side
 
-    vae_resize = vit_resize
+    # For the estimate of memory, by the names of policy.PolicyConfig.
+
+    @property
+    def llm(self) -> dict:
+        return self.release.text_config.to_dict()
+
+    @property
+    def vit(self) -> dict:
+        return self.release.vision_config.to_dict()
+
+    @property
+    def head_dim(self) -> int:
+        return self.llm["head_dim"]
+
+    @property
+    def queries_per_key(self) -> int:
+        return self.llm["num_attention_heads"] // self.llm["num_key_value_heads"]
+
+    @property
+    def stride(self) -> int:
+        return self.vit["patch_size"]
 
 
 class Past:
@@ -121,18 +141,20 @@ class Janus(nn.Module):
     stem = "model"                                    # of its file of weights
     reads_latents = False                             # so it cannot edit: it sees patches alone
     reads_blanks = True                               # in place of a prompt, without guidance
+    device = Policy.device
+    empty = Policy.empty
     sample_text = Policy.sample_text
 
     def __init__(self, model, tokenizer):
         super().__init__()
         check_config(model.config)
         self.config, self.model, self.tokenizer = JanusLayout(model.config), model, tokenizer
-        known = tokenizer.get_vocab()
+        known, V = tokenizer.get_vocab(), model.config.text_config.vocab_size
         markers = [known.get(marker) for marker in MARKERS]
-        if None in markers or max(known.values()) >= model.config.text_config.vocab_size:
+        if None in markers or max(known.values()) >= V:
             raise ValueError(
                 f"tokenizer needs the special tokens {MARKERS} and ids below the policy's "
-                f"vocab_size {model.config.text_config.vocab_size}; they are not of one checkpoint")
+                f"vocab_size {V}; they are not of one checkpoint")
         self.user, self.assistant, self.image_start, self.image_end = markers
         self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         self.end = tokenizer.eos_token_id
@@ -148,6 +170,7 @@ class Janus(nn.Module):
         self.cache = "cache" if "cache" in arguments else "past_key_values"
         for layer in self.blocks:
             layer.checkpointing = False
+            layer.register_forward_hook(self._with_past, with_kwargs=True)
         # Set by support/checkpoint.py: split over ranks, bytes if gathered, dtype of the file.
         self.sharded, self.gathered_bytes, self.stored = False, 0, None
 
@@ -163,14 +186,14 @@ class Janus(nn.Module):
         return self.core.language_model.layers
 
     @property
+    def embed(self) -> nn.Embedding:
+        return self.core.language_model.embed_tokens
+
+    @property
     def parts(self) -> list[nn.Module]:
         """What is cut over ranks; the rest is small."""
         vision = self.core.vision_model.encoder.layers
-        return [*self.blocks, *vision, self.core.language_model.embed_tokens, self.model.lm_head]
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
+        return [*self.blocks, *vision, self.embed, self.model.lm_head]
 
     def adaptable(self, expert: str) -> list[tuple[nn.Module, str]]:
         """(parent, name) of the linear layers of an expert that may get adapters."""
@@ -207,7 +230,8 @@ class Janus(nn.Module):
         head = {"nothing": [self.bos, self.user], "image": [], "turn": [self.end, self.user]}[after]
         separator = "\n" if after == "image" else ": "
         rows = []
-        for text, ids in zip(texts, self._spell([f"{separator}{t.strip()}\n\n" for t in texts])):
+        spelled = self._spell([f"{separator}{text.strip()}\n\n" for text in texts])
+        for text, ids in zip(texts, spelled):
             row = [*head, *ids, self.assistant]
             if len(row) > limit:
                 raise ValueError(
@@ -218,14 +242,15 @@ class Janus(nn.Module):
 
     def encode_text(self, texts: list[str], after: str = "nothing") -> tuple[Tensor, Tensor]:
         """The tokens (N, L) of `token_ids`, padded right, and their mask (N, L)."""
-        rows = [torch.tensor(ids) for ids in self.token_ids(texts, after=after)]
-        tokens, mask = pad_right(rows, value=self.end)
-        return tokens.to(self.device), mask.to(self.device)
+        return self._batch(self.token_ids(texts, after=after))
 
     def encode_written(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """The same of texts that the policy is taught to write: colon, words, end of sentence."""
-        rows = [torch.tensor([self.start, *ids, self.end]) for ids in self._spell(texts)]
-        tokens, mask = pad_right(rows, value=self.end)
+        spelled = self._spell([f": {text.strip()}" for text in texts])
+        return self._batch([[*ids, self.end] for ids in spelled])
+
+    def _batch(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        tokens, mask = pad_right([torch.tensor(ids) for ids in rows], value=self.end)
         return tokens.to(self.device), mask.to(self.device)
 
     def decode_text(self, tokens: Tensor, mask: Tensor) -> list[str]:
@@ -241,23 +266,16 @@ class Janus(nn.Module):
 
     # -- reading --
 
-    def empty(self, N: int) -> Context:
-        """The context of N samples that have read nothing."""
-        dtype, text = self.model.lm_head.weight.dtype, self.config.release.text_config
-        if torch.is_autocast_enabled(self.device.type):
-            dtype = torch.get_autocast_dtype(self.device.type)
-        nothing = torch.zeros(
-            N, text.num_key_value_heads, 0, text.head_dim, dtype=dtype, device=self.device)
-        cache = (nothing,) * len(self.blocks)
-        valid = nothing.new_zeros(N, 0, dtype=torch.bool)
-        return Context(cache, cache, valid, nothing.new_zeros(N, dtype=torch.long))
-
-    def _read(self, context: Context, x: Tensor, mask: Tensor) -> tuple[Tensor, Context]:
+    def _read(
+        self, context: Context, x: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Run the language model over x (N, L, D), of mask (N, L), after a context.
 
         -> states after the final norm (N, L, D), and the longer context.
         """
-        text = self.config.release.text_config
+        if mask is None:
+            mask = x.new_ones(x.shape[:2])
+        mask, text = mask.bool(), self.config.release.text_config
         index = (mask.cumsum(1) - 1).clamp(min=0)                                # (N, L)
         position = context.position[:, None] + index
         own = own_attention(mask, causal=True)                                   # (N, 1, L, L)
@@ -281,13 +299,13 @@ class Janus(nn.Module):
         return self.core.language_model.norm(x), longer
 
     def _layer(self, layer, x, keys, values, angles, allowed):
-        past = Past(keys, values, allowed.shape[-1])
-        x = layer(
-            x, attention_mask=allowed, position_embeddings=angles, **{self.cache: past})
-        return x, past.keys, past.values
+        past = {self.cache: Past(keys, values, allowed.shape[-1])}
+        return layer(x, attention_mask=allowed, position_embeddings=angles, **past)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self.core.language_model.embed_tokens(tokens)
+    def _with_past(self, layer, args, kwargs, x):
+        """Let a layer return its keys and values too: FSDP2 gathers weights for what it returns."""
+        past = kwargs.get(self.cache)
+        return (x, past.keys, past.values) if isinstance(past, Past) else x
 
     def append_text(
         self, context: Context, tokens: Tensor, mask: Tensor | None = None, logits: bool = True
@@ -297,8 +315,7 @@ class Janus(nn.Module):
         tokens (N, L); mask (N, L), False = padding (right). logits=False returns the last hidden
         states (N, L, D) instead, after the final norm.
         """
-        mask = torch.ones_like(tokens).bool() if mask is None else mask.bool()
-        out, longer = self._read(context, self._embed(tokens), mask)
+        out, longer = self._read(context, self.embed(tokens), mask)
         if logits:
             out = self.model.lm_head(out)                                        # (N, L, V)
         return out, longer
@@ -330,11 +347,11 @@ class Janus(nn.Module):
 
         def embed(ids: list[int]) -> Tensor:
             ids = torch.tensor(ids, device=self.device)
-            return self._embed(ids.expand(len(patches), -1)).to(patches.dtype)
+            return self.embed(ids.expand(len(patches), -1)).to(patches.dtype)
 
         x = torch.cat(
             [embed([*opening, self.image_start]), patches, embed([self.image_end])], dim=1)
-        return self._read(context, x, x.new_ones(x.shape[:2], dtype=torch.bool))
+        return self._read(context, x)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Patches of pixels (N, 3, H, W) in the policy's width, (N, M, D)."""
@@ -361,7 +378,7 @@ class Janus(nn.Module):
         context = context.with_room(x.shape[1] + M)
         written = []
         for i in range(M):
-            states, context = self._read(context, x, x.new_ones(x.shape[:2], dtype=torch.bool))
+            states, context = self._read(context, x)
             logits = self._image_logits(states[:, -1:], without, scale)[:, 0]    # (N, C)
             logp = (logits / (temperature or 1.0)).log_softmax(-1)
             if temperature:
@@ -384,7 +401,7 @@ class Janus(nn.Module):
         M = tokens.shape[1]
         context, x = self._begin(context, started, without)
         x = torch.cat([x, self._embed_codes(tokens[:, :-1], without)], dim=1)
-        states, _ = self._read(context, x, x.new_ones(x.shape[:2], dtype=torch.bool))
+        states, _ = self._read(context, x)
         logits = self._image_logits(states[:, -M:], without, scale)              # (N, M, C)
         logp = (logits / (temperature or 1.0)).log_softmax(-1)
         return logp.gather(2, tokens[..., None])[..., 0]
@@ -396,9 +413,9 @@ class Janus(nn.Module):
         lead = [self.image_start] if started else [self.start, self.image_start]
         lead = torch.tensor(lead, device=self.device).expand(len(context.valid), -1)
         if without is None:
-            return context, self._embed(lead)
+            return context, self.embed(lead)
         blank = torch.where(lead == self.image_start, lead, self.pad)
-        return stack_contexts(context, without), self._embed(torch.cat([lead, blank]))
+        return stack_contexts(context, without), self.embed(torch.cat([lead, blank]))
 
     def _embed_codes(self, tokens: Tensor, without: Context | None) -> Tensor:
         """What the language model reads of image tokens (N, L) -> (N or 2N, L, D)."""
@@ -463,11 +480,11 @@ def check_config(config) -> None:
         raise ValueError(
             f"the vision encoder's patches have {vision.patch_size} pixels a side, those of the VQ "
             f"autoencoder {2 ** (len(vq.channel_multiplier) - 1)}; they must be equal")
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    if vision.num_image_tokens != tokens:
+    patches, left = divmod(vision.image_size, vision.patch_size)
+    if left or vision.num_image_tokens != patches**2:
         raise ValueError(
             f"num_image_tokens {vision.num_image_tokens}: pictures of {vision.image_size} pixels "
-            f"have {tokens} patches")
+            f"a side have {patches} x {patches} patches of {vision.patch_size}")
 
 
 def build_model(config):

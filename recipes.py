@@ -68,7 +68,7 @@ CORL_JANUS = dict(
     likeness=(1.0, "p"), lora=(0, "p"), lr_generation=(0.0, "p"))
 CORL_TOY_JANUS = dict(
     guidance=(1.0, "d: 5"), image_weight=(1.0, "p"), likeness=(1.0, "d: LPIPS"),
-    grad_clip=(20.0, "o"))
+    grad_clip=(20.0, "o"), lr_generation=(0.0, "p"))
 CORL_QUESTIONS = dict(
     format=(1.0, "p"), group_size=(16, "p"), advantage=("unbiased", "p"),
     text_average=("sequence", "p"), text_beta=(0.02, "p"),
@@ -95,8 +95,10 @@ RECIPES = {
             ins=(3.0, "d: binary rules, by reviews"), image_loss=("nft", "o"),
             old_decay=(0.7, "o"), image_weight=(60.0, "o"), lr_generation=(1.5e-3, "o"),
             grad_clip=(200.0, "o"), steps=(200, "o"), eval_every=(100, "o")),
-        # Janus-Pro cannot edit.
-        toy_janus=dict(ins=(3.0, "d: binary rules, by reviews"), edit=(0, "o")),
+        # Janus-Pro cannot edit. Without a penalty the toy's pictures of a prompt become alike.
+        toy_janus=dict(
+            ins=(3.0, "d: binary rules, by reviews"), edit=(0, "o"), image_beta=(0.02, "o"),
+            grad_clip=(20.0, "o")),
         janus=dict(ins=(0.0, "d: binary rules, by reviews"), edit=(0, "o")),
         # With a weight, plain prompts would be refused: r_ins reads GenEval's fields in every row.
         bagel=dict(
@@ -178,7 +180,7 @@ RECIPES = {
             lr_generation=(4e-6, "d: 4e-6, all weights")),
         toy_janus=dict(
             **CORL_TOY_JANUS, pair_image=(48, "d: 16"), pair_text=(48, "d: 16"),
-            lr_understanding=(3e-4, "d: 4e-6")),
+            lr_understanding=(2e-4, "d: 4e-6")),
         janus=dict(
             **CORL_JANUS, pair_image=(16, "p"), pair_text=(16, "p"), think_tokens=(512, "p"),
             lr_understanding=(4e-6, "p")),
@@ -196,7 +198,7 @@ RECIPES = {
             lr_generation=(1e-6, "d: 1e-6, all weights")),
         toy_janus=dict(
             **CORL_TOY_JANUS, pair_image=(24, "d: 16"), image_beta=(0.02, "p"),
-            lr_understanding=(1.5e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
+            lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
         janus=dict(
             **CORL_JANUS, pair_image=(16, "p"), image_beta=(0.02, "p"),
             lr_understanding=(1e-6, "p")),
@@ -220,7 +222,7 @@ SCALES = {
         denoise_steps=6, noise_level=0.8, sampler="cps", window=3, window_high=3, shared_noise=True,
         resolution=32, think_tokens=24, answer_tokens=4),
     "toy_janus": dict(
-        group_size=16, steps=100, lr_understanding=3e-4, lr_generation=3e-4, image_clip=0.2,
+        group_size=16, steps=100, lr_understanding=2e-4, lr_generation=0.0, image_clip=0.2,
         resolution=32, think_tokens=24, answer_tokens=4),
     "janus": dict(
         **RELEASED, group_size=8, steps=1000, lr_understanding=1e-6, lr_generation=1e-6,

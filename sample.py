@@ -668,8 +668,8 @@ def main(argv: list[str] | None = None) -> None:
         "--temperature", type=number(float, least=0), default=0.0,
         help="temperature of the text; 0 is greedy")
     ap.add_argument(
-        "--image_temperature", type=number(float, least=0), default=1.0,
-        help="temperature of image tokens, of Janus; 0 is greedy")
+        "--image_temperature", type=number(float, least=0),
+        help="temperature of image tokens (1), of Janus; 0 is greedy")
     ap.add_argument(
         "--guidance", type=number(float, least=0),
         help="text guidance scale (1 for the toy, 4 for BAGEL, 5 for Janus); 1 is none")
@@ -684,17 +684,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_kind(args: argparse.Namespace, policy: Policy) -> None:
     """ValueError for what means nothing to this kind of policy."""
+    foreign, way = ("edit", "steps", "image_guidance"), "token by token"
     if policy.reads_latents:
-        if args.image_temperature != 1:
-            raise ValueError(
-                f"--image_temperature {args.image_temperature} is of image tokens, and "
-                f"{args.policy} draws by flow steps; leave it out")
-        return
-    for name in ("edit", "steps", "image_guidance"):
-        if getattr(args, name) is not None:
-            raise ValueError(
-                f"--{name} {getattr(args, name)} is of flow steps, and {args.policy} draws token "
-                "by token; leave it out")
+        foreign, way = ("image_temperature",), "by flow steps"
+    for name in foreign:
+        value = getattr(args, name)
+        if value is not None:
+            raise ValueError(f"--{name} {value}: {args.policy} draws {way}; leave it out")
 
 
 def run(args: argparse.Namespace) -> str:
@@ -727,9 +723,10 @@ def run(args: argparse.Namespace) -> str:
     plan.append(prompt)
     if args.think:
         plan.append(write)
-    plan.append(
-        replace(
-            plain_draw(policy.config.scale, size, args.steps), temperature=args.image_temperature))
+    draw = plain_draw(policy.config.scale, size, args.steps)
+    if args.image_temperature is not None:
+        draw = replace(draw, temperature=args.image_temperature)
+    plan.append(draw)
     rollout = sample_plan(
         policy, plan, seed=args.seed, step=0, prompts=[0], G=args.n, guidance=guidance)
     save_grid(images_of(policy, rollout), args.out, columns=min(args.n, 8), zoom=scale["zoom"])

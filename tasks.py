@@ -192,8 +192,7 @@ def first_pictures(
     1, and None comes back. The samples' numbers start beyond those of any group, so that they share
     no noise with the refinements.
     """
-    draw = Draw(choices.draw.size, choices.draw.times, temperature=choices.draw.temperature)
-    plain = replace(choices, draw=draw)
+    plain = replace(choices, draw=Draw(choices.draw.size, choices.draw.times))
     rollout = sample_plan(
         policy, draw_plan(rows, plain), seed=seed, step=step, prompts=index, G=n,
         first_sample=FIRST_PICTURES, guidance=guidance)
@@ -353,12 +352,10 @@ def choices_of(cfg, scale: str, draw: Draw, again: Draw | None = None) -> Choice
     return Choices(think, answer, draw, WORDING[scale], again=again)
 
 
-def guidance_of(cfg, sees: bool) -> Guidance | None:
+def guidance_of(cfg, sees: bool) -> Guidance:
     """Guidance as AlphaGRPO sets it: of a drawing from text, or, if the policy sees the image that
     it changes, of an edit.
     """
-    if cfg.guidance <= 1:
-        return None
     if sees:
         return Guidance(cfg.guidance, IMAGE_GUIDANCE, "text_channel", 0.0, (0.0, 1.0))
     return Guidance(cfg.guidance)
@@ -483,7 +480,7 @@ def token_states(reference: Callable, precision: Callable, size: int) -> Callabl
                 text, _ = policy.append_text(context, tokens[part], mask[part], logits=False)
                 parts.append((image, image_mask, text))
         image, image_mask, text = (torch.cat(column) for column in zip(*parts))
-        words = mask & (tokens != policy.start) & (tokens != policy.end)
+        words = mask & ~torch.isin(tokens, torch.tensor([*policy.reserved]).to(tokens))
         return image, image_mask, text, words
 
     return states

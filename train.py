@@ -580,6 +580,10 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
     log = Log(Path(cfg.out), asdict(cfg), ranks.rank == 0, ranks.world)
     policy = prepare_policy(cfg, ranks)
     source = Source(cfg, policy)
+    if cfg.guidance > 1 and source.scale == "toy":
+        say(
+            "warning: toy/policy was never trained without a prompt, which guidance compares with; "
+            "toy/janus was")
     frozen = None
     if cfg.needs_reference and not cfg.lora:
         frozen = prepare_policy(cfg, ranks, trained=False)

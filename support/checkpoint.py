@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from janus import ORIGINAL_NAMES, Janus, build_model, convert_config
+from janus import check_config as check_janus
 from policy import (
     EXPERTS, RELEASE_AE, RELEASE_BAGEL, Policy, PolicyConfig, declare_torchvision_ops)
 from support.disk import one_line_error, read_json, replacing, write_atomic
@@ -69,8 +70,9 @@ def open_file(path: Path):
 
 FLOATS = ["F64", "F32", "F16", "BF16"]          # safetensors' names
 CONVERT = (
-    'python -c "import torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v in '
-    "torch.load('pytorch_model.bin', weights_only=True).items()}, 'model.safetensors')\"")
+    'python -c "import glob, torch, safetensors.torch as s; s.save_file({k: v.clone() for f in '
+    "glob.glob('pytorch_model*.bin') for k, v in torch.load(f, weights_only=True).items()}, "
+    "'model.safetensors')\"")
 
 
 def all_finite(x: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -176,7 +178,7 @@ def load_policy(
         raise FileNotFoundError(f"policy folder {folder} does not exist")
     kind = read_json(folder / "config.json", {}).get("model_type")
     build = build_janus if kind in ("janus", "multi_modality") else build_bagel
-    policy = build(folder, load_tokenizer(folder))
+    policy = build(folder)
     masters = ()
     if prepare:
         prepare(policy)
@@ -202,11 +204,12 @@ def load_policy(
     return policy.eval()
 
 
-def build_bagel(folder: Path, tokenizer) -> Policy:
+def build_bagel(folder: Path) -> Policy:
     """The policy of a BAGEL folder on the meta device, without memory until tensors are assigned."""
     llm, vit = read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json")
     bagel = RELEASE_BAGEL | read_json(folder / "bagel_config.json", {})
     config = PolicyConfig(llm, vit, bagel, read_json(folder / "ae_config.json", RELEASE_AE))
+    tokenizer = load_tokenizer(folder)
     with one_line_error(f"the config files of {folder} do not describe a policy"):
         check_config(config)
         with torch.device("meta"):
@@ -215,8 +218,9 @@ def build_bagel(folder: Path, tokenizer) -> Policy:
     return policy
 
 
-def build_janus(folder: Path, tokenizer) -> Janus:
+def build_janus(folder: Path) -> Janus:
     """The policy of a Janus-Pro folder on the meta device."""
+    declare_torchvision_ops()
     from transformers import JanusConfig
 
     raw = read_json(folder / "config.json")
@@ -227,6 +231,8 @@ def build_janus(folder: Path, tokenizer) -> Janus:
             # transformers ties the two tables of words unless the file says otherwise; the
             # published folders say nothing and hold two.
             config = JanusConfig.from_dict({"tie_word_embeddings": False} | raw)
+        check_janus(config)
+        tokenizer = load_tokenizer(folder)
         with torch.device("meta"):
             return Janus(build_model(config), tokenizer)
 

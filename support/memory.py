@@ -47,7 +47,7 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
         image = (cfg.resolution // policy.config.stride) ** 2 + 2
     context = max(tokens_before(policy, cfg, task, image) for task in tasks)
     rounds = max(task.rounds for task in tasks)                 # texts and images of one backward
-    noisy = rounds * cfg.window * image         # of all noisy steps, which are one call
+    noisy = rounds * max(cfg.window, 1) * image         # of all noisy steps, which are one call
     written = rounds * max(tokens_written(cfg, task) for task in tasks)
 
     # Bytes of a token.
@@ -61,6 +61,10 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     rollout = 2 * context * cache + max(image, 1) * block
     replay = 3 * context * cache + (noisy + context) * inputs
     replay += max(noisy, context) * block + written * (mask + logits)
+    if cfg.image_loss == "token":               # each has logits, and with guidance two contexts
+        replay += noisy * policy.config.release.vq_config.num_embeddings * (byte + 12)
+        branches = 2 if cfg.guidance > 1 else 1
+        rollout, replay = branches * rollout, branches * replay
     need["rollout"] = samples * rollout + gathered
     need["replay"] = micro * replay + gathered
     return {name: size / 1e9 for name, size in need.items()}

@@ -61,6 +61,21 @@ def fit_image(image, longest: int, shortest: int, stride: int):
     return image.resize(fit_size(*image.size, longest, shortest, stride), Image.Resampling.BICUBIC)
 
 
+def pad_square(image, side: int):
+    """An RGB PIL image whose longer side is `side`, in the middle of a grey square. [Janus]
+
+    The shorter side is rounded, as transformers does; the official code cuts it off.
+    """
+    from PIL import Image
+
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(small, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
 def to_tensor(image) -> Tensor:
     """An RGB PIL image -> (3, H, W) fp32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
@@ -86,14 +101,17 @@ def open_picture(path: str):
 def read_picture(path: str, policy: Policy, square: bool = False) -> tuple[Tensor, Tensor]:
     """An image file as the policy's ViT and as its autoencoder read it, (3, H, W) in [-1, 1] each.
 
-    The ViT's image is made from the autoencoder's, as BAGEL does. square: read only the square in
-    the middle.
+    The ViT's image is made from the autoencoder's, as BAGEL does; Janus has one, a grey square.
+    square: read only the square in the middle.
     """
     image = open_picture(path)
     if square:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
+    if not policy.reads_latents:
+        pixels = to_tensor(pad_square(image, policy.config.side))
+        return pixels, pixels
     source = fit_image(image, *policy.config.vae_resize)
     return to_tensor(fit_image(source, *policy.config.vit_resize)), to_tensor(source)
 

@@ -5,6 +5,7 @@ logs that hold it.
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,7 +103,8 @@ def test_a_perfect_painter_scores_one_and_its_samples_stay_with_their_prompts(mo
 
     monkeypatch.setattr(evaluation, "sample_task", sample_by_hand(scene_of))
     monkeypatch.setattr(evaluation, "captions_truth", lambda policy, seed: np.ones(3))
-    table = table_of(evaluation.evaluate_rows(None))
+    knows_all = SimpleNamespace(reads_latents=True)
+    table = table_of(evaluation.evaluate_rows(knows_all))
     assert {name for name, task in TASKS.items() if task.held_out} <= table.keys()
     others = ("layout_entropy", "distance", "repaired", "spoiled", "kept", "saturation", "roughness")
     assert {mean for name, (mean, _) in table.items() if not name.endswith(others)} == {1.0}

@@ -98,7 +98,7 @@ def test_a_reward_scores_the_tasks_whose_samples_have_what_it_reads():
 
 
 def test_only_what_changes_a_picture_is_guided_by_it():
-    assert tasks.guidance_of(settings(), True) is None
+    assert tasks.guidance_of(settings(), True).text_scale == 1
     cfg = settings("--guidance 3")
     assert tasks.guidance_of(cfg, False) == Guidance(3.0)
     assert tasks.guidance_of(cfg, True) == Guidance(3.0, 2.0, "text_channel", 0.0, (0.0, 1.0))
