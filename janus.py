@@ -29,7 +29,7 @@ width of a head, V vocabulary, C codes. Pixels are in [-1, 1].
 """
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from policy import (
-    Context, Policy, append_keys, check_finite, declare_torchvision_ops, invert_cumulative,
+    Context, Policy, PolicyConfig, append_keys, check_finite, declare_torchvision_ops, invert_cumulative,
     own_attention, pad_right, rotary)
 
 MARKERS = ("<|User|>", "<|Assistant|>", "<begin_of_image>", "<end_of_image>")
@@ -76,7 +76,9 @@ class JanusLayout:
         """Longest side, shortest side and stride, in pixels, of an image that is read."""
         return self.side, self.side, self.side
 
-    # For the estimate of memory, by the names of policy.PolicyConfig.
+    # For contexts and the estimate of memory, by the names of policy.PolicyConfig.
+    head_dim = PolicyConfig.head_dim
+    queries_per_key = PolicyConfig.queries_per_key
 
     @property
     def llm(self) -> dict:
@@ -85,14 +87,6 @@ class JanusLayout:
     @property
     def vit(self) -> dict:
         return self.release.vision_config.to_dict()
-
-    @property
-    def head_dim(self) -> int:
-        return self.llm["head_dim"]
-
-    @property
-    def queries_per_key(self) -> int:
-        return self.llm["num_attention_heads"] // self.llm["num_key_value_heads"]
 
     @property
     def stride(self) -> int:
@@ -282,7 +276,7 @@ class Janus(nn.Module):
         before = context.valid[:, None, None, :].expand(-1, -1, own.shape[2], -1)
         allowed = torch.cat([before, own], dim=-1)                               # (N, 1, L, S+L)
         theta = text.rope_parameters["rope_theta"]
-        cos, sin = rotary(position, text.head_dim, theta, x.dtype)               # (N, 1, L, d)
+        cos, sin = rotary(position, self.config.head_dim, theta, x.dtype)        # (N, 1, L, d)
         angles = cos[:, 0], sin[:, 0]
         keys, values = [], []
         for layer, past_keys, past_values in zip(self.blocks, context.keys, context.values):
@@ -472,6 +466,7 @@ def check_config(config) -> None:
     only = dict(
         model_type=(text.model_type, "llama"), hidden_act=(text.hidden_act, "silu"),
         rope_type=(rope.get("rope_type"), "default"),
+        head_dim=(text.head_dim, text.hidden_size // text.num_attention_heads),
         tie_word_embeddings=(config.tie_word_embeddings, False))
     for name, (value, implemented) in only.items():
         if value != implemented:

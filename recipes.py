@@ -178,9 +178,10 @@ RECIPES = {
             pair_image=(16, "d: 16, of VQ tokens"), pair_text=(16, "p"), likeness=(1.0, "p"),
             think_tokens=(512, "p"), lr_understanding=(4e-6, "d: 4e-6, all weights"),
             lr_generation=(4e-6, "d: 4e-6, all weights")),
+        # After 50 steps the toy's pictures become alike, and their truth falls.
         toy_janus=dict(
             **CORL_TOY_JANUS, pair_image=(48, "d: 16"), pair_text=(48, "d: 16"),
-            lr_understanding=(2e-4, "d: 4e-6")),
+            lr_understanding=(2e-4, "d: 4e-6"), steps=(50, "d: 1 epoch")),
         janus=dict(
             **CORL_JANUS, pair_image=(16, "p"), pair_text=(16, "p"), think_tokens=(512, "p"),
             lr_understanding=(4e-6, "p")),

@@ -43,7 +43,7 @@ from referees.build import build_rewards, hub_commits, referee_bytes
 from referees.siglip import Learner
 from rewards import Samples
 from sample import (
-    Picture, Rollout, Text, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan)
+    Picture, Rollout, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan)
 from support.checkpoint import (
     freeze, keep_gathered, load_policy, reset_adapters, save_adapters, save_policy, shard)
 from support.lora import adapters_off

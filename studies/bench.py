@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from janus import Janus, build_model, convert_config
 from policy import Policy, PolicyConfig
 from recipes import Config, parse
 from referees.build import referee_bytes
@@ -29,6 +30,20 @@ from support.terminal import Arguments, first_line, one_line, the_device
 from tasks import in_use
 
 # ---- memory, computed ----
+
+
+def janus_on_meta() -> Janus:
+    """Janus-Pro-1B's sizes without memory, with the toy's tokenizer."""
+    text = dict(
+        model_type="llama", hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+        num_attention_heads=16, vocab_size=102400, max_position_embeddings=16384)
+    config = convert_config(dict(
+        language_config=text, aligner_config=dict(params=dict(n_embed=2048)),
+        vision_config=dict(params=dict(model_name="siglip_large_patch16_384")),
+        gen_vision_config=dict(cls="VQ-16", params=dict(image_token_size=16384, n_embed=8))))
+    tokenizer = load_policy(TOY.parent / "janus").tokenizer
+    with torch.device("meta"):
+        return Janus(build_model(config), tokenizer)
 
 
 def release_on_meta(tokenizer) -> Policy:
@@ -44,8 +59,8 @@ def release_on_meta(tokenizer) -> Policy:
 
 
 def memory_table() -> str:
-    """Markdown: GB on each GPU by support.memory, for UniGRPO by what is trained, then for adapters
-    under the other recipes that draw; 4 prompts on each GPU."""
+    """Markdown: GB on each GPU by support.memory, of BAGEL for UniGRPO by what is trained, then for
+    adapters under the other recipes that draw, 4 prompts on each GPU; then of Janus-Pro-1B."""
     runs = []
     for title, worlds, flags in (
             ("adapters, both experts", (1,), "--lora 64"),
@@ -58,11 +73,19 @@ def memory_table() -> str:
         ("adapters, `unigrpo_rounds`", 1, "--recipe unigrpo_rounds --rounds 4"),
         ("adapters, `alphagrpo`", 1, "--recipe alphagrpo --think 4"),
         ("adapters, `alphagrpo_reflect`", 1, "--recipe alphagrpo_reflect --reflect 4")]
+    few = "--pair_image 4 --pair_text 4 --micro 2 --rollout_batch 8"
+    of_janus = [
+        ("Janus: adapters, `corl`", 1, f"--recipe corl --lora 64 {few}"),
+        ("Janus: language model, `corl`", 8, "--recipe corl --shard"),
+        ("Janus: language model, `corl_t2i`", 8, "--recipe corl_t2i --shard")]
     tokenizer = load_policy(TOY).tokenizer
     rows = []
-    for title, world, flags in runs:
-        cfg = parse(["--prompts", "-", *flags.split()], scale="bagel")
-        policy = release_on_meta(tokenizer)
+    for title, world, flags in runs + of_janus:
+        is_janus = title.startswith("Janus")
+        scale = "janus" if is_janus else "bagel"
+        files = ["--questions", "-"] if is_janus else ["--prompts", "-"]
+        cfg = parse([*files, *flags.split()], scale=scale)
+        policy = janus_on_meta() if is_janus else release_on_meta(tokenizer)
         freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
         need = memory(policy, cfg, world, in_use(cfg), referee_bytes(cfg))
         kept = sum(need.values()) - need["rollout"] - need["replay"]

@@ -270,14 +270,3 @@ def test_variety_is_compared_when_both_arms_reach_the_same_truth():
     assert claims.values_when_equal(slow, falling, "variety", "truth") == (2.0, 2.0)
     x, y = ({key: [run[key]] * 2 for key in run} for run in (slow, fast))
     assert claims.compare(kept(x=x, y=y), "x > y : variety at truth")["mean"] == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("a > b : draw", "a > b in draw"),
-        ("a > b : variety at draw", "a > b in variety at equal draw"),
-        ("a > a : refine, judge - best, judge", "refine, judge > best, judge")],
-)
-def test_a_comparison_is_told_as_people_say_it(text, words):
-    assert str(claims.parse_comparison(text)) == words

@@ -2,14 +2,11 @@
 edits.
 """
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from tiny_runs import ALONE, settings
+from tiny_runs import ALONE, settings, write_rows
 
 from rewards import Samples
 from tasks import TASKS, Source, truth_and_variety
@@ -65,19 +62,19 @@ def test_the_toys_row_holds_the_picture_before_and_a_caption_of_the_picture_afte
 
 
 def source_of(policy, folder, row, *flags):
-    Image.new("RGB", (60, 32), (200, 30, 0)).save(folder / "i.png")
-    row = {"image": "i.png", "instruction": "make the circle red"} | row
-    (folder / "e.jsonl").write_text(json.dumps(row))
-    return Source(settings("--edit 2 --ins 0 --edits", folder / "e.jsonl", *flags), policy)
+    path = write_rows(folder / "e.jsonl", {"instruction": "make the circle red"} | row)
+    return Source(settings("--edit 2 --ins 0 --edits", path, *flags), policy)
 
 
 def test_an_edit_of_a_file_is_of_a_square_and_its_truth_is_unknown(policy, tmp_path):
-    source = source_of(policy, tmp_path, {"caption": "a red circle"})
+    include = [{"class": "circle"}]
+    source = source_of(policy, tmp_path, {"caption": "a red circle", "include": include})
     (batch,) = source.batches(0, ALONE)
     assert batch.task is TASKS["edit"]
     for row in batch.rows:
         assert row.pixels.shape == row.full.shape == (3, 32, 32)
         assert (row.text, row.wanted) == ("make the circle red", "a red circle")
+        assert row.metadata["include"] == [{"class": "circle", "count": 1}]
     assert source.detector is None
 
 

@@ -58,14 +58,6 @@ def paint(scenes):
     return world.render_pixels(scenes) * 0.5 + 0.5
 
 
-def test_a_picture_of_something_else_is_not_true():
-    rng, metadata = np.random.default_rng(0), [row.metadata for row in world.held_out_prompts("test")]
-    wrong = [shapes.wrong_metadata(m, rng) for m in metadata]
-    images = paint([shapes.sample_scene(m, rng, training=False) for m in wrong])
-    samples = Samples([""] * len(metadata), metadata, images=images)
-    assert world.drawn_truth(samples, world.detect(images)).max() == 0
-
-
 def sample_by_hand(scene_of):
     """In place of `sample_task`: right answers and thoughts, and pictures of scene_of(metadata)."""
 

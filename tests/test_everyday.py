@@ -212,32 +212,6 @@ def test_a_folder_has_one_owner_at_a_time(tmp_path):
     assert not list(tmp_path.iterdir())         # nothing is left
 
 
-def test_a_killed_owner_leaves_the_folder_free(tmp_path):
-    code = (
-        "import sys, time, pathlib\nfrom support.run import Owner\nowner = "
-        "Owner(pathlib.Path(sys.argv[1]))\n"
-        "print('held', flush=True)\ntime.sleep(60)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, env=ENV, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    with pytest.raises(ValueError, match="in use"):
-        Owner(tmp_path)
-    process.kill()
-    process.wait()
-    Owner(tmp_path).close()
-    process.stdout.close()
-
-
-def test_a_folder_that_holds_a_run_is_refused_and_can_be_resumed(older):
-    with pytest.raises(
-        ValueError,
-        match="holds a run of .* steps; --resume goes on, another --out begins anew"):
-        run(older, "--steps", 2)
-    run(older, "--steps", 3, "--resume")
-    assert steps(older) == [0, 1, 2]
-
-
 def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch):
     write, calls = Log.__call__, []
 
@@ -251,16 +225,6 @@ def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         run(tmp_path, "--steps", 9)
     assert step_of_checkpoint(tmp_path) == 2
-
-
-def test_a_rollout_that_is_not_finite_stops_the_run_with_its_step(tmp_path, monkeypatch):
-    def fail(*args):
-        raise FloatingPointError("text logits are not finite")
-
-    monkeypatch.setattr(train, "act", fail)
-    with pytest.raises(FloatingPointError, match="^step 0: text logits are not finite; stopped$"):
-        run(tmp_path, "--steps", 2)
-    assert not (tmp_path / "log.jsonl").exists()
 
 
 # ---- resuming ----

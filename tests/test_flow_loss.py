@@ -15,12 +15,11 @@ from torch.distributions import Normal, kl_divergence
 import flow_grpo
 import grpo
 from flow_grpo import (
-    FORMS, Replay, draw_window, flow_grpo_loss, matching_loss, normalised_log_ratio, renoise, replay,
-    replay_of, rollout, shared_noise, step_weights, stratified_times, time_grid, transition, transition_kl,
-    velocities_at, velocity_mse)
+    FORMS, Replay, flow_grpo_loss, matching_loss, normalised_log_ratio, renoise, replay, replay_of, rollout,
+    step_weights, stratified_times, time_grid, transition, transition_kl, velocities_at, velocity_mse)
 from policy import declare_torchvision_ops
 from sample import map_rows
-from velocities import exact_velocity, linear_velocity, sample_linear
+from velocities import linear_velocity, sample_linear
 
 samplers = pytest.mark.parametrize("sampler", ["sde", "cps", "dance"])
 densities = pytest.mark.parametrize("density", ["mean", "sum"])
@@ -47,15 +46,6 @@ def test_ratio_norm_is_the_papers_formula(sampler, density):
     shift = (old.means - new.mean).square().flatten(2)
     shift = shift.mean(2) if density == "mean" else shift.sum(2)
     torch.testing.assert_close(value, old.std * (new.logp - old.logp + shift / (2 * old.std**2)))
-
-
-def test_ratio_norm_centres_the_log_ratio_and_evens_its_spread_over_steps():
-    old, weight, _ = sample_linear(N=4000, W=5, density="sum")
-    shifted = replay(lambda x, t: linear_velocity(weight)(x, t) + 0.5, old)
-    shift = (shifted.mean - old.means).flatten(2).norm(dim=2).mean(0)                 # (W,)
-    normed = normalised_log_ratio(old.latents[:, 1:], shifted.mean, old.means, old.std, density="sum") / shift
-    torch.testing.assert_close(normed.mean(0), torch.zeros(5), rtol=0, atol=0.06)     # standard error 0.016
-    torch.testing.assert_close(normed.std(0), torch.ones(5), rtol=0, atol=0.06)
 
 
 @given(st.integers(4, 30), st.floats(0.5, 5), st.integers(0, 2), st.integers(1, 2))
@@ -144,19 +134,6 @@ def test_kl_and_ratio_norm_follow_the_density_of_the_trajectory(density):
     torch.testing.assert_close(loss, -(log.exp() * adv[:, None]).mean())
 
 
-@either_ratio
-def test_before_any_update_ratios_are_one_and_the_gradient_is_that_of_the_weighted_log_density(ratio_norm):
-    old, weight, _ = sample_linear(dtype=torch.float64)
-    weight.requires_grad_()
-    new, adv = replay(linear_velocity(weight), old), torch.randn(6, dtype=torch.float64)
-    loss, stats = flow_grpo_loss(new, old, adv, total=18, low=1e-4, high=1e-4, ratio_norm=ratio_norm)
-    assert (stats["ratio/mean"], stats["ratio/std"], stats["approx_kl"]) == (1, 0, 0)
-    factor = old.std if ratio_norm else 1.0                   # RatioNorm weighs every step by its std
-    expected = -(adv[:, None] * new.logp * factor).mean()
-    gradient = torch.autograd.grad(loss, weight, retain_graph=True)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, weight))
-
-
 @samplers
 @either_ratio
 def test_the_losss_gradient_is_its_finite_difference(sampler, ratio_norm):
@@ -170,20 +147,6 @@ def test_the_losss_gradient_is_its_finite_difference(sampler, ratio_norm):
         return flow_grpo_loss(replay(linear_velocity(weight), old), old, adv, **options)[0]
 
     assert torch.autograd.gradcheck(loss, other)
-
-
-@either_ratio
-def test_the_gradient_is_zero_beyond_the_clip_on_the_side_that_the_advantage_favours(ratio_norm):
-    old, other, new, _, _ = near(N=1, W=1)
-    log = new.logp - old.logp
-    if ratio_norm:
-        log = normalised_log_ratio(old.latents[:, 1:], new.mean, old.means, old.std)
-    favoured = log.sign().flatten().detach()
-    for adv, clipped in ((favoured, True), (-favoured, False)):
-        loss, stats = flow_grpo_loss(new, old, adv, total=1, low=1e-7, high=1e-7, ratio_norm=ratio_norm)
-        (gradient,) = torch.autograd.grad(loss, other, retain_graph=True)
-        assert (gradient == 0).all() == clipped
-        assert stats["clip_ratio/step_mean"] == clipped
 
 
 @either_ratio
@@ -404,37 +367,12 @@ def test_the_example_in_the_docstring_is_true():
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("loss", ["sde", "cps", "dance", *FORMS])
-def test_following_the_gradient_raises_the_reward(loss):
-    shift = torch.zeros(2, requires_grad=True)
-    optimizer, B, G, rewards = torch.optim.Adam([shift], lr=0.03), 8, 16, []
-
-    def velocity(x, t):
-        return exact_velocity(0.0, 0.5)(x, t) + shift
-
-    for step in range(30):
-        if loss in FORMS:
-            path = rollout(velocity, torch.randn(B * G, 2), time_grid(5), window=(0, 0), noise_level=0.0)
-            old = renoise(path.data, stratified_times(2, seed=0, step=step), torch.randn(2, B * G, 2))
-            old = dataclasses.replace(old, v=velocities_at(velocity, old).detach())
-        else:
-            window = draw_window(2, 0, 4, seed=0, step=step)
-            old = rollout(
-                velocity, shared_noise(torch.randn(B, 2), G), time_grid(5), window=window, noise_level=0.7,
-                sampler=loss, step_noise=torch.randn(2, B * G, 2))
-        reward = (old.data[:, 0] > 0.3).float()
-        rewards.append(reward.mean().item())
-        adv, total = grpo.group_advantage(reward, G), 2 * B * G
-        if loss in FORMS:
-            term, _ = matching_loss(velocities_at(velocity, old), old, adv, form=loss, total=total)
-        else:
-            term, _ = flow_grpo_loss(replay(velocity, old), old, adv, total=total, low=0.2, high=0.2)
-        optimizer.zero_grad()
-        term.backward()
-        optimizer.step()
-    assert sum(rewards[:5]) / 5 < 0.45
-    assert sum(rewards[-5:]) / 5 > 0.7
-    assert shift[0] < -0.3                                    # data moves against v
+@pytest.mark.parametrize("form", ["grpo", *FORMS])
+def test_following_the_gradient_raises_the_reward(form):
+    """Of a flow in the plane, which earns 1 on one side of a line."""
+    rewards = flow_grpo.improve(flow_grpo.learn_ring(100), updates=40, form=form)
+    assert rewards[0] < 0.65
+    assert rewards[-1] > rewards[0] + 0.15
 
 
 def test_without_noise_a_rollout_is_the_loop_of_diffusers_scheduler():

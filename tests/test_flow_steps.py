@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 
 from flow_grpo import (
-    draw_window, gaussian_logp, replay, replay_of, rollout, shared_noise, time_grid, transition)
+    draw_window, gaussian_logp, replay, replay_of, rollout, time_grid, transition)
 from velocities import exact_velocity, linear_velocity, sample_linear
 
 samplers = pytest.mark.parametrize("sampler", ["sde", "cps", "dance"])
@@ -217,12 +217,6 @@ def test_latents_that_are_not_finite_are_an_error_that_names_the_first_step(nois
         rollout(velocity, noise, times, window=(2, 3), noise_level=0.5, step_noise=step_noise)
 
 
-@given(st.integers(1, 4), st.integers(1, 4))
-def test_shared_noise_repeats_each_prompts_noise_for_its_group_prompt_major(B, G):
-    noise = torch.randn(B, 2, 3)
-    assert torch.equal(shared_noise(noise, G), torch.stack([noise[b] for b in range(B) for _ in range(G)]))
-
-
 # ---- replay ----
 
 
@@ -241,13 +235,6 @@ def test_a_rollout_carries_no_gradient():
     old = rollout(
         linear_velocity(weight), noise[0], time_grid(2), window=(0, 1), noise_level=0.5, step_noise=noise)
     assert not (old.logp.requires_grad or old.data.requires_grad)
-
-
-@samplers
-def test_the_log_densitys_gradient_in_the_velocity_is_its_finite_difference(sampler):
-    old, _, _ = sample_linear(sampler, dtype=torch.float64)
-    v = torch.randn(6, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: replay_of(v, old).logp, v)
 
 
 def test_velocities_of_another_shape_are_refused():

@@ -9,7 +9,7 @@ from referees import detectors
 from referees.geneval import (
     COLORS, best_by_class, fraction_kept, geneval_check, relative_position)
 from support.rows import RELATIONS
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert
 
 CAT = {"include": [{"class": "cat", "count": 1}]}
 BOTH = {
@@ -162,17 +162,6 @@ def test_of_boxes_that_overlap_the_best_stays():
     boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 5, 5]]).float()
     assert detectors.suppress(boxes, torch.tensor([0.5, 0.9, 0.7, 0.8])) == [1, 3, 2]
     assert detectors.suppress(torch.zeros(0, 4), torch.zeros(0)) == []
-
-
-@given(
-    st.lists(st.tuples(*[st.floats(0, 50)] * 4), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_suppression_keeps_the_best_and_no_two_that_overlap(corners, rng):
-    boxes = torch.tensor([[min(a, c), min(b, d), max(a, c) + 1, max(b, d) + 1] for a, b, c, d in corners])
-    scores = torch.tensor(rng.sample(range(100), len(boxes))).float()
-    kept = detectors.suppress(boxes, scores)
-    overlap = box_iou(boxes, boxes)
-    assert kept[0] == scores.argmax()
-    assert all(overlap[i, j] <= detectors.OVERLAP for i in kept for j in kept if i != j)
 
 
 RGB = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}

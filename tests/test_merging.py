@@ -34,13 +34,6 @@ def test_gaussian_merging_is_the_formula_entry_by_entry(seed, bound, std):
     assert gaussian_merge(a, b, bound).tolist() == pytest.approx(wanted)
 
 
-@given(SEEDS)
-def test_a_large_bound_is_the_average_and_0_is_the_sum(seed):
-    a, b = change(seed), change(seed + 1, std=3.0)
-    assert torch.allclose(gaussian_merge(a, b, 1e6), (a + b) / 2)
-    assert torch.allclose(gaussian_merge(a, b, 0.0), a + b)
-
-
 def test_a_policy_merged_with_itself_keeps_its_bulk_and_doubles_what_lies_two_stds_out():
     a = change(0)
     outlier = (a - a.mean()).abs() >= 2 * a.std()
@@ -117,9 +110,7 @@ def test_what_does_not_match_is_refused_by_name(pair, tmp_path, change, words):
     assert not (tmp_path / "c" / "ema.safetensors").exists()
 
 
-def test_a_policy_is_not_written_over_another_nor_made_of_none(pair, tmp_path):
-    with pytest.raises(ValueError, match="a holds files already; give another --out"):
-        merge(*pair, GOLDEN, pair[0])
+def test_a_policy_is_not_made_of_none(pair, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no ema.safetensors"):
         merge(pair[0], tmp_path, GOLDEN, tmp_path / "c")
 

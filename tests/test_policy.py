@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from policy import Guidance, Policy, RMSNorm, guided_velocity, own_attention
@@ -13,8 +11,6 @@ from sample import TOY
 from support.checkpoint import load_policy, trainable_by_expert
 
 SIZE = (32, 48)                                                 # 2 x 3 latent tokens of 16 pixels
-few = settings(max_examples=15)
-seeds = st.integers(0, 10**6)
 
 
 @pytest.fixture(scope="module")
@@ -47,34 +43,7 @@ def assert_near(ours, plain):
     torch.testing.assert_close(ours, plain, atol=2e-5, rtol=0)
 
 
-def value_and_gradients(policy, function):
-    """What `function` returns, and the gradients of its weighted sum."""
-    policy.zero_grad()
-    out = function()
-    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-    return out.detach(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
-
-
-def assert_same_values_and_gradients(policy, ours, plain):
-    value, grads = value_and_gradients(policy, ours)
-    expected, expected_grads = value_and_gradients(policy, plain)
-    assert_near(value, expected)
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in expected_grads.items():
-        assert (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-5, name
-
-
-# ---- padding, sharing, order ----
-
-
-def test_padded_positions_carry_no_gradient_to_their_content(policy):
-    (tokens, mask), x = words(3), noisy(3)
-
-    def with_filler(filler):
-        _, context = policy.append_text(policy.empty(3), torch.where(mask, tokens, filler), mask)
-        return policy.velocity(context, x, 0.5, SIZE)
-
-    assert_same_values_and_gradients(policy, lambda: with_filler(5), lambda: with_filler(90))
+# ---- one batch, one context ----
 
 
 @torch.no_grad()
@@ -95,48 +64,6 @@ def test_images_of_several_sizes_in_one_batch_are_guided_as_each_alone(policy, r
         alone = policy.append_image(policy.empty(1), pixels=pixels[i][None], latents=z[None], size=size)
         one = guide(z[None], size, alone)
         torch.testing.assert_close(one[0], guided[i, :len(z)], atol=5e-5, rtol=0)
-
-
-def test_a_repeated_prompt_is_the_prompt_read_once_per_sample(policy):
-    (tokens, mask), x, rows = words(2), noisy(6), torch.arange(2).repeat_interleave(3)
-
-    def once():
-        _, context = policy.append_text(policy.empty(2), tokens, mask)
-        return policy.velocity(context.repeat(3), x, 0.7, SIZE)
-
-    def plain():
-        _, context = policy.append_text(policy.empty(6), tokens[rows], mask[rows])
-        return policy.velocity(context, x, 0.7, SIZE)
-
-    assert_same_values_and_gradients(policy, once, plain)
-
-
-def test_a_context_serves_the_noisy_steps_of_an_image_as_if_each_had_its_own(policy):
-    (tokens, mask), x, t = words(2), noisy(6), torch.tensor([0.9, 0.7, 0.2])
-
-    def context():
-        return policy.append_text(policy.empty(2), tokens, mask)[1]
-
-    def at_once():
-        return policy.velocity(context(), x, t.repeat(2), SIZE)
-
-    def one_by_one():
-        before = context()
-        return torch.stack([policy.velocity(before, x[i::3], t[i], SIZE) for i in range(3)], 1).flatten(0, 1)
-
-    assert_same_values_and_gradients(policy, at_once, one_by_one)
-
-
-@few
-@given(seeds, st.integers(1, 6))
-@torch.no_grad()
-def test_text_in_two_pieces_is_text_in_one(policy, seed, cut):
-    tokens = torch.randint(0, 99, (2, 8), generator=torch.Generator().manual_seed(seed))
-    whole, context = policy.append_text(policy.empty(2), tokens)
-    first, half = policy.append_text(policy.empty(2), tokens[:, :cut])
-    second, both = policy.append_text(half, tokens[:, cut:])
-    assert_near(torch.cat([first, second], 1), whole)
-    assert torch.equal(both.position, context.position)
 
 
 def test_a_padded_query_of_a_text_sees_itself_so_that_no_row_is_empty():
@@ -237,13 +164,9 @@ def test_pixels_and_latents_that_are_not_finite_go_no_further(policy):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("times, interval, active", [
-    ([0.125, 0.25, 0.5, 0.75, 0.875], (0.25, 0.75), [False, False, True, True, False]),
-    ([0.3, 0.8, 0.9], (0.3, 0.8), [False, True, False]), ([0.4, 0.9], (0.4, 1.0), [False, True])])
-def test_each_image_is_guided_if_its_time_is_above_the_low_one_and_at_most_the_high_one(
-    policy, times, interval, active
-):
-    x, t, how = noisy(len(times)), torch.tensor(times), Guidance(3.0, 1.0, "channel", 0.0, interval)
+def test_each_image_is_guided_if_its_time_is_above_the_low_one_and_at_most_the_high_one(policy):
+    x, times = noisy(5), [0.1, 0.3, 0.5, 0.8, 0.9]              # in fp32 0.3 and 0.8 lie above themselves
+    t, how = torch.tensor(times), Guidance(3.0, 1.0, "channel", 0.0, (0.3, 0.8))
     _, context = policy.append_text(policy.empty(1), torch.arange(5)[None])
 
     def guide(x, t):
@@ -252,8 +175,9 @@ def test_each_image_is_guided_if_its_time_is_above_the_low_one_and_at_most_the_h
     v, plain = guide(x, t), policy.velocity(context, x, t, SIZE)
     assert_near(v, torch.cat([guide(x[i:i + 1], time) for i, time in enumerate(times)]))
     gap = (v - plain).abs().amax((1, 2))
-    assert torch.equal(gap > 1e-3, torch.tensor(active))
-    assert torch.equal(gap == 0, ~torch.tensor(active))
+    active = torch.tensor([False, False, True, True, False])
+    assert torch.equal(gap > 1e-3, active)
+    assert torch.equal(gap == 0, ~active)
 
 
 # ---- texts in and out ----

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import tasks
-from PIL import Image
 from recipes import parse
 from referees import questions
 from referees.judge import load_judge
@@ -16,7 +15,7 @@ from rewards import Decomposed, Samples
 from sample import TOY
 from support.checkpoint import load_policy
 from support.rows import read_prompts
-from tiny_runs import ALONE
+from tiny_runs import ALONE, write_rows
 from toy import shapes, world
 
 JUDGE = str(TOY.parent / "judge")
@@ -136,15 +135,12 @@ def test_prompts_bring_their_questions_and_those_without_are_named_before_the_ru
 
 
 def test_edits_bring_their_questions_or_are_refused(tmp_path):
-    Image.new("RGB", (32, 32)).save(tmp_path / "i.png")
-    file, row = (
-        tmp_path / "e.jsonl",
-        {"image": "i.png", "instruction": "make the circle red", "caption": "a red circle"})
-    file.write_text(json.dumps({**row, **BOTH_LISTS}))
+    row = {"instruction": "make the circle red", "caption": "a red circle"}
+    file = write_rows(tmp_path / "e.jsonl", row | BOTH_LISTS)
     (batch,) = source_of(tmp_path, "--edits", file, "--edit", 2).batches(0, ALONE)
     assert [q.text for q in batch.rows[0].metadata["questions"]][:2] == [
         "is there a dog ?", "is the dog red ?"]
-    file.write_text(json.dumps(row))
+    write_rows(tmp_path / "e.jsonl", row)
     with pytest.raises(
         ValueError, match="--dvreward has no questions for 1 of 1 rows, such as .'make the circle red'"):
         source_of(tmp_path, "--edits", file, "--edit", 2)

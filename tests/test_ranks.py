@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import (
-    ALONE, assert_close, checkpoint, flags_of, moments, records, settings, words)
+    ALONE, assert_close, checkpoint, flags_of, moments, records, settings, words, write_rows)
 
 import train
-from policy import Policy, PolicyConfig
 from sample import TOY, Draw, Read, images_of, sample_plan
-from support.checkpoint import load_policy, save_policy, save_tensors
+from support.checkpoint import load_policy, save_tensors
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -34,27 +32,12 @@ RECIPE = {"whole": "lvrpo", "adapters": "alphagrpo_reflect"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny random BAGEL as a release is laid out, of other sizes than the golden one, with
-    prompts and questions next to it."""
-    path = tmp_path_factory.mktemp("release")
-    llm = dict(
-        hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, vocab_size=293, rope_theta=1e6, rms_norm_eps=1e-6,
-        max_position_embeddings=32768)
-    vit = dict(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-        patch_size=8, image_size=64, num_channels=3, layer_norm_eps=1e-6)
-    ae = dict(
-        in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1], num_res_blocks=1, z_channels=4,
-        downsample=2, scale_factor=0.3611, shift_factor=0.1159)
-    places = dict(latent_patch_size=2, max_latent_size=8, vit_max_num_patch_per_side=8)
-    torch.manual_seed(1)
-    config = PolicyConfig(llm, vit, places, ae)
-    save_policy(Policy(config, load_policy(GOLDEN).tokenizer), path)
+    """A tiny BAGEL as a release is laid out, with prompts and questions next to it."""
+    path = tmp_path_factory.mktemp("release") / "p"
+    shutil.copytree(GOLDEN, path, copy_function=shutil.copyfile)
     (path / "p.txt").write_text("a red cat\na blue dog on the box\nx\na tree\n")
-    Image.new("RGB", (30, 20), (200, 30, 0)).save(path / "i.png")
-    rows = [dict(image="i.png", question=text, answer="a") for text in ("what ?", "how many ?")]
-    (path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = [dict(question=text, answer="a") for text in ("what ?", "how many ?")]
+    write_rows(path / "q.jsonl", *questions)
     return path
 
 
@@ -148,13 +131,13 @@ def test_the_adapters_of_sharded_ranks_on_their_base_are_the_policy_that_they_ex
 def test_adapters_of_one_expert_are_stored_as_peft_stores_them_and_leave_the_other(folder, out):
     run = out / "one-adapters"
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
-    layer = "base_model.model.language_model.model.layers.2."
-    assert tensors[layer + "self_attn.q_proj_moe_gen.lora_A.weight"].shape == (4, 48)
-    assert tensors[layer + "mlp_moe_gen.down_proj.lora_B.weight"].shape == (48, 4)
-    assert len(tensors) == 3 * 7 * 2            # layers, matrices, A and B
+    layer = "base_model.model.language_model.model.layers.1."
+    assert tensors[layer + "self_attn.q_proj_moe_gen.lora_A.weight"].shape == (4, 64)
+    assert tensors[layer + "mlp_moe_gen.down_proj.lora_B.weight"].shape == (64, 4)
+    assert len(tensors) == 2 * 7 * 2            # layers, matrices, A and B
     before, after = (load_file(path / "ema.safetensors") for path in (folder, run / "policy"))
     changed = [key for key in before if not torch.equal(before[key], after[key])]
-    assert len(changed) == 3 * 7
+    assert len(changed) == 2 * 7
     assert all("_moe_gen" in key for key in changed)
 
 

@@ -58,14 +58,6 @@ def test_two_steps_of_every_recipe_learn_and_log_every_task_reward_and_loss(tiny
     assert any(row["grad_norm"] > 0 for row in finished.rows)
 
 
-def test_every_setting_of_a_recipe_and_a_scale_exists():
-    known = {*TASKS, *REWARDS, *(f.name for f in SETTINGS)}
-    for scale, sizes in SCALES.items():
-        assert sizes.keys() <= known
-        for recipe in RECIPES:
-            assert settings_of(recipe, scale).keys() <= known
-
-
 def test_a_recipe_that_sets_what_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", dict(ask=(4, "o"), text_clip_hig=(0.3, "o")))
     with pytest.raises(TypeError, match="text_clip_hig"):
@@ -211,6 +203,9 @@ def test_bad_flags_end_in_one_line_that_names_them(tmp_path, monkeypatch, capsys
         ("--image_loss nft --image_beta 1", "--image_beta 1.0 is of noisy steps"),
         ("--image_loss nft --old_decay 1", "--old_decay 1.0: must be below 1"),
         ("--reflect 2 --credit gain", "--credit gain is for two rounds"),
+        ("--reflect 2 --normalise each", "--normalise each"),
+        ("--rectify group", "no task of this run refines"),
+        ("--initial 2", "no task of this run refines"),
         ("--image_loss ratio_norm --step_weights flat", "--step_weights flat is for plain ratios"),
         ("--stop 0.5", "no task of this run does so"),
         ("--reflect 2 --stop 1.5", "must be a share, at most 1"),

@@ -53,12 +53,11 @@ def encoder():
     return siglip.load_siglip(TOYS["siglip"], batch_size=3)
 
 
-@pytest.mark.parametrize("size", [32, 57])
-def test_pixels_are_those_of_the_published_image_processor(encoder, size):
-    smooth = F.interpolate(images(2, 7), size=size, mode="bilinear").mul(255).to(torch.uint8)
+def test_pixels_are_those_of_the_published_image_processor(encoder):
+    smooth = F.interpolate(images(2, 7), size=57, mode="bilinear").mul(255).to(torch.uint8)
     theirs = encoder.image_processor(list(smooth), return_tensors="pt").pixel_values
     # It rounds to 8 bits where it resizes: 0.004 a pixel, 0.008 normalised.
-    assert torch.allclose(encoder.pixels(smooth / 255.0), theirs, atol=1e-5 if size == 32 else 0.012)
+    assert torch.allclose(encoder.pixels(smooth / 255.0), theirs, atol=0.012)
 
 
 def test_siglips_cosine_is_that_of_the_plain_model_and_processor(encoder):
@@ -420,9 +419,8 @@ def test_other_models_code_of_their_own_and_names_that_are_nowhere_are_refused(
 
 def reward_of(folders, name):
     """(a reward, the model that it asks)"""
-    if name in CHATS or name == "judge":
-        asked = THE_JUDGE if name == "judge" else judge.load_judge(folders[name])
-        return Knowledge(asked), asked.model
+    if name == "judge":
+        return Knowledge(THE_JUDGE), THE_JUDGE.model
     if name == "pref":
         asked = preferences.load_preference(folders["clip"])
         return Preference(asked), asked.clip.model
@@ -433,7 +431,7 @@ def reward_of(folders, name):
     return (Dense if name == "dense" else Semantic)(asked), asked.model
 
 
-@pytest.mark.parametrize("name", ["sem", "dense", "open_clip", "judge", *CHATS, "pref"])
+@pytest.mark.parametrize("name", ["sem", "dense", "open_clip", "judge", "pref"])
 def test_a_score_is_its_own_whatever_stands_next_to_it_and_no_gradient_reaches_the_model(folders, name):
     reward, model = reward_of(folders, name)
     x = images(4)

@@ -14,7 +14,6 @@ from tiny_runs import ALONE, settings, words
 
 import flow_grpo
 import train
-from recipes import check
 from rewards import Samples
 from grpo import group_advantage
 from sample import TOY, Draw, Picture, Rollout, Text, Write, refine
@@ -108,17 +107,6 @@ def test_a_step_in_which_nothing_improves_moves_no_weight_by_momentum_either(run
     assert not torch.equal(before["latent_out.weight"], start)
     assert train.one_step(run, 1)["reflect/improved"] == 0
     torch.testing.assert_close(run.policy.state_dict(), before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("flags", ["--rectify group", "--initial 2"])
-def test_settings_of_refinements_are_refused_if_no_task_refines(flags):
-    with pytest.raises(ValueError, match="no task of this run refines"):
-        check(settings("--recipe alphagrpo", flags), 1)
-
-
-def test_rewards_that_are_normalised_each_cannot_be_compared_with_a_first_pictures():
-    with pytest.raises(ValueError, match="--normalise each"):
-        check(replace(REFLECT, normalise="each", advantage="group"), 1)
 
 
 # ---- permission to stop ----

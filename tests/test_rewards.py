@@ -348,16 +348,14 @@ def test_ssim_is_that_of_a_loop_over_windows():
         assert got == pytest.approx(np.mean(each), rel=1e-4)
 
 
-def test_likeness_is_in_range_the_same_one_by_one_and_resizes_the_real_image():
-    x, reals = images_of(4), images_of(4, 5)
-    together = R.Likeness()(drawn("abcd", x, reals=reals))
-    alone = [R.Likeness()(drawn("a", x[i:i + 1], reals=reals[i:i + 1])).item() for i in range(4)]
-    assert together.tolist() == pytest.approx(alone, abs=1e-5)
-    assert ((together >= 0) & (together <= 1)).all()
+def test_likeness_is_in_range_and_resizes_the_real_image():
+    x, reals = images_of(2), images_of(2, 5)
+    found = R.Likeness()(drawn("ab", x, reals=reals))
+    assert ((found >= 0) & (found <= 1)).all()
     flat = R.Likeness()(drawn("a", torch.full((1, 3, 32, 32), 0.3), reals=torch.full((1, 3, 64, 64), 0.3)))
     assert flat.item() == pytest.approx(1, abs=1e-3)
     by_distance = R.Likeness(lambda a, b: torch.tensor([0.25, 3.0]))
-    assert by_distance(drawn("ab", x[:2], reals=reals[:2])).tolist() == [0.75, 0.0]
+    assert by_distance(drawn("ab", x, reals=reals)).tolist() == [0.75, 0.0]
 
 
 # ---- token matching ----

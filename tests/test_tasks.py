@@ -1,7 +1,6 @@
 """The table of tasks: layouts, what samples hold, a step's rows and their shares, what is refused,
 and how a reward, a task and a recipe are added."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from tiny_runs import ALONE, settings
+from tiny_runs import ALONE, settings, write_rows
 
 import recipes
 import referees.build
@@ -120,22 +118,12 @@ def test_every_step_and_every_seed_asks_anew(policy):
         assert len(shown) == 3
 
 
-def write_questions(folder, *rows):
-    """Rows about pictures, i.png of the i-th, which lie next to their file."""
-    lines = []
-    for i, row in enumerate(rows):
-        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(folder / f"{i}.png")
-        lines.append(json.dumps({"image": f"{i}.png", **row}))
-    (folder / "q.jsonl").write_text("\n".join(lines))
-    return folder / "q.jsonl"
-
-
 @pytest.mark.parametrize("is_file", [False, True], ids=["toy", "file"])
 def test_ranks_share_the_rows_and_every_row_has_an_index_of_its_own(policy, tmp_path, is_file):
     flags = ["--draw 4 --think 4 --ask 4"]
     if is_file:
         rows = [dict(question=f"what is {i} ?", answer=i, options=list("0123")) for i in "0123"]
-        flags = ["--ask 4 --choose 4 --questions", write_questions(tmp_path, *rows)]
+        flags = ["--ask 4 --choose 4 --questions", write_rows(tmp_path / "q.jsonl", *rows)]
     batches = batches_of(policy, *flags)
     whole, first, second = batches(), *(batches(0, replace(ALONE, rank=r, world=2)) for r in (0, 1))
     assert [i for batch in whole for i in batch.index] == list(range(4 * len(whole)))
@@ -224,7 +212,8 @@ def test_a_prompt_longer_than_the_context_is_refused(policy, tmp_path):
     ("--pair_image 2 --recaption 1", {"caption": "dogs running"}, "dogs running"),
     ("--ask 2 --answer_tokens 8", {"answer": "red " * 9}, "has 9 tokens, and --answer")])
 def test_questions_that_a_run_cannot_use_are_refused(policy, tmp_path, flags, row, words):
-    path = write_questions(tmp_path, {"question": "what color is it ?", "answer": "red"} | row)
+    row = {"question": "what color is it ?", "answer": "red"} | row
+    path = write_rows(tmp_path / "q.jsonl", row)
     with pytest.raises(ValueError, match=words):
         batches_of(policy, flags, "--questions", path)
 
@@ -232,20 +221,8 @@ def test_questions_that_a_run_cannot_use_are_refused(policy, tmp_path, flags, ro
 def test_captions_that_no_rule_reads_go_with_the_models_of_the_cycle(policy, tmp_path):
     row = {"question": "what color is it ?", "answer": "red", "caption": "dogs running"}
     flags = "--pair_image 1 --recaption 1 --captioner another --questions"
-    (batch,) = batches_of(policy, flags, write_questions(tmp_path, row))()
+    (batch,) = batches_of(policy, flags, write_rows(tmp_path / "q.jsonl", row))()
     assert batch.rows[0].text == "dogs running"
-
-
-def test_token_matching_reads_the_frozen_reference_however_the_policy_moves(tmp_path):
-    flags = "--draw 2 --tim 1 --sem 0 --kn 0 --ins 0 --out"
-    run = train.begin(settings(NOTHING, flags, tmp_path), ALONE)
-    images = torch.rand(2, 3, 32, 32)
-    samples = rewards.Samples(["a circle", "a red square"], [{}, {}], images=images)
-    before = run.rewards["tim"](samples)
-    with torch.no_grad():
-        for p in run.policy.parameters():
-            p.mul_(0.5)
-    assert torch.equal(run.rewards["tim"](samples), before)
 
 
 # ---- adding, by the lines of docs/adding.md ----

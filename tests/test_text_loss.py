@@ -91,15 +91,6 @@ def test_k3_of_nearly_equal_policies_keeps_its_digits_in_fp32(gap):
 
 
 @given(seeds)
-def test_the_exact_expectation_of_k3_is_the_kl_divergence(seed):
-    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    logp, logp_ref = logits.log_softmax(-1)
-    expectation = (logp.exp() * kl_k3(logp, logp_ref)).sum()
-    kl = kl_divergence(Categorical(logits=logp), Categorical(logits=logp_ref))
-    torch.testing.assert_close(expectation, kl)
-
-
-@given(seeds)
 def test_with_bias_correction_the_expected_penalty_off_policy_and_its_gradient_are_those_of_the_kl(seed):
     """Over the nine tokens of an old policy that samples them equally often."""
     logits, ref = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -270,14 +261,6 @@ def test_the_bound_changes_nothing_below_20_nats_and_has_gradient_zero_above(log
     assert ratio.item() == pytest.approx(math.exp(bounded))
     assert x.grad.item() == (pytest.approx(math.exp(log_ratio)) if log_ratio <= 20 else 0.0)
     assert kl_k3(double(0.0), x).item() == pytest.approx(math.expm1(bounded) - bounded)
-
-
-def test_far_above_the_reference_k3_is_a_line_of_gradient_one():
-    logp = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    k3 = kl_k3(logp, double([-1e4, -25.0]))
-    k3.sum().backward()
-    assert k3.tolist() == pytest.approx([9999.0, 24.0])
-    assert logp.grad.tolist() == pytest.approx([1.0, 1.0])
 
 
 never, sometimes = torch.tensor([[-math.inf, -1.0]]), torch.tensor([[0.0, -1.0]])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from PIL import Image
 from safetensors.torch import load_file
 
 import train
@@ -47,6 +48,13 @@ def flags_of(recipe: str, out, *more) -> list[str]:
     """Two steps of a recipe, on two rows of each of its tasks."""
     rows = [f"--{name} 2" for name in settings_of(recipe, "toy") if name in TASKS]
     return words("--recipe", recipe, *rows, SHORT, "--steps 2 --out", Path(out), *more)
+
+
+def write_rows(path, *rows) -> str:
+    """JSON lines about i.png, a red picture that lies next to them."""
+    Image.new("RGB", (40, 20), (200, 0, 0)).save(path.parent / "i.png")
+    path.write_text("\n".join(json.dumps({"image": "i.png"} | row) for row in rows))
+    return str(path)
 
 
 @dataclass
