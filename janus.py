@@ -22,7 +22,8 @@ padding, all but its first token [Janus-Pro's generation_inference.py].
 
 Differs: rows are padded right and carry masks; the official code pads left. The likelihood of a
 token is its probability where it was drawn; ULM-R1's released code takes the state that has read
-the token already, which is another number. An image is always of the one size of the config.
+the token already, which is another number. The embedding of padding, which guidance reads, is not
+trained; in the official code it is. An image is always of the one size of the config.
 
 Legend: N samples, L text positions, M tokens of an image, S positions in the context, D width, d
 width of a head, V vocabulary, C codes. Pixels are in [-1, 1].
@@ -38,8 +39,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from policy import (
-    Context, Policy, PolicyConfig, append_keys, check_finite, declare_torchvision_ops, invert_cumulative,
-    own_attention, pad_right, rotary)
+    Context, Policy, PolicyConfig, append_keys, check_finite, declare_torchvision_ops,
+    invert_cumulative, own_attention, pad_right, rotary)
 
 MARKERS = ("<|User|>", "<|Assistant|>", "<begin_of_image>", "<end_of_image>")
 # Sizes that the original folders name, and keep in their scripts [deepseek-ai/Janus].
@@ -145,13 +146,14 @@ class Janus(nn.Module):
         self.config, self.model, self.tokenizer = JanusLayout(model.config), model, tokenizer
         known, V = tokenizer.get_vocab(), model.config.text_config.vocab_size
         markers = [known.get(marker) for marker in MARKERS]
-        if None in markers or max(known.values()) >= V:
+        named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+        if None in (*markers, *named) or max(known.values()) >= V:
             raise ValueError(
-                f"tokenizer needs the special tokens {MARKERS} and ids below the policy's "
-                f"vocab_size {V}; they are not of one checkpoint")
+                f"tokenizer needs bos, eos and pad, the special tokens {MARKERS} and ids below the "
+                f"policy's vocab_size {V}; they are not of one checkpoint")
         self.user, self.assistant, self.image_start, self.image_end = markers
-        self.bos, self.pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-        self.end = tokenizer.eos_token_id
+        self.bos, self.end, self.pad = named
+        self.embed.padding_idx = self.pad             # has no gradient, as in transformers
         added = tokenizer.added_tokens_decoder.items()
         self.reserved = {i for i, token in added if token.special} - {tokenizer.unk_token_id}
         (self.start,) = self._spell([":"])[0]
@@ -189,7 +191,7 @@ class Janus(nn.Module):
         vision = self.core.vision_model.encoder.layers
         return [*self.blocks, *vision, self.embed, self.model.lm_head]
 
-    def adaptable(self, expert: str) -> list[tuple[nn.Module, str]]:
+    def linear_layers(self, expert: str) -> list[tuple[nn.Module, str]]:
         """(parent, name) of the linear layers of an expert that may get adapters."""
         if expert == "generation":
             head = self.core.generation_head

@@ -460,7 +460,7 @@ class Policy(nn.Module):
         """What is cut over ranks; the rest is small."""
         return [*self.blocks, *self.vit.encoder["layers"], self.embed, self.head]
 
-    def adaptable(self, expert: str) -> list[tuple[nn.Module, str]]:
+    def linear_layers(self, expert: str) -> list[tuple[nn.Module, str]]:
         """Return (parent, name) of the linear layers of one of EXPERTS that may get adapters."""
         names = ("q", "k", "v", "o", "gate", "up", "down")
         parents = [block.experts[EXPERTS.index(expert)] for block in self.blocks]

@@ -494,9 +494,10 @@ def settings_of(recipe: str, scale: str) -> dict[str, tuple]:
 def scale_of(folder: Path) -> str:
     """The column of SCALES that fits a policy folder, by its kind and its width."""
     config = read_json(folder / "config.json", {})
-    text = config.get("text_config") or config.get("language_config")
-    if text:                                    # of Janus-Pro, in one of its two layouts
-        return "janus" if text["hidden_size"] >= 1024 else "toy_janus"
+    if config.get("model_type") in ("janus", "multi_modality"):         # its two layouts
+        text = config.get("text_config") or config["language_config"]
+        width = text.get("hidden_size", 4096)   # Llama's own, which a file may leave out
+        return "janus" if width >= 1024 else "toy_janus"
     sizes = read_json(folder / "llm_config.json", {"hidden_size": 0})
     return PolicyConfig(sizes, {}).scale
 

@@ -621,10 +621,10 @@ SAMPLING = {
         guidance=Guidance(1.0), edit=Guidance(1.0), judge=str(TOY.parent / "judge")),
     "toy_janus": dict(
         size=32, steps=None, shift=None, tokens=24, system_prompt=False, zoom=4,
-        guidance=Guidance(1.0), edit=None, judge=str(TOY.parent / "judge")),
+        guidance=Guidance(1.0), edit=Guidance(1.0), judge=str(TOY.parent / "judge")),
     "janus": dict(
         size=384, steps=None, shift=None, tokens=512, system_prompt=False, zoom=1,
-        guidance=Guidance(5.0), edit=None, judge="google/paligemma2-3b-mix-448"),
+        guidance=Guidance(5.0), edit=Guidance(5.0), judge="google/paligemma2-3b-mix-448"),
     "bagel": dict(
         size=1024, steps=49, shift=3.0, tokens=1024, system_prompt=True, zoom=1,
         guidance=Guidance(4.0), edit=Guidance(4.0, 2.0, "text_channel", 0.0, (0.0, 1.0)),
@@ -633,9 +633,14 @@ SAMPLING = {
 
 
 def plain_draw(scale: str, size: Size, steps: int | None = None) -> Draw:
-    """An image without noisy steps, in `steps` or as many as the scale takes; or its tokens."""
+    """An image without noisy steps, in `steps` or as many as the scale takes; or its tokens.
+
+    Errors: ValueError for steps of image tokens.
+    """
     table = SAMPLING[scale]
     if table["steps"] is None:
+        if steps:
+            raise ValueError(f"--steps {steps}: this policy draws token by token; leave it out")
         return Draw(size)
     return Draw(size, flow_grpo.time_grid(steps or table["steps"], table["shift"]))
 
@@ -660,7 +665,8 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--n", type=number(int, least=1), default=8, help="samples")
     ap.add_argument(
         "--size", type=number(int, least=1),
-        help="pixels per side; an edit keeps the image's (32 for the toy, 1024 for BAGEL)")
+        help="pixels per side; an edit keeps the image's (32 for the toy, 1024 for BAGEL, 384 for "
+        "Janus)")
     ap.add_argument(
         "--steps", type=number(int, least=1), help="denoising steps (10 for the toy, 49 for BAGEL)"
     )
@@ -684,7 +690,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_kind(args: argparse.Namespace, policy: Policy) -> None:
     """ValueError for what means nothing to this kind of policy."""
-    foreign, way = ("edit", "steps", "image_guidance"), "token by token"
+    foreign, way = ("edit", "image_guidance"), "token by token"
     if policy.reads_latents:
         foreign, way = ("image_temperature",), "by flow steps"
     for name in foreign:

@@ -40,7 +40,7 @@ def add_lora(
     """Freeze the policy and put adapters on the linear layers of `experts`, in place."""
     policy.requires_grad_(False)
     for expert in experts:
-        for parent, name in policy.adaptable(expert):
+        for parent, name in policy.linear_layers(expert):
             setattr(parent, name, LoRA(getattr(parent, name), rank, alpha))
     return policy
 

@@ -46,6 +46,8 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     if any(task.draws for task in tasks):
         image = (cfg.resolution // policy.config.stride) ** 2 + 2
     context = max(tokens_before(policy, cfg, task, image) for task in tasks)
+    if cfg.image_loss == "token":               # what is drawn is read too
+        context += image
     rounds = max(task.rounds for task in tasks)                 # texts and images of one backward
     noisy = rounds * max(cfg.window, 1) * image         # of all noisy steps, which are one call
     written = rounds * max(tokens_written(cfg, task) for task in tasks)

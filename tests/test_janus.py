@@ -314,6 +314,8 @@ def test_adapters_on_their_base_are_the_policy_that_is_saved(policy, folder, tmp
     for module in adapters(add_lora(policy, 2, 4.0)).values():
         torch.nn.init.normal_(module.B, std=0.1)
     save_adapters(policy, tmp_path / "a")
+    targets = read_json(tmp_path / "a" / "adapter_config.json")["target_modules"]
+    assert targets and all(t.startswith("model.") and "vision_model" not in t for t in targets)
     save_policy(policy, tmp_path / "p")
     thought, image = logps(policy, rollout)
     assert (image - rollout.segments[-1].drawn.logp).abs().max() > 0.01
