@@ -15,10 +15,10 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     whose bytes are given. A rollout and the replay of one micro-batch need room in turn. A rollout
     holds the text's keys and values twice while they grow, and one block's activations of an image
     step. A replay holds every block's input (about twelve times as much without checkpointing), one
-    block's activations of all noisy steps at once, and the logits with three copies in fp32. Both hold two
-    gathered blocks of a sharded policy. Left out are activations of referees and of the
-    autoencoder, what the allocator loses, and the whole weights that a sharded rollout keeps only
-    if they fit.
+    block's activations of all noisy steps or image tokens at once, and the logits with three copies
+    in fp32. Both hold two gathered blocks of a sharded policy. Left out are activations of referees
+    and of the autoencoder, what the allocator loses, and the whole weights that a sharded rollout
+    keeps only if they fit.
     """
     llm, byte = policy.config.llm, 2 if cfg.bf16 else 4
     width, layers = llm["hidden_size"], llm["num_hidden_layers"]

@@ -373,13 +373,18 @@ def new_base(tokenizer) -> Policy:
     config = PolicyConfig(llm, CONFIG.vit, CONFIG.bagel, dict(CONFIG.ae))
     torch.manual_seed(0)
     policy = Policy(config, tokenizer)
+    begin_base(policy)
+    nn.init.zeros_(policy.latent_out.weight)
+    return policy
+
+
+def begin_base(policy):
+    """Give a policy xavier matrices, embeddings apart, and biases of zero."""
     for name, p in policy.named_parameters():
         if p.ndim == 2 and "embed" not in name:
             nn.init.xavier_uniform_(p)
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
-    nn.init.zeros_(policy.latent_out.weight)
-    return policy
 
 
 class Imitation:

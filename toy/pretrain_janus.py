@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from torch import nn
 
 from janus import Janus, build_model
 from policy import declare_torchvision_ops
 from support.checkpoint import save_policy
 from toy import shapes
-from toy.pretrain import BOUND, EVEN, adamw, fit, render_both_splits, train_base
+from toy.pretrain import (
+    BOUND, EVEN, adamw, begin_base, fit, render_both_splits, train_base)
 from toy.tiny import ids_of
 
 # Names of Janus-Pro's files.
@@ -166,11 +166,7 @@ def new_base() -> Janus:
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     policy = Janus(build_model(build_config(tokenizer)), tokenizer)
-    for name, p in policy.named_parameters():
-        if p.ndim == 2 and "embed" not in name:
-            nn.init.xavier_uniform_(p)
-        elif name.endswith(".bias"):
-            nn.init.zeros_(p)
+    begin_base(policy)
     policy.stored = torch.bfloat16      # in the file, as the published folders have it
     return policy
 
