@@ -87,10 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--detector", default="",
                     help="an OWLv2: a folder or hub name; the toy has its own")
     ap.add_argument("--guidance", type=number(float, least=1),
-                    help="text guidance scale (1 for the toy, 4 for BAGEL)")
+                    help="text guidance scale (1 for the toys, 4 for BAGEL, 5 for Janus-Pro)")
     ap.add_argument("--samples", type=number(int, least=1), default=4, help="images of each prompt")
     ap.add_argument("--steps", type=number(int, least=1),
-                    help="denoising steps (10 for the toy, 49 for BAGEL)")
+                    help="denoising steps (10 for the toy, 49 for BAGEL; image tokens have none)")
     ap.add_argument("--out", type=Path, default=Path("geneval"), help="the folder of pictures")
     ap.run(run, argv)
 

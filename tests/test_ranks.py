@@ -28,6 +28,7 @@ SHARDED = {
     "--lr_understanding 0",
 }
 RECIPE = {"whole": "lvrpo", "adapters": "alphagrpo_reflect"}
+PLAIN = ["lvrpo", "unifpo"]                     # recipes of two matching losses, nft and fpo
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def out(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     sharded = [
         large(folder, out / f"two-{name}", name, "--shard --eval_every 2") for name in SHARDED]
-    plain = flags_of("lvrpo", out / "two-plain")
+    plain = [flags_of(recipe, out / f"two-{recipe}") for recipe in PLAIN]
     # One step by one process, then one by two ranks; one step by two ranks, for a test to go on
     # from.
     train.train(settings(*large(folder, out / "one-then-two", "whole", "--steps 1")), ALONE)
@@ -69,7 +70,7 @@ def out(folder, tmp_path_factory):
         large(folder, out / "two-then-one", "whole", "--shard --steps 1")]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(HERE / "two_ranks.py"), json.dumps([plain, *sharded, *cut]), str(folder)]
+        str(HERE / "two_ranks.py"), json.dumps([*plain, *sharded, *cut]), str(folder)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True, timeout=600)
@@ -90,8 +91,9 @@ def assert_same_run(ours, theirs):
     assert_close(moments(ours), moments(theirs), 1e-2)
 
 
-def test_two_ranks_give_the_run_of_one(tiny, out):
-    assert_same_run(out / "two-plain", tiny("lvrpo").out)
+@pytest.mark.parametrize("recipe", PLAIN)
+def test_two_ranks_give_the_run_of_one(tiny, out, recipe):
+    assert_same_run(out / f"two-{recipe}", tiny(recipe).out)
 
 
 @pytest.mark.parametrize("name", SHARDED)
