@@ -15,6 +15,7 @@ import json
 import re
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ def open_tensors(folder: Path, stem: str) -> dict:
     No tensor is read yet. Errors: FileNotFoundError without such a file; ValueError or OSError for
     a damaged one, and for tensors that are no floats.
     """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
     if single.exists():
         file = open_file(single)
         opened = {key: file for key in file.keys()}
@@ -93,13 +95,17 @@ def assign(
     """
     file = folder / f"{stem}.safetensors"
     opened = opened or open_tensors(folder, stem)
-    missing, extra = sorted(names.keys() - opened.keys()), sorted(opened.keys() - names.keys())
+    missing = sorted(names.keys() - opened.keys())
+    extra = sorted(opened.keys() - names.keys())
     if missing or extra:
         counts = f"{len(missing)} keys missing {missing[:8]}, {len(extra)} keys extra {extra[:8]}"
         raise ValueError(f"{file}: {counts}")
-    wanted, state, stored = module.state_dict(), {}, None
+    wanted = module.state_dict()
+    state = {}
+    stored = None
     for key, name in names.items():
-        value, place = opened[key].get_tensor(key), wanted[name]
+        value = opened[key].get_tensor(key)
+        place = wanted[name]
         stored = stored or value.dtype          # the embedding is first, and most of the numbers
         if value.shape[2:] == (1, 1) and place.ndim == 2:
             value = value.flatten(1)            # the autoencoder's 1x1 convolutions
@@ -200,13 +206,14 @@ def load_policy(
         assign(policy.autoencoder, folder, "ae", ae_names, None, device)
     reset_adapters(policy, device)
     if adapter:
-        load_adapters(policy, adapter)
+        load_adapters(policy, Path(adapter))
     return policy.eval()
 
 
 def build_bagel(folder: Path) -> Policy:
     """The policy of a BAGEL folder on the meta device, without memory until tensors are assigned."""
-    llm, vit = read_json(folder / "llm_config.json"), read_json(folder / "vit_config.json")
+    llm = read_json(folder / "llm_config.json")
+    vit = read_json(folder / "vit_config.json")
     bagel = RELEASE_BAGEL | read_json(folder / "bagel_config.json", {})
     config = PolicyConfig(llm, vit, bagel, read_json(folder / "ae_config.json", RELEASE_AE))
     tokenizer = load_tokenizer(folder)
@@ -237,11 +244,13 @@ def build_janus(folder: Path) -> Janus:
             return Janus(build_model(config), tokenizer)
 
 
+@dataclass
 class OriginalTensor:
     """A tensor of an original Janus file under a key of transformers, as `assign` reads it."""
 
-    def __init__(self, file, key: str, part: int | None):
-        self.file, self.key, self.part = file, key, part
+    file: safe_open
+    key: str
+    part: int | None = None                     # of a matrix that holds three
 
     def get_tensor(self, _: str) -> Tensor:
         value = self.file.get_tensor(self.key)
@@ -262,7 +271,7 @@ def open_original(folder: Path) -> dict[str, OriginalTensor]:
         for theirs, ours in ORIGINAL_NAMES:
             name = re.sub(theirs, ours, name)
         if ".attn.qkv." not in name:
-            opened[name] = OriginalTensor(file, key, None)
+            opened[name] = OriginalTensor(file, key)
             continue
         for part, letter in enumerate("qkv"):   # one matrix in the file
             own = name.replace(".attn.qkv.", f".self_attn.{letter}_proj.")
@@ -273,7 +282,8 @@ def open_original(folder: Path) -> dict[str, OriginalTensor]:
 def restore_buffers(policy: Janus, device) -> None:
     """Give the buffers that no file holds their values."""
     core = policy.core
-    language, embeddings = core.language_model, core.vision_model.embeddings
+    language = core.language_model
+    embeddings = core.vision_model.embeddings
     language.rotary_emb = type(language.rotary_emb)(core.config.text_config).to(device)
     M = policy.config.image_tokens
     embeddings.position_ids = torch.arange(M, device=device)[None]
@@ -284,7 +294,8 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
 
     Each file is replaced atomically. All ranks of a sharded policy call it, and rank 0 writes.
     """
-    folder, tensors = Path(folder), {}
+    folder = Path(folder)
+    tensors = {}
     writes = not policy.sharded or dist.get_rank() == 0
     for name, value in merged_state(policy):    # all ranks gather each tensor, one rank keeps it
         if writes and not name.startswith("autoencoder."):
@@ -416,7 +427,8 @@ def merged_state(policy: Policy):
             continue
         value = full_tensor(value)
         if module := adapter_of.get(name):
-            A, B = full_tensor(module.A.detach()), full_tensor(module.B.detach())
+            A = full_tensor(module.A.detach())
+            B = full_tensor(module.B.detach())
             value = value.float() + module.alpha / module.rank * B @ A
         yield name.replace(".base.", "."), value.to(policy.stored or value.dtype)
 
@@ -431,12 +443,12 @@ def adapter_keys(policy: Policy) -> dict[str, str]:
     return keys
 
 
-def save_adapters(policy: Policy, folder: str | Path) -> None:
+def save_adapters(policy: Policy, folder: Path) -> None:
     """Write the adapters alone, as the peft library names and stores them.
 
     All ranks of a sharded policy call it, and rank 0 writes.
     """
-    folder, modules = Path(folder), list(adapters(policy).values())
+    modules = list(adapters(policy).values())
     state = policy.state_dict()
     tensors = {key: full_tensor(state[name]).cpu() for key, name in adapter_keys(policy).items()}
     if policy.sharded and dist.get_rank():
@@ -476,9 +488,8 @@ def adapter_strength(folder: Path) -> tuple[int, float]:
         return int(config["r"]), float(config["lora_alpha"])
 
 
-def load_adapters(policy: Policy, folder: str | Path) -> Policy:
+def load_adapters(policy: Policy, folder: Path) -> Policy:
     """Put the adapters of a folder of `save_adapters`, or of peft, on the policy, in place."""
-    folder = Path(folder)
     rank, alpha = adapter_strength(folder)
     keys = open_tensors(folder, "adapter_model")
     experts = {re.search("_moe_gen|generation_", key) is not None for key in keys}
@@ -514,7 +525,8 @@ def shard(policy: Policy, dtype: torch.dtype | None = None) -> Policy:
         if hasattr(policy, method):
             register_fsdp_forward_method(policy, method)
     numbers = sum(p.numel() for p in policy.parameters() if isinstance(p, DTensor))
-    policy.sharded, policy.gathered_bytes = True, numbers * (dtype.itemsize if dtype else 4)
+    policy.sharded = True
+    policy.gathered_bytes = numbers * (dtype.itemsize if dtype else 4)
     return policy
 
 
@@ -531,7 +543,7 @@ def keep_gathered(policy: Policy, room: float | None = None):
     for module in parts:
         module.set_reshard_after_forward(not keep, recurse=False)
     try:
-        yield policy
+        yield
     finally:
         for module in parts:
             module.set_reshard_after_forward(True, recurse=False)
