@@ -159,6 +159,15 @@ def release_name(name: str) -> str:
     return name
 
 
+def release_keys(policy: Policy) -> dict[str, str]:
+    """Released key -> our name, of all tensors but adapters' and the autoencoder's."""
+    names = {}
+    for name in policy.state_dict():
+        if not name.startswith("autoencoder.") and not name.endswith((".A", ".B")):
+            names[release_name(name)] = name
+    return names
+
+
 def release_ae_name(name: str, levels: int) -> str:
     """AutoencoderKL's name -> the released key; the decoder's levels are counted from the end."""
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
@@ -188,11 +197,8 @@ def load_policy(
     masters = ()
     if prepare:
         prepare(policy)
-        masters = {name for name, p in policy.named_parameters() if p.requires_grad}
-    names = {}                                  # released key -> our name
-    for name in policy.state_dict():
-        if not name.startswith("autoencoder.") and not name.endswith((".A", ".B")):
-            names[release_name(name)] = name
+        masters = trainable(policy).keys()
+    names = release_keys(policy)
     if isinstance(policy, Janus):
         if dtype is None and torch.device(device).type == "cpu":
             dtype = torch.float32
@@ -297,9 +303,9 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
     folder = Path(folder)
     tensors = {}
     writes = not policy.sharded or dist.get_rank() == 0
-    for name, value in merged_state(policy):    # all ranks gather each tensor, one rank keeps it
-        if writes and not name.startswith("autoencoder."):
-            tensors[release_name(name)] = value.cpu()
+    for key, value in merged_state(policy):     # all ranks gather each tensor, one rank keeps it
+        if writes:
+            tensors[key] = value.cpu()
     if not writes:
         return
     if isinstance(policy, Janus):
@@ -417,20 +423,20 @@ def reset_adapters(policy: Policy, device, seed: int = 0) -> None:
 
 
 def merged_state(policy: Policy):
-    """Yield (name, tensor) of a policy without adapters, each whole and in the stored dtype.
+    """Yield (released key, tensor) of a policy without adapters, each whole and in the stored
+    dtype.
 
     An adapted weight becomes base + alpha/rank * B A.
     """
-    adapter_of = {f"{name}.base.weight": module for name, module in adapters(policy).items()}
-    for name, value in policy.state_dict().items():
-        if name.endswith((".A", ".B")):
-            continue
-        value = full_tensor(value)
-        if module := adapter_of.get(name):
+    state = policy.state_dict()
+    modules = adapters(policy)
+    for key, name in release_keys(policy).items():
+        value = full_tensor(state[name])
+        if module := modules.get(name.removesuffix(".base.weight")):
             A = full_tensor(module.A.detach())
             B = full_tensor(module.B.detach())
             value = value.float() + module.alpha / module.rank * B @ A
-        yield name.replace(".base.", "."), value.to(policy.stored or value.dtype)
+        yield key, value.to(policy.stored or value.dtype)
 
 
 def adapter_keys(policy: Policy) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.checkpoint import all_finite, load_policy, open_tensors, release_name, save_policy
+from support.checkpoint import all_finite, load_policy, open_tensors, release_keys, save_policy
 from support.terminal import Arguments
 
 
@@ -55,8 +55,8 @@ def merge(first: Path, second: Path, base: Path, out: Path, bound: float = 2.0) 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds files already; give another --out")
     policy = load_policy(base)
-    state = policy.state_dict().items()
-    weights = {release_name(name): x for name, x in state if not name.startswith("autoencoder.")}
+    state = policy.state_dict()
+    weights = {key: state[name] for key, name in release_keys(policy).items()}
     trained = [open_trained(folder, policy.stem, weights) for folder in (first, second)]
     for key, x in weights.items():
         changes = [tensors[key].get_tensor(key).float() - x.float() for tensors in trained]
