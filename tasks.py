@@ -124,6 +124,10 @@ class Task:
     def draws(self) -> bool:
         return "images" in self.gives
 
+    def longest_text(self, cfg) -> int:
+        """The tokens that a run lets it write at once."""
+        return getattr(cfg, self.writes) if self.writes else 0
+
     @property
     def before(self) -> str:
         """The field of rewards.Samples that holds the picture before the last, or nothing."""
@@ -523,8 +527,7 @@ def step_counts(parts: list, cfg) -> Tensor:
     """`counts` of all train.Parts of a step on this rank, (2,)."""
     total = torch.zeros(2, dtype=torch.float64)
     for part in parts:
-        writes = part.batch.task.writes
-        most = getattr(cfg, writes) if writes else 0
+        most = part.batch.task.longest_text(cfg)
         total += counts(part.rollout, cfg.text_average, most)
     return total
 
@@ -574,7 +577,7 @@ def check_rows(rows: list[dict], path: str, task: Task, cfg, policy: Policy) -> 
             raise ValueError(
                 f"--{task.name} reads \"{field}\", which {len(bare)} rows of {path} do not have; "
                 f"add it, or set --{task.name} 0")
-    room = getattr(cfg, task.writes) if task.writes else 0
+    room = task.longest_text(cfg)
     tokenized = policy.token_ids([row[task.text] for row in rows], room)
     unknown = policy.tokenizer.unk_token_id     # BAGEL's tokenizer has none: it spells every word
     strange = [row[task.text] for row, ids in zip(rows, tokenized) if unknown in ids]

@@ -20,20 +20,21 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     and of the autoencoder, what the allocator loses, and the whole weights that a sharded rollout
     keeps only if they fit.
     """
-    llm, byte = policy.config.llm, 2 if cfg.bf16 else 4
-    width, layers = llm["hidden_size"], llm["num_hidden_layers"]
+    config = policy.config
+    llm = config.llm
+    width = llm["hidden_size"]
+    layers = llm["num_hidden_layers"]
+    byte = 2 if cfg.bf16 else 4
     cut = world if cfg.shard else 1             # nearly everything is cut over the ranks
     weights = sum(p.numel() for p in policy.parameters()) / cut         # numbers on one rank
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad) / cut
     gathered = 0
     if cfg.shard:
         gathered = 2 * byte * sum(p.numel() for p in policy.blocks[0].parameters())
-    need = {"weights": trained * 4 + (weights - trained) * byte}
-    need["gradients"] = trained * 4
-    need["AdamW"] = trained * 8
-    need["average"] = trained * (8 if cfg.old_decay else 4)     # and the follower
-    need["reference"] = weights * byte if cfg.needs_reference and not cfg.lora else 0
-    need["referees"] = referees
+    averages = 2 if cfg.old_decay else 1        # the follower is another one
+    reference = 0
+    if cfg.needs_reference and not cfg.lora:
+        reference = weights * byte
 
     # Samples at once.
     samples = max(cfg.rows[task.name] for task in tasks) * cfg.group_size // world
@@ -44,36 +45,36 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     # Tokens of a sample.
     image = 0
     if any(task.draws for task in tasks):
-        image = (cfg.resolution // policy.config.stride) ** 2 + 2
+        image = (cfg.resolution // config.stride) ** 2 + 2
     context = max(tokens_before(policy, cfg, task, image) for task in tasks)
     if cfg.image_loss == "token":               # what is drawn is read too
         context += image
     rounds = max(task.rounds for task in tasks)                 # texts and images of one backward
     noisy = rounds * max(cfg.window, 1) * image         # of all noisy steps, which are one call
-    written = rounds * max(tokens_written(cfg, task) for task in tasks)
+    written = rounds * max(task.longest_text(cfg) for task in tasks)
 
     # Bytes of a token.
-    key = llm["num_key_value_heads"] * policy.config.head_dim * byte
+    key = llm["num_key_value_heads"] * config.head_dim * byte
     cache = 2 * layers * key                    # keys and values
     inputs = layers * width * 4 * (1 if cfg.checkpointing else 12)
     block = ((5 if cfg.lora else 3) * llm["intermediate_size"] + 8 * width) * byte
-    mask = 3 * policy.config.queries_per_key * context          # which tokens a written one sees
+    mask = 3 * config.queries_per_key * context # which tokens a written one sees
     logits = llm["vocab_size"] * (byte + 12)
 
     rollout = 2 * context * cache + max(image, 1) * block
     replay = 3 * context * cache + (noisy + context) * inputs
     replay += max(noisy, context) * block + written * (mask + logits)
     if cfg.image_loss == "token":               # each has logits, and with guidance two contexts
-        replay += noisy * policy.config.release.vq_config.num_embeddings * (byte + 12)
+        replay += noisy * config.release.vq_config.num_embeddings * (byte + 12)
         branches = 2 if cfg.guidance > 1 else 1
-        rollout, replay = branches * rollout, branches * replay
-    need["rollout"] = samples * rollout + gathered
-    need["replay"] = micro * replay + gathered
+        rollout *= branches
+        replay *= branches
+
+    need = dict(
+        weights=trained * 4 + (weights - trained) * byte, gradients=trained * 4, AdamW=trained * 8,
+        average=trained * 4 * averages, reference=reference, referees=referees,
+        rollout=samples * rollout + gathered, replay=micro * replay + gathered)
     return {name: size / 1e9 for name, size in need.items()}
-
-
-def tokens_written(cfg, task) -> int:
-    return getattr(cfg, task.writes) if task.writes else 0
 
 
 def tokens_before(policy: Policy, cfg, task, drawn: int) -> int:
@@ -82,25 +83,26 @@ def tokens_before(policy: Policy, cfg, task, drawn: int) -> int:
     drawn: tokens of a drawn image. A prompt or a question counts 64. An image that is given or read
     back stands among the text's tokens, a question's image at the ViT's full size.
     """
-    config, prompt, system = policy.config, 64, 0
-    patch, (longest, shortest, stride) = config.vit["patch_size"], config.vit_resize
-    w, h = fit_size(cfg.resolution, cfg.resolution, longest, shortest, stride)
-    read_back = drawn + (w // patch) * (h // patch) + 2         # latents and ViT patches
+    config = policy.config
+    patch = config.vit["patch_size"]
+    longest, shortest, stride = config.vit_resize
+    side, _ = fit_size(cfg.resolution, cfg.resolution, longest, shortest, stride)
+    read_back = drawn + (side // patch) ** 2 + 2                # latents and ViT patches
     given = 0
     if task.sees:
         given = read_back
     elif "sources" in task.gives:
         given = (longest // patch) ** 2 + 2
+    system = 0
     if config.scale == "bagel" and task.draws and task.writes:
         system = 160                            # BAGEL's think prompt
-    texts = task.rounds * (prompt + tokens_written(cfg, task))
+    texts = task.rounds * (64 + task.longest_text(cfg))
     return system + texts + (task.rounds - 1) * read_back + given
 
 
 def peak(need: dict[str, float]) -> float:
     """GB at the worst moment: rollout and replay never run at the same time."""
-    kept = sum(size for name, size in need.items() if name not in ("rollout", "replay"))
-    return kept + max(need["rollout"], need["replay"])
+    return sum(need.values()) - min(need["rollout"], need["replay"])
 
 
 def check_memory(policy: Policy, cfg, ranks: Ranks, tasks: list, referees: float) -> None:
