@@ -30,7 +30,7 @@ from support.pictures import save_grid, to_bytes
 from support.plots import plot, pyplot, save_figure
 from support.rows import Row
 from support.run import precision, read_log
-from support.terminal import Arguments, new_file, number, one_line, the_device
+from support.terminal import Arguments, new_file, number, the_device
 from tasks import (
     TASKS, WORDING, Choices, Source, Task, choices_of, first_pictures, guidance_of, keep_first,
     random_place, samples_of)
@@ -47,7 +47,8 @@ Table = dict[str, tuple[float, float]]
 
 def plain_choices(scale: str) -> Choices:
     """Greedy text, and pictures without noisy steps, or of image tokens at temperature 1."""
-    think, answer = Write(24, temperature=0.0), Write(4, temperature=0.0)
+    think = Write(24, temperature=0.0)
+    answer = Write(4, temperature=0.0)
     return Choices(think, answer, plain_draw(scale, SIZE), WORDING[scale])
 
 
@@ -64,11 +65,12 @@ def sample_task(
     """
     choices = plain_choices(policy.config.scale)
     if task.refines:
-        rows, G = [row for row in rows for _ in range(G)], 1
-        index = list(range(len(rows)))
+        rows = [row for row in rows for _ in range(G)]
+        G = 1
+    index = list(range(len(rows)))
+    if task.refines:
         rows, _ = first_pictures(policy, rows, choices, seed=seed, step=0, index=index, n=1)
     scale = 1.0 if task.sees else guidance
-    index = list(range(len(rows)))
     rollout = sample_plan(
         policy, task.plan(rows, choices), seed=seed, step=0, prompts=index, G=G,
         guidance=Guidance(scale))
@@ -104,7 +106,8 @@ def evaluate_task(
     policy: Policy, task: Task, seed: int, guidance: float, G: int, split: str = "test"
 ) -> RowValues:
     """One task's part of `evaluate_rows`."""
-    name, rows = task.name, task.held_out(split)
+    name = task.name
+    rows = task.held_out(split)
     samples, found, right = sample_truth(policy, task, rows, seed, G, guidance)
     right = mean_of_groups(right, G)                                                # (B,)
     tags = np.array([row.metadata["tag"] for row in rows])
@@ -114,30 +117,27 @@ def evaluate_task(
     if unseen:
         _, _, others = sample_truth(policy, task, unseen, seed + 2, G, guidance)
         values[f"{name}/held_out"] = [mean_of_groups(others, G)]
-    if task.parts:
-        for part, each in task.parts(samples, found, detect).items():
-            values[f"{name}/{part}"] = [mean_of_groups(each, G)]
+    parts = task.parts(samples, found, detect) if task.parts else {}
     if task.before:
-        values |= evaluate_stops(task, samples, G)
+        parts |= parts_with_stops(task, samples)
+    for part, each in parts.items():
+        values[f"{name}/{part}"] = [mean_of_groups(each, G)]
     if task.also:
         for key, value in task.also(rows, samples, found, G).items():
             values[key] = [np.array(value, dtype=float, ndmin=1)]
     return values
 
 
-def evaluate_stops(task: Task, samples: Samples, G: int) -> RowValues:
+def parts_with_stops(task: Task, samples: Samples) -> dict[str, Tensor]:
     """What a task's refinements are worth if a diagnosis that nothing needs to change keeps the
-    picture before, and how many it keeps.
+    picture before, and how many it keeps: name -> (N,).
     """
     kept, samples = keep_first(samples, task, WORDING["toy"])
     found = detect(samples.images)
     parts = task.parts(samples, found, detect)
-    out = {}
-    for key in ("repaired", "spoiled"):
-        out[f"{task.name}/self_{key}"] = [mean_of_groups(parts[key], G)]
-    out[f"{task.name}/self_kept"] = [mean_of_groups(kept.cpu(), G)]
-    out[f"{task.name}/self"] = [mean_of_groups(task.truth(samples, found), G)]
-    return out
+    return {
+        "self_repaired": parts["repaired"], "self_spoiled": parts["spoiled"],
+        "self_kept": kept.cpu(), "self": task.truth(samples, found)}
 
 
 def sample_truth(
@@ -156,14 +156,16 @@ def mean_of_groups(values: Tensor, G: int) -> np.ndarray:
 
 def captions_truth(policy: Policy, seed: int, per_prompt: int = 4) -> np.ndarray:
     """(B,) the share of right greedy captions of `per_prompt` exact pictures of each prompt."""
-    rng, scenes = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    scenes = []
     for row in TASKS["draw"].held_out("test"):
         scenes += [shapes.sample_scene(row.metadata, rng) for _ in range(per_prompt)]
     questions = Read([shapes.CAPTION] * len(scenes))
     think = plain_choices(policy.config.scale).think
     plan = [See(render_pixels(scenes)), questions, think]
     rollout = sample_plan(policy, plan, seed=seed, step=0, prompts=range(len(scenes)), G=1)
-    meaning, right = shapes.captions_by_text(), []
+    meaning = shapes.captions_by_text()
+    right = []
     for text, scene in zip(texts_of(policy, rollout), map(shapes.discrete, scenes)):
         right.append(text in meaning and shapes.satisfies(meaning[text], scene))
     return mean_of_groups(torch.tensor(right), per_prompt)
@@ -229,7 +231,8 @@ def evaluate_run(run, step: int) -> None:
 
     Logs the table if the rows have a known truth, and draws a few prompts into out/samples.
     """
-    cfg, policy = run.cfg, run.policy
+    cfg = run.cfg
+    policy = run.policy
     due = cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated
     if policy.sharded:                          # then the forwards need all ranks
         due = run.ranks.total(torch.tensor(int(due), device=run.ranks.device)).item()
@@ -257,7 +260,8 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     drawing = [task for task in source.tasks if task.draws]
     if not drawing:
         return None
-    task, index = drawing[-1], list(range(4))
+    task = drawing[-1]
+    index = list(range(4))
     draw = plain_draw(source.scale, (cfg.resolution, cfg.resolution), cfg.denoise_steps)
     choices = choices_of(cfg, source.scale, draw)
     rows = source.pools[task.name]((cfg.seed, 0, random_place(task)), 4, range(4))
@@ -273,7 +277,8 @@ def picture_run(log: Path, before: str, device: torch.device) -> str:
     """Draw a run's curves, and its pictures before and after, next to its log; returns the
     summary.
     """
-    out, titles = log.parent, {name: task.title for name, task in TASKS.items()}
+    out = log.parent
+    titles = {name: task.title for name, task in TASKS.items()}
     policies = [load_policy(folder, device) for folder in (before, out / "policy")]
     before_after(*policies, gallery(policies[0]), out / "before_after.png", dpi=130)
     plot([log], out / "curves.png", titles)
@@ -284,7 +289,8 @@ def summary(path: Path) -> str:
     """A run's first and last evaluation as text, from its log."""
     _, rows = read_log(path)
     evaluations = [row for row in rows if "eval" in row]
-    first, last = evaluations[0]["eval"], evaluations[-1]["eval"]
+    first = evaluations[0]["eval"]
+    last = evaluations[-1]["eval"]
     change = {}
     for name in filter(first.get, last):
         old, new = np.array([first[name], last[name]], dtype=float)         # None becomes NaN
@@ -337,12 +343,15 @@ def show_samples(axes: np.ndarray, policy: Policy, task: Task, rows: list[Row]) 
     samples, _, right = sample_truth(policy, task, rows, 99, G)
     images = to_bytes(samples.images)
     for n, axis in enumerate(axes.flat):
-        row, bar, image = rows[n // G], "tab:green" if right[n] else "tab:red", images[n]
+        row = rows[n // G]
+        image = images[n]
+        bar = "tab:green" if right[n] else "tab:red"
         if n % G == 0:
             thought = f"   ->   {samples.texts[n]}" if samples.texts else ""
             axis.set_title(row.text + thought, fontsize=6.5, loc="left", pad=2.5)
             if row.source is not None:
-                bar, image = "silver", to_bytes(row.source[None])[0]
+                image = to_bytes(row.source[None])[0]
+                bar = "silver"
         axis.imshow(image, interpolation="nearest")
         axis.plot([0, 31], [32.6, 32.6], color=bar, linewidth=3, clip_on=False)
 
@@ -351,7 +360,8 @@ def show_samples(axes: np.ndarray, policy: Policy, task: Task, rows: list[Row]) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(description="Truth of a policy on the toy's held-out rows.")
+    ap = Arguments(
+        prog="eval.py", description="Truth of a policy on the toy's held-out rows.")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument(
         "--guidance", type=number(float, least=1), default=1.0, help="text guidance scale; 1: none"
@@ -367,25 +377,22 @@ def main(argv: list[str] | None = None) -> None:
         "--seed", type=number(int, least=0), default=1234, help="of held-out pictures and noise"
     )
     ap.add_argument("--out", type=new_file, default="eval.json", help="the table as JSON")
-    a = ap.parse_args(argv)
-    with one_line("eval.py"):
-        print(run(a))
+    ap.run(run, argv)
 
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
     policy = load_toy_policy(a.policy)
     other = load_toy_policy(a.against) if a.against else None
-    values = evaluate_rows(policy, a.seed, a.guidance, a.samples, a.split)
+    asked = dict(seed=a.seed, guidance=a.guidance, samples=a.samples, split=a.split)
+    values = evaluate_rows(policy, **asked)
     table = table_of(values)
     text = print_table(table)
-    result = {
-        "policy": a.policy, "seed": a.seed, "guidance": a.guidance, "samples": a.samples,
-        "split": a.split, "table": as_json(table)}
+    result = dict(policy=a.policy, **asked, table=as_json(table))
     if other:
-        before = evaluate_rows(other, a.seed, a.guidance, a.samples, a.split)
+        before = evaluate_rows(other, **asked)
         change = paired_change(before, values)
-        result |= {"against": a.against, "change": as_json(change)}
+        result |= dict(against=a.against, change=as_json(change))
         text = f"from {a.against} to {a.policy}\n{print_change(table_of(before), table, change)}"
     write_atomic(a.out, json.dumps(result, indent=1).encode())
     return f"{text}\n\nwritten to {a.out}"

@@ -63,4 +63,4 @@ def save_figure(figure, out: Path, dpi: int) -> None:
     png = io.BytesIO()
     figure.savefig(png, dpi=dpi, format="png")
     pyplot().close(figure)
-    write_atomic(Path(out), png.getvalue())
+    write_atomic(out, png.getvalue())
