@@ -201,7 +201,8 @@ def first_pictures(
         policy, draw_plan(rows, plain), seed=seed, step=step, prompts=index, G=n,
         first_sample=FIRST_PICTURES, guidance=guidance)
     samples = samples_of(policy, TASKS["draw"], rows, rollout)
-    chosen, worth = torch.arange(len(rows)) * n, None                               # (B,)
+    chosen = torch.arange(len(rows)) * n                                            # (B,)
+    worth = None
     if value is not None:
         values = value(samples).view(-1, n)                                         # (B, n)
         ends = torch.tensor([int((i + 1) * best) > int(i * best) for i in index])   # (B,)
@@ -215,25 +216,32 @@ def first_pictures(
     return drawn, worth
 
 
+def toy_prompts() -> Pool:
+    return pool_by_tag(shapes.prompts("train"))
+
+
+def toy_riddles() -> Pool:
+    return pool_by_tag(shapes.implicit_prompts("train"))
+
+
 # ---- the table ----
 
-ASKED, REASONED = (
-    ("sources", "texts", "answers"), ("sources", "texts", "answers", "options", "formats"))
+ASKED = ("sources", "texts", "answers")
+REASONED = (*ASKED, "options", "formats")
 
 
 # The order decides random keys: a task that is added goes to the end.
 TABLE = (
     Task(
         name="draw", title="text to image", help="prompts a step that are drawn at once",
-        plan=draw_plan, gives=("images",), truth=drawn_truth,
-        toy=lambda: pool_by_tag(shapes.prompts("train")), held_out=held_out_prompts,
-        samples=8, tags=shapes.TAGS, mean_of_tags=True, also=variety),
+        plan=draw_plan, gives=("images",), truth=drawn_truth, toy=toy_prompts,
+        held_out=held_out_prompts, samples=8, tags=shapes.TAGS, mean_of_tags=True, also=variety),
     Task(
         name="think", title="think, then draw",
         help="prompts a step that are thought about, then drawn", plan=think_plan,
         gives=("texts", "images", "formats"), truth=drawn_truth, writes="think_tokens",
-        form="thought", toy=lambda: pool_by_tag(shapes.implicit_prompts("train")),
-        held_out=held_out_riddles, samples=4, also=right_thoughts),
+        form="thought", toy=toy_riddles, held_out=held_out_riddles, samples=4,
+        also=right_thoughts),
     Task(
         name="ask", title="open questions", help="questions a step", plan=ask_plan, gives=ASKED,
         truth=answer_truth, writes="answer_tokens", toy=lambda: toy_rows(open_question),
@@ -274,15 +282,14 @@ TABLE = (
         name="reflect", title="refinements",
         help="prompts a step whose first picture is looked at and drawn again", plan=reflect_plan,
         gives=("images",), truth=drawn_truth, writes="think_tokens", sees=True, refines=True,
-        toy=lambda: pool_by_tag(shapes.prompts("train")), held_out=held_out_prompts,
-        samples=4, tags=shapes.TAGS, also=right_diagnoses, parts=compare_with_first("sources")),
+        toy=toy_prompts, held_out=held_out_prompts, samples=4, tags=shapes.TAGS,
+        also=right_diagnoses, parts=compare_with_first("sources")),
     Task(
         name="rounds", title="two rounds",
         help="prompts a step that are thought about, drawn, looked at and drawn again",
         plan=rounds_plan, gives=("texts", "images", "formats"), truth=drawn_truth,
-        writes="think_tokens", form="thought",
-        toy=lambda: pool_by_tag(shapes.implicit_prompts("train")),
-        held_out=held_out_riddles, samples=4, parts=compare_with_first("earlier"), rounds=2),
+        writes="think_tokens", form="thought", toy=toy_riddles, held_out=held_out_riddles,
+        samples=4, parts=compare_with_first("earlier"), rounds=2),
 )
 TASKS = {task.name: task for task in TABLE}
 
@@ -352,7 +359,8 @@ def draw_of(cfg, scale: str, place: int) -> Draw:
 
 def choices_of(cfg, scale: str, draw: Draw, again: Draw | None = None) -> Choices:
     """A training run's choices; again: how the second of two rounds is drawn."""
-    think, answer = Write(cfg.think_tokens), Write(cfg.answer_tokens)
+    think = Write(cfg.think_tokens)
+    answer = Write(cfg.answer_tokens)
     return Choices(think, answer, draw, WORDING[scale], again=again)
 
 
@@ -371,14 +379,16 @@ class Source:
     """
 
     def __init__(self, cfg, policy: Policy):
-        self.cfg, self.tasks = cfg, in_use(cfg)
+        self.cfg = cfg
+        self.tasks = in_use(cfg)
         files = {name: getattr(cfg, name) for name in READERS}
         self.toy = not any(files.values())      # then truth is known, and there are held-out rows
         # Truth and r_ins of one batch share one detection.
         self.detector = functools.lru_cache(maxsize=1)(detect) if self.toy else None
         self.scale = policy.config.scale
         self.questions = Questions(self.toy)
-        self.pools, self.drawn_rows = {}, []    # drawn_rows: what r_ins will judge
+        self.pools = {}
+        self.drawn_rows = []                    # what r_ins will judge
         self.texts = {}                         # task -> what rewards will read of its file's rows
         if any(task.draws for task in self.tasks):
             policy.check_size((cfg.resolution, cfg.resolution))
@@ -393,23 +403,24 @@ class Source:
                     f"--resolution {cfg.resolution}: must be {shapes.SIZE}, the toy world")
             self.pools = {task.name: task.toy() for task in self.tasks}
             return
-        rows = {}
+        read = {}                               # setting -> rows of its file
         for task in self.tasks:
             path = files[task.file]
             if not path:
                 flag = f"--{task.name}"
                 raise ValueError(
                     f"{flag} {cfg.rows[task.name]} needs --{task.file}; or set {flag} 0")
-            if task.file not in rows:
-                rows[task.file] = [with_questions(row, path) for row in READERS[task.file](path)]
-            check_rows(rows[task.file], path, task, cfg, policy)
+            if task.file not in read:
+                read[task.file] = [with_questions(row, path) for row in READERS[task.file](path)]
+            rows = read[task.file]
+            check_rows(rows, path, task, cfg, policy)
             name = "caption" if task.file == "edits" else task.text
-            self.texts[task.name] = [row.get(name) or row[task.text] for row in rows[task.file]]
+            self.texts[task.name] = [row.get(name) or row[task.text] for row in rows]
             if task.draws:
-                self.drawn_rows += rows[task.file]
+                self.drawn_rows += rows
                 if cfg.weights["dvreward"] and cfg.dv_by != "holistic":
-                    self.questions.check(rows[task.file], task.text)
-            self.pools[task.name] = task.pool(rows[task.file], policy)
+                    self.questions.check(rows, task.text)
+            self.pools[task.name] = task.pool(rows, policy)
 
     def texts_for(self, reward: str) -> list[str]:
         """What a reward will read of the files' rows."""
@@ -418,7 +429,9 @@ class Source:
 
     def batches(self, step: int, ranks) -> list[Batch]:
         """This rank's share of the step's rows, one Batch per task in use."""
-        cfg, out, first = self.cfg, [], 0
+        cfg = self.cfg
+        out = []
+        first = 0
         draws = [draw_of(cfg, self.scale, place) for place in (step, -1 - step)]
         choices = choices_of(cfg, self.scale, *draws)
         tasks = [self.tasks[step % len(self.tasks)]] if cfg.alternate else self.tasks
@@ -495,7 +508,8 @@ def truth_and_variety(task: Task, samples: Samples, detector, G: int) -> dict[st
     as they are known.
     """
     found = detector(samples.images) if detector is not None and task.draws else None
-    right, out = task.truth(samples, found), {}
+    right = task.truth(samples, found)
+    out = {}
     if right is not None:
         out["truth"] = right.double().mean().item()
     if found is not None:
@@ -536,14 +550,18 @@ def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]
     """Parts of a rollout with their rows: whole groups if `size` samples hold one, else parts of a
     group; 0: one part.
     """
-    B, G = rollout.B, rollout.G
-    prompts, samples = max(B, 1), G
+    B = rollout.B
+    G = rollout.G
+    prompts = max(B, 1)                         # at once, and samples of each
+    samples = G
     if size:
-        prompts, samples = max(1, size // G), min(size, G)
+        prompts = max(1, size // G)
+        samples = min(size, G)
     parts = []
     for i in range(0, B, prompts):
         for g in range(0, G, samples):
-            some, of_each = range(i, min(i + prompts, B)), range(g, min(g + samples, G))
+            some = range(i, min(i + prompts, B))
+            of_each = range(g, min(g + samples, G))
             rows = [p * G + s for p in some for s in of_each]
             parts.append((subset(rollout, some, of_each), rows))
     return parts
@@ -578,9 +596,10 @@ def check_rows(rows: list[dict], path: str, task: Task, cfg, policy: Policy) -> 
                 f"--{task.name} reads \"{field}\", which {len(bare)} rows of {path} do not have; "
                 f"add it, or set --{task.name} 0")
     room = task.longest_text(cfg)
-    tokenized = policy.token_ids([row[task.text] for row in rows], room)
+    texts = [row[task.text] for row in rows]
+    tokenized = policy.token_ids(texts, room)
     unknown = policy.tokenizer.unk_token_id     # BAGEL's tokenizer has none: it spells every word
-    strange = [row[task.text] for row, ids in zip(rows, tokenized) if unknown in ids]
+    strange = [text for text, ids in zip(texts, tokenized) if unknown in ids]
     if strange:
         say(
             f"warning: {len(strange)} of {len(rows)} rows of {path} hold words that the policy "
