@@ -23,14 +23,15 @@ from support.terminal import say
 
 def build_rewards(
     cfg, device, *, detector: Callable | None, rows: list[Metadata], states: Callable | None,
-    questions: Callable, texts: Callable[[str], list[str]] | None = None
+    questions: Callable, texts: Callable | None = None
 ) -> dict[str, Reward]:
     """Every reward with a weight in cfg.weights, by name; a model that two ask is loaded once.
 
     detector: the toy's exact one, images -> detections; None for pictures of files.
     rows: the metadata that r_ins will judge, which a published detector checks.
     states, questions: what TokenMatch and Decomposed are given.
-    texts: reward -> what it will read of the rows of files; texts too long for its model are said.
+    texts: a reward's name -> what it will read of the rows of files; texts too long for its model
+    are said.
     Errors: OSError and ValueError, in one line, for models that cannot be loaded or are not named.
     """
     asked = weighted_rewards(cfg)

@@ -30,7 +30,7 @@ class Captioner(Viewer):
 
 def load_captioner(path: str, *, device="cpu", batch_size: int = 128) -> Captioner:
     """A frozen Captioner, such as Salesforce/blip-image-captioning-base. Errors: see load_model."""
-    parts = load_model("AutoModelForImageTextToText", ("blip",), path, device)
+    parts = load_model("AutoModelForImageTextToText", "blip", path, device)
     return Captioner(*parts, batch_size)
 
 
@@ -40,12 +40,12 @@ class TextEncoder:
 
     model: nn.Module
     tokenizer: Callable
-    batch_size: int = 128
+    batch_size: int
 
     @torch.no_grad()
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """The last layer's states (N, L, D), and the mask (N, L) of what is no special token."""
-        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        longest = self.model.config.max_position_embeddings
         given = self.tokenizer(
             texts, truncation=True, max_length=longest, padding=True, padding_side="right",
             return_attention_mask=True, return_special_tokens_mask=True,
@@ -67,7 +67,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """A frozen TextEncoder. Errors: see load_model."""
     model, tokenizer = load_model(
-        "AutoModel", ("bert",), path, device, parts=("AutoTokenizer",), heads=("cls.",))
+        "AutoModel", "bert", path, device, parts=("AutoTokenizer",), heads=("cls.",))
     return TextEncoder(model, tokenizer, batch_size)
 
 

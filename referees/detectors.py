@@ -62,7 +62,7 @@ class ZeroShot:
 
     model: nn.Module
     processor: Callable
-    batch_size: int = 8
+    batch_size: int
 
     @torch.no_grad()
     def __call__(self, images: Tensor, classes: list[list[str]]) -> list[list[dict]]:
@@ -141,11 +141,8 @@ class Detector:
 
     find: ZeroShot
     clip: Clip                                  # that names colours
-
-    @property
-    def thresholds(self) -> dict[str, float]:
-        """Those of geneval.best_by_class for this detector's scores."""
-        return dict(threshold=THRESHOLD, counting_threshold=THRESHOLD)
+    # Those of geneval.best_by_class for this detector's scores.
+    thresholds = dict(threshold=THRESHOLD, counting_threshold=THRESHOLD)
 
     def check(self, metadata: list[Metadata]) -> None:
         """ValueError for a colour that is none of the ten, and for a class of too many words."""
@@ -217,5 +214,5 @@ def load_detector(
     path, clip: local folders or hub names. Errors: see referees.load.load_model.
     """
     model, processor = load_model(
-        "AutoModelForZeroShotObjectDetection", ("owlv2",), path, device, parts=("AutoProcessor",))
+        "AutoModelForZeroShotObjectDetection", "owlv2", path, device, parts=("AutoProcessor",))
     return Detector(ZeroShot(model, processor, batch_size), load_clip(clip, device=device))

@@ -145,7 +145,7 @@ class ChatJudge(Judge):
         """The text of a row, with the place of the image."""
         for marker in self.tokenizer.all_special_tokens:
             question = question.replace(marker, " ")
-        content = [{"type": "image"}, {"type": "text", "text": " ".join(question.split())}]
+        content = [dict(type="image"), dict(type="text", text=" ".join(question.split()))]
         turns = [dict(role="user", content=content)]
         return self.image_processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=False)
@@ -171,9 +171,9 @@ def load_judge(path: str, *, device="cpu", dtype=torch.float32, batch_size: int 
     """
     if kind_of(path) == "paligemma":
         return Judge(
-            *load_model("AutoModelForImageTextToText", (), path, device, dtype), batch_size)
+            *load_model("AutoModelForImageTextToText", "", path, device, dtype), batch_size)
     model, processor = load_model(
-        "AutoModelForImageTextToText", (), path, device, dtype, ("AutoProcessor",))
+        "AutoModelForImageTextToText", "", path, device, dtype, ("AutoProcessor",))
     if not getattr(processor, "chat_template", None):
         raise ValueError(
             f"{path} has no chat template, by which a judge is asked; use "

@@ -58,12 +58,12 @@ def kind_of(path: str) -> str:
 
 
 def load_model(
-    auto_class: str, model_types: tuple[str, ...], path: str, device, dtype=torch.float32,
+    auto_class: str, model_type: str, path: str, device, dtype=torch.float32,
     parts: tuple[str, ...] = ("AutoTokenizer", "AutoImageProcessor"), heads: tuple[str, ...] = ()
 ) -> list:
     """[frozen model, *parts] of a local folder or hub name, by transformers' auto classes.
 
-    model_types: those that are accepted, none for any. heads: prefixes of keys that a release holds
+    model_type: the one that is accepted, "" for any. heads: prefixes of keys that a release holds
     for another use, which are left out.
     Errors, in one line: OSError for missing files; ValueError for another kind of model, and for
     weights that are damaged or not exactly the config's, which transformers would draw at random.
@@ -73,8 +73,8 @@ def load_model(
 
     transformers.utils.logging.disable_progress_bar()           # one bar per model says nothing
     with loading_errors(path):
-        if model_types and kind not in model_types:
-            raise ValueError(f"it holds a {kind} model, expected {' or '.join(model_types)}")
+        if model_type and kind != model_type:
+            raise ValueError(f"it holds a {kind} model, expected {model_type}")
         model, mismatches = getattr(transformers, auto_class).from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, dtype=dtype,
             output_loading_info=True, ignore_mismatched_sizes=True)

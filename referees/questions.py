@@ -263,7 +263,7 @@ def load_writer(path: str, device, longest: int = 1024) -> Writer:
 
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     model, tokenizer = load_model(
-        "AutoModelForCausalLM", (), path, device, dtype, ("AutoTokenizer",))
+        "AutoModelForCausalLM", "", path, device, dtype, ("AutoTokenizer",))
     if not tokenizer.chat_template:
         raise ValueError(
             f"{path} has no chat template; take a model that was trained to follow instructions")

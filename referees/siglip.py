@@ -26,12 +26,14 @@ class Encoder:
     """Embeddings of length 1 by a model's `image_features` and `text_features`."""
 
     @torch.no_grad()
-    def embed_images(self, images: Tensor) -> Tensor:
-        return unit(in_batches(self.image_features, self.batch_size, images))       # (N, D)
+    def embed(self, features: Callable, inputs) -> Tensor:
+        return unit(in_batches(features, self.batch_size, inputs))
 
-    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        return self.embed(self.image_features, images)                              # (N, D)
+
     def embed_texts(self, texts: list[str]) -> Tensor:
-        return unit(in_batches(self.text_features, self.batch_size, texts))         # (N, D)
+        return self.embed(self.text_features, texts)                                # (N, D)
 
 
 class Siglip(Encoder, Viewer):
@@ -66,14 +68,13 @@ class Siglip(Encoder, Viewer):
         states = self.vision_outputs(images).last_hidden_state                      # (N, P, D)
         return self.model.vision_model.head(states.flatten(0, 1)[:, None]).view_as(states)
 
-    @torch.no_grad()
     def embed_patches(self, images: Tensor) -> Tensor:
-        return unit(in_batches(self.patch_features, self.batch_size, images))       # (N, P, D)
+        return self.embed(self.patch_features, images)                              # (N, P, D)
 
 
 def load_siglip(path: str, *, device="cpu", batch_size: int = 128) -> Siglip:
     """A frozen Siglip, such as google/siglip2-so400m-patch14-384. Errors: see load_model."""
-    return Siglip(*load_model("AutoModel", ("siglip",), path, device), batch_size)
+    return Siglip(*load_model("AutoModel", "siglip", path, device), batch_size)
 
 
 def sigmoid_loss(model: nn.Module, images: Tensor, texts: Tensor, own: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class Clip(Encoder, Viewer):
 
 def load_clip(path: str, *, device="cpu", batch_size: int = 128) -> Clip:
     """A frozen Clip, such as openai/clip-vit-large-patch14. Errors: see load_model."""
-    return Clip(*load_model("AutoModel", ("clip",), path, device), batch_size)
+    return Clip(*load_model("AutoModel", "clip", path, device), batch_size)
 
 
 def is_open_clip(path: str) -> bool:
@@ -188,7 +189,7 @@ class OpenClip(Encoder):
 
     model: nn.Module
     tokenizer: Callable
-    batch_size: int = 128
+    batch_size: int
 
     def image_features(self, images: Tensor) -> Tensor:
         cfg = self.model.visual.preprocess_cfg

@@ -381,7 +381,7 @@ def test_weights_that_overflow_their_dtype_are_refused(tmp_path):
     save_file(tensors, weights_file(tmp_path / "s"), metadata={"format": "pt"})
     siglip.load_siglip(str(tmp_path / "s"))
     with pytest.raises(ValueError, match="not_finite"):
-        load_model("AutoModel", ("siglip",), str(tmp_path / "s"), "cpu", torch.float16)
+        load_model("AutoModel", "siglip", str(tmp_path / "s"), "cpu", torch.float16)
 
 
 @pytest.mark.parametrize("kind", LOADERS)
