@@ -340,19 +340,18 @@ def save_bagel(policy: Policy, tensors: dict[str, Tensor], folder: Path) -> None
 
 # The one implemented value of each field that would change what is computed. A field that a file
 # leaves out has that value.
-IMPLEMENTED = {
-    "llm": dict(
+IMPLEMENTED = dict(
+    llm=dict(
         model_type="qwen2", hidden_act="silu", attention_bias=True, qkv_bias=True, mlp_bias=False,
         qk_norm=True, is_causal=True, tie_word_embeddings=False, use_sliding_window=False,
         use_mrope=False, partial_rotary_factor=1.0, quantization_config=None),
-    "vit": dict(
+    vit=dict(
         model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", rope=False,
         quantization_config=None),
-    "bagel": dict(
+    bagel=dict(
         connector_act="gelu_pytorch_tanh", interpolate_pos=False, vit_select_layer=-2,
         vit_rope=False),
-    "ae": dict(act_fn="silu"),
-}
+    ae=dict(act_fn="silu"))
 
 
 def check_config(config: PolicyConfig) -> None:
@@ -475,9 +474,8 @@ ADAPTER_FREE = {
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "auto_mapping", "megatron_core", "qalora_group_size", "eva_config"}
 # Values of other fields that mean plain LoRA; so does all that is false or empty.
-ADAPTER_PLAIN = {
-    "peft_type": ["LORA"], "bias": ["none"],
-    "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
+ADAPTER_PLAIN = dict(
+    peft_type=["LORA"], bias=["none"], init_lora_weights=[True, "gaussian", "orthogonal", "eva"])
 
 
 def adapter_strength(folder: Path) -> tuple[int, float]:

@@ -34,8 +34,8 @@ def fit_size(width: int, height: int, longest: int, shortest: int, stride: int) 
 
 
 def scale_size(width: int, height: int, scale: float, stride: int) -> tuple[int, int]:
-    w, h = (max(stride, round(round(side * scale) / stride) * stride) for side in (width, height))
-    return w, h
+    return tuple(
+        max(stride, round(round(side * scale) / stride) * stride) for side in (width, height))
 
 
 def as_shown(image):
@@ -107,7 +107,8 @@ def read_picture(path: str, policy: Policy, square: bool = False) -> tuple[Tenso
     image = open_picture(path)
     if square:
         side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
     if not policy.reads_latents:
         pixels = to_tensor(pad_square(image, policy.config.side))
@@ -122,9 +123,9 @@ def vit_pixels(policy: Policy, images: list[Tensor] | Tensor) -> list[Tensor]:
     for image in images:
         height, width = image.shape[-2:]
         new_width, new_height = fit_size(width, height, *policy.config.vit_resize)
+        size = (new_height, new_width)
         image = image[None].clamp(-1, 1)
-        if (new_height, new_width) != (height, width):
-            size = (new_height, new_width)
+        if size != image.shape[-2:]:
             image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
         out.append(image[0])
     return out
@@ -154,8 +155,8 @@ def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
     from PIL import Image
 
     finite = images.isfinite().flatten(1).all(1)
-    if not finite.all():
-        bad = int((~finite).sum())
+    bad = int((~finite).sum())
+    if bad:
         raise FloatingPointError(
             f"{path} is not written: {bad} of {len(images)} images hold pixels that are not finite")
     cells = to_bytes(images).repeat(zoom, 1).repeat(zoom, 2)

@@ -151,10 +151,11 @@ def read_prompts(path: str) -> list[Metadata]:
             f"file {path}: its ending {ending} must be .jsonl (JSON objects) or .txt (plain text)")
     prompts = []
     for number, line in read_lines(path):
+        where = f"{path}:{number}"
         if is_json(line):
             raise ValueError(
-                f"{path}:{number}: JSON in a file that its ending calls plain text; name it .jsonl")
-        prompt = without_image_place(line.strip(), f"{path}:{number}")
+                f"{where}: JSON in a file that its ending calls plain text; name it .jsonl")
+        prompt = without_image_place(line.strip(), where)
         prompts.append(Metadata(tag="", include=[], prompt=prompt))
     return prompts
 
@@ -215,7 +216,7 @@ def read_edits(path: str) -> list[dict]:
     return rows
 
 
-READERS = {"prompts": read_prompts, "questions": read_questions, "edits": read_edits}
+READERS = dict(prompts=read_prompts, questions=read_questions, edits=read_edits)
 
 
 def check_rules(rows: list[dict], path: str, text: str) -> None:

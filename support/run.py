@@ -145,7 +145,7 @@ def setup() -> Ranks:
     device = the_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(rank, world, device)
 
@@ -409,7 +409,7 @@ class Average:
         own = {name: p.detach().clone() for name, p in trainable(policy).items()}
         policy.load_state_dict(self.weights, strict=False)
         try:
-            yield policy
+            yield
         finally:
             policy.load_state_dict(own, strict=False)
 
