@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy import declare_torchvision_ops
-from support.checkpoint import all_finite
+from support.checkpoint import all_finite, open_file
 from support.disk import one_line_error
 from support.terminal import say
 
@@ -155,14 +155,12 @@ def folder_of(path: str) -> Path | None:
 
 def numbers_in(path: str) -> int:
     """How many numbers the safetensors of a folder hold, or of a hub name in the cache; else 0."""
-    from safetensors import safe_open
-
     folder = folder_of(path)
     total = 0
     if folder is None:
         return 0
     for file in folder.glob("[!.]*.safetensors"):
-        with loading_errors(path), safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():
-                total += math.prod(tensors.get_slice(key).get_shape())
+        tensors = open_file(file)
+        for key in tensors.keys():
+            total += math.prod(tensors.get_slice(key).get_shape())
     return total

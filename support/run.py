@@ -173,7 +173,6 @@ class Log:
         self.active = active
         self.evaluated = set()
         self.waiting = []
-        self.opened = False
         self.owner = None
         paths = {name: Path(config[name]) for name in FILES if config.get(name)}
         files = {name: fingerprint(path) for name, path in paths.items() if path.exists()}
@@ -209,7 +208,6 @@ class Log:
         head = head or self.head
         changed = differences(head, self.head)
         self.write([head, *kept])
-        self.opened = True
         if changed:
             named = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
             say(f"resumes with other settings: {named}")
@@ -222,7 +220,7 @@ class Log:
         row = dict(seconds=round(time.monotonic() - self.start, 2), **record)
         if "eval" in record:
             self.evaluated.add(record["step"])
-            if not self.opened:
+            if not self.path.exists():
                 self.waiting.append(row)
                 return
         self.open()
@@ -231,9 +229,8 @@ class Log:
 
     def open(self) -> None:
         """Begin the file with the head and the rows that waited."""
-        if self.active and not self.opened:
+        if self.active and not self.path.exists():
             self.write([self.head, *self.waiting])
-            self.opened = True
 
     def write(self, rows: list[dict]) -> None:
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
