@@ -56,11 +56,11 @@ class Wording:
     system_prompt: bool                         # whether BAGEL's think prompt comes first
 
 
-WORDING = {
-    "toy": Wording(
+WORDING = dict(
+    toy=Wording(
         look=f"{{prompt}} , {shapes.LOOK_AGAIN}", request=shapes.THINK,
         stop=shapes.RIGHT, system_prompt=False),
-    "bagel": Wording(
+    bagel=Wording(
         look="The image above was made for this prompt: \"{prompt}\"\nCompare it with the prompt. "
         "Say what does not match and how to change it, or that nothing needs to change. Then "
         "draw the image that the prompt asks for.",
@@ -69,8 +69,8 @@ WORDING = {
         stop="nothing needs to change",
         system_prompt=True,
     ),
-}
-WORDING |= {"toy_janus": WORDING["toy"], "janus": replace(WORDING["bagel"], system_prompt=False)}
+)
+WORDING |= dict(toy_janus=WORDING["toy"], janus=replace(WORDING["bagel"], system_prompt=False))
 
 
 @dataclass(frozen=True)

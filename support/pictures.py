@@ -139,7 +139,7 @@ def texture(images: Tensor) -> dict[str, Tensor]:
     """
     across, down = (images.diff(dim=dim).abs().mean((1, 2, 3)) for dim in (3, 2))
     saturation = (images.amax(1) - images.amin(1)).mean((1, 2))
-    return {"saturation": saturation, "roughness": (across + down) / 2}
+    return dict(saturation=saturation, roughness=(across + down) / 2)
 
 
 def to_bytes(images: Tensor) -> np.ndarray:

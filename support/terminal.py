@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -131,23 +131,20 @@ def one_line(program: str):
     The exit status is then 1, for Ctrl-C 130.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")    # its warnings ask for nothing here
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(Terminal, streams)
-    try:
-        yield
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        end(program, "interrupted", 130)
-    except (ValueError, OSError, FloatingPointError, RecursionError) as error:
-        end(program, first_line(error))
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            end(program, f"{first_line(error)}; the memory is full, try fewer samples at once")
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        end(program, "another rank stopped, and so does this one")
-    finally:
-        sys.stdout, sys.stderr = streams
+    with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):
+        try:
+            yield
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            end(program, "interrupted", 130)
+        except (ValueError, OSError, FloatingPointError, RecursionError) as error:
+            end(program, first_line(error))
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                end(program, f"{first_line(error)}; the memory is full, try fewer samples at once")
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            end(program, "another rank stopped, and so does this one")
 
 
 def first_line(error: Exception) -> str:
