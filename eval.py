@@ -360,8 +360,7 @@ def show_samples(axes: np.ndarray, policy: Policy, task: Task, rows: list[Row]) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(
-        prog="eval.py", description="Truth of a policy on the toy's held-out rows.")
+    ap = Arguments(prog="eval.py", description="Truth of a policy on the toy's held-out rows.")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
     ap.add_argument(
         "--guidance", type=number(float, least=1), default=1.0, help="text guidance scale; 1: none"
