@@ -152,7 +152,8 @@ def transition(
     Errors: ValueError for another sampler.
     Differs: std is the transition's; the published "sde" returns sigma, without sqrt(-dt).
     """
-    x, v = _wide(x), _wide(v)
+    x = _wide(x)
+    v = _wide(v)
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     t_next = torch.as_tensor(t_next, dtype=x.dtype, device=x.device)
     dt = t_next - t
@@ -187,7 +188,8 @@ def gaussian_logp(
     Errors: ValueError for another name, and when std is not positive: an ODE step has no density.
     Differs: AlphaGRPO drops the normaliser, which cancels in ratios.
     """
-    x, mean = _wide(x), _wide(mean)
+    x = _wide(x)
+    mean = _wide(mean)
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
     if not std > 0:
         raise ValueError(
@@ -299,7 +301,8 @@ def rollout(
     logp = x.new_empty(len(x), W)
     finite = [x.isfinite().all()]
     for i in range(K):
-        t, t_next = times[i], times[i + 1]
+        t = times[i]
+        t_next = times[i + 1]
         v = velocity(x, t)                                                       # (N, ...)
         noisy = start <= i < stop
         level = noise_level if noisy else 0.0
@@ -355,7 +358,8 @@ def replay_of(v: Tensor, trajectory: Trajectory) -> Replay:
             "least one step")
     times = trajectory.times[trajectory.window[0]:]
     v = _wide(v)
-    means, logps = [], []
+    means = []
+    logps = []
     for w, v_w in enumerate(v.unbind(1)):
         x = trajectory.latents[:, w].contiguous()                                # (N, ...)
         x_next = trajectory.latents[:, w + 1]
@@ -399,7 +403,8 @@ def stratified_times(J: int, shift: float = 1.0, *, seed: int, step: int) -> Ten
 
 def renoise(data: Tensor, times: Tensor, noise: Tensor) -> Renoised:
     """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,)."""
-    data, noise = _wide(data), _wide(noise)
+    data = _wide(data)
+    noise = _wide(noise)
     times = times.to(data)
     latents = [(1 - t) * data + t * fresh for t, fresh in zip(times, noise)]
     target = (noise - data).transpose(0, 1)                                      # (N, J, ...)
@@ -515,7 +520,9 @@ def flow_grpo_loss(
     if reference is None and max(kl_beta, mse_weight) > 0:
         raise ValueError("kl_beta or mse_weight needs reference, a replay of the frozen policy")
     x_next = trajectory.latents[:, 1:]                                           # (N, W, ...)
-    means, std, density = trajectory.means, trajectory.std, trajectory.density
+    means = trajectory.means
+    std = trajectory.std
+    density = trajectory.density
     adv = adv.detach()[:, None]                                                  # (N, 1)
     plain = replayed.logp - trajectory.logp.detach()                             # (N, W)
     log_ratio = plain
@@ -662,7 +669,8 @@ def improve(
     FlowGRPO's clip is idle: its second pass has ratio/std 0.0015.
     """
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-4)
-    velocity, times = in_plane(net), time_grid(10)
+    velocity = in_plane(net)
+    times = time_grid(10)
     rewards = []
     for update in range(updates):
         if form == "grpo":
@@ -726,7 +734,8 @@ def main() -> None:
     torch.manual_seed(0)
     noise = torch.randn(600, 2)
     frozen = learn_ring(1000)
-    policies, rewards = {"before": frozen}, {}
+    policies = {"before": frozen}
+    rewards = {}
     for form in ("grpo", "nft"):
         policies[form] = copy.deepcopy(frozen)
         rewards[form] = improve(policies[form], updates=80, form=form)

@@ -421,7 +421,8 @@ def learn_string(target: str, steps: int, G: int = 64, epochs: int = 2, seed: in
             loss.backward()
             optimizer.step()
         if step % 5 == 0 or step == steps - 1:
-            text, mean = "".join(alphabet[i] for i in table.argmax(-1)), reward.mean()
+            text = "".join(alphabet[i] for i in table.argmax(-1))
+            mean = reward.mean()
             clipped = stats["clip_ratio/region_mean"]
             print(f"step {step:3d}  reward {mean:.3f}  clipped {clipped:.3f}  argmax '{text}'")
 

@@ -101,7 +101,9 @@ class Past:
     """
 
     def __init__(self, keys: Tensor, values: Tensor, length: int):
-        self.keys, self.values, self.length = keys, values, length
+        self.keys = keys
+        self.values = values
+        self.length = length
 
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Append a layer's keys and values, and return all of them."""
@@ -143,8 +145,11 @@ class Janus(nn.Module):
     def __init__(self, model, tokenizer):
         super().__init__()
         check_config(model.config)
-        self.config, self.model, self.tokenizer = JanusLayout(model.config), model, tokenizer
-        known, V = tokenizer.get_vocab(), model.config.text_config.vocab_size
+        self.config = JanusLayout(model.config)
+        self.model = model
+        self.tokenizer = tokenizer
+        known = tokenizer.get_vocab()
+        V = model.config.text_config.vocab_size
         markers = [known.get(marker) for marker in MARKERS]
         named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
         if None in (*markers, *named) or max(known.values()) >= V:
@@ -168,7 +173,9 @@ class Janus(nn.Module):
             layer.checkpointing = False
             layer.register_forward_hook(self._with_past, with_kwargs=True)
         # Set by support/checkpoint.py: split over ranks, bytes if gathered, dtype of the file.
-        self.sharded, self.gathered_bytes, self.stored = False, 0, None
+        self.sharded = False
+        self.gathered_bytes = 0
+        self.stored = None
 
     # -- the modules --
 
@@ -271,7 +278,8 @@ class Janus(nn.Module):
         """
         if mask is None:
             mask = x.new_ones(x.shape[:2])
-        mask, text = mask.bool(), self.config.release.text_config
+        mask = mask.bool()
+        text = self.config.release.text_config
         index = (mask.cumsum(1) - 1).clamp(min=0)                                # (N, L)
         position = context.position[:, None] + index
         own = own_attention(mask, causal=True)                                   # (N, 1, L, L)
@@ -280,7 +288,8 @@ class Janus(nn.Module):
         theta = text.rope_parameters["rope_theta"]
         cos, sin = rotary(position, self.config.head_dim, theta, x.dtype)        # (N, 1, L, d)
         angles = cos[:, 0], sin[:, 0]
-        keys, values = [], []
+        keys = []
+        values = []
         for layer, past_keys, past_values in zip(self.blocks, context.keys, context.values):
             arguments = layer, x, past_keys, past_values, angles, allowed
             if layer.checkpointing and torch.is_grad_enabled():
@@ -463,7 +472,9 @@ class Janus(nn.Module):
 
 def check_config(config) -> None:
     """ValueError for a config that would change what is computed and is not implemented."""
-    text, vision, vq = config.text_config, config.vision_config, config.vq_config
+    text = config.text_config
+    vision = config.vision_config
+    vq = config.vq_config
     rope = text.rope_parameters or {}
     only = dict(
         model_type=(text.model_type, "llama"), hidden_act=(text.hidden_act, "silu"),

@@ -122,7 +122,8 @@ class Context:
 
     def map_cache(self, function: Callable[[Tensor], Tensor]) -> "Context":
         """Apply a function to the keys and values of every layer."""
-        keys, values = map(function, self.keys), map(function, self.values)
+        keys = map(function, self.keys)
+        values = map(function, self.values)
         return replace(self, keys=tuple(keys), values=tuple(values))
 
     def repeat(self, G: int) -> "Context":
@@ -202,7 +203,8 @@ class Expert(nn.Module):
 
     def __init__(self, c: PolicyConfig):
         super().__init__()
-        D, hidden = c.llm["hidden_size"], c.llm["intermediate_size"]
+        D = c.llm["hidden_size"]
+        hidden = c.llm["intermediate_size"]
         eps = c.rms_eps
         self.d = c.head_dim
         kv = c.llm["num_key_value_heads"] * self.d
@@ -318,7 +320,8 @@ class Vit(nn.Module):
     def __init__(self, c: PolicyConfig):
         super().__init__()
         v = c.vit
-        Dv, eps = v["hidden_size"], v.get("layer_norm_eps", 1e-6)
+        Dv = v["hidden_size"]
+        eps = v.get("layer_norm_eps", 1e-6)
         features = v["patch_size"] ** 2 * v.get("num_channels", 3)
         positions = (v["image_size"] // v["patch_size"]) ** 2
         self.embeddings = nn.ModuleDict({
@@ -417,8 +420,10 @@ class Policy(nn.Module):
 
     def __init__(self, config: PolicyConfig, tokenizer):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        D, V = config.llm["hidden_size"], config.llm["vocab_size"]
+        self.config = config
+        self.tokenizer = tokenizer
+        D = config.llm["hidden_size"]
+        V = config.llm["vocab_size"]
         Dv = config.vit["hidden_size"]
         known = tokenizer.get_vocab()
         last = max(known.values())
@@ -449,7 +454,9 @@ class Policy(nn.Module):
         self.register_buffer("vit_positions", sincos_table(vit_side, D))
         self.autoencoder = build_autoencoder(config.ae).requires_grad_(False)
         # Set by support/checkpoint.py: split over ranks, bytes if gathered, dtype of the file.
-        self.sharded, self.gathered_bytes, self.stored = False, 0, None
+        self.sharded = False
+        self.gathered_bytes = 0
+        self.stored = None
 
     @property
     def device(self) -> torch.device:
@@ -517,7 +524,8 @@ class Policy(nn.Module):
 
     def empty(self, N: int) -> Context:
         """Return the context of N samples that have read nothing."""
-        device, dtype = self.device, self.embed.weight.dtype
+        device = self.device
+        dtype = self.embed.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         kv = self.config.llm["num_key_value_heads"]
@@ -547,7 +555,8 @@ class Policy(nn.Module):
             allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)
         dtype = streams[UNDERSTANDING].dtype
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, dtype)
-        keys, values = [], []
+        keys = []
+        values = []
         for block, past_keys, past_values in zip(self.blocks, context.keys, context.values):
             streams, k, v = block(streams, past_keys, past_values, cos, sin, allowed)
             if advance is not None:
@@ -704,7 +713,8 @@ class Policy(nn.Module):
 
         Nominally in [-1, 1], not clamped. Errors: see `check_finite`.
         """
-        ae, patch = self.config.ae, self.config.bagel["latent_patch_size"]
+        ae = self.config.ae
+        patch = self.config.bagel["latent_patch_size"]
         z = unpatchify(latents, patch, size[0] // self.config.stride)            # (N, z, h, w)
         z = z / ae["scale_factor"] + ae["shift_factor"]
         with torch.autocast(self.device.type, enabled=False):

@@ -591,8 +591,8 @@ def recipe_table(scale: str) -> str:
     columns = {recipe: settings_of(recipe, scale) for recipe in RECIPES}
     order = [*TASKS, *REWARDS, *(f.name for f in SETTINGS)]
     names = sorted({name for column in columns.values() for name in column}, key=order.index)
-    lines, own = (
-        [["switch", *RECIPES], ["---"] * (1 + len(RECIPES))], {recipe: [] for recipe in RECIPES})
+    lines = [["switch", *RECIPES], ["---"] * (1 + len(RECIPES))]
+    own = {recipe: [] for recipe in RECIPES}
     for name in names:
         cells = {
             recipe: "{} ({})".format(*column[name])
@@ -687,7 +687,8 @@ def check(cfg: Config, world: int) -> None:
 
 def check_task(cfg: Config, task: Task, world: int) -> None:
     """ValueError for a task without a reward, or whose prompts do not divide over the ranks."""
-    count, scoring = cfg.rows[task.name], rewards_of(task)
+    count = cfg.rows[task.name]
+    scoring = rewards_of(task)
     flag = f"--{task.name} {count}"
     rewarded = any(cfg.weights[name] for name in scoring) or cfg.recipe == "control"
     choice = ", ".join(f"--{name}" for name in scoring)

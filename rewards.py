@@ -188,7 +188,8 @@ def _names_of_option(i: int, options: list[str]) -> set[str]:
 
     Another option's letter never does.
     """
-    letter, text = string.ascii_lowercase[i], normalise_answer(options[i])
+    letter = string.ascii_lowercase[i]
+    text = normalise_answer(options[i])
     both = {f"{letter}{mark} {text}" for mark in ("", ")", ".", ":")}
     other_letters = set(string.ascii_lowercase[:len(options)]) - {letter}
     return ({letter, text} | both) - other_letters
@@ -205,11 +206,13 @@ def answer_accuracy(samples: Samples) -> Tensor:
 
     Differs: CoRL's code gives open answers a part for words in common; its paper does not.
     """
-    texts, answers = samples.need("texts"), samples.need("answers")
+    texts = samples.need("texts")
+    answers = samples.need("answers")
     options = samples.options or [None] * len(texts)
     scores = []
     for text, answer, choices in zip(texts, answers, options):
-        written, answer = normalise_answer(final_answer(text)), final_answer(answer)
+        written = normalise_answer(final_answer(text))
+        answer = final_answer(answer)
         if choices:
             right = right_option(answer, choices)
             scores.append(float(written in _names_of_option(right, choices)))
@@ -399,7 +402,9 @@ class Decomposed:
         yes = iter(self.judge.yes_probability(samples.need("images"), texts, image).tolist())
         scores = []
         for questions in asked:
-            answers, semantic, quality = [], [], []
+            answers = []
+            semantic = []
+            quality = []
             for question in questions:
                 answer = next(yes)
                 if any(answers[place] < 0.5 for place in question.needs):
@@ -436,7 +441,8 @@ def token_f1(a: Tensor, a_mask: Tensor, b: Tensor, b_mask: Tensor) -> Tensor:
 
 def _best_matches(a: Tensor, a_mask: Tensor, b: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The mean over tokens of a of the best cosine with one of b, and the reverse, (N,) each."""
-    a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
+    a = F.normalize(a.float(), dim=-1)
+    b = F.normalize(b.float(), dim=-1)
     cosine = a @ b.transpose(1, 2)                                                  # (N, La, Lb)
     both = a_mask[:, :, None] & b_mask[:, None, :]
     cosine = cosine.masked_fill(~both, -1.0)
@@ -479,8 +485,10 @@ def structural_similarity(a: Tensor, b: Tensor, *, window: int = 11, sigma: floa
     def blur(x: Tensor) -> Tensor:
         return F.conv2d(x, kernel, groups=3)
 
-    mean_a, mean_b = blur(a), blur(b)                                               # (N, 3, H', W')
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    mean_a = blur(a)                                                                # (N, 3, H', W')
+    mean_b = blur(b)
+    var_a = blur(a * a) - mean_a**2
+    var_b = blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
     above = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)

@@ -211,7 +211,9 @@ class Reader:
     def __init__(self, policy: Policy, B: int, guidance: Guidance | None):
         self.policy = policy
         self.guidance = guidance if guidance and guidance.text_scale > 1 else None
-        self.repeats, self.repeated, self.started = 1, False, False
+        self.repeats = 1
+        self.repeated = False
+        self.started = False
         self.full = self.no_text = self.no_image = policy.empty(B)
 
     def text(
@@ -245,9 +247,12 @@ class Reader:
         """
         if self.repeated:
             return
-        self.repeats, self.repeated, self.full = G, True, self.full.repeat(G)
+        self.repeats = G
+        self.repeated = True
+        self.full = self.full.repeat(G)
         if self.guidance:
-            self.no_text, self.no_image = self.no_text.repeat(G), self.no_image.repeat(G)
+            self.no_text = self.no_text.repeat(G)
+            self.no_image = self.no_image.repeat(G)
 
     def velocity(self, size: Size) -> Callable[[Tensor, Tensor], Tensor]:
         """f(x, t) of the image that comes next, as flow_grpo takes it."""
@@ -309,7 +314,8 @@ def sample_plan(
     before the plan's end is read back clean: its latents at t = 0, then its pixels through the ViT.
     """
     generators = sample_generators(seed, step, prompts, range(first_sample, first_sample + G))
-    reader, segments = Reader(policy, len(prompts), guidance), []
+    reader = Reader(policy, len(prompts), guidance)
+    segments = []
     for place, item in enumerate(plan):
         last = place + 1 == len(plan)
         if isinstance(item, Write | Draw):
@@ -418,7 +424,8 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
     Contexts are built inside the graph. All noisy steps of an image are one call, after one
     context.
     """
-    reader, out = Reader(policy, rollout.B, rollout.guidance), []
+    reader = Reader(policy, rollout.B, rollout.guidance)
+    out = []
     for segment in rollout.segments:
         if not segment.is_given:
             reader.repeat(rollout.G)
@@ -434,7 +441,8 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
         elif segment.is_given:
             reader.image(segment.pixels, segment.latents, segment.size)
         elif isinstance(segment.drawn, ImageTokens):
-            tokens, temperature = segment.drawn.data, segment.drawn.temperature
+            tokens = segment.drawn.data
+            temperature = segment.drawn.temperature
             logp = policy.score_image(                                              # (N, M)
                 reader.full, tokens, temperature, **reader.branches())
             out.append(Scored(segment, logp=logp))
@@ -597,7 +605,8 @@ def refine(
     drawn, worth, texts = walk([Read(prompts)], first, 0, guidance[0])
     out = [Round(drawn, worth, drawn, worth, texts)]
     for step in range(1, rounds + 1):
-        kept, best = out[-1].kept, out[-1].value
+        kept = out[-1].kept
+        best = out[-1].value
         source = kept * 2 - 1
         seen = [See(vit_pixels(policy, source), source), looks]
         drawn, worth, texts = walk(seen, again, step, guidance[1])
@@ -690,9 +699,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_kind(args: argparse.Namespace, policy: Policy) -> None:
     """ValueError for what means nothing to this kind of policy."""
-    foreign, way = ("edit", "image_guidance"), "token by token"
+    foreign = ("edit", "image_guidance")
+    way = "token by token"
     if policy.reads_latents:
-        foreign, way = ("image_temperature",), "by flow steps"
+        foreign = ("image_temperature",)
+        way = "by flow steps"
     for name in foreign:
         value = getattr(args, name)
         if value is not None:
@@ -707,9 +718,11 @@ def run(args: argparse.Namespace) -> str:
     if not args.question and (not out.parent.is_dir() or out.suffix.lower() != ".png"):
         raise ValueError(f"--out {out}: must be a .png file in a folder that exists")
     policy = load_policy(args.policy, device=the_device(), adapter=args.adapter)
-    scale, prompt = SAMPLING[policy.config.scale], Read([args.prompt])
+    scale = SAMPLING[policy.config.scale]
+    prompt = Read([args.prompt])
     check_kind(args, policy)
-    write, plan = Write(scale["tokens"], args.temperature), []
+    write = Write(scale["tokens"], args.temperature)
+    plan = []
     if args.think and scale["system_prompt"]:
         plan.append(Read([THINK_TO_ANSWER if args.question else THINK_TO_DRAW]))
     if args.question:
@@ -718,7 +731,8 @@ def run(args: argparse.Namespace) -> str:
         G = args.n if args.temperature else 1
         rollout = sample_plan(policy, plan, seed=args.seed, step=0, prompts=[0], G=G)
         return "\n".join(texts_of(policy, rollout))
-    size, guidance = (args.size or scale["size"],) * 2, scale["edit" if args.edit else "guidance"]
+    size = (args.size or scale["size"],) * 2
+    guidance = scale["edit" if args.edit else "guidance"]
     asked = dict(text_scale=args.guidance, image_scale=args.image_guidance)
     given = {name: value for name, value in asked.items() if value is not None}
     guidance = replace(guidance, **given)

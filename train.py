@@ -142,7 +142,9 @@ def act(run: Run, batch: Batch) -> Rollout:
     images with fresh noise at J times, (n, J, M, F). With --guidance_in sampling the update scores
     them without guidance, which is another policy than the one that drew [CoRL].
     """
-    cfg, policy, task = run.cfg, run.policy, batch.task
+    cfg = run.cfg
+    policy = run.policy
+    task = batch.task
     rollouts = []
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
         for rows, index in batch.parts(cfg.rollout_batch, cfg.group_size):
@@ -158,9 +160,12 @@ def act(run: Run, batch: Batch) -> Rollout:
 
 def reward(run: Run, batch: Batch, rollout: Rollout) -> Part:
     """2. Score every sample by the task's rewards."""
-    cfg, task, scoring = run.cfg, batch.task, rewards_in_use(run, batch)
+    cfg = run.cfg
+    task = batch.task
+    scoring = rewards_in_use(run, batch)
     samples = samples_of(run.policy, task, batch.rows, rollout)         # of n
-    earlier, kept = None, None
+    earlier = None
+    kept = None
     if cfg.credit == "gain" and task.rounds > 1:
         before = samples_of(run.policy, task, batch.rows, rollout, last=2)
         earlier = rewards.score(scoring, before)                        # name -> (n,)
@@ -212,13 +217,15 @@ def advantages(
     components, initial, kept: (n,). initial is the value of the picture that a sample changes,
     without which the share is None, see grpo.rectify, which passes over what `kept` this picture.
     """
-    G, each = cfg.group_size, cfg.normalise == "each"
+    G = cfg.group_size
+    each = cfg.normalise == "each"
     scale, std, clamp = ADVANTAGES[cfg.advantage]
     components = {
         name: ranks.gather(value.to(ranks.device)) for name, value in components.items()}  # (N,)
     summed = normalise_each(components, G, std) if each else components
     total = rewards.combine(components, weights)                        # (N,) as it is logged
-    value, improved = rewards.combine(summed, weights), None            # (N,) as it is compared
+    value = rewards.combine(summed, weights)                            # (N,) as it is compared
+    improved = None
     groups = total.view(-1, G)                                                      # (B, G)
     tied = groups.amax(1) == groups.amin(1)                                         # (B,)
     stats = {
@@ -230,7 +237,8 @@ def advantages(
         stats[f"advantage_share/{name}"] = share
     if initial is not None:
         initial = ranks.gather(initial.to(ranks.device))                            # (N,)
-        own, value = value, rectify(value, initial, G, cfg.rectify)
+        own = value
+        value = rectify(value, initial, G, cfg.rectify)
         if kept is not None:
             value = torch.where(ranks.gather(kept.to(ranks.device)), own, value)
         if cfg.credit == "gain":
@@ -252,7 +260,8 @@ def share_advantage(halves: list[Part], cfg: Config, ranks: Ranks) -> None:
         for half in halves:
             half.advs = [shared]
         return
-    components, weights = {}, {}
+    components = {}
+    weights = {}
     for scale, half in zip(scales, halves):
         for name, value in half.rewards.items():
             components[f"{half.name}.{name}"] = value
@@ -261,7 +270,8 @@ def share_advantage(halves: list[Part], cfg: Config, ranks: Ranks) -> None:
     joint = {name: share for name, share in stats.items() if "share/" in name}
     for half in halves:
         own = {name: value for name, value in half.group_stats.items() if "share/" not in name}
-        half.advs, half.group_stats = [shared], own | joint
+        half.advs = [shared]
+        half.group_stats = own | joint
 
 
 def improve(run: Run, parts: list[Part]) -> dict[str, float]:
@@ -270,7 +280,9 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
     Micro-batches and ranks add up, since each loss is divided by global counts. Returns the
     statistics of the last of the steps. Raises Stop, if it is asked to, before the first.
     """
-    cfg, ranks, policy = run.cfg, run.ranks, run.policy
+    cfg = run.cfg
+    ranks = run.ranks
+    policy = run.policy
     text, image = ranks.total(step_counts(parts, cfg).to(ranks.device)).tolist()
     totals = dict(text=text, image=image)
     pieces = [piece for part in parts for piece in pieces_of(run, part, totals)]
@@ -281,7 +293,8 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
     averaged = ranks.world if policy.sharded else 1  # FSDP2 averages over ranks, our losses add up
     for epoch in range(cfg.epochs):
         run.optimizer.zero_grad()
-        total, log = 0.0, {}                    # log: name -> values of the micro-batches
+        total = 0.0
+        log = {}                                # name -> values of the micro-batches
         for piece in pieces:
             if epoch == 0:
                 stop_if_asked(run)
@@ -310,14 +323,17 @@ def draw_first_pictures(run: Run, batch: Batch) -> Batch:
     """Refinement tasks only: draw each prompt's first pictures, score them, and keep one of each:
     the least, or of the share --stop the best.
     """
-    cfg, scoring = run.cfg, rewards_in_use(run, batch)
+    cfg = run.cfg
+    scoring = rewards_in_use(run, batch)
     weights = {name: cfg.weights[name] for name in scoring}
 
     def value(samples: Samples) -> Tensor:
         with torch.autocast(run.policy.device.type, enabled=False):  # as the refinements are scored
             return rewards.combine(rewards.score(scoring, samples), weights)
 
-    rows, values, policy = [], [], run.policy
+    rows = []
+    values = []
+    policy = run.policy
     with precision(cfg, policy.device), keep_gathered(policy, room_to_gather(policy.device)):
         for part, index in batch.parts(cfg.rollout_batch, cfg.initial):
             stop_if_asked(run)
@@ -351,9 +367,13 @@ def pieces_of(run: Run, part: Part, totals: dict[str, float]) -> list[Piece]:
     """The micro-batches of a part. The totals count all tasks and ranks, so that a picture weighs
     as much as any other, and so does a text.
     """
-    cfg, policy = run.cfg, run.policy
-    adv, whole, pieces = segment_advantages(part), part.rollout, []     # adv: (n, segments)
-    texts, images = bool(chosen_texts(whole)), bool(chosen_pictures(whole))
+    cfg = run.cfg
+    policy = run.policy
+    adv = segment_advantages(part)                                      # (n, segments)
+    whole = part.rollout
+    pieces = []
+    texts = bool(chosen_texts(whole))
+    images = bool(chosen_pictures(whole))
     penalised = cfg.penalises(texts, images)
     if not penalised and not (images and cfg.image_loss == "nft"):  # its curvature acts on all
         whole, adv = drop_tied(whole, adv, run.ranks)
@@ -373,7 +393,9 @@ def segment_advantages(part: Part) -> Tensor:
     """The advantage of every chosen segment, (n, segments): of its round, and 0 for the last
     picture of a sample that keeps the one before.
     """
-    columns, place, last = [], 0, part.batch.task.rounds - 1
+    columns = []
+    place = 0
+    last = part.batch.task.rounds - 1
     for segment in part.rollout.segments:
         if segment.is_given:
             continue
@@ -407,9 +429,11 @@ def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[
     """
     with precision(cfg, policy.device):
         scored = replay_rollout(policy, piece.rollout)
-    loss, log = 0.0, {}
+    loss = 0.0
+    log = {}
     for i, segment in enumerate(scored):
-        reference, adv = piece.reference[i] if piece.reference else None, piece.adv[:, i]
+        reference = piece.reference[i] if piece.reference else None
+        adv = piece.adv[:, i]
         if segment.logp is not None:
             piece.old.setdefault(i, segment.logp.detach())
         one_loss = text_loss if segment.kind == "text" else image_loss
@@ -487,7 +511,8 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
     A gap beyond the clip range is said. Errors: ValueError far beyond it, where the two are
     different functions, which is meant with --guidance_in sampling.
     """
-    cfg, gaps = run.cfg, {}
+    cfg = run.cfg
+    gaps = {}
     for part in parts:
         for rollout, _ in micro_batches(part.rollout, cfg.micro):
             with torch.no_grad(), precision(cfg, run.policy.device):
@@ -497,7 +522,8 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
     out = {}
     for name, parts in gaps.items():
         values = torch.cat(parts)
-        mean, high = values.mean().item(), values.quantile(0.99).item()
+        mean = values.mean().item()
+        high = values.quantile(0.99).item()
         out |= {f"self_check/{name}/mean": mean, f"self_check/{name}/q99": high}
         gap = max(mean, high)
         clip = VELOCITY_GAP if cfg.matches else cfg.image_clip
@@ -546,7 +572,8 @@ def train(cfg: Config, ranks: Ranks) -> int:
                 run.average.update(run.policy)
                 if run.follower:
                     run.follower.update(run.policy)
-                done, run.between = step + 1, False
+                done = step + 1
+                run.between = False
                 run.log(step=step, **stats)                                         # 5. log
                 bar.set_postfix(loss=f"{stats['loss']:.3f}")
                 stop_if_asked(run)
@@ -589,7 +616,9 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
         frozen = prepare_policy(cfg, ranks, trained=False)
     rates = dict(understanding=cfg.lr_understanding, generation=cfg.lr_generation)
     optimizer = make_optimizer(policy, rates, cfg.weight_decay)
-    imitation, scoring, learner = None, {}, None
+    imitation = None
+    scoring = {}
+    learner = None
     if cfg.recipe == "control":
         from toy.pretrain import Imitation
 
@@ -644,7 +673,9 @@ def keep(run: Run, step: int, writer: int = 0) -> None:
 
 def export(run: Run) -> None:
     """Write the averaged policy, its adapters, and the pictures of a run that was evaluated."""
-    cfg, out, device = run.cfg, Path(run.cfg.out), run.ranks.device
+    cfg = run.cfg
+    out = Path(run.cfg.out)
+    device = run.ranks.device
     run.log.open()
     if run.ranks.rank == 0 or run.policy.sharded:
         with run.average.in_place_of(run.policy), keep_gathered(run.policy):
@@ -665,7 +696,8 @@ def main() -> None:
             for scale in SCALES:
                 print(f"{scale}:\n\n{recipe_table(scale)}\n")
             return
-        cfg, ranks = parse(), setup()
+        cfg = parse()
+        ranks = setup()
         if ranks.rank == 0:
             print(describe(cfg))
         if cfg.recipe == "pretrain":
