@@ -50,7 +50,8 @@ def test_ratio_norm_is_the_papers_formula(sampler, density):
 
 @given(st.integers(4, 30), st.floats(0.5, 5), st.integers(0, 2), st.integers(1, 2))
 def test_step_weights_undo_the_step_sizes_of_the_window(K, shift, start, W):
-    times, window = time_grid(K, shift), (start, start + W)
+    times = time_grid(K, shift)
+    window = (start, start + W)
     weights = step_weights(times, window)
     torch.testing.assert_close(-weights * times.diff()[start:start + W], torch.ones(W))
     normalised = step_weights(times, window, over=window)
@@ -82,7 +83,8 @@ def test_the_kl_is_that_of_two_normal_distributions(first, second):
 def test_the_sde_kl_in_velocities_has_the_weight_that_its_docstring_states(t, part, a):
     x, v, v_ref = torch.randn(3, 2, 1, 3, dtype=torch.float64)                        # (N, W, D)
     (mean, std), (mean_ref, _) = (transition(x, u, t, t * part, noise_level=a) for u in (v, v_ref))
-    sigma, dt = a * math.sqrt(t / (1 - t)), t * (1 - part)
+    sigma = a * math.sqrt(t / (1 - t))
+    dt = t * (1 - part)
     weight = dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
     torch.testing.assert_close(transition_kl(mean, mean_ref, std[None]), weight * velocity_mse(v, v_ref))
 
@@ -99,17 +101,21 @@ def test_the_velocity_mse_is_the_mean_squared_distance_of_each_sample_and_step()
 
 def test_the_loss_and_every_diagnostic_follow_their_formulas():
     old, _, new, reference, _ = near()
-    adv, weights = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.0, 3.0]), torch.tensor([0.5, 1.0, 3.0])
+    adv = torch.tensor([1.0, -1.0, 2.0, -0.5, 0.0, 3.0])
+    weights = torch.tensor([0.5, 1.0, 3.0])
     loss, stats = flow_grpo_loss(
         new, old, adv, total=11, low=0.002, high=0.004, weights=weights, reference=reference, kl_beta=0.4,
         mse_weight=0.2)
-    kl, mse = transition_kl(new.mean, reference.mean, old.std), velocity_mse(new.v, reference.v)
-    log, adv = (new.logp - old.logp).double(), adv[:, None]
+    kl = transition_kl(new.mean, reference.mean, old.std)
+    mse = velocity_mse(new.v, reference.v)
+    log = (new.logp - old.logp).double()
+    adv = adv[:, None]
     ratio = log.exp()
     surrogate = torch.minimum(ratio * adv, ratio.clamp(1 - 0.002, 1 + 0.004) * adv)
     expected = (0.4 * kl + 0.2 * mse - weights * surrogate).sum() / 11
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    low, high = ((ratio < 1 - 0.002) & (adv < 0)).double(), ((ratio > 1 + 0.004) & (adv > 0)).double()
+    low = ((ratio < 1 - 0.002) & (adv < 0)).double()
+    high = ((ratio > 1 + 0.004) & (adv > 0)).double()
     assert low.any()
     assert high.any()
     expected = {
@@ -153,13 +159,15 @@ def test_the_losss_gradient_is_its_finite_difference(sampler, ratio_norm):
 def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(ratio_norm):
     old, weight, other = sample_linear(dtype=torch.float64)
     other.requires_grad_()
-    adv, weights = torch.randn(6, dtype=torch.float64), torch.tensor([0.5, 1.0, 1.5])
+    adv = torch.randn(6, dtype=torch.float64)
+    weights = torch.tensor([0.5, 1.0, 1.5])
     options = dict(
         total=18, low=0.01, high=0.02, ratio_norm=ratio_norm, weights=weights, kl_beta=0.1, mse_weight=0.3)
 
     def loss_of(index):
         part = map_rows(lambda rows: rows[index], old)
-        reference, new = replay(linear_velocity(weight), part), replay(linear_velocity(other), part)
+        reference = replay(linear_velocity(weight), part)
+        new = replay(linear_velocity(other), part)
         return flow_grpo_loss(new, part, adv[index], reference=reference, **options)[0]
 
     whole = loss_of(slice(None))
@@ -200,12 +208,15 @@ def shifted_loss(gaps, adv, **options):
     """(loss, gradient, *stats) if the plain log-ratio, or RatioNorm's with `ratio_norm`, is `gaps` (3, 2)."""
     torch.manual_seed(0)
     old, weight, _ = sample_linear(N=3, W=2, dtype=torch.float64)
-    same, gaps = replay(linear_velocity(weight), old), torch.tensor(gaps, dtype=torch.float64).view(3, 2)
-    logp, mean = (old.logp + gaps).requires_grad_(), same.mean
+    same = replay(linear_velocity(weight), old)
+    gaps = torch.tensor(gaps, dtype=torch.float64).view(3, 2)
+    logp = (old.logp + gaps).requires_grad_()
+    mean = same.mean
     if options["ratio_norm"]:                             # which is linear in the mean
         scale = normalised_log_ratio(old.latents[:, 1:], old.means + 1, old.means, old.std)
         mean = (old.means + (gaps / scale)[..., None, None]).requires_grad_()
-    new, adv = Replay(logp, mean, same.v), torch.tensor(adv, dtype=torch.float64)
+    new = Replay(logp, mean, same.v)
+    adv = torch.tensor(adv, dtype=torch.float64)
     loss, stats = flow_grpo_loss(new, old, adv, total=5, reference=same, **options)
     (gradient,) = torch.autograd.grad(loss, mean if options["ratio_norm"] else logp)
     return [loss.detach(), gradient, *stats.values()]
@@ -255,7 +266,8 @@ def test_what_both_policy_gradients_share_is_the_same_to_the_letter(name):
 
 def matched(N=6, J=3, dtype=torch.float64):
     """Renoised samples, velocities near those of the old policy (a leaf), other velocities, advantages."""
-    weight, data = torch.randn(4, 4, dtype=dtype), torch.randn(N, 2, 2, dtype=dtype)
+    weight = torch.randn(4, 4, dtype=dtype)
+    data = torch.randn(N, 2, 2, dtype=dtype)
     noise = torch.randn(J, N, 2, 2, dtype=dtype)
     drawn = renoise(data, stratified_times(J, seed=0, step=0), noise)
     drawn = dataclasses.replace(drawn, v=velocities_at(linear_velocity(weight), drawn))
@@ -285,12 +297,15 @@ def test_nft_is_the_two_branches_of_diffusion_nft_without_their_weights(seed, b)
     torch.manual_seed(seed)
     drawn, v, _, adv = matched()
     loss, _ = matching_loss(v, drawn, adv, form="nft", total=1, trust=b)
-    right, u = adv[:, None] / 2 + 0.5, drawn.target
-    better, worse = b * v + (1 - b) * drawn.v, (1 + b) * drawn.v - b * v
+    right = adv[:, None] / 2 + 0.5
+    u = drawn.target
+    better = b * v + (1 - b) * drawn.v
+    worse = (1 + b) * drawn.v - b * v
     branches = right * velocity_mse(better, u) + (1 - right) * velocity_mse(worse, u)
     expected = ((branches - velocity_mse(drawn.v, u)) / b).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-7)
-    (ours,), (theirs,) = torch.autograd.grad(loss, v), torch.autograd.grad(expected, v)
+    (ours,) = torch.autograd.grad(loss, v)
+    (theirs,) = torch.autograd.grad(expected, v)
     torch.testing.assert_close(ours, theirs)
     own = velocity_mse(drawn.v, u)
     parts = [(part - own) / (own + 1e-5) / b for part in (velocity_mse(better, u), velocity_mse(worse, u))]
@@ -379,7 +394,8 @@ def test_without_noise_a_rollout_is_the_loop_of_diffusers_scheduler():
     """So its sigmas are flow times, its timesteps are 1000 of them, and a prediction is noise - data."""
     declare_torchvision_ops()
     from diffusers import FlowMatchEulerDiscreteScheduler
-    velocity, x = linear_velocity(torch.randn(4, 4) / 2), torch.randn(4, 4)
+    velocity = linear_velocity(torch.randn(4, 4) / 2)
+    x = torch.randn(4, 4)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(6)
     data = rollout(velocity, x, scheduler.sigmas, window=(0, 0), noise_level=0.0).data

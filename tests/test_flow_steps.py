@@ -13,7 +13,8 @@ from flow_grpo import (
 from velocities import exact_velocity, linear_velocity, sample_linear
 
 samplers = pytest.mark.parametrize("sampler", ["sde", "cps", "dance"])
-numbers, late = st.floats(-3, 3), st.floats(0.1, 0.95)
+numbers = st.floats(-3, 3)
+late = st.floats(0.1, 0.95)
 FP32 = dict(rtol=2e-6, atol=2e-6)
 
 
@@ -35,14 +36,16 @@ def test_a_time_grid_falls_from_exactly_one_to_exactly_zero(steps, shift):
 
 @given(st.integers(2, 40), st.floats(1.5, 10))
 def test_a_shift_above_one_spends_more_steps_at_high_noise_and_multiplies_the_odds(steps, shift):
-    even, shifted = time_grid(steps)[1:-1], time_grid(steps, shift)[1:-1]
+    even = time_grid(steps)[1:-1]
+    shifted = time_grid(steps, shift)[1:-1]
     assert (shifted > even).all()
     torch.testing.assert_close(shifted / (1 - shifted), shift * even / (1 - even), rtol=1e-4, atol=0)
 
 
 @given(st.integers(0, 6), st.integers(0, 5), st.integers(0, 6), st.integers(0, 2**31), st.integers(0, 2**31))
 def test_a_window_stays_in_its_range_and_depends_on_seed_and_step_alone(size, low, room, seed, step):
-    before, high = torch.get_rng_state(), low + size + room
+    before = torch.get_rng_state()
+    high = low + size + room
     start, stop = draw_window(size, low, high, seed=seed, step=step)
     assert low <= start <= start + size == stop <= high
     assert torch.equal(before, torch.get_rng_state())
@@ -81,7 +84,8 @@ def test_the_sde_drift_is_velocity_minus_half_sigma_squared_times_the_score(t, p
     x = torch.linspace(-2, 2, 7, dtype=torch.float64)[:, None].requires_grad_()
     marginal = Normal((1 - t) * 0.4, math.sqrt(((1 - t) * 0.5) ** 2 + t**2))
     (score,) = torch.autograd.grad(marginal.log_prob(x).sum(), x)
-    x, dt = x.detach(), t * part - t
+    x = x.detach()
+    dt = t * part - t
     v = exact_velocity(0.4, 0.5)(x, t)
     for sampler, sigma in (("sde", a * math.sqrt(t / (1 - t))), ("dance", a)):
         mean, std = transition(x, v, t, t * part, noise_level=a, sampler=sampler)
@@ -91,8 +95,10 @@ def test_the_sde_drift_is_velocity_minus_half_sigma_squared_times_the_score(t, p
 
 @given(t=st.floats(0.1, 1), part=st.floats(0, 1), a=st.floats(0, 2), data=numbers, noise=numbers)
 def test_a_cps_step_keeps_the_coefficients_of_data_and_noise(t, part, a, data, noise):
-    t_next, options = t * part, dict(noise_level=a, sampler="cps")
-    x, v = (1 - t) * data + t * noise, noise - data
+    t_next = t * part
+    options = dict(noise_level=a, sampler="cps")
+    x = (1 - t) * data + t * noise
+    v = noise - data
     mean, std = transition(double(x), double(v), t, t_next, **options)
     kept, _ = transition(double(t), double(1.0), t, t_next, **options)    # of noise 1 with data 0
     torch.testing.assert_close(mean, (1 - t_next) * data + kept * noise)
@@ -132,7 +138,8 @@ def test_the_log_density_is_the_normal_distributions_summed_or_averaged_over_ent
 
 @pytest.mark.parametrize("sampler, level", [("sde", 0.3), ("sde", 0.7), ("dance", 0.7), ("sde", 0.0)])
 def test_with_the_exact_velocity_the_samples_tend_to_the_data(sampler, level):
-    K, N = 400, 20_000
+    K = 400
+    N = 20_000
     W = K if level else 0
     data = rollout(
         exact_velocity(0.4, 0.5), torch.randn(N, 1), time_grid(K), window=(0, W), noise_level=level,
@@ -143,7 +150,10 @@ def test_with_the_exact_velocity_the_samples_tend_to_the_data(sampler, level):
 
 @samplers
 def test_a_trajectory_is_an_ode_before_the_window_noisy_in_it_and_an_ode_after_it(sampler):
-    noise, step_noise, times, calls = torch.randn(3, 2, 2), torch.randn(2, 3, 2, 2), time_grid(6, 2.0), []
+    noise = torch.randn(3, 2, 2)
+    step_noise = torch.randn(2, 3, 2, 2)
+    times = time_grid(6, 2.0)
+    calls = []
     plain = linear_velocity(0.5 * torch.randn(4, 4))
 
     def velocity(x, t):
@@ -152,9 +162,11 @@ def test_a_trajectory_is_an_ode_before_the_window_noisy_in_it_and_an_ode_after_i
 
     old = rollout(
         velocity, noise, times, window=(2, 4), noise_level=0.6, sampler=sampler, step_noise=step_noise)
-    states, stds = [noise], []
+    states = [noise]
+    stds = []
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        x, level = states[-1], 0.6 if i in (2, 3) else 0.0
+        x = states[-1]
+        level = 0.6 if i in (2, 3) else 0.0
         mean, std = transition(x, plain(x, t), t, t_next, noise_level=level, sampler=sampler)
         states.append(mean + std * step_noise[i % 2])
         stds.append(std)
@@ -198,7 +210,8 @@ def test_every_falling_grid_to_zero_is_taken_from_any_start(times):
 
 @pytest.mark.parametrize("first", [1.0000015497207642, 0.999997615814209])    # as a scheduler's
 def test_a_first_time_that_misses_one_by_rounding_is_one(first):
-    times, noise = torch.tensor([first, 0.6, 0.0]), torch.zeros(2, 3)
+    times = torch.tensor([first, 0.6, 0.0])
+    noise = torch.zeros(2, 3)
     old = rollout(stand_still, noise, times, window=(0, 1), noise_level=0.7, step_noise=noise[None])
     assert old.times[0] == 1
     assert old.std.item() == pytest.approx(0.7)
@@ -208,7 +221,9 @@ def test_a_first_time_that_misses_one_by_rounding_is_one(first):
 @pytest.mark.parametrize("noise, step_noise, v, steps", [
     (math.nan, 0.0, 0.0, 0), (0.0, math.inf, 0.0, 3), (0.0, 0.0, math.nan, 2)])
 def test_latents_that_are_not_finite_are_an_error_that_names_the_first_step(noise, step_noise, v, steps):
-    noise, step_noise, times = torch.full((2, 3), noise), torch.full((1, 2, 3), step_noise), time_grid(4)
+    noise = torch.full((2, 3), noise)
+    step_noise = torch.full((1, 2, 3), step_noise)
+    times = time_grid(4)
 
     def velocity(x, t):
         return x + (v if t == times[1] else 0.0)
@@ -231,7 +246,8 @@ def test_replay_with_the_weights_that_sampled_gives_the_same_log_probs_with_grad
 
 
 def test_a_rollout_carries_no_gradient():
-    weight, noise = torch.randn(3, 3, requires_grad=True), torch.randn(1, 2, 3)
+    weight = torch.randn(3, 3, requires_grad=True)
+    noise = torch.randn(1, 2, 3)
     old = rollout(
         linear_velocity(weight), noise[0], time_grid(2), window=(0, 1), noise_level=0.5, step_noise=noise)
     assert not (old.logp.requires_grad or old.data.requires_grad)

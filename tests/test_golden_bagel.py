@@ -20,7 +20,9 @@ from support.pictures import fit_image, fit_size, to_tensor
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 BY_NAME = {case["name"]: case for case in CASES["cases"]}
-SINGLE, WHOLE, GRADIENT = 5e-5, 2e-4, 1e-4                      # absolute, absolute, relative
+SINGLE = 5e-5                                   # absolute, as the next
+WHOLE = 2e-4
+GRADIENT = 1e-4                                 # relative
 
 
 def cases(kind):
@@ -44,7 +46,9 @@ def close(ours, theirs, tolerance):
 
 def build(policy, tensors, name, grad=False):
     """The context `name` of cases.json -> (logits of its last text segment or None, context)."""
-    context, logits, golden = policy.empty(1), None, CASES["contexts"][name]
+    context = policy.empty(1)
+    logits = None
+    golden = CASES["contexts"][name]
     with torch.set_grad_enabled(grad):
         for segment in golden["segments"]:
             if segment["type"] == "text":
@@ -70,7 +74,8 @@ def contexts_of(policy, tensors, case):
 
 def velocity_of(policy, case, contexts, x, t):
     """The (guided) velocity of a case at x (M, F) and t -> (M, F)."""
-    size, cfg = tuple(case["image_size"]), case["cfg"]
+    size = tuple(case["image_size"])
+    cfg = case["cfg"]
     if cfg is None:
         return policy.velocity(contexts[0], x[None], t, size)[0]
     interval = tuple(cfg.get("interval", (0.0, 1.0)))
@@ -124,7 +129,8 @@ def test_text_logits(policy, tensors, case):
         close(tokens[0], out["latent_tokens"], SINGLE)
         close(unpatchify(tokens, 2, pixels.shape[-2] // policy.config.stride)[0], out["latent"], SINGLE)
     if "vit_hidden" in out:
-        pixels, patch = image_of(tensors, case, "vit"), policy.config.vit["patch_size"]
+        pixels = image_of(tensors, case, "vit")
+        patch = policy.config.vit["patch_size"]
         ids, mask = grid_ids([pixels.shape[-2:]], patch, policy.config.bagel["vit_max_num_patch_per_side"])
         assert ids.flatten().tolist() == out["vit_position_ids"].tolist()
         close(policy.vit(patchify(pixels[None], patch), ids, mask)[0], out["vit_hidden"], SINGLE)
@@ -150,7 +156,8 @@ def test_greedy_text(policy, tensors, case):
 @torch.no_grad()
 @cases("velocity")
 def test_velocity(policy, tensors, case):
-    x, golden = tensors[case["inputs"]["x_t"]], tensors[case["outputs"]["v"]]
+    x = tensors[case["inputs"]["x_t"]]
+    golden = tensors[case["outputs"]["v"]]
     close(velocity_of(policy, case, contexts_of(policy, tensors, case), x, case["t"]), golden, SINGLE)
     if "text_logits" in case["outputs"]:
         close(build(policy, tensors, case["context"])[0][0], tensors[case["outputs"]["text_logits"]], SINGLE)
@@ -166,7 +173,8 @@ def test_velocity(policy, tensors, case):
     ("ee_parts", {"v_cond": "ctx09", "v_text_dropped": "ctx10", "v_img_dropped": "ctx11"})])
 def test_velocity_parts(policy, tensors, name, contexts):
     case = BY_NAME[name]
-    x, size = tensors[case["inputs"]["x_t"]][None], tuple(case["image_size"])
+    x = tensors[case["inputs"]["x_t"]][None]
+    size = tuple(case["image_size"])
     for part, context in contexts.items():
         v = policy.velocity(build(policy, tensors, context)[1], x, case["t"], size)
         close(v[0], tensors[case["outputs"][part]], SINGLE)
@@ -175,10 +183,12 @@ def test_velocity_parts(policy, tensors, name, contexts):
 @cases("generation")
 def test_generation(policy, tensors, case):
     out = {name: tensors[key] for name, key in case["outputs"].items()}
-    size, contexts = tuple(case["image_size"]), contexts_of(policy, tensors, case)
+    size = tuple(case["image_size"])
+    contexts = contexts_of(policy, tensors, case)
     times = time_grid(case["num_timesteps"] - 1, case["timestep_shift"])       # points, so one call fewer
     close(times[:-1], torch.tensor(case["timesteps"]), 1e-6)
-    xs, vs = [], []
+    xs = []
+    vs = []
 
     def velocity(x, t):
         xs.append(x[0])
@@ -199,7 +209,8 @@ def test_generation(policy, tensors, case):
 
 @torch.no_grad()
 def test_autoencoder(policy, tensors):
-    case, ae = BY_NAME["g1"], policy.config.ae
+    case = BY_NAME["g1"]
+    ae = policy.config.ae
     out = {name: tensors[key] for name, key in case["outputs"].items()}
     pixels = tensors[case["inputs"]["image"]]
     size = tuple(pixels.shape[-2:])
@@ -219,7 +230,8 @@ def test_autoencoder(policy, tensors):
 
 def gradient_loss(policy, tensors, case):
     """The loss of a case of gradients, and the cross entropy per token if it is one of text."""
-    base, name = BY_NAME[case["of"]], case["name"]
+    base = BY_NAME[case["of"]]
+    name = case["name"]
     if "inputs" not in case:                                    # of text, the ViT image before it included
         logits, _ = build(policy, tensors, base["context"], grad=True)
         ids = torch.tensor(CASES["contexts"][base["context"]]["segments"][-1]["ids"])
@@ -261,8 +273,10 @@ def test_gradients(policy, tensors, case):
 
 
 def test_indices(policy, tensors):
-    case, bagel = BY_NAME["l1"], policy.config.bagel
-    (h, w), (vh, vw) = case["latent_image_size"], case["vit_image_size"]
+    case = BY_NAME["l1"]
+    bagel = policy.config.bagel
+    h, w = case["latent_image_size"]
+    vh, vw = case["vit_image_size"]
     out = {name: tensors[key] for name, key in case["outputs"].items()}
     ids, _ = grid_ids([(h, w)], 8, bagel["max_latent_size"])
     assert ids.flatten().tolist() == out["latent_position_ids"].tolist()
@@ -280,7 +294,9 @@ def test_indices(policy, tensors):
 def test_attention_over_a_context_is_the_official_training_mask(tensors):
     """Appending splits one after another, noise splits never cached, allows what the official mask allows."""
     case = BY_NAME["l1"]
-    mask, cached, start = tensors[case["outputs"]["mask"]].bool(), [], 0
+    mask = tensors[case["outputs"]["mask"]].bool()
+    cached = []
+    start = 0
     for length, mode in zip(case["splits"], case["modes"]):
         rows = slice(start, start + length)
         ours = torch.zeros(length, mask.shape[1], dtype=torch.bool)

@@ -22,10 +22,13 @@ from support.disk import read_json
 from support.pictures import read_picture
 
 GOLDEN = Path(__file__).parent / "golden" / "janus_tiny"
-CASES, LAYOUT = read_json(GOLDEN / "cases.json"), read_json(GOLDEN / "original_layout.json")
+CASES = read_json(GOLDEN / "cases.json")
+LAYOUT = read_json(GOLDEN / "original_layout.json")
 GRADIENTS = CASES["cases"]
-M, SIZE = CASES["image_tokens"], (8, 8)
-SINGLE, GUIDED = 5e-5, 2e-4                     # absolute
+M = CASES["image_tokens"]
+SIZE = (8, 8)
+SINGLE = 5e-5                                   # absolute, as the next
+GUIDED = 2e-4
 
 
 @pytest.fixture
@@ -116,7 +119,8 @@ def greedy(policy, plan, guidance=None):
 def check_gradients(policy, value, case):
     """The norms of the gradients of a value are those of a case, and no other weight has one."""
     value.backward()
-    wanted, norms = GRADIENTS[case]["grad_norms"], {}
+    wanted = GRADIENTS[case]["grad_norms"]
+    norms = {}
     for name, p in policy.named_parameters():
         if p.grad is not None:
             norms[name.removeprefix("model.")] = p.grad.norm().item()
@@ -129,13 +133,16 @@ def test_ragged_questions_and_answers_have_the_official_states_log_probs_and_gra
     patches, _, context = policy.image_states(tensors["question.pixel_values"][:, 0])
     tokens, mask = policy.encode_text(words_of("question"), after="image")
     words, context = policy.append_text(context, tokens, mask, logits=False)
-    states, seen = tensors["question.states"], tensors["question.images_seq_mask"].bool()
+    states = tensors["question.states"]
+    seen = tensors["question.images_seq_mask"].bool()
     follows = F.pad(seen.cumsum(1) == M, (2, -2))       # the patches and their end
     follows[:, -1] = False                              # a colon, which opens the answer
     close(patches.flatten(0, 1), states[seen])
     close(words[mask], states[follows])
-    tokens, mask = tensors["answer.tokens"], tensors["answer.mask"].bool()
-    text, read = F.pad(tokens, (1, 0), value=policy.start), F.pad(mask, (1, 0), value=True)
+    tokens = tensors["answer.tokens"]
+    mask = tensors["answer.mask"].bool()
+    text = F.pad(tokens, (1, 0), value=policy.start)
+    read = F.pad(mask, (1, 0), value=True)
     logits, _ = policy.append_text(context, text, read)
     logp = token_logp(logits[:, :-1], tokens).where(mask, 0.0)
     close(logits[:, 0], tensors["question.logits"][:, -1])
@@ -144,7 +151,8 @@ def test_ragged_questions_and_answers_have_the_official_states_log_probs_and_gra
 
 
 def test_greedy_answers_are_the_official_ones_and_those_of_transformers(policy, tensors, theirs):
-    pixels, ids = tensors["question.pixel_values"][:, 0], tensors["question.input_ids"]
+    pixels = tensors["question.pixel_values"][:, 0]
+    ids = tensors["question.input_ids"]
     plan = [See(pixels), Read(words_of("question")), Write(10, 0.0)]
     answers = greedy(policy, plan).tokens[:, 1:-1]
     assert torch.equal(answers, tensors["question.greedy"])
@@ -159,7 +167,8 @@ def test_greedy_answers_are_the_official_ones_and_those_of_transformers(policy, 
 
 @torch.no_grad()
 def test_images_and_their_tokens_are_the_official_ones(policy, tensors):
-    tokens, given = policy.encode(tensors["images.pixels"]), tensors["vq.given"]
+    tokens = policy.encode(tensors["images.pixels"])
+    given = tensors["vq.given"]
     assert torch.equal(tokens, tensors["vq.tokens"])
     close(policy.decode(tokens, SIZE), tensors["vq.reconstructed"])
     close(policy.decode(given, SIZE), tensors["vq.decoded"])
@@ -197,7 +206,8 @@ def score(policy, tokens, scale=1.0, temperature=1.0):
 
 @pytest.mark.parametrize("case", [name for name in GRADIENTS if name != "answer"])
 def test_log_probs_of_images_and_their_gradients_are_the_official_ones(policy, tensors, case):
-    scale, temperature = GRADIENTS[case]["scale"], GRADIENTS[case]["temperature"]
+    scale = GRADIENTS[case]["scale"]
+    temperature = GRADIENTS[case]["temperature"]
     logp = score(policy, tensors["score.tokens"], scale, temperature)
     close(logp, tensors[f"{case}.logp"], SINGLE if scale == 1 else GUIDED)
     check_gradients(policy, (logp * tensors["score.weight"]).sum(), case)
@@ -206,7 +216,8 @@ def test_log_probs_of_images_and_their_gradients_are_the_official_ones(policy, t
 @torch.no_grad()
 def test_the_released_score_of_corl_is_of_a_state_that_has_read_the_token(policy, tensors):
     """It is what a token would have if it came again right after itself."""
-    tokens, released = tensors["score.tokens"], tensors["corl_released.logp"]
+    tokens = tensors["score.tokens"]
+    released = tensors["corl_released.logp"]
     assert (score(policy, tokens) - released).abs().max() > 1
     for i in range(M):
         again = torch.cat([tokens[:, :i + 1], tokens[:, i:i + 1]], 1)
@@ -216,7 +227,8 @@ def test_the_released_score_of_corl_is_of_a_state_that_has_read_the_token(policy
 @torch.no_grad()
 def test_matching_of_tokens_is_the_released_one_on_all_that_follows_the_picture(policy, tensors):
     """The released code leaves it in [-1, 1]."""
-    pixels, captions = tensors["tim.pixel_values"][:, 0], CASES["tim_captions"]
+    pixels = tensors["tim.pixel_values"][:, 0]
+    captions = CASES["tim_captions"]
     patches, seen, context = policy.image_states(pixels)
     ids = policy.token_ids(captions, after="image")
     tokens, mask = pad_right([torch.tensor([*row, policy.start]) for row in ids])
@@ -231,7 +243,8 @@ def test_matching_of_tokens_is_the_released_one_on_all_that_follows_the_picture(
 @pytest.fixture
 def original(tmp_path, monkeypatch):
     """The same weights as the original code would write them."""
-    folder, sizes = tmp_path / "original", read_json(GOLDEN / "config.json")
+    folder = tmp_path / "original"
+    sizes = read_json(GOLDEN / "config.json")
     monkeypatch.setitem(janus.VISION, "siglip_tiny", sizes["vision_config"])
     monkeypatch.setitem(janus.VQ, "VQ-tiny", sizes["vq_config"])
     ours = load_file(GOLDEN / "model.safetensors")

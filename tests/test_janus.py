@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_janus import write_janus
 from tiny_runs import ALONE, assert_close, checkpoint, flags_of, moments, records, settings
 
 import sample
 import train
-from janus import MARKERS
+from janus import MARKERS, guide
 from policy import Guidance
 from recipes import check
 from sample import Draw, Read, See, Write, join, replay_rollout, sample_plan, subset
@@ -39,6 +41,11 @@ def folder(tmp_path_factory):
     return write_janus(tmp_path_factory.mktemp("janus"))
 
 
+@pytest.fixture(scope="module")
+def frozen(folder):
+    return load_policy(folder).requires_grad_(False)
+
+
 @pytest.fixture
 def policy(folder):
     return load_policy(folder)
@@ -46,7 +53,8 @@ def policy(folder):
 
 def walk(policy, layout, rows=(0, 1, 2), **settings):
     pixels = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    see, read = See(pixels[list(rows)]), Read([PROMPTS[i] for i in rows])
+    see = See(pixels[list(rows)])
+    read = Read([PROMPTS[i] for i in rows])
     plan = {
         "question": [see, read, Write(5)], "draw": [read, DRAW],
         "think, draw": [read, Write(5, 0.9), DRAW], "refinement": [see, read, Write(4), DRAW],
@@ -80,6 +88,26 @@ def test_replay_with_unchanged_weights_gives_the_log_probs_of_the_rollout(policy
     rollout = walk(policy, layout, guidance=guidance)
     for scored in replay_rollout(policy, rollout):
         assert scored.gaps.max() < 2e-5
+
+
+@given(st.integers(0, 999), st.floats(0.5, 2), st.floats(1, 5), st.booleans())
+def test_one_pass_scores_an_image_as_it_was_drawn(frozen, seed, temperature, scale, started):
+    tokens, mask = frozen.encode_text(PROMPTS)
+    _, context = frozen.append_text(frozen.empty(3), tokens, mask)
+    _, without = frozen.append_text(frozen.empty(3), frozen.blank(tokens), mask)
+    how = dict(temperature=temperature, started=started, without=without, scale=scale)
+    uniforms = torch.rand(3, 16, generator=torch.Generator().manual_seed(seed))
+    drawn, logp = frozen.sample_image(context, uniforms, **how)
+    assert_near(frozen.score_image(context, drawn, **how), logp, 1e-4)
+
+
+@given(st.integers(0, 999), st.floats(-2, 5))
+def test_guided_logits_lie_on_the_line_from_those_without_the_prompt_to_those_with_it(seed, scale):
+    prompted, without = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed))
+    both = torch.cat([prompted, without])
+    assert_near(guide(both, 0.0), without)
+    assert_near(guide(both, 1.0), prompted)
+    assert_near(guide(both, scale), scale * prompted + (1 - scale) * without)
 
 
 def test_guidance_goes_without_all_texts_and_keeps_all_pictures(policy):
@@ -116,7 +144,8 @@ def test_parts_of_a_batch_are_walked_as_in_the_whole(policy, layout):
 
 def test_the_gradient_of_a_guided_replay_is_that_of_finite_differences(policy):
     """Of all weights at once, along the gradient."""
-    rollout, ends = walk(policy.double(), "rounds", (0,), guidance=GUIDED), []
+    rollout = walk(policy.double(), "rounds", (0,), guidance=GUIDED)
+    ends = []
     slope = gradients(policy, rollout)
     norm = torch.stack([x.norm() for x in slope.values()]).norm().item()
     for step in (1e-3, -2e-3):                  # logits are fp32, so that steps are large
@@ -128,9 +157,12 @@ def test_the_gradient_of_a_guided_replay_is_that_of_finite_differences(policy):
 
 
 def test_checkpointing_computes_layers_again_and_changes_no_gradient(policy, monkeypatch):
-    rollout, layer, calls = walk(policy, "rounds", guidance=GUIDED), policy._layer, []
+    rollout = walk(policy, "rounds", guidance=GUIDED)
+    layer = policy._layer
+    calls = []
     monkeypatch.setattr(policy, "_layer", lambda *args: calls.append(1) or layer(*args))
-    plain, once = gradients(policy, rollout), len(calls)
+    plain = gradients(policy, rollout)
+    once = len(calls)
     for block in policy.blocks:
         block.checkpointing = True
     assert_close(gradients(policy, rollout), plain, 1e-6)
@@ -206,7 +238,8 @@ def test_a_config_that_is_not_implemented_or_of_another_model_is_refused(copy, p
 
 @pytest.mark.parametrize("name", ["generation_head.vision_head", "vqmodel.quantize.embedding"])
 def test_a_codebook_and_a_head_of_different_sizes_are_refused(copy, name):
-    file, key = copy / "model.safetensors", f"model.{name}.weight"
+    file = copy / "model.safetensors"
+    key = f"model.{name}.weight"
     save_file(load_file(file) | {key: torch.zeros(63, 32)}, file)
     assert f"{key} has shape (63, 32), the config says (64, " in refusal(load_policy, copy)
 

@@ -50,7 +50,8 @@ def assert_near(ours, plain):
 @pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
 def test_images_of_several_sizes_in_one_batch_are_guided_as_each_alone(policy, renorm):
     """That they are read and drawn so is in test_sizes.py."""
-    sizes, shapes = [(32, 48), (16, 16), (64, 32)], [(16, 24), (8, 8), (32, 16)]
+    sizes = [(32, 48), (16, 16), (64, 32)]
+    shapes = [(16, 24), (8, 8), (32, 16)]
     latents = [torch.randn(h * w // 256, 16) for h, w in sizes]
     pixels = [torch.rand(3, *shape) for shape in shapes]
     how = Guidance(3.0, 2.0, renorm, 0.1, (0, 1))
@@ -74,7 +75,9 @@ def test_a_padded_query_of_a_text_sees_itself_so_that_no_row_is_empty():
 @torch.no_grad()
 def test_the_mask_of_an_image_has_one_row_that_serves_all_its_tokens(policy, monkeypatch):
     """Other masks would need memory for every pair of tokens."""
-    sizes, attend, rows = [(32, 48), (16, 16), (64, 32)], F.scaled_dot_product_attention, []
+    sizes = [(32, 48), (16, 16), (64, 32)]
+    attend = F.scaled_dot_product_attention
+    rows = []
 
     def watch(q, k, v, attn_mask):
         rows.append(attn_mask.shape[2])
@@ -91,7 +94,8 @@ def test_the_mask_of_an_image_has_one_row_that_serves_all_its_tokens(policy, mon
 @torch.no_grad()
 def test_drawing_and_writing_leave_the_context_as_it_was(policy):
     _, context = policy.append_text(policy.empty(3), *words(3))
-    before, uniforms = [x.clone() for x in tensors_of(context)], torch.rand(3, 6)
+    before = [x.clone() for x in tensors_of(context)]
+    uniforms = torch.rand(3, 6)
     policy.velocity(context, noisy(3), 0.5, SIZE)
     first, second = (policy.sample_text(context, uniforms) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(context)))
@@ -114,7 +118,8 @@ def test_text_and_pixels_reach_every_understanding_parameter_and_no_other(policy
 
 
 def test_norms_of_bfloat16_round_before_the_weight():
-    norm, x = RMSNorm(64, 1e-6).bfloat16(), torch.randn(50, 64).bfloat16()
+    norm = RMSNorm(64, 1e-6).bfloat16()
+    x = torch.randn(50, 64).bfloat16()
     torch.nn.init.normal_(norm.weight)
     exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     expected = norm.weight * exact.bfloat16()
@@ -150,7 +155,8 @@ def test_images_of_several_sizes_encode_as_each_alone_and_padding_is_zero(policy
 
 
 def test_pixels_and_latents_that_are_not_finite_go_no_further(policy):
-    latents, pixels = torch.zeros(2, 6, 16), torch.zeros(2, 3, *SIZE)
+    latents = torch.zeros(2, 6, 16)
+    pixels = torch.zeros(2, 3, *SIZE)
     latents[1, 3, 2] = float("nan")
     pixels[1, 0, 0, 0] = float("inf")
     with pytest.raises(FloatingPointError, match="made pixels that are not finite"):
@@ -165,14 +171,17 @@ def test_pixels_and_latents_that_are_not_finite_go_no_further(policy):
 
 @torch.no_grad()
 def test_each_image_is_guided_if_its_time_is_above_the_low_one_and_at_most_the_high_one(policy):
-    x, times = noisy(5), [0.1, 0.3, 0.5, 0.8, 0.9]              # in fp32 0.3 and 0.8 lie above themselves
-    t, how = torch.tensor(times), Guidance(3.0, 1.0, "channel", 0.0, (0.3, 0.8))
+    x = noisy(5)
+    times = [0.1, 0.3, 0.5, 0.8, 0.9]           # in fp32 0.3 and 0.8 lie above themselves
+    t = torch.tensor(times)
+    how = Guidance(3.0, 1.0, "channel", 0.0, (0.3, 0.8))
     _, context = policy.append_text(policy.empty(1), torch.arange(5)[None])
 
     def guide(x, t):
         return guided_velocity(policy, x, t, SIZE, context, policy.empty(1), policy.empty(1), how)
 
-    v, plain = guide(x, t), policy.velocity(context, x, t, SIZE)
+    v = guide(x, t)
+    plain = policy.velocity(context, x, t, SIZE)
     assert_near(v, torch.cat([guide(x[i:i + 1], time) for i, time in enumerate(times)]))
     gap = (v - plain).abs().amax((1, 2))
     active = torch.tensor([False, False, True, True, False])
@@ -241,7 +250,8 @@ def test_a_written_text_is_drawn_from_the_logits_that_reading_it_gives(toy, temp
 
 @torch.no_grad()
 def test_a_written_token_is_appended_without_a_copy_of_the_others(policy, monkeypatch):
-    read, places = policy.append_text, set()
+    read = policy.append_text
+    places = set()
 
     def watch(context, *new):
         places.add(context.keys[1].data_ptr())
@@ -255,7 +265,8 @@ def test_a_written_token_is_appended_without_a_copy_of_the_others(policy, monkey
 
 def change_logits(policy, monkeypatch, change):
     """Let `change` alter the logits (N, L, V) of the i-th call of append_text, in place."""
-    read, calls = policy.append_text, iter(range(10**6))
+    read = policy.append_text
+    calls = iter(range(10**6))
 
     def alter(context, tokens, mask):
         logits, longer = read(context, tokens, mask)

@@ -107,7 +107,8 @@ def test_a_preference_is_the_scaled_cosine_of_the_plain_clip(folders):
 
     model, words = (auto.from_pretrained(folders["clip"]) for auto in (CLIPModel, AutoTokenizer))
     processor = siglip.load_clip(folders["clip"]).image_processor
-    x, prompts = images(3, 16), ["a cat", "a red dog", "a cat"]
+    x = images(3, 16)
+    prompts = ["a cat", "a red dog", "a cat"]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
     given = words(prompts, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -120,7 +121,8 @@ def test_a_preference_is_the_scaled_cosine_of_the_plain_clip(folders):
 
 def test_a_learning_siglip_comes_to_like_the_pictures_it_is_shown():
     encoder = siglip.load_siglip(TOYS["siglip"])
-    x, learner = images(4), siglip.Learner(encoder, 1e-3)
+    x = images(4)
+    learner = siglip.Learner(encoder, 1e-3)
     before = Semantic(encoder)(samples_of(x=x)).mean()
     first = copy.deepcopy(encoder.model.state_dict())
     gradients = []
@@ -147,7 +149,8 @@ def test_paligemma_reads_a_question_as_its_published_processor_lays_it_out():
 
     model, processor = (
         auto.from_pretrained(TOYS["judge"]) for auto in (AutoModelForImageTextToText, AutoProcessor))
-    asked, x = judge.load_judge(TOYS["judge"]), images(1).mul(255).to(torch.uint8)
+    asked = judge.load_judge(TOYS["judge"])
+    x = images(1).mul(255).to(torch.uint8)
     given = processor(text="<image>is this a red circle ?", images=x[0], return_tensors="pt")
     assert asked.rows(["is this a red circle ?"])[0].tolist() == given.input_ids.tolist()
     given.pop("labels", None)
@@ -166,7 +169,9 @@ CHATS = ["qwen", "qwen3", "internvl"]
 def test_a_chat_judge_reads_what_its_own_processor_lays_out(folders, name):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    asked, x, question = judge.load_judge(folders[name]), images(1), "is there a red dog in the image ?"
+    asked = judge.load_judge(folders[name])
+    x = images(1)
+    question = "is there a red dog in the image ?"
     model, processor = (
         auto.from_pretrained(folders[name]) for auto in (AutoModelForImageTextToText, AutoProcessor))
     content = [{"type": "image"}, {"type": "text", "text": f"{question} Answer yes or no."}]
@@ -183,7 +188,9 @@ def test_a_chat_judge_reads_what_its_own_processor_lays_out(folders, name):
 @pytest.mark.parametrize("name", ["paligemma", *CHATS])
 def test_questions_are_answered_as_one_by_one_and_an_image_is_encoded_once(folders, name, monkeypatch):
     asked = judge.load_judge(TOYS["judge"] if name == "paligemma" else folders[name], batch_size=3)
-    x, about, encoded = images(3), [0, 0, 2, 1], []
+    x = images(3)
+    about = [0, 0, 2, 1]
+    encoded = []
     questions = ["no ?", "is there a red circle in the image of a dog ?", "how many ?", "is there a cat ?"]
     alone = [asked.yes_probability(x[n:n + 1], [question]).item() for n, question in zip(about, questions)]
     features = asked.features
@@ -249,9 +256,11 @@ def test_pretraining_reaches_every_weight_of_a_judge_through_its_features_and_ne
 
 
 def test_captions_are_those_of_a_greedy_loop_over_the_decoder():
-    ours, rng = captioner.load_captioner(TOYS["captioner"], batch_size=2), np.random.default_rng(0)
+    ours = captioner.load_captioner(TOYS["captioner"], batch_size=2)
+    rng = np.random.default_rng(0)
     x = render_pixels([shapes.random_scene(rng) for _ in range(3)]) * 0.5 + 0.5
-    model, text = ours.model, ours.model.config.text_config
+    model = ours.model
+    text = ours.model.config.text_config
     for caption, image in zip(ours.captions(x), x):
         vision = model.vision_model(pixel_values=(image[None] - 0.5) / 0.5)[0]
         ids = [text.bos_token_id]
@@ -263,8 +272,8 @@ def test_captions_are_those_of_a_greedy_loop_over_the_decoder():
 
 
 def test_token_states_are_the_last_layers_without_special_tokens(folders):
-    ours, texts = (
-        captioner.load_text_encoder(folders["bert"], batch_size=2), ["a cat", "how many red dog", "a"])
+    ours = captioner.load_text_encoder(folders["bert"], batch_size=2)
+    texts = ["a cat", "how many red dog", "a"]
     for state, mask, text in zip(*ours.states(texts), texts):
         ids = ours.tokenizer(text, return_tensors="pt").input_ids
         plain = ours.model(input_ids=ids).last_hidden_state[0, :-1]     # the last is <eos>
@@ -274,7 +283,8 @@ def test_token_states_are_the_last_layers_without_special_tokens(folders):
 
 def test_bertscore_is_1_for_equal_texts_and_that_of_each_pair_alone(folders):
     ours = captioner.load_text_encoder(folders["bert"])
-    prompts, captions = ["a red cat", "a cat in the image", "how many dog"], ["a red cat", "a dog", "yes"]
+    prompts = ["a red cat", "a cat in the image", "how many dog"]
+    captions = ["a red cat", "a dog", "yes"]
     together = ours.similarity(prompts, captions)
     alone = [
         token_f1(*ours.states([a]), *ours.states([b])).clamp(0, 1).item() for a, b in zip(prompts, captions)]
@@ -484,7 +494,8 @@ def test_models_are_counted_where_they_lie(folders):
     numbers = sum(p.numel() for p in THE_JUDGE.model.parameters())
     assert numbers_in(TOYS["judge"]) == pytest.approx(numbers, rel=0.1)
     assert numbers_in("nobody/nothing") == 0
-    siglip, judge = numbers_in(TOYS["siglip"]), numbers_in(TOYS["judge"])
+    siglip = numbers_in(TOYS["siglip"])
+    judge = numbers_in(TOYS["judge"])
     assert build.referee_bytes(cfg) == 4 * siglip + 4 * judge
     assert build.referee_bytes(replace(cfg, bf16=True)) == 4 * siglip + 2 * judge
 

@@ -17,9 +17,11 @@ from torch.distributions import Categorical, kl_divergence
 import grpo
 from grpo import bounded_exp, clipped_surrogate, grpo_loss, importance_ratio, kl_k3, token_logp
 
-LEVELS, UNITS = ("token", "sequence"), ("sequence", "token", "constant")
+LEVELS = ("token", "sequence")
+UNITS = ("sequence", "token", "constant")
 seeds = st.integers(0, 2**31)
-levels, units = st.sampled_from(LEVELS), st.sampled_from(UNITS)
+levels = st.sampled_from(LEVELS)
+units = st.sampled_from(UNITS)
 numbers = st.floats(-3, 3, allow_subnormal=False)
 
 
@@ -64,7 +66,8 @@ def test_token_logp_is_the_log_probability_of_a_categorical_at_that_temperature(
 
 
 def test_token_logp_of_low_precision_logits_has_fp32_precision():
-    logits, tokens = torch.randn(2, 3, 50).bfloat16(), torch.randint(50, (2, 3))
+    logits = torch.randn(2, 3, 50).bfloat16()
+    tokens = torch.randint(50, (2, 3))
     expected = token_logp(logits.double(), tokens, 0.7)
     torch.testing.assert_close(token_logp(logits, tokens, 0.7), expected.float())
 
@@ -95,8 +98,10 @@ def test_with_bias_correction_the_expected_penalty_off_policy_and_its_gradient_a
     """Over the nine tokens of an old policy that samples them equally often."""
     logits, ref = torch.randn(2, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     logits.requires_grad_()
-    logp, logp_ref = logits.log_softmax(0)[:, None], ref.log_softmax(0)[:, None]
-    old, adv = torch.full_like(logp, -math.log(9)), torch.zeros_like(ref)
+    logp = logits.log_softmax(0)[:, None]
+    logp_ref = ref.log_softmax(0)[:, None]
+    old = torch.full_like(logp, -math.log(9))
+    adv = torch.zeros_like(ref)
     options = dict(total=9, logp_ref=logp_ref, beta=1.0, bias_correction_kl=True)
     expectation, _ = grpo_loss(logp, old, adv, torch.ones(9, 1), **options)
     kl = kl_divergence(Categorical(logits=logits), Categorical(logits=ref))
@@ -134,7 +139,8 @@ def test_the_gradient_is_zero_beyond_the_clip_on_the_side_that_adv_favours(ratio
 
 @given(st.floats(0, 9), numbers, st.floats(1.2, 3))
 def test_delta_bounds_the_loss_of_a_bad_token_and_nothing_else(ratio, adv, delta):
-    pair, options = (double(ratio), double(adv)), dict(low=0.2, high=0.2)
+    pair = (double(ratio), double(adv))
+    options = dict(low=0.2, high=0.2)
     plain = clipped_surrogate(*pair, **options).item()
     bounded = clipped_surrogate(*pair, **options, delta=delta).item()
     assert bounded == pytest.approx(min(plain, delta * -adv) if adv < 0 else plain)
@@ -184,7 +190,8 @@ def test_padding_affects_neither_loss_nor_gradient_nor_stats(seed, level, per, g
 @pytest.mark.parametrize("per", UNITS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_splitting_a_batch_into_micro_batches_changes_neither_loss_nor_gradient(size, per, level):
-    whole, options = batch(5), dict(total=13, per=per, level=level, beta=0.1)
+    whole = batch(5)
+    options = dict(total=13, per=per, level=level, beta=0.1)
 
     def loss_of(logp, old, ref, adv, mask):
         return loss_and_gradient(logp, old, adv, mask, logp_ref=ref, **options)[:2]
@@ -241,7 +248,8 @@ def six(x):
 def distant(log_ratios, ref_ratios, adv, dtype, options):
     """Loss, gradient, stats for logp - logp_old = log_ratios (6,), logp_ref - logp_old = ref_ratios (6,)."""
     logp, ref = (torch.tensor(x, dtype=dtype).view(2, 3) for x in (log_ratios, ref_ratios))
-    mask, adv = torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor(adv, dtype=dtype)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    adv = torch.tensor(adv, dtype=dtype)
     return loss_and_gradient(logp, torch.zeros_like(logp), adv, mask, total=5, logp_ref=ref, **options)
 
 
@@ -255,7 +263,8 @@ def test_loss_gradient_and_stats_are_finite_at_any_log_ratio(log_ratios, ref_rat
 
 @given(st.floats(-60, 60))
 def test_the_bound_changes_nothing_below_20_nats_and_has_gradient_zero_above(log_ratio):
-    x, bounded = double(log_ratio).requires_grad_(), min(log_ratio, 20)
+    x = double(log_ratio).requires_grad_()
+    bounded = min(log_ratio, 20)
     ratio = bounded_exp(x)
     ratio.backward()
     assert ratio.item() == pytest.approx(math.exp(bounded))
@@ -263,7 +272,8 @@ def test_the_bound_changes_nothing_below_20_nats_and_has_gradient_zero_above(log
     assert kl_k3(double(0.0), x).item() == pytest.approx(math.expm1(bounded) - bounded)
 
 
-never, sometimes = torch.tensor([[-math.inf, -1.0]]), torch.tensor([[0.0, -1.0]])
+never = torch.tensor([[-math.inf, -1.0]])
+sometimes = torch.tensor([[0.0, -1.0]])
 
 
 @pytest.mark.parametrize("logp, old, ref", [
