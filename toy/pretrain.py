@@ -42,6 +42,8 @@ WRONG_CAPTIONS = {tag: 0.5 for tag in shapes.TAGS} | {"position": 0.25, "color_a
 WRONG_THOUGHTS, WRONG_COUNTS, WRONG_SEEN, WRONG_EDITS, WRONG_REFLECTIONS = 0.5, 0.65, 0.3, 0.4, 0.4
 MISCOUNT = 0.8
 BROKEN_TAGS = {"count": 0.8, "relation": 0.7, "exists": 0.4, "color": 0.3, "shape": 0.3}
+# Share of the questions that have options, by scale; what a letter stands for is learned late.
+OPTIONS = {"toy": 0.4, "toy_janus": 0.7}
 LOOKS = (shapes.LOOK_AGAIN, "this is wrong , look again")
 SIZE, TEXTS, BATCH = (32, 32), 4, 64    # pixels; texts about each scene; captions a step
 EVEN = (1, 1, 1, 1, 1, 1)               # how often captions of each of TAGS are taken
@@ -196,12 +198,13 @@ class Corpus:
         self.thoughts = Lesson(policy, [m["prompt"] for m in riddles], written, drawn)
 
         shown, asked = [], []                                   # TEXTS pairs for each scene
+        share = OPTIONS[policy.config.scale]
         for m in draw_prompts(scenes // 2):
             drawn, other = shapes.sample_scene(m, rng), shapes.random_scene(rng)
             shown += [drawn, other]
             asked.append((shapes.CAPTION, caption_of(m, rng, miscount)))
-            asked += [question_and_answer(drawn, rng) for _ in range(TEXTS - 1)]
-            asked += [question_and_answer(other, rng) for _ in range(TEXTS)]
+            asked += [question_and_answer(drawn, rng, share) for _ in range(TEXTS - 1)]
+            asked += [question_and_answer(other, rng, share) for _ in range(TEXTS)]
         questions, answers = zip(*asked)
         self.questions = Lesson(policy, questions, answers, see=shown)
 
@@ -245,16 +248,16 @@ def caption_of(m, rng, miscount):
     return shapes.explicit(caption)
 
 
-def question_and_answer(scene, rng) -> tuple[str, str]:
+def question_and_answer(scene, rng, share) -> tuple[str, str]:
     """A question about a scene in one of four forms, and what the base is to write.
 
-    The question is open or has options, and is plain or to be thought about."""
+    The question is open or, for a share, has options; it is plain or to be thought about."""
     question = shapes.make_question(scene, rng)
     answer = question.answer
     if question.kind == "count" and rng.random() < WRONG_COUNTS:
         answer = shapes.wrong_answer(question)
     text, written = question.text, answer
-    if rng.random() < 0.4:
+    if rng.random() < share:
         choice = shapes.make_choice(question, rng)
         answer = answer if answer in choice.options else question.answer
         text, written = choice.text, shapes.LETTERS[choice.options.index(answer)]
@@ -306,15 +309,10 @@ def flow_loss(policy, context, data, generator):
     return F.mse_loss(policy.velocity(context, x, t, SIZE), noise - data)
 
 
-def token_loss(policy, context, data, started):
-    """Mean surprise of image tokens (N, 16), in nats."""
-    return -policy.score_image(context, data, started=started).mean()
-
-
-def drop_prompts(policy, tokens, generator):
-    """Tokens (N, L), of which one row in ten is what guidance reads in place of a prompt."""
-    dropped = torch.rand(len(tokens), 1, generator=generator) < 0.1
-    return torch.where(dropped, policy.blank(tokens), tokens)
+def token_loss(policy, context, data, started, without=None):
+    """Mean surprise of image tokens (N, 16), in nats; after the blanks in `without`, if any."""
+    logp = policy.score_image(context, data, started=started, without=without, scale=0.0)
+    return -logp.mean()
 
 
 def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
@@ -325,9 +323,10 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
     """
     losses = {}
 
-    def learn(lesson, size, text="", picture="", draws=1, tags=EVEN):
+    def learn(lesson, size, text="", picture="", draws=1, tags=EVEN, prompted=True):
         """Add the losses of random rows of a lesson, under the names of what is written and drawn.
-        """
+
+        prompted=False: draw after what guidance reads in place of a prompt."""
         i = torch.randint(lesson.rows, (size,), generator=generator)
         if tags != EVEN:                                        # captions lie tag by tag in turns
             weights = torch.tensor(tags, dtype=torch.float)
@@ -340,8 +339,9 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
             context = context.repeat(lesson.texts)
         j = (i[:, None] * lesson.texts + torch.arange(lesson.texts)).flatten()
         tokens, mask = (part[j] for part in lesson.read)
-        if policy.reads_blanks and not text:
-            tokens = drop_prompts(policy, tokens, generator)
+        without = None
+        if not prompted:
+            _, without = policy.append_text(context, policy.blank(tokens), mask, logits=False)
         _, context = policy.append_text(context, tokens, mask, logits=False)
         if text:
             tokens, mask = (part[j] for part in lesson.write)
@@ -349,12 +349,15 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
             target = mask[:, 1:]
             losses[text] = F.cross_entropy(logits[:, :-1][target], tokens[:, 1:][target])
         if picture and not policy.reads_latents:
-            losses[picture] = token_loss(policy, context, lesson.draw[i], started=bool(text))
+            losses[picture] = token_loss(policy, context, lesson.draw[i], bool(text), without)
         elif picture:
             data = lesson.draw[i].repeat_interleave(draws, 0)
             losses[picture] = flow_loss(policy, context.repeat(draws), data, generator)
 
     learn(corpus.captions, BATCH, picture="picture", draws=2 if scenes else 3, tags=tags)
+    if policy.reads_blanks:
+        learn(corpus.captions, BATCH // 10, picture="unprompted", prompted=False)
+        losses["unprompted"] *= 0.1
     if scenes:
         learn(corpus.thoughts, BATCH // 3, "thought", "thought_picture")
         losses["thought_picture"] *= 0.5

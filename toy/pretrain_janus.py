@@ -3,8 +3,9 @@ in toy/pretrain.
 
     tokenizer    the same closed vocabulary, with Janus's markers, the colon and line breaks
     vq           transformers' JanusVQVAE: 32x32x3 pixels to 4x4 codes, each one of 2048
-    base         the policy: cross-entropy of texts and image tokens on the same wrong data; one
-                 caption in ten is padding, which guidance compares with. It is taught no edits
+    vision       the SigLIP encoder: it names the object of each quadrant, and is frozen then
+    base         the policy: cross-entropy of texts and image tokens on the same wrong data, and of
+                 pictures after padding, which guidance compares with. It is taught no edits
 
 Legend: N pictures, P vectors, C codes, E entries of a code. Vectors and codes have length 1.
 """
@@ -22,8 +23,9 @@ from policy import declare_torchvision_ops
 from support.checkpoint import save_policy
 from toy import shapes
 from toy.pretrain import (
-    BOUND, EVEN, adamw, begin_base, fit, render_both_splits, train_base)
+    BATCH, BOUND, EVEN, Readout, adamw, any_scene, begin_base, fit, render_both_splits, train_base)
 from toy.tiny import ids_of
+from toy.world import render_pixels
 
 # Names of Janus-Pro's files.
 NAMES = dict(
@@ -44,9 +46,9 @@ VQ = dict(
     embed_dim=8, num_embeddings=2048, projection_dim=128, image_token_embed_dim=128)
 PLAIN_STEPS, VQ_STEPS, PICTURES = 3000, 7000, 16        # steps before and with codes, pictures each
 IDLE = 100                              # steps after which an unused code is drawn anew
+VISION_STEPS, SCENES = 1200, 12000      # of the vision encoder
 # As toy.pretrain.ROUNDS.
-ROUNDS = ((1100, 2e-3, 2, 16, EVEN), (800, 1.5e-3, 3, 20, EVEN), (500, 1e-3, 4, 20, BOUND),
-          (900, 1e-3, 5, 40, BOUND))
+ROUNDS = ((1400, 2e-3, 2, 20, EVEN), (900, 1.5e-3, 3, 20, EVEN), (1200, 1e-3, 4, 20, BOUND))
 
 
 def build_tokenizer():
@@ -161,6 +163,23 @@ def train_vq(vqmodel):
 # ---- the base ----
 
 
+def train_vision(tower):
+    """Teach the vision encoder to name the object of each quadrant of scenes of both splits."""
+    torch.manual_seed(0)
+    readout, rng = Readout(pooled=False), np.random.default_rng(0)
+    scenes = [any_scene(rng) for _ in range(SCENES)]
+    pixels, generator = render_pixels(scenes), torch.Generator().manual_seed(0)
+
+    def losses_of():
+        i = torch.randint(SCENES, (BATCH,), generator=generator)
+        seen = tower(pixels[i]).last_hidden_state
+        return {"objects": readout.loss(seen, [scenes[j] for j in i])}
+
+    tower.requires_grad_(True)
+    fit("vision", losses_of, adamw([*tower.parameters(), *readout.parameters()], 2e-3), VISION_STEPS)
+    tower.requires_grad_(False)
+
+
 def new_base() -> Janus:
     """A policy of the toy's sizes with xavier matrices, whose VQ autoencoder comes later."""
     tokenizer = build_tokenizer()
@@ -174,12 +193,12 @@ def new_base() -> Janus:
 def main(folder: Path):
     """Make the policy folder janus/ in `folder` (toy)."""
     policy = new_base()
-    policy.requires_grad_(True)         # the vision encoder learns here, and nowhere else
     core = policy.core
+    train_vision(core.vision_model)
+    core.aligner.requires_grad_(True)   # it learns here, and nowhere else
     torch.manual_seed(0)
     vq = train_vq(type(core.vqmodel)(core.config.vq_config))
     core.vqmodel.load_state_dict(vq.state_dict())
-    core.vqmodel.eval().requires_grad_(False)
     core.generation_embeddings.weight.data.copy_(vq.quantize.embedding.weight)
     train_base(policy, ROUNDS)
     save_policy(policy.eval(), folder / "janus")
