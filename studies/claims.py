@@ -36,7 +36,7 @@ from support.terminal import Arguments, number, say
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-OUT = Path("out/claims")                        # the folder of the arms
+OUT = ROOT / "out/claims"                       # the folder of the arms
 MARGIN = 0.03                                   # of truth: less than this counts as no difference
 LEAST = 6                                       # seeds that a verdict needs
 HOLDS = "holds"
@@ -120,8 +120,8 @@ CLAIMS = {name: Claim(**entry) for name, entry in TABLES["claims"].items()}
 POLICY_OF = re.compile(r"\{([\w-]+)\}")         # another arm's policy, in an arm's flags
 
 
-def folder_of(arm: str, seed: int, out: Path) -> Path:
-    return out / f"{arm}-{seed}"
+def folder_of(arm: str, seed: int) -> Path:
+    return OUT / f"{arm}-{seed}"
 
 
 def flags_of(arm: str) -> list[str]:
@@ -145,16 +145,16 @@ def has_meaning(path: Path, arm: str) -> bool:
     return path.exists() and path.read_text(encoding="utf-8") == meaning(arm)
 
 
-def is_done(arm: str, seed: int, out: Path) -> bool:
-    return has_meaning(folder_of(arm, seed, out) / "done.txt", arm)
+def is_done(arm: str, seed: int) -> bool:
+    return has_meaning(folder_of(arm, seed) / "done.txt", arm)
 
 
-def commands(arm: str, seed: int, out: Path) -> list[list[str]]:
+def commands(arm: str, seed: int) -> list[list[str]]:
     """What makes an arm: the arguments of python, one process after another."""
-    folder = folder_of(arm, seed, out)
+    folder = folder_of(arm, seed)
 
     def policy_of(found) -> str:
-        return str(folder_of(found[1], seed, out) / "policy")
+        return str(folder_of(found[1], seed) / "policy")
 
     flags = [POLICY_OF.sub(policy_of, flag) for flag in flags_of(arm)]
     program, *rest = flags
@@ -171,13 +171,13 @@ def commands(arm: str, seed: int, out: Path) -> list[list[str]]:
     return [["train.py", *flags, "--save_every", "25", "--seed", str(seed), "--out", str(folder)]]
 
 
-def run_arm(arm: str, seed: int, out: Path) -> str:
+def run_arm(arm: str, seed: int) -> str:
     """Make an arm -> "" or, in one line, why it failed.
 
     A run that was stopped goes on if it was begun with the same flags, else its folder is removed.
     """
-    folder = folder_of(arm, seed, out)
-    todo = commands(arm, seed, out)
+    folder = folder_of(arm, seed)
+    todo = commands(arm, seed)
     begun = folder / "begun.txt"
     if has_meaning(begun, arm) and any((folder / name).exists() for name in CHECKPOINTS):
         todo[0].append("--resume")
@@ -205,15 +205,15 @@ def with_parents(names: list[str]) -> list[str]:
     return list(dict.fromkeys(arms))
 
 
-def missing_runs(names: list[str], seeds: int, out: Path) -> list[tuple[str, int]]:
+def missing_runs(names: list[str], seeds: int) -> list[tuple[str, int]]:
     """The runs (arm, seed) of some claims that are not done."""
     runs = [(arm, seed) for seed in range(seeds) for arm in with_parents(names)]
-    return [run for run in runs if not is_done(*run, out)]
+    return [run for run in runs if not is_done(*run)]
 
 
-def run_missing(names: list[str], seeds: int, out: Path, jobs: int) -> list[str]:
+def run_missing(names: list[str], seeds: int, jobs: int) -> list[str]:
     """Run the arms of some claims that are not done, parents first -> what failed, a line each."""
-    todo = missing_runs(names, seeds, out)
+    todo = missing_runs(names, seeds)
     failed = []
     if todo:
         say(
@@ -223,12 +223,12 @@ def run_missing(names: list[str], seeds: int, out: Path, jobs: int) -> list[str]
         ready = [
             (arm, seed)
             for arm, seed in todo
-            if all(is_done(parent, seed, out) for parent in parents_of(arm))
+            if all(is_done(parent, seed) for parent in parents_of(arm))
         ]
         if not ready:
             return failed + [f"{arm}, seed {seed}: needs an arm that failed" for arm, seed in todo]
         with ThreadPoolExecutor(jobs) as pool:
-            failed += filter(None, pool.map(lambda run: run_arm(*run, out), ready))
+            failed += filter(None, pool.map(lambda run: run_arm(*run), ready))
         todo = [run for run in todo if run not in ready]
     return failed
 
@@ -236,9 +236,9 @@ def run_missing(names: list[str], seeds: int, out: Path, jobs: int) -> list[str]
 # ---- what an arm gave ----
 
 
-def values_of(arm: str, seed: int, out: Path) -> dict:
+def values_of(arm: str, seed: int) -> dict:
     """{"steps": [...], key: [...]}, with one value for each evaluation."""
-    folder = folder_of(arm, seed, out)
+    folder = folder_of(arm, seed)
     table = folder / "table.json"
     return values_of_table(table) if table.exists() else values_of_log(folder / "log.jsonl")
 
@@ -369,12 +369,12 @@ def verdict_of(differences: list[float]) -> str:
     return EQUAL if -MARGIN < low and high < MARGIN else OPEN
 
 
-def result_of(name: str, seeds: int, out: Path) -> dict:
+def result_of(name: str, seeds: int) -> dict:
     """What a claim's arms gave and the verdict, as docs/claims keeps it."""
     claim = CLAIMS[name]
     arms = {}
     for arm in claim.arms:
-        runs = [values_of(arm, seed, out) for seed in range(seeds)]
+        runs = [values_of(arm, seed) for seed in range(seeds)]
         rounded = {}
         for key in claim.measures:
             if key in runs[0]:
@@ -388,8 +388,8 @@ def result_of(name: str, seeds: int, out: Path) -> dict:
 
 def command_of(arm: str) -> str:
     """What makes an arm of the first seed, as a command line."""
-    lines = commands(arm, 0, OUT)
-    return " && ".join(" ".join(["python", *line]) for line in lines)
+    lines = " && ".join(" ".join(["python", *line]) for line in commands(arm, 0))
+    return lines.replace(f"{ROOT}/", "")
 
 
 # ---- the page ----
@@ -487,7 +487,7 @@ def save_forest(out: Path) -> None:
 # ---- the command line ----
 
 
-def run_claims(names: list[str], seeds: int, jobs: int, out: Path) -> str:
+def run_claims(names: list[str], seeds: int, jobs: int) -> str:
     """Run what is missing, keep results and figures, write the page; returns what to print.
 
     Errors: ValueError for an unknown name, and for kept results of more seeds.
@@ -496,22 +496,21 @@ def run_claims(names: list[str], seeds: int, jobs: int, out: Path) -> str:
         raise ValueError(
             f"no claim is called {', '.join(unknown)}; the claims are {', '.join(CLAIMS)}")
     names = names or list(CLAIMS)
-    out = out.resolve()                         # runs start in ROOT
     kept = DOCS / "claims"
     for name in names:
         more = kept_result(name)["seeds"]
         if more > seeds:
             raise ValueError(
                 f"{kept / name}.json holds {more} seeds; give --seeds {more} or more, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    owner = Owner(out)                          # two calls would remove each other's runs
-    failed = run_missing(names, seeds, out, jobs)
+    OUT.mkdir(parents=True, exist_ok=True)
+    owner = Owner(OUT)                          # two calls would remove each other's runs
+    failed = run_missing(names, seeds, jobs)
     lines = []
     for name in names:
-        if missing_runs([name], seeds, out):
+        if missing_runs([name], seeds):
             lines.append(f"{name}: not all arms are there")
             continue
-        result = result_of(name, seeds, out)
+        result = result_of(name, seeds)
         write_json(kept / f"{name}.json", result)
         lines.append(section(result))
     owner.close()
@@ -520,11 +519,11 @@ def run_claims(names: list[str], seeds: int, jobs: int, out: Path) -> str:
     return "\n".join([*lines, *(f"failed: {why}" for why in failed)])
 
 
-def list_claims(out: Path) -> str:
+def list_claims() -> str:
     """The claims, the seeds that are kept, and the runs of six seeds that are not done."""
     lines = []
     for name, claim in CLAIMS.items():
-        runs = Counter(arm for arm, _ in missing_runs([name], LEAST, out))
+        runs = Counter(arm for arm, _ in missing_runs([name], LEAST))
         missing = ", ".join(f"{arm} {count}" for arm, count in runs.items())
         lines += [
             f"{name:<22} {claim.paper}: {claim.says}",
@@ -550,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
-    return list_claims(OUT) if a.list else run_claims(a.names, a.seeds, a.jobs, OUT)
+    return list_claims() if a.list else run_claims(a.names, a.seeds, a.jobs)
 
 
 if __name__ == "__main__":

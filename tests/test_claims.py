@@ -26,7 +26,7 @@ def check_command(flags):
 def test_every_arm_is_a_command_that_parses():
     for arm in claims.ARMS:
         assert set(claims.parents_of(arm)) <= claims.ARMS.keys()
-        for program, *flags in claims.commands(arm, 0, Path("out/claims")):
+        for program, *flags in claims.commands(arm, 0):
             if program == "train.py":
                 check_command(flags)
 
@@ -45,8 +45,8 @@ def test_a_claim_is_added_in_two_places(monkeypatch):
     monkeypatch.setattr(claims, "ARMS", claims.ARMS | new["arms"])
     added = {name: claims.Claim(**entry) for name, entry in new["claims"].items()}
     monkeypatch.setattr(claims, "CLAIMS", added)
-    assert "kn-helps" in claims.list_claims(Path("out/claims"))
-    ((program, *flags),) = claims.commands("draw-kn", 0, Path("out/claims"))
+    assert "kn-helps" in claims.list_claims()
+    ((program, *flags),) = claims.commands("draw-kn", 0)
     assert program == "train.py"
     check_command(flags)
 
@@ -147,6 +147,7 @@ def started(monkeypatch, tmp_path):
     runs, which end at once.
     """
     monkeypatch.setattr(claims, "DOCS", tmp_path)
+    monkeypatch.setattr(claims, "OUT", tmp_path)
     monkeypatch.setattr(claims, "ARMS", {"a": "--steps 2", "b": "a --ins 0", "c": "--policy {a}"})
     rules = claims.Claim("nobody", "Rules help.", ("a > b : draw",), ("loss",))
     monkeypatch.setattr(claims, "CLAIMS", {"rules": rules})
@@ -163,12 +164,12 @@ def started(monkeypatch, tmp_path):
     return commands
 
 
-def run_rules(tmp_path):
-    return claims.run_claims(["rules"], seeds=2, jobs=1, out=tmp_path / "runs")
+def run_rules():
+    return claims.run_claims(["rules"], seeds=2, jobs=1)
 
 
 def test_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(started, tmp_path):
-    text = run_rules(tmp_path)
+    text = run_rules()
     assert "**Not judged (two seeds)**: a > b in draw +0.000 [+0.000, +0.000], 2 seeds." in text
     assert len(started) == 4
     result = read_json(tmp_path / "claims" / "rules.json")
@@ -177,9 +178,9 @@ def test_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(started
         "draw": [[0.25, 0.5]] * 2, "loss": [[2.0, 2.0]] * 2}
     assert (tmp_path / "claims.png").stat().st_size > 5000
     assert "## rules" in (tmp_path / "claims.md").read_text(encoding="utf-8")
-    assert run_rules(tmp_path) == text
+    assert run_rules() == text
     assert len(started) == 4
-    listed = claims.list_claims(tmp_path / "runs")
+    listed = claims.list_claims()
     assert "2 of 6 seeds kept; runs that are missing: a 4, b 4" in listed
 
 
@@ -188,7 +189,7 @@ def test_kept_results_of_more_seeds_are_not_overwritten(started, tmp_path):
     (tmp_path / "claims" / "rules.json").write_text('{"seeds": 3}')
     with pytest.raises(
         ValueError, match="rules.json holds 3 seeds; give --seeds 3 or more, or delete it"):
-        run_rules(tmp_path)
+        run_rules()
     assert not started
 
 
@@ -197,15 +198,15 @@ def test_a_run_goes_on_if_it_was_begun_with_the_same_flags_and_else_begins_anew(
 ):
     """Flags are its own, and those of the arm that it starts from."""
     for arm in "ac":
-        claims.run_arm(arm, 0, tmp_path)
+        claims.run_arm(arm, 0)
         (tmp_path / f"{arm}-0" / "checkpoint.safetensors").touch()
     for arm in "ac":
-        claims.run_arm(arm, 0, tmp_path)
+        claims.run_arm(arm, 0)
     assert ["--resume" in command for command in started] == [False, False, True, True]
     monkeypatch.setitem(claims.ARMS, "a", "--steps 2 --kn 1")
-    assert not claims.is_done("a", 0, tmp_path)
-    assert not claims.is_done("c", 0, tmp_path)
-    claims.run_arm("c", 0, tmp_path)
+    assert not claims.is_done("a", 0)
+    assert not claims.is_done("c", 0)
+    claims.run_arm("c", 0)
     assert "--resume" not in started[-1]
     assert not (tmp_path / "c-0" / "checkpoint.safetensors").exists()
 
@@ -213,7 +214,7 @@ def test_a_run_goes_on_if_it_was_begun_with_the_same_flags_and_else_begins_anew(
 def test_a_folder_that_is_not_the_runners_own_is_left_as_it_is(started, tmp_path):
     write_log(tmp_path / "a-0")
     (tmp_path / "a-0" / "mine.txt").touch()
-    claims.run_arm("a", 0, tmp_path)
+    claims.run_arm("a", 0)
     assert (tmp_path / "a-0" / "mine.txt").exists()
 
 
@@ -225,7 +226,7 @@ def test_a_run_that_fails_is_one_line_and_holds_up_what_needs_it(started, tmp_pa
     monkeypatch.setattr(claims.subprocess, "run", fail)
     monkeypatch.setitem(
         claims.CLAIMS, "rules", claims.Claim("nobody", "", ("c > c : draw",)))
-    text = run_rules(tmp_path)
+    text = run_rules()
     assert "rules: not all arms are there" in text
     assert "failed: a, seed 0: --group_size 1: a group needs 2 (exit 1)" in text
     assert "failed: c, seed 0: needs an arm that failed" in text
@@ -247,11 +248,12 @@ def kept(**runs):
     return {arm: {"values": values} for arm, values in runs.items()}
 
 
-def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path):
+def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "OUT", tmp_path)
     table = {"refine, judge": [[0.3, 0.1], [0.6, 0.1]], "best, judge": [[0.3, 0.1], [0.5, 0.1]]}
     (tmp_path / "r-0").mkdir()
     (tmp_path / "r-0" / "table.json").write_text(json.dumps({"table": table}))
-    values = claims.values_of("r", 0, tmp_path)
+    values = claims.values_of("r", 0)
     assert values == {"steps": [1, 2], "refine, judge": [0.3, 0.6], "best, judge": [0.3, 0.5]}
 
 
