@@ -8,7 +8,7 @@ import inspect
 import math
 import tempfile
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -198,21 +198,19 @@ def one_update(seed: int, out: Path) -> Step:
     return Step(run, part, before, after, stats)
 
 
-def text_loss(scored, adv: Tensor, cfg, rows: slice, place: slice) -> float:
-    """The text's surrogate loss, of some samples and tokens."""
-    text = scored.segment
-    mask = text.chosen[rows, place]
+def text_loss(scored, adv: Tensor, cfg, mask: Tensor) -> float:
+    """The text's surrogate loss, a mean over the tokens of a mask (n, L)."""
     loss, _ = grpo_loss(
-        scored.logp[rows, place], text.logp[rows, place], adv[rows], mask, total=mask.sum(),
-        low=cfg.text_clip, high=cfg.text_clip)
+        scored.logp, scored.segment.logp, adv, mask, total=mask.sum(), low=cfg.text_clip,
+        high=cfg.text_clip)
     return loss.item()
 
 
-def image_loss(replayed: flow_grpo.Replay, flow, adv: Tensor, cfg) -> float:
-    """The image's surrogate loss, of the noisy steps that are replayed."""
+def image_loss(scored, adv: Tensor, cfg, weights: Tensor) -> float:
+    """The image's surrogate loss, a mean over the noisy steps by their weights (n, W)."""
     loss, _ = flow_grpo.flow_grpo_loss(
-        replayed, flow, adv, total=replayed.logp.numel(), low=cfg.image_clip,
-        high=cfg.image_clip)
+        scored.flow, scored.segment.drawn, adv, total=weights.sum(), weights=weights,
+        low=cfg.image_clip, high=cfg.image_clip)
     return loss.item()
 
 
@@ -258,18 +256,16 @@ def page(step: Step) -> str:
     adv = part.adv[i].item()
     ratios = (text_after.logp[i] - logp)[chosen].exp()
     step_ratio = (image_after.flow.logp - flow.logp)[i, 0].exp()
-    every = slice(None)
-    one = slice(i, i + 1)
-    start = (text_loss(text_before, part.adv, cfg, every, every),
-             image_loss(image_before.flow, flow, part.adv, cfg))
-    begin, _ = flow.window
-    first = replace(
-        flow, window=(begin, begin + 1), latents=flow.latents[one, :2], means=flow.means[one, :1],
-        std=flow.std[:1], logp=flow.logp[one, :1], data=flow.data[one])
-    replayed = flow_grpo.replay_of(image_after.flow.v[one, :1], first)
-    step_loss = image_loss(replayed, first, part.adv[one], cfg)
-    token_loss = text_loss(text_after, part.adv, cfg, one, slice(token, token + 1))
-    step_hand = by_hand(replayed.logp[0, 0], first.logp[0, 0], adv, cfg.image_clip)
+    every_step = torch.ones_like(flow.logp)
+    start = (text_loss(text_before, part.adv, cfg, text.chosen),
+             image_loss(image_before, part.adv, cfg, every_step))
+    one_token = torch.zeros_like(text.logp)
+    one_token[i, token] = 1
+    token_loss = text_loss(text_after, part.adv, cfg, one_token)
+    one_step = torch.zeros_like(flow.logp)
+    one_step[i, 0] = 1
+    step_loss = image_loss(image_after, part.adv, cfg, one_step)
+    step_hand = by_hand(image_after.flow.logp[i, 0], flow.logp[i, 0], adv, cfg.image_clip)
     token_hand = by_hand(text_after.logp[i, token], logp[token], adv, cfg.text_clip)
     code = [source_lines(*place) for place in CODE]
     return PAGE.format(**locals(), size=flow.data[0].numel())
