@@ -67,24 +67,21 @@ def memory_table() -> str:
             ("generation expert", (1, 8), "--lora 0 --shard --lr_understanding 0"),
             ("all weights", (1, 8), "--lora 0 --shard")):
         for pixels, world in product((512, 1024), worlds):
-            size = f"--recipe unigrpo --think {4 * world} --resolution {pixels}"
+            size = f"--prompts - --recipe unigrpo --think {4 * world} --resolution {pixels}"
             runs.append((title, world, f"{size} {flags}"))
     runs += [
-        ("adapters, `unigrpo_rounds`", 1, "--recipe unigrpo_rounds --rounds 4"),
-        ("adapters, `alphagrpo`", 1, "--recipe alphagrpo --think 4"),
-        ("adapters, `alphagrpo_reflect`", 1, "--recipe alphagrpo_reflect --reflect 4")]
-    few = "--pair_image 4 --pair_text 4 --micro 2 --rollout_batch 8"
-    of_janus = [
-        ("Janus: adapters, `corl`", 1, f"--recipe corl --lora 64 {few}"),
-        ("Janus: language model, `corl`", 8, "--recipe corl --shard"),
-        ("Janus: language model, `corl_t2i`", 8, "--recipe corl_t2i --shard")]
+        ("adapters, `unigrpo_rounds`", 1, "--prompts - --recipe unigrpo_rounds --rounds 4"),
+        ("adapters, `alphagrpo`", 1, "--prompts - --recipe alphagrpo --think 4"),
+        ("adapters, `alphagrpo_reflect`", 1, "--prompts - --recipe alphagrpo_reflect --reflect 4"),
+        ("Janus: adapters, `corl`", 1, "--questions - --recipe corl --lora 64 "
+         "--pair_image 4 --pair_text 4 --micro 2 --rollout_batch 8"),
+        ("Janus: language model, `corl`", 8, "--questions - --recipe corl --shard"),
+        ("Janus: language model, `corl_t2i`", 8, "--questions - --recipe corl_t2i --shard")]
     tokenizer = load_policy(TOY).tokenizer
     rows = []
-    for title, world, flags in runs + of_janus:
+    for title, world, flags in runs:
         is_janus = title.startswith("Janus")
-        scale = "janus" if is_janus else "bagel"
-        files = ["--questions", "-"] if is_janus else ["--prompts", "-"]
-        cfg = parse([*files, *flags.split()], scale=scale)
+        cfg = parse(flags.split(), scale="janus" if is_janus else "bagel")
         policy = janus_on_meta() if is_janus else release_on_meta(tokenizer)
         freeze(policy, cfg.experts, cfg.lora, cfg.checkpointing)
         need = memory(policy, cfg, world, in_use(cfg), referee_bytes(cfg))
