@@ -34,10 +34,8 @@ def draw_pictures(
     """Draw pictures of every prompt that has none into GenEval's own folders: 00000/metadata.jsonl,
     00000/samples/0000.png and so on. The official script can judge them too."""
     draw = plain_draw(policy.config.scale, (size, size), steps)
-    guidance = None
-    if text_scale > 1:                          # at every step, as the official script guides
-        usual = SAMPLING[policy.config.scale]["guidance"]
-        guidance = replace(usual, text_scale=text_scale, interval=(0.0, 1.0))
+    guidance = replace(                         # at every step, as the official script guides
+        SAMPLING[policy.config.scale]["guidance"], text_scale=text_scale, interval=(0.0, 1.0))
     for i, row in enumerate(tqdm(rows, desc="drawing")):
         paths = paths_of(out, i, samples)
         if all(path.exists() for path in paths):
