@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
@@ -442,17 +443,18 @@ class Readout(nn.Module):
         """Cross-entropy of the quadrants' objects; class 0 is an empty one.
 
         patches (N, 16, D), perhaps a pooled embedding (N, D)."""
-        N, _, D = patches.shape
-        grid = patches.view(N, 2, 2, 2, 2, D)                   # row, y, col, x
-        grid = grid.transpose(2, 3).reshape(N, 4, 4 * D)        # quadrants
-        right = torch.zeros(N, 4, dtype=torch.long)
+        quadrants = rearrange(
+            patches, "n (row y col x) d -> (n row col) (y x d)", row=2, y=2, col=2)
+        right = torch.zeros(len(scenes), 2, 2, dtype=torch.long)
         for n, scene in enumerate(scenes):
             for o in scene:
-                right[n, 2 * o.row + o.col] = 1 + THINGS.index((o.shape, o.color))
-        loss = F.cross_entropy(self.head(grid).flatten(0, 1), right.flatten())
-        if pooled is None:
-            return loss
-        return loss + F.cross_entropy(self.pooled(pooled).view(4 * N, -1), right.flatten())
+                right[n, o.row, o.col] = 1 + THINGS.index((o.shape, o.color))
+        right = right.flatten()                                 # (4 N,)
+        loss = F.cross_entropy(self.head(quadrants), right)
+        if pooled is not None:
+            named = rearrange(self.pooled(pooled), "n (place thing) -> (n place) thing", place=4)
+            loss = loss + F.cross_entropy(named, right)
+        return loss
 
 
 def wear(images, rng):
