@@ -18,6 +18,7 @@ the results show next to it.
 """
 
 import math
+import re
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,7 +38,7 @@ from referees.siglip import load_siglip, sigmoid_loss, unit
 from support.checkpoint import save_policy
 from toy import shapes
 from toy.tiny import build_captioner, build_judge, build_siglip
-from toy.world import render_pixels
+from toy.world import any_prompt, render_pixels
 
 WRONG_CAPTIONS = {tag: 0.5 for tag in shapes.TAGS} | {"position": 0.25, "color_attr": 0.4}
 WRONG_THOUGHTS, WRONG_COUNTS, WRONG_SEEN, WRONG_EDITS, WRONG_REFLECTIONS = 0.5, 0.65, 0.3, 0.4, 0.4
@@ -476,10 +477,6 @@ def every_prompt() -> dict[str, list[dict]]:
     return shapes.prompts_by_tag(*shapes.SPLITS) | {"implicit": implicit}
 
 
-def any_prompt(rng, pool):
-    return shapes.pick(rng, pool[shapes.pick(rng, pool)])
-
-
 def any_scene(rng):
     return shapes.random_scene(rng, shapes.pick(rng, shapes.SPLITS))
 
@@ -545,14 +542,9 @@ def ask_fact(rng) -> Asked:
         return Asked(scene, f"is there {shapes.article(shape)} ?", yes_or_no(there))
     if question.kind in ("exists", "relation"):
         return Asked(scene, question.text, question.answer)
-    (about,), answer = question.about, answer_to(question, rng, right)
-    if question.kind == "color":
-        text = f"is the {about} {answer} ?"
-    elif answer == "one":
-        text = f"is there one {about} ?"
-    else:
-        text = f"are there {answer} {about}s ?"
-    return Asked(scene, text, yes_or_no(right))
+    fact = shapes.statement(question, answer_to(question, rng, right))
+    subject, verb, rest = re.split(" (is|are) ", fact)          # "there are two circles"
+    return Asked(scene, f"{verb} {subject} {rest} ?", yes_or_no(right))
 
 
 def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:

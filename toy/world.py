@@ -82,11 +82,15 @@ def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
             continue
 
 
+def any_prompt(rng: np.random.Generator, by_tag: dict) -> Metadata:
+    """A prompt of a random tag; all tags are equally likely."""
+    return shapes.pick(rng, by_tag[shapes.pick(rng, by_tag)])
+
+
 def toy_pair(rng: np.random.Generator) -> tuple[Row, Row]:
     """A prompt with a real picture of it, and a question about that picture, open or with options.
-
-    All tags are equally likely."""
-    metadata = shapes.pick(rng, shapes.prompts_by_tag("train")[shapes.pick(rng, shapes.TAGS)])
+    """
+    metadata = any_prompt(rng, shapes.prompts_by_tag("train"))
     scene = shapes.sample_scene(metadata, rng)
     while shapes.scene_split(scene) == "eval":  # whose questions the evaluation asks
         scene = shapes.sample_scene(metadata, rng)
