@@ -1,7 +1,7 @@
 """Tiny random models of the published classes, saved as real checkpoints are saved.
 
 A SigLIP, a PaliGemma judge, a BLIP captioner. Each `build_*` writes a model with its tokenizer and
-image processor into `folder` and returns (model, tokenizer).
+image processor into `folder`.
 """
 
 from policy import declare_torchvision_ops
@@ -57,7 +57,7 @@ def build_siglip(folder, vocabulary):
         **SMALL, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=24,
         projection_size=64, **ids_of(tokenizer))
     config = SiglipConfig(text_config=text, vision_config=VISION)
-    return save(folder, SiglipModel(config), tokenizer, siglip_processor())
+    save(folder, SiglipModel(config), tokenizer, siglip_processor())
 
 
 def build_judge(folder, vocabulary):
@@ -71,7 +71,7 @@ def build_judge(folder, vocabulary):
         text_config=text, vision_config=vision, projection_dim=64,
         hidden_size=64, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         **ids_of(tokenizer))
-    return save(folder, PaliGemmaForConditionalGeneration(config), tokenizer, siglip_processor())
+    save(folder, PaliGemmaForConditionalGeneration(config), tokenizer, siglip_processor())
 
 
 def build_captioner(folder, vocabulary):
@@ -82,7 +82,7 @@ def build_captioner(folder, vocabulary):
         max_position_embeddings=64, sep_token_id=tokenizer.eos_token_id, **ids_of(tokenizer))
     config = BlipConfig(text_config=text, vision_config=VISION, projection_dim=64)
     processor = BlipImageProcessor(size={"height": SIDE, "width": SIDE}, resample=3, **HALVES)
-    return save(folder, BlipForConditionalGeneration(config), tokenizer, processor)
+    save(folder, BlipForConditionalGeneration(config), tokenizer, processor)
 
 
 def save(folder, model, tokenizer, processor):
@@ -90,4 +90,3 @@ def save(folder, model, tokenizer, processor):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return model, tokenizer
