@@ -21,7 +21,7 @@ All sampling takes a np.random.Generator.
 import functools
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, permutations, product
 from typing import NamedTuple
 
@@ -271,13 +271,13 @@ def build(tag: str, include: list[dict], prefix: str = "") -> dict:
     return metadata
 
 
-def compositions() -> Iterator[tuple[str, list]]:
-    """(tag, ways) of every meaning; `ways` lists the include clauses of each order of saying it."""
+def compositions() -> Iterator[tuple[str, Iterable]]:
+    """(tag, ways) of every meaning; `ways` are the include clauses of each order of saying it."""
     pairs = list(combinations(SHAPES, 2))
     for shape in SHAPES:
         yield "single_object", [[new_clause(shape)]]
     for a, b in pairs:
-        yield "two_object", list(permutations([new_clause(a), new_clause(b)]))
+        yield "two_object", permutations([new_clause(a), new_clause(b)])
     for shape, count in product(SHAPES, (2, 3, 4)):
         yield "counting", [[new_clause(shape, count=count)]]
     for shape, color in product(SHAPES, COLORS):
@@ -289,7 +289,7 @@ def compositions() -> Iterator[tuple[str, list]]:
     for a, b in pairs:
         for color, other in permutations(COLORS, 2):
             both = new_clause(a, color=color), new_clause(b, color=other)
-            yield "color_attr", list(permutations(both))
+            yield "color_attr", permutations(both)
 
 
 def prompts(split: str) -> list[dict]:
@@ -367,11 +367,11 @@ def wrong_metadata(metadata: dict, rng) -> dict:
         clause["position"] = [OPPOSITE[relation], target]
     elif tag == "counting":
         clause["count"] = pick(rng, [n for n in (2, 3, 4) if n != clause["count"]])
-    elif tag in ("single_object", "two_object"):
+    elif "color" in clause:
+        clause["color"] = free_color(rng, clause["class"], but=[c["color"] for c in include])
+    else:
         named = [c["class"] for c in include]
         clause["class"] = pick(rng, [s for s in SHAPES if s not in named])
-    else:
-        clause["color"] = free_color(rng, clause["class"], but=[c["color"] for c in include])
     prefix, _, _ = metadata["prompt"].rpartition(explicit(metadata))    # "" of an implicit prompt
     return build(tag, include, prefix)
 
@@ -414,12 +414,14 @@ def fits(metadata: dict, scene: Scene) -> bool:
     """satisfies, and a named relation holds along the larger offset of the two centres.
 
     GenEval's rule on boxes then agrees on diagonals too."""
-    right = satisfies(metadata, discrete(scene))
-    if not right or metadata["tag"] != "position":
-        return right
+    if not satisfies(metadata, discrete(scene)):
+        return False
+    if metadata["tag"] != "position":
+        return True
     a, b = scene
     offset = dict(row=abs(a.y - b.y), col=abs(a.x - b.x))
-    axis, _ = RELATIONS[metadata["include"][1]["position"][0]]
+    relation, _ = metadata["include"][1]["position"]
+    axis, _ = RELATIONS[relation]
     return offset[axis] == max(offset.values())
 
 
@@ -578,7 +580,7 @@ def describe(scene: Scene) -> str:
 def make_edit(scene: Scene, rng) -> Edit:
     """An edit of one object: another colour ("make the circle red"), removed or added.
 
-    A named shape is unique; no HELD_OUT pair is made. ValueError if nothing can be named or
+    The verb is the metadata's tag. A named shape is unique; no HELD_OUT pair is made. ValueError if nothing can be named or
     added."""
     edits = {}
     for o in unique(scene, "shape"):
@@ -596,7 +598,7 @@ def make_edit(scene: Scene, rng) -> Edit:
         raise ValueError("make_edit: four objects and no unique shape; draw another scene")
     verb = pick(rng, sorted({instruction.split()[0] for instruction in edits}))
     instruction = pick(rng, [instruction for instruction in edits if instruction.startswith(verb)])
-    metadata = build("edit", clauses_of(edits[instruction])) | {"prompt": instruction}
+    metadata = build(verb, clauses_of(edits[instruction])) | {"prompt": instruction}
     return Edit(instruction, scene, edits[instruction], metadata)
 
 
@@ -676,7 +678,9 @@ def repair(metadata: dict, scene: Scene, rng) -> Scene:
             o = spare.pop(0)._replace(shape=shape)
         else:
             o = place(rng, shape, color, *pick(rng, empty_cells(kept)))
-        kept.append(o._replace(color=color) if (o.color, shape) in HELD_OUT else o)
+        if shows_held_out([o]):
+            o = o._replace(color=color)
+        kept.append(o)
     colors = {c["class"]: c["color"] for c in metadata["include"] if "color" in c}
     kept = [o._replace(color=colors.get(o.shape, o.color)) for o in kept]
     fitting = []

@@ -59,13 +59,11 @@ def choice_question(rng: np.random.Generator) -> Row:
 def edit_row(edit: shapes.Edit) -> Row:
     """An edit of shapes.make_edit.
 
-    Its metadata have the verb (make, remove or add) as tag, and what the pictures before and after
-    it say as source and target.
+    Its metadata also have what the pictures before and after it say, as source and target.
     """
     pixels = render_pixels([edit.source])[0]
     metadata = edit.metadata | dict(
-        tag=edit.instruction.split()[0], source=shapes.discrete(edit.source),
-        target=shapes.discrete(edit.target))
+        source=shapes.discrete(edit.source), target=shapes.discrete(edit.target))
     return Row(
         edit.instruction, metadata, pixels, pixels * 0.5 + 0.5, full=pixels,
         wanted=shapes.describe(edit.target))
