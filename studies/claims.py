@@ -31,7 +31,7 @@ from rewards import NUMBER_WORDS
 from studies.tables import markdown_table, write_json
 from support.disk import read_json, write_atomic
 from support.plots import pyplot, save_figure
-from support.run import CHECKPOINTS, Owner, read_log
+from support.run import Owner, read_log
 from support.terminal import Arguments, number, say
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +111,7 @@ class Claim:
 
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-ARMS: dict[str, str] = TABLES["arms"]
+ARMS = TABLES["arms"]                           # name -> flags
 CLAIMS = {name: Claim(**entry) for name, entry in TABLES["claims"].items()}
 
 
@@ -179,7 +179,7 @@ def run_arm(arm: str, seed: int) -> str:
     folder = folder_of(arm, seed)
     todo = commands(arm, seed)
     begun = folder / "begun.txt"
-    if has_meaning(begun, arm) and any((folder / name).exists() for name in CHECKPOINTS):
+    if has_meaning(begun, arm) and (folder / "checkpoint.safetensors").exists():
         todo[0].append("--resume")
     elif begun.exists():
         shutil.rmtree(folder)
