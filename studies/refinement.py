@@ -23,9 +23,6 @@ from tasks import TASKS, WORDING
 from toy import shapes
 from toy.world import detect, drawn_truth
 
-# Name -> (mean, standard error) by the number of pictures drawn.
-Truths = dict[str, list[tuple[float, float]]]
-
 
 def refine_prompts(
     policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable, seed: int
@@ -65,8 +62,8 @@ def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[T
 
 def refinement_table(
     policy: Policy, judge: str, rounds: int = 3, samples: int = 4, seed: int = 1234
-) -> Truths:
-    """Truth by the number of pictures drawn, 1..rounds + 1.
+) -> dict[str, list]:
+    """name -> (mean, standard error) of truth by the number of pictures drawn, 1..rounds + 1.
 
     `refine, always|self|judge|oracle`: sample.refine with each way of selecting. `best,
     judge|oracle`: of as many pictures drawn anew, the one that the judge prefers, or any that is
@@ -87,7 +84,7 @@ def refinement_table(
         table[f"refine, {select}"] = [share(truth(each.kept)) for each in done]
     table["best, judge"] = []
     table["best, oracle"] = []
-    draw = plain_draw(policy.config.scale, (SAMPLING[policy.config.scale]["size"],) * 2)
+    draw = plain_draw(policy.config.scale, (shapes.SIZE, shapes.SIZE))
     right = []
     score = []
     for step in range(rounds + 1):
@@ -102,7 +99,7 @@ def refinement_table(
     return table
 
 
-def print_refinement(table: Truths) -> str:
+def print_refinement(table: dict[str, list]) -> str:
     """The table in markdown, a row per number of pictures drawn."""
     rows = []
     for n, cells in enumerate(zip(*table.values()), 1):
