@@ -20,8 +20,8 @@ from referees.geneval import geneval_check
 from sample import SAMPLING, TOY, Read, images_of, plain_draw, sample_plan
 from studies.tables import write_json
 from support.checkpoint import load_policy
-from support.disk import fingerprint, read_json, replacing, write_atomic
-from support.pictures import to_bytes
+from support.disk import fingerprint, read_json, write_atomic
+from support.pictures import save_grid
 from support.rows import Metadata, check_rules, read_prompts
 from support.terminal import Arguments, number, the_device
 from toy.world import detect
@@ -43,9 +43,8 @@ def draw_pictures(
         rollout = sample_plan(policy, [Read([row["prompt"]]), draw], seed=0, step=0, prompts=[i],
                               G=samples, guidance=guidance)
         write_atomic(paths[0].parents[1] / "metadata.jsonl", json.dumps(row).encode())
-        for path, image in zip(paths, to_bytes(images_of(policy, rollout))):
-            with replacing(path) as file:
-                Image.fromarray(image).save(file, format="png")
+        for path, image in zip(paths, images_of(policy, rollout)):
+            save_grid(image[None], path, columns=1)
 
 
 def paths_of(out: Path, row: int, samples: int) -> list[Path]:
