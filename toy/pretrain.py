@@ -41,13 +41,19 @@ from toy.tiny import build_captioner, build_judge, build_siglip
 from toy.world import any_prompt, render_pixels
 
 WRONG_CAPTIONS = {tag: 0.5 for tag in shapes.TAGS} | {"position": 0.25, "color_attr": 0.4}
-WRONG_THOUGHTS, WRONG_COUNTS, WRONG_SEEN, WRONG_EDITS, WRONG_REFLECTIONS = 0.5, 0.65, 0.3, 0.4, 0.4
+WRONG_THOUGHTS = 0.5
+WRONG_COUNTS = 0.65
+WRONG_SEEN = 0.3                        # captions of a picture that is given
+WRONG_EDITS = 0.4
+WRONG_REFLECTIONS = 0.4
 MISCOUNT = 0.8
 BROKEN_TAGS = {"count": 0.8, "relation": 0.7, "exists": 0.4, "color": 0.3, "shape": 0.3}
 # Share of the questions that have options, by scale; what a letter stands for is learned late.
 OPTIONS = {"toy": 0.4, "toy_janus": 0.7}
 LOOKS = (shapes.LOOK_AGAIN, "this is wrong , look again")
-SIZE, TEXTS, BATCH = (32, 32), 4, 64    # pixels; texts about each scene; captions a step
+SIZE = (32, 32)                         # pixels
+TEXTS = 4                               # about each scene
+BATCH = 64                              # captions a step
 EVEN = (1, 1, 1, 1, 1, 1)               # how often captions of each of TAGS are taken
 BOUND = (1, 1, 1, 1, 6, 3)              # the last two are learned only if they are common
 # Steps, learning rate, seed, scenes asked about a step (0: nothing but pictures of captions), tags.
@@ -132,9 +138,9 @@ def train_autoencoder(autoencoder):
 
     Loss: MSE + 0.1 L1 + 5e-4 KL; the latent is disturbed by a quarter of its size so that decoding
     forgives a policy's errors."""
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     # Held-out pairs too: it knows no words, and no policy could be blamed for what it cannot draw.
-    pool = render_both_splits(6000, rng)
+    pool = render_both_splits(6000, np.random.default_rng(0))
 
     def losses_of():
         x = pool[torch.randint(len(pool), (48,), generator=generator)]
@@ -182,7 +188,8 @@ class Corpus:
 
     def __init__(self, policy: Policy, seed: int = 1, pictures: int = 18000, thoughts: int = 6000,
                  scenes: int = 16000, edits: int = 10000, miscount: float = 0.0):
-        rng, by_tag = np.random.default_rng(seed), shapes.prompts_by_tag("train")
+        rng = np.random.default_rng(seed)
+        by_tag = shapes.prompts_by_tag("train")
 
         def draw_prompts(n):
             rounds = range(n // len(by_tag))
@@ -199,10 +206,12 @@ class Corpus:
         drawn = scenes_of(meant, rng)
         self.thoughts = Lesson(policy, [m["prompt"] for m in riddles], written, drawn)
 
-        shown, asked = [], []                                   # TEXTS pairs for each scene
+        shown = []
+        asked = []                                              # TEXTS pairs for each scene
         share = OPTIONS[policy.config.scale]
         for m in draw_prompts(scenes // 2):
-            drawn, other = shapes.sample_scene(m, rng), shapes.random_scene(rng)
+            drawn = shapes.sample_scene(m, rng)
+            other = shapes.random_scene(rng)
             shown += [drawn, other]
             asked.append((shapes.CAPTION, caption_of(m, rng, miscount)))
             asked += [question_and_answer(drawn, rng, share) for _ in range(TEXTS - 1)]
@@ -258,11 +267,13 @@ def question_and_answer(scene, rng, share) -> tuple[str, str]:
     answer = question.answer
     if question.kind == "count" and rng.random() < WRONG_COUNTS:
         answer = shapes.wrong_answer(question)
-    text, written = question.text, answer
+    text = question.text
+    written = answer
     if rng.random() < share:
         choice = shapes.make_choice(question, rng)
         answer = answer if answer in choice.options else question.answer
-        text, written = choice.text, shapes.LETTERS[choice.options.index(answer)]
+        text = choice.text
+        written = shapes.LETTERS[choice.options.index(answer)]
     if rng.random() < 0.5:
         return text, written
     thought = shapes.statement(question, answer)
@@ -279,7 +290,8 @@ def edit_of(rng) -> shapes.Edit:
     while True:
         scene = shapes.random_scene(rng)
         try:
-            edit, other = shapes.make_edit(scene, rng), shapes.make_edit(scene, rng)
+            edit = shapes.make_edit(scene, rng)
+            other = shapes.make_edit(scene, rng)
         except ValueError:              # nothing in it can be named or added
             continue
         return edit._replace(target=other.target) if rng.random() < WRONG_EDITS else edit
@@ -398,7 +410,9 @@ class Imitation:
     It has the run's optimiser, learning rates and clip."""
 
     def __init__(self, policy: Policy, seed: int, grad_clip: float):
-        self.policy, self.seed, self.grad_clip = policy, seed, grad_clip
+        self.policy = policy
+        self.seed = seed
+        self.grad_clip = grad_clip
         self.corpus = Corpus(policy)
 
     def step(self, step: int, optimizer) -> dict:
@@ -526,14 +540,16 @@ def answer_to(question, rng, right):
 def ask_answer(rng) -> Asked:
     """Is this the answer to a question?"""
     scene = any_scene(rng)
-    question, right = shapes.make_question(scene, rng, training=False), rng.random() < 0.5
+    question = shapes.make_question(scene, rng, training=False)
+    right = rng.random() < 0.5
     answer = answer_to(question, rng, right)
     return Asked(scene, f"{question.text} is the answer {answer} ?", yes_or_no(right))
 
 
 def ask_fact(rng) -> Asked:
     """Is one fact true: an object, a number, a colour or a relation?"""
-    scene, right = any_scene(rng), rng.random() < 0.5
+    scene = any_scene(rng)
+    right = rng.random() < 0.5
     kinds = [kind for kind in shapes.question_kinds(scene) if kind != "shape"]
     question = shapes.make_question(scene, rng, shapes.pick(rng, kinds), training=False)
     if question.kind == "exists" and rng.random() < 0.5:
@@ -553,7 +569,8 @@ def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
     A third each is about prompts, answers, and single facts or the picture's quality, answered by
     yes and no. Of every four, one more is a plain question with its answer: no reward asks it, but
     it teaches the others."""
-    images, asked = [], []
+    images = []
+    asked = []
     for i in range(batch):
         spoiled = None
         if i % 4 == 3:
@@ -561,7 +578,8 @@ def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
             question = shapes.make_question(scene, rng, training=False)
             one = Asked(scene, question.text, question.answer)
         elif i % 12 == 2:
-            scene, spoiled = any_scene(rng), shapes.pick(rng, (None, *QUALITY))
+            scene = any_scene(rng)
+            spoiled = shapes.pick(rng, (None, *QUALITY))
             what = shapes.pick(rng, QUALITY)
             one = Asked(scene, QUALITY[what], yes_or_no(spoiled != what))
         else:
@@ -611,7 +629,8 @@ def make_referees(folder):
         build(folder / name, (*shapes.VOCABULARY, *words))
         referee = load(str(folder / name))
         readout = Readout(pooled=name == "siglip")
-        model, rng = referee.model, np.random.default_rng(rows_seed)
+        model = referee.model
+        rng = np.random.default_rng(rows_seed)
         xavier(model)
         model.train().requires_grad_(True)
         optimizer = adamw([*model.parameters(), *readout.parameters()], lr)

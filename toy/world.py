@@ -17,7 +17,11 @@ from support.rows import Metadata, Pool, Row, prompt_row
 from toy import shapes
 
 KINDS = ("count", "color", "shape", "exists", "relation")       # of questions
-PROMPTS_PER_TAG, THOUGHTS, QUESTIONS, EDITS = 32, 96, 1000, 200         # rows of an evaluation
+# Rows of an evaluation.
+PROMPTS_PER_TAG = 32
+THOUGHTS = 96
+QUESTIONS = 1000
+EDITS = 200
 VALIDATION = 1000  # added to the seed of rows that are drawn, for the validation split
 
 
