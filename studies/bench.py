@@ -121,9 +121,9 @@ def random_release(cfg: Config, ranks: Ranks) -> Policy:
     return policy
 
 
-def clock(run: train.Run, what: str, function: Callable, *args):
+def clock(what: str, function: Callable, *args):
     """Call a function twice, since the first call may build something; print seconds and peak."""
-    cuda = run.ranks.device.type == "cuda"
+    cuda = torch.cuda.is_available()
     for call in ("first", "again"):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -170,19 +170,19 @@ def acting(run: train.Run) -> None:
         x = policy.encode(torch.zeros(N, 3, *size))
         with torch.no_grad(), precision(run.cfg, device):
             _, context = clock(
-                run, f"read {N} x {W} tokens", policy.append_text, policy.empty(N), tokens)
-            clock(run, f"write {N} x {W} tokens", policy.sample_text, context, uniforms)
-            clock(run, f"denoise {N} images", policy.velocity, context, x, 0.7, size)
+                f"read {N} x {W} tokens", policy.append_text, policy.empty(N), tokens)
+            clock(f"write {N} x {W} tokens", policy.sample_text, context, uniforms)
+            clock(f"denoise {N} images", policy.velocity, context, x, 0.7, size)
 
 
 def step(run: train.Run) -> None:
     """The phases of a step, and the peak that support.memory computes for the worst."""
     (batch,) = run.source.batches(0, run.ranks)
-    rollout = clock(run, "act", train.act, run, batch)
-    parts = [clock(run, "reward", train.reward, run, batch, rollout)]
+    rollout = clock("act", train.act, run, batch)
+    parts = [clock("reward", train.reward, run, batch, rollout)]
     train.compare(parts, run.cfg, run.ranks)
-    clock(run, "self-check", train.self_check, run, parts)
-    clock(run, "improve", train.improve, run, parts)
+    clock("self-check", train.self_check, run, parts)
+    clock("improve", train.improve, run, parts)
     need = memory(run.policy, run.cfg, 1, in_use(run.cfg))
     print(f"| improve, computed | {peak(need):.1f} GB |")
 
