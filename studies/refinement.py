@@ -39,14 +39,16 @@ def refine_prompts(
         system=wording.system_prompt)
 
 
-def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[Tensor], Tensor]:
+def value_of(policy: Policy, select: str, prompts: list[str]) -> Callable[[Tensor], Tensor]:
     """What pictures (N, 3, H, W) of the prompts are worth, (N,): for "oracle" 1 if the toy's exact
-    detector finds what is asked, else the judge's yes to "is this <prompt> ?".
+    detector finds what is asked, else the yes of the judge of the policy's scale to "is this
+    <prompt> ?".
 
     Errors: ValueError for a prompt that is not the toy's.
     """
     if select != "oracle":
-        knowledge = Knowledge(load_judge(judge, device=device))
+        judge = SAMPLING[policy.config.scale]["judge"]
+        knowledge = Knowledge(load_judge(judge, device=policy.device))
         rows = [{}] * len(prompts)
         return lambda images: knowledge(Samples(prompts, rows, images=images)).cpu()
     known = {m["prompt"]: m for split in shapes.SPLITS for m in shapes.prompts(split)}
@@ -61,7 +63,7 @@ def value_of(select: str, prompts: list[str], judge: str, device) -> Callable[[T
 
 
 def refinement_table(
-    policy: Policy, judge: str, rounds: int = 3, samples: int = 4, seed: int = 1234
+    policy: Policy, rounds: int, samples: int = 4, seed: int = 1234
 ) -> dict[str, list]:
     """name -> (mean, standard error) of truth by the number of pictures drawn, 1..rounds + 1.
 
@@ -71,8 +73,8 @@ def refinement_table(
     prompt.
     """
     prompts = [row.text for row in TASKS["draw"].held_out("test") for _ in range(samples)]
-    truth = value_of("oracle", prompts, judge, policy.device)
-    judged = value_of("judge", prompts, judge, policy.device)
+    truth = value_of(policy, "oracle", prompts)
+    judged = value_of(policy, "judge", prompts)
 
     def share(right: Tensor) -> tuple[float, float]:
         return mean_and_error(mean_of_groups(right, samples))
@@ -134,15 +136,14 @@ def run(a) -> str:
     policy = load_policy(a.policy, device=the_device())
     scale = SAMPLING[policy.config.scale]
     out = a.out or Path("refine.png" if a.prompt else "refine.json")
-    judge = scale["judge"]
     if not a.prompt:
         if not policy.config.scale.startswith("toy"):
             raise ValueError("the table is of the toy's held-out prompts; give a prompt")
-        table = refinement_table(policy, judge, a.rounds, seed=a.seed)
+        table = refinement_table(policy, a.rounds, seed=a.seed)
         write_json(out, dict(policy=a.policy, seed=a.seed, table=table))
         return f"{print_refinement(table)}\nwritten to {out}"
     prompts = [a.prompt] * a.n
-    value = value_of(a.select, prompts, judge, policy.device)
+    value = value_of(policy, a.select, prompts)
     rounds = refine_prompts(policy, prompts, a.rounds, a.select, value, a.seed)
     images = torch.stack([each.drawn for each in rounds], dim=1).flatten(0, 1)  # sample-major
     save_grid(images, out, columns=len(rounds), zoom=scale["zoom"])

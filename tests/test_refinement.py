@@ -16,7 +16,7 @@ import flow_grpo
 import train
 from rewards import Samples
 from grpo import group_advantage
-from sample import TOY, Draw, Picture, Rollout, Text, Write, refine
+from sample import Draw, Picture, Rollout, Text, Write, refine
 from studies import refinement
 from support.rows import prompt_row
 from tasks import (
@@ -227,7 +227,7 @@ def test_the_oracle_leaves_what_is_right_and_replaces_what_is_wrong(policy):
 
 def test_refinement_is_compared_with_drawing_as_many_pictures(policy, monkeypatch):
     monkeypatch.setattr(world, "PROMPTS_PER_TAG", 1)
-    table = refinement.refinement_table(policy, str(TOY.parent / "judge"), rounds=1, samples=2)
+    table = refinement.refinement_table(policy, rounds=1, samples=2)
     ways = [f"refine, {select}" for select in ("always", "self", "judge", "oracle")]
     assert list(table) == [*ways, "best, judge", "best, oracle"]
     for way in ways:
