@@ -332,7 +332,7 @@ def captions_by_text() -> dict[str, dict]:
 def implicit_prompts(split: str) -> list[dict]:
     """Prompts that need knowledge ("as many circles as a triangle has sides").
 
-    They have the keys "implicit" and "thought". Each fact meets two shapes in train and the third
+    They have the key "thought". Each fact meets two shapes in train and the third
     in eval; HELD_OUT pairs go to eval. The thought is "<think> a triangle has three sides </think>
     three circles": it ends in the explicit prompt."""
     wanted = split == "eval"
@@ -348,8 +348,7 @@ def implicit_prompts(split: str) -> list[dict]:
                 metadata = build("colors", [new_clause(shape, color=value)])
                 riddle = f"a {shape} in the color of {owner}"
             if ((i + i // 3 + j) % 3 == 0 or "held_out" in metadata) == wanted:
-                thought = f"<think> {fact} </think> {metadata['prompt']}"
-                metadata.update(implicit=True, thought=thought)
+                metadata["thought"] = f"<think> {fact} </think> {metadata['prompt']}"
                 out += [metadata | {"prompt": prefix + riddle} for prefix in PREFIXES]
     return out
 
