@@ -268,9 +268,10 @@ def values_of_log(path: Path) -> dict:
     near = []
     for at in values["steps"]:
         near.append([row for row in steps if at - 5 <= row["step"] < at] or steps[:5])
-    everywhere = set.intersection(*map(set, steps)) if steps else set()
-    for key in everywhere - values.keys():
-        values[key] = [float(np.mean([row[key] for row in some])) for some in near]
+    if steps:
+        everywhere = set.intersection(*map(set, steps))
+        for key in everywhere - values.keys():
+            values[key] = [float(np.mean([row[key] for row in some])) for some in near]
     for key in [key.removesuffix("/0") for key in values if key.endswith("/0")]:
         values[f"{key}/uneven"] = unevenness(values, key)
     return values

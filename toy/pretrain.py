@@ -319,7 +319,8 @@ def flow_loss(policy, context, data, generator):
     t = t + 1.2 * (torch.rand(len(data), generator=generator) < 0.5)
     t = torch.sigmoid(t).to(data.device)
     noise = torch.randn(data.shape, generator=generator).to(data.device)
-    x = (1 - t[:, None, None]) * data + t[:, None, None] * noise
+    share = t[:, None, None]                                    # of the noise
+    x = (1 - share) * data + share * noise
     return F.mse_loss(policy.velocity(context, x, t, SIZE), noise - data)
 
 

@@ -151,7 +151,9 @@ def held_out_questions(split: str, seed: int = 7, choice: bool = False) -> list[
     Half as many of unseen pairs, and, choice=True, of questions with lettered options."""
     unseen = split == "unseen"
     rows = []
-    rng = np.random.default_rng(seed + VALIDATION if split == "validation" else seed)
+    if split == "validation":
+        seed += VALIDATION
+    rng = np.random.default_rng(seed)
     wanted = QUESTIONS // 2 if unseen or choice else QUESTIONS
     while len(rows) < wanted:
         kind = KINDS[len(rows) % len(KINDS)]
