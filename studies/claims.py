@@ -154,12 +154,12 @@ def commands(arm: str, seed: int) -> list[list[str]]:
     folder = folder_of(arm, seed)
 
     def policy_of(found) -> str:
-        return str(folder_of(found[1], seed) / "policy")
+        return f"{folder_of(found[1], seed)}/policy"
 
     flags = [POLICY_OF.sub(policy_of, flag) for flag in flags_of(arm)]
     program, *rest = flags
-    policy = str(folder / "policy")
-    table = str(folder / "table.json")
+    policy = f"{folder}/policy"
+    table = f"{folder}/table.json"
     if program in PROGRAMS:
         return [[*PROGRAMS[program].split(), "--policy", *rest, "--out", table]]
     if program == "merge":
@@ -271,7 +271,7 @@ def values_of_log(path: Path) -> dict:
     if steps:
         everywhere = set.intersection(*map(set, steps))
         for key in everywhere - values.keys():
-            values[key] = [float(np.mean([row[key] for row in some])) for some in near]
+            values[key] = [np.mean([row[key] for row in some]) for some in near]
     for key in [key.removesuffix("/0") for key in values if key.endswith("/0")]:
         values[f"{key}/uneven"] = unevenness(values, key)
     return values
@@ -321,7 +321,7 @@ def values_when_equal(one: dict, other: dict, key: str, by: str) -> tuple[float,
     def when_reached(run: dict) -> float:
         place = next(i for i, x in enumerate(run[by]) if x >= level)
         line = slice(max(place - 1, 0), place + 1)
-        return float(np.interp(level, run[by][line], run[key][line]))
+        return np.interp(level, run[by][line], run[key][line])
 
     return when_reached(one), when_reached(other)
 
@@ -339,7 +339,7 @@ def compare(arms: dict[str, dict], text: str) -> dict:
         if c.by:
             a, b = values_when_equal(one, other, c.key_a, c.by)
         differences.append(round(a - b, 4))
-    mean = round(float(np.mean(differences)), 4)
+    mean = round(np.mean(differences), 4)
     interval = [round(x, 4) for x in t_interval(differences, T95)]
     return dict(comparison=text, differences=differences, mean=mean, interval=interval)
 
