@@ -627,8 +627,9 @@ def make_referees(folder):
             (6, "siglip", build_siglip, (), load_siglip, siglip_losses, 3, 6000, 1e-3),
             (7, "judge", build_judge, JUDGE_WORDS, load_judge, judge_losses, 4, 16000, 8e-4)):
         torch.manual_seed(seed)
-        build(folder / name, (*shapes.VOCABULARY, *words))
-        referee = load(str(folder / name))
+        place = folder / name
+        build(place, (*shapes.VOCABULARY, *words))
+        referee = load(str(place))
         readout = Readout(pooled=name == "siglip")
         model = referee.model
         rng = np.random.default_rng(rows_seed)
@@ -636,7 +637,7 @@ def make_referees(folder):
         model.train().requires_grad_(True)
         optimizer = adamw([*model.parameters(), *readout.parameters()], lr)
         fit(name, partial(losses_of, referee, readout, pool, rng), optimizer, steps)
-        model.save_pretrained(folder / name)
+        model.save_pretrained(place)
 
 
 def train_base(policy, rounds):

@@ -244,12 +244,12 @@ def right_diagnoses(rows, samples, detections, G) -> dict:
 
 def right_thoughts(rows, samples, detections, G) -> dict:
     thoughts = zip(samples.texts[::G], rows)
-    return {"thought": [float(text == row.metadata["thought"]) for text, row in thoughts]}
+    return {"thought": [text == row.metadata["thought"] for text, row in thoughts]}
 
 
 def format_kept(name: str):
     def also(rows, samples, detections, G) -> dict:
-        return {name: think_format(samples)[::G].tolist()}
+        return {name: think_format(samples)[::G]}
 
     return also
 
