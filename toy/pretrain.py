@@ -564,7 +564,7 @@ def ask_fact(rng) -> Asked:
     return Asked(scene, f"{verb} {subject} {rest} ?", yes_or_no(right))
 
 
-def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
+def judge_batch(rng, pool) -> tuple[torch.Tensor, list[Asked]]:
     """(images, what is asked about them).
 
     A third each is about prompts, answers, and single facts or the picture's quality, answered by
@@ -572,7 +572,7 @@ def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
     it teaches the others."""
     images = []
     asked = []
-    for i in range(batch):
+    for i in range(BATCH):
         spoiled = None
         if i % 4 == 3:
             scene = any_scene(rng)
@@ -594,7 +594,7 @@ def judge_batch(rng, batch, pool) -> tuple[torch.Tensor, list[Asked]]:
 
 def judge_losses(judge, readout, pool, rng):
     """Cross-entropy on the first token of the answer."""
-    images, asked = judge_batch(rng, BATCH, pool)
+    images, asked = judge_batch(rng, pool)
     logits = judge.next_logits(judge.features(images), [a.question for a in asked])
     right = torch.tensor(judge.tokenizer.convert_tokens_to_ids([a.answer for a in asked]))
     tower = judge.model.model.vision_tower(pixel_values=judge.pixels(images))
