@@ -579,8 +579,8 @@ def describe(scene: Scene) -> str:
 def make_edit(scene: Scene, rng) -> Edit:
     """An edit of one object: another colour ("make the circle red"), removed or added.
 
-    The verb is the metadata's tag. A named shape is unique; no HELD_OUT pair is made. ValueError if nothing can be named or
-    added."""
+    The verb is the metadata's tag. A named shape is unique; no HELD_OUT pair is made. ValueError if
+    nothing can be named or added."""
     edits = {}
     for o in unique(scene, "shape"):
         others = tuple(p for p in scene if p != o)
@@ -770,7 +770,9 @@ def detect(images: np.ndarray) -> list[list[dict]]:
     miss = np.sqrt([mean(((hue - color) ** 2).sum(1)) for color in palette])  # (6, D)
     best = np.sort(fit, 0)[::-1]
     near = np.sort(miss, 0)
-    tip = 0.1 * (fit.argmax(0) == SHAPES.index("triangle"))         # what pixels cost a triangle
+    shapes = fit.argmax(0)                                          # (D,) places in SHAPES
+    colors = miss.argmin(0)                                         # (D,) places in COLORS
+    tip = 0.1 * (shapes == SHAPES.index("triangle"))                # what pixels cost a triangle
     score = 1.0
     for value, none, full in (                  # a value scores 0 up to `none`, 1 from `full` on
             (best[0] + tip, 0.73, 0.86), (best[0] - best[1], 0.0, 0.07), (near[0], 0.35, 0.2),
@@ -782,10 +784,10 @@ def detect(images: np.ndarray) -> list[list[dict]]:
     np.minimum.at(box, owner, np.stack([x, y, -1 - x, -1 - y], 1))
     box *= [1, 1, -1, -1]                                           # (D, 4)
     found = [[] for _ in images]
-    colors = list(COLORS)
+    names = list(COLORS)
     for d in np.argsort(-score, kind="stable")[:(score > 0).sum()]:
-        found[image[d]].append({"class": SHAPES[fit[:, d].argmax()], "box": box[d].tolist(),
-                                "score": float(score[d]), "color": colors[miss[:, d].argmin()]})
+        found[image[d]].append({"class": SHAPES[shapes[d]], "box": box[d].tolist(),
+                                "score": float(score[d]), "color": names[colors[d]]})
     return found
 
 
