@@ -28,7 +28,8 @@ class one_line_error(AbstractContextManager):
     """
 
     def __init__(self, what: str, kinds: tuple[type, ...] = LIBRARY_ERRORS):
-        self.what, self.kinds = what, kinds
+        self.what = what
+        self.kinds = kinds
 
     def __exit__(self, kind, error, trace):
         expected = kind is Exception or isinstance(error, self.kinds)

@@ -127,8 +127,9 @@ def build_tokenizer():
         additional_special_tokens=list(MARKERS), clean_up_tokenization_spaces=False)
 
 
-def render_both_splits(n, rng):
+def render_both_splits(n):
     """Pixels of n random scenes of each split, in turns."""
+    rng = np.random.default_rng(0)
     return render_pixels(
         [shapes.random_scene(rng, split) for _ in range(n) for split in shapes.SPLITS])
 
@@ -140,7 +141,7 @@ def train_autoencoder(autoencoder):
     forgives a policy's errors."""
     generator = torch.Generator().manual_seed(0)
     # Held-out pairs too: it knows no words, and no policy could be blamed for what it cannot draw.
-    pool = render_both_splits(6000, np.random.default_rng(0))
+    pool = render_both_splits(6000)
 
     def losses_of():
         x = pool[torch.randint(len(pool), (48,), generator=generator)]
@@ -158,7 +159,7 @@ def train_autoencoder(autoencoder):
 
 def latent_statistics(policy):
     """Set the config's scale and shift, 1 and 0 so far, so that latents are unit normal."""
-    z = encode(policy, render_both_splits(1000, np.random.default_rng(0)))
+    z = encode(policy, render_both_splits(1000))
     policy.config.ae.update(scale_factor=1 / z.std().item(), shift_factor=z.mean().item())
 
 

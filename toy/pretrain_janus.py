@@ -44,9 +44,12 @@ VISION = dict(
 VQ = dict(
     base_channels=32, channel_multiplier=[1, 1, 1, 1], num_res_blocks=0, latent_channels=32,
     embed_dim=8, num_embeddings=2048, projection_dim=128, image_token_embed_dim=128)
-PLAIN_STEPS, VQ_STEPS, PICTURES = 3000, 7000, 16        # steps before and with codes, pictures each
+PLAIN_STEPS = 3000                      # of the VQ autoencoder, before there are codes
+VQ_STEPS = 7000                         # with codes
+PICTURES = 16                           # of each of these steps
 IDLE = 100                              # steps after which an unused code is drawn anew
-VISION_STEPS, SCENES = 1200, 12000      # of the vision encoder
+VISION_STEPS = 1200
+SCENES = 12000                          # that the vision encoder sees
 # As toy.pretrain.ROUNDS.
 ROUNDS = ((1400, 2e-3, 2, 20, EVEN), (900, 1.5e-3, 3, 20, EVEN), (1200, 1e-3, 4, 20, BOUND))
 
@@ -108,8 +111,8 @@ def train_vq(vqmodel):
     Loss: MSE + 0.1 L1, and with codes (code - vector)^2, of which the vector learns a quarter. The
     plain one's vectors are disturbed, so that decoding forgives the step to a code; k-means of
     them makes the codes. Gradients pass a code as if it were its vector."""
-    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    pool = render_both_splits(6000, rng)
+    generator = torch.Generator().manual_seed(0)
+    pool = render_both_splits(6000)
     vqmodel = vqmodel.train().to(memory_format=torch.channels_last)
     book = vqmodel.quantize.embedding.weight                    # (C, E)
     idle = torch.zeros(len(book))                               # (C,) steps without a use
@@ -166,9 +169,11 @@ def train_vq(vqmodel):
 def train_vision(tower):
     """Teach the vision encoder to name the object of each quadrant of scenes of both splits."""
     torch.manual_seed(0)
-    readout, rng = Readout(pooled=False), np.random.default_rng(0)
+    readout = Readout(pooled=False)
+    rng = np.random.default_rng(0)
     scenes = [any_scene(rng) for _ in range(SCENES)]
-    pixels, generator = render_pixels(scenes), torch.Generator().manual_seed(0)
+    pixels = render_pixels(scenes)
+    generator = torch.Generator().manual_seed(0)
 
     def losses_of():
         i = torch.randint(SCENES, (BATCH,), generator=generator)
