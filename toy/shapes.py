@@ -21,7 +21,7 @@ All sampling takes a np.random.Generator.
 import functools
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations, product
 from typing import NamedTuple
 
@@ -115,10 +115,10 @@ Things = tuple[Thing, ...]
 # ---- pictures ----
 
 
-def depth(shape: str, x: np.ndarray, y: np.ndarray, r: float | np.ndarray) -> np.ndarray:
+def depth(shape: str, x, y, r):
     """Signed distance to a shape's edge, positive inside, at (x, y) from its centre; y points down.
 
-    r is half the side of the box that the shape fills."""
+    r is half the side of the box that the shape fills. x, y and r are numbers or arrays."""
     if shape == "circle":
         return r - np.sqrt(x * x + y * y)
     if shape == "square":
@@ -225,7 +225,8 @@ def unique(scene: Scene, attribute: str) -> list[Object]:
     return [o for o in scene if values.count(getattr(o, attribute)) == 1]
 
 
-def empty_cells(scene: Sequence[Object]) -> list[tuple[int, int]]:
+def empty_cells(scene) -> list:
+    """The (row, col) of the quadrants without an object."""
     taken = [(o.row, o.col) for o in scene]
     return [cell for cell in CELLS if cell not in taken]
 
@@ -271,7 +272,7 @@ def build(tag: str, include: list[dict], prefix: str = "") -> dict:
     return metadata
 
 
-def compositions() -> Iterator[tuple[str, Iterable]]:
+def compositions() -> Iterator:
     """(tag, ways) of every meaning; `ways` are the include clauses of each order of saying it."""
     pairs = list(combinations(SHAPES, 2))
     for shape in SHAPES:
@@ -498,7 +499,7 @@ def make_question(scene: Scene, rng, kind: str = "", training: bool = True) -> Q
     return Question(kind, f"is the {a.shape} {relation} the {b.shape} ?", answer, about)
 
 
-def near_misses(pairs: list[tuple[str, str]], training: bool) -> list[tuple[str, str]]:
+def near_misses(pairs: list, training: bool) -> list:
     """Absent (color, shape) pairs that share a word with a present one, so both words count."""
     words = set(sum(pairs, ()))
     barred = [*pairs, *(HELD_OUT if training else ())]
@@ -702,7 +703,7 @@ def make_reflection(metadata: dict, scene: Scene, rng) -> tuple[str, Scene]:
 # ---- the detector ----
 
 
-def components(mask: np.ndarray) -> np.ndarray:
+def components(mask):
     """Connected components (4 neighbours) of each image of a bool (N, H, W) mask.
 
     Returns a label per True pixel, in np.nonzero order. Every pixel takes the largest number among
@@ -718,10 +719,11 @@ def components(mask: np.ndarray) -> np.ndarray:
     return np.unique(number[padded], return_inverse=True)[1]
 
 
-def overlap(shape: str, x: np.ndarray, y: np.ndarray, area: np.ndarray, owner: np.ndarray):
+def overlap(shape: str, x, y, area, owner):
     """IoU of each component with the smooth-edged shape of its area and centroid.
 
-    x, y are each pixel's offset from its centroid."""
+    x, y, owner are arrays over pixels: the offset from the centroid, and the component; area is one
+    over components."""
     unit_area = {"circle": np.pi, "square": 4.0, "triangle": 2.0}[shape]
     r = np.sqrt(area / unit_area)[owner]
     below = r / 3 if shape == "triangle" else 0         # a triangle's centroid is below its centre

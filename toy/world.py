@@ -1,7 +1,8 @@
 """The toy world as tasks ask it: rows drawn from seeds, held-out rows, what is true of a sample.
 
 Legend: B rows, G samples of each, N = B*G prompt-major. Pixels that the policy reads are in
-[-1, 1], images that rewards read in [0, 1]. Detections are None if there is no detector.
+[-1, 1], images that rewards read in [0, 1]. Detections are None if there is no detector. Every rng
+is a np.random.Generator.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,8 @@ def render_pixels(scenes: list[shapes.Scene]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def toy_rows(make: Callable[[np.random.Generator], Row]) -> Pool:
-    """Rows of the toy world, each made from (key, number of the row) by itself."""
+def toy_rows(make: Callable) -> Pool:
+    """Rows of the toy world, each by make(rng) from (key, number of the row) alone."""
 
     def draw(key, count, mine):
         return [make(np.random.default_rng((*key, i))) for i in mine]
@@ -50,12 +51,12 @@ def question_row(scene: shapes.Scene, question: shapes.Question) -> Row:
         question.answer, question.options)
 
 
-def open_question(rng: np.random.Generator) -> Row:
+def open_question(rng) -> Row:
     scene = shapes.random_scene(rng)
     return question_row(scene, shapes.make_question(scene, rng))
 
 
-def choice_question(rng: np.random.Generator) -> Row:
+def choice_question(rng) -> Row:
     scene = shapes.random_scene(rng)
     return question_row(scene, shapes.make_choice(shapes.make_question(scene, rng), rng))
 
@@ -73,7 +74,7 @@ def edit_row(edit: shapes.Edit) -> Row:
         wanted=shapes.describe(edit.target))
 
 
-def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
+def toy_edit(rng, split: str = "train") -> Row:
     while True:
         scene = shapes.random_scene(rng, split)
         if shapes.shows_held_out(scene):
@@ -84,12 +85,12 @@ def toy_edit(rng: np.random.Generator, split: str = "train") -> Row:
             continue
 
 
-def any_prompt(rng: np.random.Generator, by_tag: dict) -> Metadata:
+def any_prompt(rng, by_tag: dict) -> Metadata:
     """A prompt of a random tag; all tags are equally likely."""
     return shapes.pick(rng, by_tag[shapes.pick(rng, by_tag)])
 
 
-def toy_pair(rng: np.random.Generator) -> tuple[Row, Row]:
+def toy_pair(rng) -> tuple[Row, Row]:
     """A prompt with a real picture of it, and a question about that picture, open or with options.
     """
     metadata = any_prompt(rng, shapes.prompts_by_tag("train"))
