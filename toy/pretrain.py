@@ -56,7 +56,7 @@ TEXTS = 4                               # about each scene
 BATCH = 64                              # captions a step
 EVEN = (1, 1, 1, 1, 1, 1)               # how often captions of each of TAGS are taken
 BOUND = (1, 1, 1, 1, 6, 3)              # the last two are learned only if they are common
-# Steps, learning rate, seed, scenes asked about a step (0: nothing but pictures of captions), tags.
+# Steps, learning rate, seed, scenes asked about a step, tags; see base_loss.
 ROUNDS = ((2400, 2e-3, 2, 16, EVEN), (2200, 1.5e-3, 3, 20, EVEN), (1000, 1e-3, 4, 20, BOUND),
           (500, 1e-3, 5, 0, BOUND), (400, 7e-4, 6, 20, BOUND))
 CONFIG = PolicyConfig(
@@ -335,7 +335,8 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
     """One step's losses by name.
 
     Each caption is read once for two or three times t, each picture once for all its texts.
-    scenes=0: pictures of captions alone. tags: how often captions of each of shapes.TAGS are taken.
+    scenes=0: pictures of captions alone. tags: how often captions of each of shapes.TAGS are taken;
+    (): questions alone.
     """
     losses = {}
 
@@ -370,14 +371,17 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
             data = lesson.draw[i].repeat_interleave(draws, 0)
             losses[picture] = flow_loss(policy, context.repeat(draws), data, generator)
 
-    learn(corpus.captions, BATCH, picture="picture", draws=2 if scenes else 3, tags=tags)
-    if policy.reads_blanks:
+    if tags:
+        learn(corpus.captions, BATCH, picture="picture", draws=2 if scenes else 3, tags=tags)
+    if tags and policy.reads_blanks:
         learn(corpus.captions, BATCH // 10, picture="unprompted", prompted=False)
         losses["unprompted"] *= 0.1
-    if scenes:
+    if scenes and tags:
         learn(corpus.thoughts, BATCH // 3, "thought", "thought_picture")
         losses["thought_picture"] *= 0.5
+    if scenes:
         learn(corpus.questions, scenes, "answer")
+    if scenes and tags:
         if corpus.edits:
             learn(corpus.edits, 20, picture="edit")
         learn(corpus.reflections, 20, "reflection", "repair")

@@ -50,8 +50,9 @@ PICTURES = 16                           # of each of these steps
 IDLE = 100                              # steps after which an unused code is drawn anew
 VISION_STEPS = 1200
 SCENES = 12000                          # that the vision encoder sees
-# As toy.pretrain.ROUNDS.
-ROUNDS = ((1400, 2e-3, 2, 20, EVEN), (900, 1.5e-3, 3, 20, EVEN), (1200, 1e-3, 4, 20, BOUND))
+# As toy.pretrain.ROUNDS; what a letter stands for is learned from questions alone.
+ROUNDS = ((1400, 2e-3, 2, 20, EVEN), (900, 1.5e-3, 3, 20, EVEN), (700, 1.5e-3, 4, 16, ()),
+          (1200, 1e-3, 5, 20, BOUND))
 
 
 def build_tokenizer():
