@@ -26,7 +26,6 @@ from toy import shapes
 from toy.world import detect, render_pixels
 
 SEED = 1234                                     # of held-out pictures and noise
-G = TASKS["draw"].samples                       # of each prompt
 
 
 def held_out_samples(policy: Policy) -> tuple[Samples, Tensor]:
@@ -38,7 +37,7 @@ def held_out_samples(policy: Policy) -> tuple[Samples, Tensor]:
     for row in task.held_out("test"):
         real = render_pixels([shapes.sample_scene(row.metadata, rng)])[0] * 0.5 + 0.5
         rows.append(replace(row, real=real))
-    samples, _, right = sample_truth(policy, task, rows, SEED, G)
+    samples, _, right = sample_truth(policy, task, rows, SEED, task.samples)
     return samples, right.double()
 
 
@@ -61,7 +60,7 @@ def correlation(a: Tensor, b: Tensor) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def truth_table(scores: dict[str, Tensor], truth: Tensor) -> dict[str, dict]:
+def truth_table(scores: dict[str, Tensor], truth: Tensor, G: int) -> dict[str, dict]:
     """name -> its correlation with the truth over all samples ("overall") and within groups
     ("in_group"), and its share of the variance within groups if all rewards were added up."""
     share = variance_share(scores, dict.fromkeys(scores, 1.0), G)
@@ -92,9 +91,10 @@ def main(argv: list[str] | None = None) -> None:
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
     policy = load_toy_policy(a.policy)
+    G = TASKS["draw"].samples
     samples, truth = held_out_samples(policy)
     scores = score_samples(policy, samples)
-    table = truth_table(scores, truth)
+    table = truth_table(scores, truth, G)
     means = {name: mean_and_error(mean_of_groups(each, G)) for name, each in scores.items()}
     write_json(a.out, dict(policy=a.policy, means=means, table=table))
     return f"{print_rewards(table)}\nwritten to {a.out}"
