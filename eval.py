@@ -66,13 +66,12 @@ def sample_task(
     choices = plain_choices(policy.config.scale)
     if task.refines:
         rows = [row for row in rows for _ in range(G)]
-        G = 1
-    index = list(range(len(rows)))
-    if task.refines:
+        index = range(len(rows))
         rows, _ = first_pictures(policy, rows, choices, seed=seed, step=0, index=index, n=1)
+        G = 1
     scale = 1.0 if task.sees else guidance
     rollout = sample_plan(
-        policy, task.plan(rows, choices), seed=seed, step=0, prompts=index, G=G,
+        policy, task.plan(rows, choices), seed=seed, step=0, prompts=range(len(rows)), G=G,
         guidance=Guidance(scale))
     return samples_of(policy, task, rows, rollout)
 
@@ -119,7 +118,7 @@ def evaluate_task(
         values[f"{name}/held_out"] = [mean_of_groups(others, G)]
     parts = task.parts(samples, found, detect) if task.parts else {}
     if task.before:
-        parts |= parts_with_stops(task, samples)
+        parts |= parts_of_stops(task, samples)
     for part, each in parts.items():
         values[f"{name}/{part}"] = [mean_of_groups(each, G)]
     if task.also:
@@ -128,7 +127,7 @@ def evaluate_task(
     return values
 
 
-def parts_with_stops(task: Task, samples: Samples) -> dict[str, Tensor]:
+def parts_of_stops(task: Task, samples: Samples) -> dict[str, Tensor]:
     """What a task's refinements are worth if a diagnosis that nothing needs to change keeps the
     picture before, and how many it keeps: name -> (N,).
     """
@@ -261,7 +260,7 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     if not drawing:
         return None
     task = drawing[-1]
-    index = list(range(4))
+    index = range(4)
     draw = plain_draw(source.scale, (cfg.resolution, cfg.resolution), cfg.denoise_steps)
     choices = choices_of(cfg, source.scale, draw)
     rows = source.pools[task.name]((cfg.seed, 0, random_place(task)), 4, range(4))

@@ -490,7 +490,8 @@ def structural_similarity(a: Tensor, b: Tensor, *, window: int = 11, sigma: floa
     var_a = blur(a * a) - mean_a**2
     var_b = blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
+    c1 = 0.01**2
+    c2 = 0.03**2
     above = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     below = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
     return (above / below).mean((1, 2, 3))                                          # (N,)

@@ -597,7 +597,7 @@ def refine(
         thinks = system and any(isinstance(item, Write) for item in plan)
         start = [Read([THINK_TO_DRAW] * N)] if thinks else []
         rollout = sample_plan(
-            policy, start + given + plan, seed=seed, step=step, prompts=list(range(N)), G=1,
+            policy, start + given + plan, seed=seed, step=step, prompts=range(N), G=1,
             guidance=guide)
         drawn = images_of(policy, rollout)
         return drawn, value(drawn), texts_of(policy, rollout)

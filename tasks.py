@@ -125,7 +125,7 @@ class Task:
         return "images" in self.gives
 
     def longest_text(self, cfg) -> int:
-        """The tokens that a run lets it write at once."""
+        """The most tokens of one of its texts; 0 if it writes none."""
         return getattr(cfg, self.writes) if self.writes else 0
 
     @property
@@ -552,8 +552,8 @@ def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]
     """
     B = rollout.B
     G = rollout.G
-    prompts = max(B, 1)                         # at once, and samples of each
-    samples = G
+    prompts = max(B, 1)                         # in a part
+    samples = G                                 # of each of them
     if size:
         prompts = max(1, size // G)
         samples = min(size, G)

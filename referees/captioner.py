@@ -45,7 +45,7 @@ class TextEncoder:
     @torch.no_grad()
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """The last layer's states (N, L, D), and the mask (N, L) of what is no special token."""
-        longest = self.model.config.max_position_embeddings
+        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
         given = self.tokenizer(
             texts, truncation=True, max_length=longest, padding=True, padding_side="right",
             return_attention_mask=True, return_special_tokens_mask=True,

@@ -160,7 +160,8 @@ def numbers_in(path: str) -> int:
     if folder is None:
         return 0
     for file in folder.glob("[!.]*.safetensors"):
-        tensors = open_file(file)
-        for key in tensors.keys():
-            total += math.prod(tensors.get_slice(key).get_shape())
+        with loading_errors(path):
+            tensors = open_file(file)
+            for key in tensors.keys():
+                total += math.prod(tensors.get_slice(key).get_shape())
     return total

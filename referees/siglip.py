@@ -27,6 +27,7 @@ class Encoder:
 
     @torch.no_grad()
     def embed(self, features: Callable, inputs) -> Tensor:
+        """Embeddings (N, D) of a length-N tensor or list by one of the model's two functions."""
         return unit(in_batches(features, self.batch_size, inputs))
 
     def embed_images(self, images: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def run_arm(arm: str, seed: int) -> str:
     folder = folder_of(arm, seed)
     todo = commands(arm, seed)
     begun = folder / "begun.txt"
-    if has_meaning(begun, arm) and (folder / "checkpoint.safetensors").exists():
+    if has_meaning(begun, arm) and (folder / "checkpoint.safetensors").exists():    # no shards
         todo[0].append("--resume")
     elif begun.exists():
         shutil.rmtree(folder)
@@ -228,7 +228,7 @@ def run_missing(names: list[str], seeds: int, jobs: int) -> list[str]:
         if not ready:
             return failed + [f"{arm}, seed {seed}: needs an arm that failed" for arm, seed in todo]
         with ThreadPoolExecutor(jobs) as pool:
-            failed += filter(None, pool.map(lambda run: run_arm(*run), ready))
+            failed += filter(None, pool.map(run_arm, *zip(*ready)))
         todo = [run for run in todo if run not in ready]
     return failed
 
@@ -321,7 +321,7 @@ def values_when_equal(one: dict, other: dict, key: str, by: str) -> tuple[float,
     def when_reached(run: dict) -> float:
         place = next(i for i, x in enumerate(run[by]) if x >= level)
         line = slice(max(place - 1, 0), place + 1)
-        return np.interp(level, run[by][line], run[key][line])
+        return float(np.interp(level, run[by][line], run[key][line]))
 
     return when_reached(one), when_reached(other)
 
@@ -339,7 +339,7 @@ def compare(arms: dict[str, dict], text: str) -> dict:
         if c.by:
             a, b = values_when_equal(one, other, c.key_a, c.by)
         differences.append(round(a - b, 4))
-    mean = round(np.mean(differences), 4)
+    mean = round(float(np.mean(differences)), 4)
     interval = [round(x, 4) for x in t_interval(differences, T95)]
     return dict(comparison=text, differences=differences, mean=mean, interval=interval)
 

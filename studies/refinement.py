@@ -41,8 +41,8 @@ def refine_prompts(
 
 def value_of(policy: Policy, select: str, prompts: list[str]) -> Callable[[Tensor], Tensor]:
     """What pictures (N, 3, H, W) of the prompts are worth, (N,): for "oracle" 1 if the toy's exact
-    detector finds what is asked, else the yes of the judge of the policy's scale to "is this
-    <prompt> ?".
+    detector finds what is asked, else how surely a judge says yes to "is this <prompt> ?"; each
+    scale has its judge.
 
     Errors: ValueError for a prompt that is not the toy's.
     """
@@ -65,7 +65,8 @@ def value_of(policy: Policy, select: str, prompts: list[str]) -> Callable[[Tenso
 def refinement_table(
     policy: Policy, rounds: int, samples: int = 4, seed: int = 1234
 ) -> dict[str, list]:
-    """name -> (mean, standard error) of truth by the number of pictures drawn, 1..rounds + 1.
+    """name -> pairs of the truth's mean and standard error, by how many pictures are drawn, from 1
+    to rounds + 1.
 
     `refine, always|self|judge|oracle`: sample.refine with each way of selecting. `best,
     judge|oracle`: of as many pictures drawn anew, the one that the judge prefers, or any that is

@@ -422,8 +422,8 @@ def reset_adapters(policy: Policy, device, seed: int = 0) -> None:
 
 
 def merged_state(policy: Policy):
-    """Yield (released key, tensor) of a policy without adapters, each whole and in the stored
-    dtype.
+    """Yield (released key, tensor) of a policy without adapters and autoencoder, each whole and in
+    the stored dtype.
 
     An adapted weight becomes base + alpha/rank * B A.
     """

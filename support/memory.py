@@ -58,7 +58,7 @@ def memory(policy: Policy, cfg, world: int, tasks: list, referees: float = 0) ->
     cache = 2 * layers * key                    # keys and values
     inputs = layers * width * 4 * (1 if cfg.checkpointing else 12)
     block = ((5 if cfg.lora else 3) * llm["intermediate_size"] + 8 * width) * byte
-    mask = 3 * config.queries_per_key * context # which tokens a written one sees
+    mask = 3 * config.queries_per_key * context                 # which tokens a token sees
     logits = llm["vocab_size"] * (byte + 12)
 
     rollout = 2 * context * cache + max(image, 1) * block
@@ -96,7 +96,7 @@ def tokens_before(policy: Policy, cfg, task, drawn: int) -> int:
     system = 0
     if config.scale == "bagel" and task.draws and task.writes:
         system = 160                            # BAGEL's think prompt
-    texts = task.rounds * (64 + task.longest_text(cfg))
+    texts = task.rounds * (64 + task.longest_text(cfg))         # prompts of up to 64 tokens
     return system + texts + (task.rounds - 1) * read_back + given
 
 

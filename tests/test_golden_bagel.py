@@ -20,8 +20,8 @@ from support.pictures import fit_image, fit_size, to_tensor
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 BY_NAME = {case["name"]: case for case in CASES["cases"]}
-SINGLE = 5e-5                                   # absolute, as the next
-WHOLE = 2e-4
+SINGLE = 5e-5                                   # absolute
+WHOLE = 2e-4                                    # absolute
 GRADIENT = 1e-4                                 # relative
 
 

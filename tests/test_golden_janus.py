@@ -27,8 +27,8 @@ LAYOUT = read_json(GOLDEN / "original_layout.json")
 GRADIENTS = CASES["cases"]
 M = CASES["image_tokens"]
 SIZE = (8, 8)
-SINGLE = 5e-5                                   # absolute, as the next
-GUIDED = 2e-4
+SINGLE = 5e-5                                   # absolute
+GUIDED = 2e-4                                   # absolute
 
 
 @pytest.fixture

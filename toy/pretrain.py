@@ -48,8 +48,8 @@ WRONG_EDITS = 0.4
 WRONG_REFLECTIONS = 0.4
 MISCOUNT = 0.8
 BROKEN_TAGS = {"count": 0.8, "relation": 0.7, "exists": 0.4, "color": 0.3, "shape": 0.3}
-# Share of the questions that have options, by scale; what a letter stands for is learned late.
-OPTIONS = {"toy": 0.4, "toy_janus": 0.7}
+OPTIONS = 0.4                           # share of the questions that have options
+TOKEN_OPTIONS = 0.7                     # of the token base, which learns letters late
 LOOKS = (shapes.LOOK_AGAIN, "this is wrong , look again")
 SIZE = (32, 32)                         # pixels
 TEXTS = 4                               # about each scene
@@ -151,7 +151,7 @@ def train_autoencoder(autoencoder):
         z = z + 0.25 * mean.detach().std() * torch.randn(z.shape, generator=generator)
         y = autoencoder.decode(z).sample
         kl = posterior.kl().mean() / z[0].numel()
-        return {"mse": F.mse_loss(y, x), "l1": 0.1 * (y - x).abs().mean(), "kl": 5e-4 * kl}
+        return dict(mse=F.mse_loss(y, x), l1=0.1 * (y - x).abs().mean(), kl=5e-4 * kl)
 
     optimizer = torch.optim.AdamW(autoencoder.train().parameters(), lr=3e-3, weight_decay=1e-4)
     fit("autoencoder", losses_of, optimizer, 5000)
@@ -209,7 +209,7 @@ class Corpus:
 
         shown = []
         asked = []                                              # TEXTS pairs for each scene
-        share = OPTIONS[policy.config.scale]
+        share = TOKEN_OPTIONS if policy.reads_blanks else OPTIONS
         for m in draw_prompts(scenes // 2):
             drawn = shapes.sample_scene(m, rng)
             other = shapes.random_scene(rng)
@@ -336,7 +336,7 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
 
     Each caption is read once for two or three times t, each picture once for all its texts.
     scenes=0: pictures of captions alone. tags: how often captions of each of shapes.TAGS are taken;
-    (): questions alone.
+    (): questions alone. "unprompted" counts a tenth, for guidance.
     """
     losses = {}
 
@@ -373,9 +373,9 @@ def base_loss(policy, corpus, generator, scenes=20, tags=EVEN) -> dict:
 
     if tags:
         learn(corpus.captions, BATCH, picture="picture", draws=2 if scenes else 3, tags=tags)
-    if tags and policy.reads_blanks:
-        learn(corpus.captions, BATCH // 10, picture="unprompted", prompted=False)
-        losses["unprompted"] *= 0.1
+        if policy.reads_blanks:
+            learn(corpus.captions, BATCH // 10, picture="unprompted", prompted=False)
+            losses["unprompted"] *= 0.1
     if scenes and tags:
         learn(corpus.thoughts, BATCH // 3, "thought", "thought_picture")
         losses["thought_picture"] *= 0.5
@@ -515,7 +515,7 @@ def siglip_losses(siglip, readout, pool, rng):
     pairs = sigmoid_loss(siglip.model, unit(vision.pooler_output), texts, right) / len(asked)
     # What is where must survive the pooling: without it the embedding holds no relation.
     objects = readout.loss(vision.last_hidden_state, scenes, vision.pooler_output)
-    return {"pairs": pairs, "objects": 5 * objects}
+    return dict(pairs=pairs, objects=5 * objects)
 
 
 class Asked(NamedTuple):

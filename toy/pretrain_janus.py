@@ -3,7 +3,7 @@ in toy/pretrain.
 
     tokenizer    the same closed vocabulary, with Janus's markers, the colon and line breaks
     vq           transformers' JanusVQVAE: 32x32x3 pixels to 4x4 codes, each one of 2048
-    vision       the SigLIP encoder: it names the object of each quadrant, and is frozen then
+    vision       the SigLIP encoder: it learns to name the object of each quadrant, then is frozen
     base         the policy: cross-entropy of texts and image tokens on the same wrong data, and of
                  pictures after padding, which guidance compares with. It is taught no edits
 
@@ -50,7 +50,7 @@ PICTURES = 16                           # of each of these steps
 IDLE = 100                              # steps after which an unused code is drawn anew
 VISION_STEPS = 1200
 SCENES = 12000                          # that the vision encoder sees
-# As toy.pretrain.ROUNDS; what a letter stands for is learned from questions alone.
+# As toy.pretrain.ROUNDS; the third is of questions alone, in which letters are learned.
 ROUNDS = ((1400, 2e-3, 2, 20, EVEN), (900, 1.5e-3, 3, 20, EVEN), (700, 1.5e-3, 4, 16, ()),
           (1200, 1e-3, 5, 20, BOUND))
 
@@ -123,7 +123,7 @@ def train_vq(vqmodel):
 
     def picture_losses(vectors, pixels):
         drawn = vqmodel.decoder(vqmodel.post_quant_conv(vectors))
-        return {"mse": F.mse_loss(drawn, pixels), "l1": 0.1 * F.l1_loss(drawn, pixels)}
+        return dict(mse=F.mse_loss(drawn, pixels), l1=0.1 * F.l1_loss(drawn, pixels))
 
     def plain_losses():
         pixels = draw_pictures()
@@ -182,7 +182,8 @@ def train_vision(tower):
         return {"objects": readout.loss(seen, [scenes[j] for j in i])}
 
     tower.requires_grad_(True)
-    fit("vision", losses_of, adamw([*tower.parameters(), *readout.parameters()], 2e-3), VISION_STEPS)
+    optimizer = adamw([*tower.parameters(), *readout.parameters()], 2e-3)
+    fit("vision", losses_of, optimizer, VISION_STEPS)
     tower.requires_grad_(False)
 
 

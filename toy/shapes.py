@@ -273,7 +273,8 @@ def build(tag: str, include: list[dict], prefix: str = "") -> dict:
 
 
 def compositions() -> Iterator:
-    """(tag, ways) of every meaning; `ways` are the include clauses of each order of saying it."""
+    """(tag, ways) of every meaning; `ways`, to be walked once, are the include
+    clauses of each order of saying it."""
     pairs = list(combinations(SHAPES, 2))
     for shape in SHAPES:
         yield "single_object", [[new_clause(shape)]]
@@ -333,9 +334,9 @@ def captions_by_text() -> dict[str, dict]:
 def implicit_prompts(split: str) -> list[dict]:
     """Prompts that need knowledge ("as many circles as a triangle has sides").
 
-    They have the key "thought". Each fact meets two shapes in train and the third
-    in eval; HELD_OUT pairs go to eval. The thought is "<think> a triangle has three sides </think>
-    three circles": it ends in the explicit prompt."""
+    They have the key "thought". Each fact meets two shapes in train and the third in eval; HELD_OUT
+    pairs go to eval. The thought is "<think> a triangle has three sides </think> three circles": it
+    ends in the explicit prompt."""
     wanted = split == "eval"
     out = []
     for i, fact in enumerate(FACTS):
