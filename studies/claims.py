@@ -468,7 +468,7 @@ def print_seeds(runs: list[list[float]] | None) -> str:
 
 def save_forest(out: Path) -> None:
     """A PNG of the primary comparisons that were run: a line each, its mean and 95% interval."""
-    figure, axis = pyplot().subplots(figsize=(8, 6), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(8, 8), layout="constrained")
     axis.axvspan(-MARGIN, MARGIN, color="0.9")
     axis.axvline(0, color="0.5", linewidth=0.8)
     labels = []
