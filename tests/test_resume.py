@@ -45,7 +45,7 @@ def resume(out, *flags):
 # ---- the same run ----
 
 
-@pytest.mark.parametrize("recipe", ["lvrpo", "unigrpo", "unifpo"])
+@pytest.mark.parametrize("recipe", ["lvrpo", "lvrpo --image_loss awm", "unigrpo", "unifpo"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, recipe):
     train.train(parse(flags_of(recipe, tmp_path, "--steps 1")), ALONE)
     train.train(parse(flags_of(recipe, tmp_path, "--resume")), ALONE)

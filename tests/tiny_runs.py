@@ -45,8 +45,9 @@ def small(out, *flags) -> Config:
 
 
 def flags_of(recipe: str, out, *more) -> list[str]:
-    """Two steps of a recipe, on two rows of each of its tasks."""
-    rows = [f"--{name} 2" for name in settings_of(recipe, "toy") if name in TASKS]
+    """Two steps of a recipe, which flags may follow, on two rows of each of its tasks."""
+    name, *_ = recipe.split()
+    rows = [f"--{task} 2" for task in settings_of(name, "toy") if task in TASKS]
     return words("--recipe", recipe, *rows, SHORT, "--steps 2 --out", Path(out), *more)
 
 
