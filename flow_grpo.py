@@ -508,8 +508,8 @@ def flow_grpo_loss(
     samples x steps for the mean over steps (UniGRPO Eq. 6), samples for the sum over steps
     (AlphaGRPO). adv (N,) holds at all steps of its sample. For `low` and `high` see
     `clipped_surrogate`. `ratio_norm` puts `normalised_log_ratio` in place of the log-ratio.
-    `weights` (W,) or (N, W) multiply the surrogate, see `step_weights`. `reference` holds the same steps
-    under the frozen policy, for kl_beta * transition_kl, reduced as logp is, and mse_weight *
+    `weights` (W,) or (N, W) multiply the surrogate, see `step_weights`. `reference` holds the same
+    steps under the frozen policy, for kl_beta * transition_kl, reduced as logp is, and mse_weight *
     velocity_mse; their means enter the stats of `flow_loss_stats` as "kl" and "velocity_mse".
     A ratio is at most exp(20), see `bounded_exp`: no log-ratio, -inf included, makes loss, gradient
     or stats infinite or NaN.
