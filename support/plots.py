@@ -1,6 +1,7 @@
 """Curves of runs, from their logs, and the one way in which a figure is written."""
 
 import io
+import math
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from support.run import read_log
 def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
     """Plot held-out truth with two standard errors over minutes, a panel a task, a colour a run.
 
+    Runs that differ in nothing but the seed are one line: their mean, with the error over seeds.
     titles: of the evaluated tasks, by key. What a log does not hold leaves a gap. Errors:
     ValueError for a log without an evaluation.
     """
@@ -28,9 +30,10 @@ def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
     for axis in axes.flat[len(keys):]:
         axis.set_axis_off()
     for axis, key in zip(axes.flat, keys):
-        for head, rows in runs:
-            minutes, mean, error = curve(rows, key)
-            label = "{recipe}, seed {seed}".format(**head["config"])
+        for group in by_settings(runs):
+            minutes, mean, error = curve([rows for _, rows in group], key)
+            seeds = ", ".join(str(head["config"]["seed"]) for head, _ in group)
+            label = f"{group[0][0]['config']['recipe']}, seed {seeds}"
             axis.plot(minutes, mean, label=label, marker="o", markersize=3)
             axis.fill_between(minutes, mean - 2 * error, mean + 2 * error, alpha=0.15, linewidth=0)
         axis.set(title=titles[key], ylim=(0, 1), xlabel="minutes")
@@ -40,11 +43,33 @@ def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
     save_figure(figure, out, dpi=110)
 
 
-def curve(rows: list[dict], key: str) -> np.ndarray:
-    """(3, evaluations) minutes, mean and standard error of a headline; NaN is a gap."""
-    looks = [row for row in rows if "eval" in row]
-    points = [[row["seconds"] / 60, *row["eval"].get(key, (None, None))] for row in looks]
-    return np.array(points, dtype=float).T      # None becomes NaN
+def by_settings(runs: list[tuple[dict, list[dict]]]) -> list[list[tuple[dict, list[dict]]]]:
+    """Runs (head, rows of the log) in groups of equal settings but for the seed."""
+    groups = {}
+    for run in runs:
+        settings = run[0]["config"] | dict(seed="", out="", resume="")
+        groups.setdefault(str(settings), []).append(run)
+    return list(groups.values())
+
+
+def curve(runs: list[list[dict]], key: str) -> np.ndarray:
+    """(3, evaluations) minutes, mean and standard error of a headline; NaN is a gap.
+
+    Of one run's rows, whose error is over held-out rows; or of several, the mean and the error over
+    them at the steps that all evaluate."""
+    by_step = [{row["step"]: row for row in rows if "eval" in row} for rows in runs]
+    points = []
+    for step in sorted(set.intersection(*map(set, by_step))):
+        values = []
+        for looks in by_step:
+            row = looks[step]
+            values.append([row["seconds"] / 60, *row["eval"].get(key, (None, None))])
+        values = np.array(values, dtype=float)  # None becomes NaN
+        minutes, mean, error = values.mean(0)
+        if len(runs) > 1:
+            error = values[:, 1].std(ddof=1) / math.sqrt(len(runs))
+        points.append((minutes, mean, error))
+    return np.array(points).T
 
 
 def pyplot():

@@ -16,7 +16,7 @@ from eval import mean_and_error, paired_change, sample_task, summary, table_of
 from rewards import Samples
 from sample import SAMPLING, TOY
 from support.checkpoint import load_policy
-from support.plots import plot
+from support.plots import by_settings, curve, plot
 from support.rows import Row
 from support.run import read_log
 from tasks import TASKS
@@ -198,6 +198,19 @@ def test_logs_plot_and_sum_up_with_torn_lines_and_other_keys(tmp_path):
 def test_a_file_that_is_no_log_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match="no line of it holds the config"):
         read_log(write_log(tmp_path / "x.jsonl", content))
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_curve_with_the_error_over_seeds():
+    def run(seed, kn, *truths):
+        head = {"config": {"recipe": "lvrpo", "seed": seed, "out": str(seed), "kn": kn}}
+        rows = [{"step": i, "seconds": 60.0 * i, "eval": {"draw": [x, 0.01]}} for i, x in enumerate(truths)]
+        return head, rows
+
+    runs = [run(0, 1, 0.25, 0.5), run(1, 1, 0.25, 0.75, 0.9), run(0, 0, 0.25, 0.3)]
+    (_, one), (_, other) = runs[:2]
+    assert by_settings(runs) == [runs[:2], runs[2:]]
+    assert curve([one], "draw").T.tolist() == [[0, 0.25, 0.01], [1, 0.5, 0.01]]
+    assert curve([one, other], "draw").T.tolist() == [[0, 0.25, 0.0], [1, 0.625, 0.125]]
 
 
 def test_a_log_without_evaluations_is_not_plotted(tmp_path):
