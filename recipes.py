@@ -308,7 +308,8 @@ class Config:
         str(WORLD / "captioner"),
         "BLIP captioner of --recaption: a folder or hub name; CoRL's cycle compares with the "
         "toy's by rule and SSIM, with others by BERTScore and LPIPS")
-    pref_model: str = setting("", "PickScore or HPSv2 for --pref: a folder or hub name")
+    pref_model: str = setting(
+        str(WORLD / "preference"), "PickScore or HPSv2 for --pref: a folder or hub name")
     detector: str = setting(
         "", "OWLv2, the detector of r_ins in pictures of files: a folder or hub name")
     out: str = setting("out", "folder of the log, the checkpoint, pictures and the trained policy")

@@ -31,11 +31,8 @@ class ClipPreference:
 
 
 def load_preference(path: str, *, device="cpu", batch_size: int = 128) -> ClipPreference:
-    """A frozen preference model: yuvalkirstain/PickScore_v1 or adams-story/HPSv2-hf.
+    """A frozen preference model: yuvalkirstain/PickScore_v1, adams-story/HPSv2-hf or the toy's.
 
     Errors: see referees.load.load_model.
     """
-    if not path:
-        raise ValueError(
-            "--pref needs --pref_model: a folder or hub name, such as yuvalkirstain/PickScore_v1")
     return ClipPreference(load_clip(path, device=device, batch_size=batch_size))

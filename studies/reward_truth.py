@@ -44,8 +44,7 @@ def held_out_samples(policy: Policy) -> tuple[Samples, Tensor]:
 def score_samples(policy: Policy, samples: Samples) -> dict[str, Tensor]:
     """name -> scores (N,) of every reward of pictures that the toy can ask. tim compares the states
     of the policy itself."""
-    readable = rewards_of(TASKS["pair_image"])
-    names = [name for name in readable if name != "pref"]       # no preference model knows the toy
+    names = list(rewards_of(TASKS["pair_image"]))
     flags = " ".join(f"--{name} 1" for name in names)
     cfg = parse(f"--pair_image 1 {flags}".split())
     rewards = build_rewards(
