@@ -31,15 +31,16 @@ LEAST = 0.05                                    # a lower score is no detection 
 OVERLAP = 0.5                                   # IoU above which two boxes are one thing
 
 
-def suppress(boxes: Tensor, scores: Tensor) -> list[int]:
-    """Non-maximum suppression: places of the boxes (Q, 4) that overlap no better one, best first.
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[int]:
+    """Non-maximum suppression: places of the boxes (Q, 4) that overlap no better one of their
+    label, best first.
 
     Two boxes overlap if their intersection over union is above OVERLAP.
     """
     declare_torchvision_ops()
     from torchvision.ops import box_iou
 
-    overlap = box_iou(boxes, boxes)                                                 # (Q, Q)
+    overlap = box_iou(boxes, boxes) * (labels[:, None] == labels)                   # (Q, Q)
     kept = []
     for i in scores.argsort(descending=True, stable=True).tolist():
         if all(overlap[i, j] <= OVERLAP for j in kept):
@@ -89,16 +90,6 @@ class ZeroShot:
         out = self.model(**given.to(self.model.device))
         return self.processor.post_process_grounded_object_detection(out, LEAST, sizes)
 
-    def check(self, names: list[str]) -> None:
-        """ValueError for classes of more tokens than the model reads."""
-        longest = self.model.config.text_config.max_position_embeddings
-        for name in names:
-            length = len(self.processor.tokenizer(text_of(name)).input_ids)
-            if length > longest:
-                raise ValueError(
-                    f"the detector reads {longest} tokens, and {text_of(name)[:80]!r} has "
-                    f"{length}; give the class a shorter name")
-
     def things(
         self, seen: dict[str, Tensor], size: tuple[int, int], names: list[str]
     ) -> list[dict]:
@@ -108,11 +99,9 @@ class ZeroShot:
         scores = seen["scores"]
         boxes = clip_boxes_to_image(seen["boxes"], size)
         found = []
-        for k, name in enumerate(names):
-            of_name = (seen["labels"] == k).nonzero().flatten()
-            for i in suppress(boxes[of_name], scores[of_name]):
-                q = of_name[i]
-                found.append({"class": name, "box": boxes[q].tolist(), "score": scores[q].item()})
+        for q in suppress(boxes, scores, seen["labels"]):
+            name = names[seen["labels"][q]]
+            found.append({"class": name, "box": boxes[q].tolist(), "score": scores[q].item()})
         return found
 
 
@@ -145,9 +134,7 @@ class Detector:
     thresholds = dict(threshold=THRESHOLD, counting_threshold=THRESHOLD)
 
     def check(self, metadata: list[Metadata]) -> None:
-        """ValueError for a colour that is none of the ten, and for a class of too many words."""
-        for m in metadata:
-            self.find.check(names_of(m))
+        """ValueError for a colour that is none of the ten."""
         clauses = [clause for m in metadata for clause in clauses_of(m)]
         colors = {clause["color"] for clause in clauses if "color" in clause}
         if unknown := sorted(colors - set(COLORS)):
