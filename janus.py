@@ -473,8 +473,6 @@ class Janus(nn.Module):
 def check_config(config) -> None:
     """ValueError for a config that would change what is computed and is not implemented."""
     text = config.text_config
-    vision = config.vision_config
-    vq = config.vq_config
     rope = text.rope_parameters or {}
     only = dict(
         model_type=(text.model_type, "llama"), hidden_act=(text.hidden_act, "silu"),
@@ -484,15 +482,6 @@ def check_config(config) -> None:
     for name, (value, implemented) in only.items():
         if value != implemented:
             raise ValueError(f"{name} {value!r} is not implemented, only {implemented!r}")
-    if vision.patch_size != 2 ** (len(vq.channel_multiplier) - 1):
-        raise ValueError(
-            f"the vision encoder's patches have {vision.patch_size} pixels a side, those of the VQ "
-            f"autoencoder {2 ** (len(vq.channel_multiplier) - 1)}; they must be equal")
-    patches, left = divmod(vision.image_size, vision.patch_size)
-    if left or vision.num_image_tokens != patches**2:
-        raise ValueError(
-            f"num_image_tokens {vision.num_image_tokens}: pictures of {vision.image_size} pixels "
-            f"a side have {patches} x {patches} patches of {vision.patch_size}")
 
 
 def build_model(config):

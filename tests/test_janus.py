@@ -226,8 +226,7 @@ def copy(folder, tmp_path):
         ("", dict(model_type="qwen2"), "llm_config.json is missing"),
         ("", dict(tie_word_embeddings=True), "tie_word_embeddings True is not implemented"),
         ("text_config", dict(vocab_size=99), "below the policy's vocab_size 99"),
-        ("vision_config", dict(patch_size=4), "have 4 pixels a side"),
-        ("vision_config", dict(num_image_tokens=9), "have 4 x 4 patches of 8")],
+        ("vision_config", dict(patch_size=4), "the config says (")],
 )
 def test_a_config_that_is_not_implemented_or_of_another_model_is_refused(copy, part, fields, said):
     config = read_json(copy / "config.json")
