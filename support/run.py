@@ -271,15 +271,8 @@ CHECKPOINTS = ("checkpoint.safetensors", "checkpoint", "checkpoint.old")
 
 def refuse_finished(out: Path) -> None:
     """ValueError if a folder holds a run, which a run that begins anew would mix with its own."""
-    log = out / "log.jsonl"
-    if not log.exists() and not any((out / name).exists() for name in CHECKPOINTS):
-        return
-    head, rows = read_rows(log) if log.exists() else (None, [])
-    what = "a checkpoint without a log"
-    if head:
-        steps = sum("loss" in row for row in rows)
-        what = f"a run of {head['config']['recipe']}, {steps} steps"
-    raise ValueError(f"{out} holds {what}; --resume goes on, another --out begins anew")
+    if any((out / name).exists() for name in ("log.jsonl", *CHECKPOINTS)):
+        raise ValueError(f"{out} holds a run; --resume goes on, another --out begins anew")
 
 
 def differences(old: dict, new: dict) -> dict[str, list]:
