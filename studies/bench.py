@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 import train
 from janus import Janus, build_model, convert_config
@@ -146,18 +145,6 @@ def parity(run: train.Run) -> None:
             print(f"| the toy's {name}, {device.type} | {stats[name]:.6f} |")
 
 
-def cudnn(run: train.Run) -> None:
-    """Whether cuDNN's masked attention gives NaN, which is why support.terminal turns it off."""
-    q = torch.randn(2, 4, 448, 128, device=run.ranks.device, dtype=torch.bfloat16)
-    q[..., 0] = 40.0                                    # with keys of -q every logit is below -100
-    q.requires_grad_()
-    mask = torch.ones(448, 448, dtype=torch.bool, device=q.device)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    F.scaled_dot_product_attention(q, -q, q, attn_mask=mask).sum().backward()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    print(f"| NaN in the gradient of cuDNN's attention | {int(q.grad.isnan().sum())} |")
-
-
 def acting(run: train.Run) -> None:
     """Read a prompt, write a thought, and denoise a step, by the size of the batch."""
     policy = run.policy
@@ -187,7 +174,7 @@ def step(run: train.Run) -> None:
     print(f"| improve, computed | {peak(need):.1f} GB |")
 
 
-PARTS = parity, cudnn, acting, step
+PARTS = parity, acting, step
 
 
 def measure_gpu(small: bool) -> bool:
