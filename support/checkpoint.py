@@ -458,9 +458,7 @@ def save_adapters(policy: Policy, folder: Path) -> None:
     tensors = {key: full_tensor(state[name]).cpu() for key, name in adapter_keys(policy).items()}
     if policy.sharded and dist.get_rank():
         return
-    targets = {".".join(key.split(".")[-4:-2]) for key in tensors}      # mlp.up_proj_moe_gen, ...
-    if isinstance(policy, Janus):               # whose vision encoder has layers of these names
-        targets = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in tensors}
+    targets = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in tensors}
     config = dict(
         peft_type="LORA", r=modules[0].rank, lora_alpha=modules[0].alpha, lora_dropout=0.0,
         bias="none", fan_in_fan_out=False, target_modules=sorted(targets))
