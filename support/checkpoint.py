@@ -13,7 +13,6 @@ and written, and each file is replaced whole or not at all.
 
 import json
 import re
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,12 +313,7 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
         save_tensors(tensors, folder / "model.safetensors")
     else:
         save_bagel(policy, tensors, folder)
-    files = tokenizer_files(policy.tokenizer)
-    for name in TOKENIZER_FILES:
-        if name in files:
-            write_atomic(folder / name, files[name])
-        else:                                   # a file of another tokenizer would be read too
-            (folder / name).unlink(missing_ok=True)
+    save_tokenizer(policy.tokenizer, folder)
 
 
 def save_bagel(policy: Policy, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -392,17 +386,21 @@ def load_tokenizer(folder: Path):
         return AutoTokenizer.from_pretrained(folder.resolve())
 
 
-def tokenizer_files(tokenizer) -> dict[str, bytes]:
-    """Name -> content of the files that a tokenizer was loaded from.
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Copy the files that a tokenizer was loaded from, or write those of one that came from none.
 
-    They are kept because the official BAGEL code cannot read the single tokenizer.json that
-    transformers 5 would write. A tokenizer that came from no folder has that one.
+    They are copied because the official BAGEL code cannot read the single tokenizer.json that
+    transformers 5 would write.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        if not tokenizer.name_or_path:
-            tokenizer.save_pretrained(scratch)
-        paths = Path(tokenizer.name_or_path or scratch).glob("*")
-        return {path.name: path.read_bytes() for path in paths if path.name in TOKENIZER_FILES}
+    if not tokenizer.name_or_path:
+        tokenizer.save_pretrained(folder)
+        return
+    for name in TOKENIZER_FILES:
+        path = Path(tokenizer.name_or_path, name)
+        if path.exists():
+            write_atomic(folder / name, path.read_bytes())
+        else:                                   # a file of another tokenizer would be read too
+            (folder / name).unlink(missing_ok=True)
 
 
 # ---- adapters ----
