@@ -39,24 +39,18 @@ def refine_prompts(
         system=wording.system_prompt)
 
 
-def value_of(policy: Policy, select: str, prompts: list[str]) -> Callable[[Tensor], Tensor]:
-    """What pictures (N, 3, H, W) of the prompts are worth, (N,): for "oracle" 1 if the toy's exact
-    detector finds what is asked, else how surely a judge says yes to "is this <prompt> ?"; each
-    scale has its judge.
-
-    Errors: ValueError for a prompt that is not the toy's.
+def judge_of(policy: Policy, prompts: list[str]) -> Callable[[Tensor], Tensor]:
+    """What pictures (N, 3, H, W) of the prompts are worth, (N,): how surely a judge says yes to
+    "is this <prompt> ?"; each scale has its judge.
     """
-    if select != "oracle":
-        judge = SAMPLING[policy.config.scale]["judge"]
-        knowledge = Knowledge(load_judge(judge, device=policy.device))
-        rows = [{}] * len(prompts)
-        return lambda images: knowledge(Samples(prompts, rows, images=images)).cpu()
-    known = {m["prompt"]: m for split in shapes.SPLITS for m in shapes.prompts(split)}
-    if set(prompts) - known.keys():
-        raise ValueError("--select oracle asks the toy's exact detector, which knows only the "
-                         "toy's prompts; use --select judge")
-    metadata = [known[prompt] for prompt in prompts]
-    return lambda images: drawn_truth(Samples(prompts, metadata, images=images), detect(images))
+    knowledge = Knowledge(
+        load_judge(SAMPLING[policy.config.scale]["judge"], device=policy.device))
+    rows = [{}] * len(prompts)
+
+    def judged(images: Tensor) -> Tensor:
+        return knowledge(Samples(prompts, rows, images=images)).cpu()
+
+    return judged
 
 
 # ---- the table ----
@@ -73,9 +67,13 @@ def refinement_table(
     right. Held-out prompts, `samples` of each; the judge is asked one question about the whole
     prompt.
     """
-    prompts = [row.text for row in TASKS["draw"].held_out("test") for _ in range(samples)]
-    truth = value_of(policy, "oracle", prompts)
-    judged = value_of(policy, "judge", prompts)
+    rows = [row for row in TASKS["draw"].held_out("test") for _ in range(samples)]
+    prompts = [row.text for row in rows]
+    metadata = [row.metadata for row in rows]
+    judged = judge_of(policy, prompts)
+
+    def truth(images: Tensor) -> Tensor:
+        return drawn_truth(Samples(prompts, metadata, images=images), detect(images))
 
     def share(right: Tensor) -> tuple[float, float]:
         return mean_and_error(mean_of_groups(right, samples))
@@ -119,12 +117,11 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("prompt", nargs="?", type=plain_text,
                     help="what to draw; without one: a table on held-out rows")
     ap.add_argument("--policy", default=str(TOY), help="a policy folder")
-    ap.add_argument("--select", choices=["always", "judge", "oracle", "self"],
+    ap.add_argument("--select", choices=["always", "judge", "self"],
                     default="always",
                     help="which picture is kept: the new one, the one that the judge prefers (the "
-                         "toy's for the toy, PaliGemma 2 for BAGEL), the new one if the old one is "
-                         "wrong by the toy's truth, or the new one unless the policy says that "
-                         "nothing needs to change")
+                         "toy's for the toy, PaliGemma 2 for BAGEL), or the new one unless the "
+                         "policy says that nothing needs to change")
     ap.add_argument("--rounds", type=number(int, least=1), default=3, help="times it draws again")
     ap.add_argument("--n", type=number(int, least=1), default=4, help="samples of the prompt")
     ap.add_argument("--seed", type=number(int, least=0), default=1234, help="of noise and texts")
@@ -144,7 +141,7 @@ def run(a) -> str:
         write_json(out, dict(policy=a.policy, seed=a.seed, table=table))
         return f"{print_refinement(table)}\nwritten to {out}"
     prompts = [a.prompt] * a.n
-    value = value_of(policy, a.select, prompts)
+    value = judge_of(policy, prompts)
     rounds = refine_prompts(policy, prompts, a.rounds, a.select, value, a.seed)
     images = torch.stack([each.drawn for each in rounds], dim=1).flatten(0, 1)  # sample-major
     save_grid(images, out, columns=len(rounds), zoom=scale["zoom"])

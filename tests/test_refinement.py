@@ -239,14 +239,7 @@ def test_refinement_is_compared_with_drawing_as_many_pictures(policy, monkeypatc
 
 
 def test_the_command_line_draws_the_rounds_and_says_what_they_are_worth(tmp_path, capsys):
-    few = words("--select oracle --rounds 1 --n 2 --out", tmp_path / "r.png")
+    few = words("--select judge --rounds 1 --n 2 --out", tmp_path / "r.png")
     refinement.main(["two squares", *few])
     assert "round 0: mean" in capsys.readouterr().out
     assert Image.open(tmp_path / "r.png").width > 200
-
-
-def test_the_oracle_knows_only_the_toys_prompts(tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        refinement.main(["a mood", "--select", "oracle", "--out", str(tmp_path / "x.png")])
-    assert "--select oracle asks the toy's exact detector" in str(error.value)
-    assert "\n" not in str(error.value)
