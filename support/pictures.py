@@ -66,13 +66,11 @@ def pad_square(image, side: int):
 
     The shorter side is rounded, as transformers does; the official code cuts it off.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    scale = side / max(image.size)
-    width, height = (max(1, round(length * scale)) for length in image.size)
     square = Image.new("RGB", (side, side), (127, 127, 127))
-    small = image.resize((width, height), Image.Resampling.BICUBIC)
-    square.paste(small, ((side - width) // 2, (side - height) // 2))
+    small = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
+    square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
     return square
 
 
