@@ -4,18 +4,21 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL.Image import DecompressionBombError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-# What json, safetensors, tokenizers, transformers and torch raise at missing or damaged files.
+# What json, safetensors, tokenizers, transformers, PIL and torch raise at missing or damaged files.
 LIBRARY_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-    ImportError, SafetensorError, StrictDataclassError, CheckpointException)
+    ImportError, SyntaxError, struct.error, SafetensorError, StrictDataclassError,
+    CheckpointException, DecompressionBombError)
 PART = 2**16                                    # bytes of a file that a fingerprint reads at once
 
 
@@ -27,12 +30,11 @@ class one_line_error(AbstractContextManager):
     alone. What `out_of_memory` names passes: the file is not to blame.
     """
 
-    def __init__(self, what: str, kinds: tuple[type, ...] = LIBRARY_ERRORS):
+    def __init__(self, what: str):
         self.what = what
-        self.kinds = kinds
 
     def __exit__(self, kind, error, trace):
-        expected = kind is Exception or isinstance(error, self.kinds)
+        expected = kind is Exception or isinstance(error, LIBRARY_ERRORS)
         if not expected or out_of_memory(error):
             return
         if isinstance(error, CheckpointException):              # it holds the errors of all ranks

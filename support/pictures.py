@@ -5,7 +5,6 @@ Pixels that the policy reads are (3, H, W) in [-1, 1]; images that are written a
 """
 
 import io
-import struct
 import warnings
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from policy import Policy
-from support.disk import LIBRARY_ERRORS, one_line_error, write_atomic
+from support.disk import one_line_error, write_atomic
 
 MOST_PIXELS = 14 * 14 * 9 * 1024                # of an input image, by the official rule
 
@@ -86,8 +85,7 @@ def open_picture(path: str):
     """
     from PIL import Image
 
-    errors = (*LIBRARY_ERRORS, SyntaxError, struct.error, Image.DecompressionBombError)
-    with one_line_error(f"image {path[:200]} cannot be read", errors), warnings.catch_warnings():
+    with one_line_error(f"image {path[:200]} cannot be read"), warnings.catch_warnings():
         warnings.simplefilter("ignore")         # of many pixels, odd metadata, odd palettes
         with Image.open(path) as image:
             image.verify()                      # the checksums of a PNG, which decoding ignores
