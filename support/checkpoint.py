@@ -27,7 +27,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from janus import ORIGINAL_NAMES, Janus, build_model, convert_config
-from janus import check_config as check_janus
 from policy import (
     EXPERTS, RELEASE_AE, RELEASE_BAGEL, Policy, PolicyConfig, declare_torchvision_ops)
 from support.disk import one_line_error, read_json, replacing, write_atomic
@@ -243,7 +242,6 @@ def build_janus(folder: Path) -> Janus:
             # transformers ties the two tables of words unless the file says otherwise; the
             # published folders say nothing and hold two.
             config = JanusConfig.from_dict({"tie_word_embeddings": False} | raw)
-        check_janus(config)
         tokenizer = load_tokenizer(folder)
         with torch.device("meta"):
             return Janus(build_model(config), tokenizer)
