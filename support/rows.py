@@ -73,7 +73,6 @@ def read_json_lines(path: str, needed: tuple[str, ...]) -> list[dict]:
         where = f"{path}:{number}"
         with one_line_error(f"{where}: not a JSON object; each line must be one"):
             row = json.loads(line, object_hook=drop_null, parse_constant=lambda word: None)
-            json.dumps(row, ensure_ascii=False).encode()        # half a character is no text
         if not isinstance(row, dict) or not all(has_text(row, name) for name in needed):
             raise ValueError(f"{where}: must be one object with the text fields {list(needed)}")
         row = {"tag": "", "include": [], **row}
