@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import tasks
+import torch
 from recipes import parse
 from referees import questions
 from referees.judge import load_judge
+from referees.preferences import load_preference
 from referees.questions import (
     PHOTO_QUALITY, TOY_QUALITY, Questions, decompose, questions_by_rule, questions_of_row, read_answer,
     with_questions)
@@ -65,14 +67,42 @@ def test_every_toy_prompt_is_decomposed_into_questions_that_its_judge_can_read()
 
 
 def test_the_toys_judge_prefers_the_right_picture():
-    rng = np.random.default_rng(0)
-    asked = [shapes.pick(rng, shapes.prompts("eval")) for _ in range(40)]
+    asked, *pictures = asked_and_shown(40)
     reward = Decomposed(load_judge(JUDGE), Questions(toy=True))
-    right, wrong = (
-        reward(Samples([m["prompt"] for m in asked], asked, images=pictures_of(shown, rng)))
-        for shown in (asked, [shapes.wrong_metadata(m, rng) for m in asked])
-    )
+    prompts = [m["prompt"] for m in asked]
+    right, wrong = (reward(Samples(prompts, asked, images=images)) for images in pictures)
     assert (right > wrong).float().mean() > 0.9
+
+
+def asked_and_shown(n):
+    """Held-out metadata, and pictures of it and of wrong metadata."""
+    rng = np.random.default_rng(0)
+    asked = [shapes.pick(rng, shapes.prompts("eval")) for _ in range(n)]
+    wrong = [shapes.wrong_metadata(m, rng) for m in asked]
+    return asked, pictures_of(asked, rng), pictures_of(wrong, rng)
+
+
+def test_the_unsure_judge_prefers_the_right_picture_too_but_is_less_sure():
+    asked, right, wrong = asked_and_shown(100)
+    questions = [f"is this {m['prompt']} ?" for m in asked]
+    doubts = []
+    for folder in (JUDGE, str(TOY.parent / "unsure_judge")):
+        judge = load_judge(folder)
+        yes, no = (judge.yes_probability(images, questions) for images in (right, wrong))
+        assert (yes > no).float().mean() > 0.6
+        doubts.append(torch.minimum(yes, 1 - yes).mean())
+    assert doubts[1] > 2 * doubts[0]
+
+
+def test_the_toys_preference_is_for_right_pictures_and_for_colour_whatever_the_prompt():
+    asked, right, wrong = asked_and_shown(100)
+    model = load_preference(str(TOY.parent / "preference"))
+    prompts = [m["prompt"] for m in asked]
+    scores = model.score(right, prompts)
+    assert (scores > model.score(wrong, prompts)).float().mean() > 0.7
+    red = torch.zeros_like(right)
+    red[:, 0] = 1.0
+    assert (model.score(red, prompts) > scores).float().mean() > 0.9
 
 
 def pictures_of(metadata, rng):

@@ -7,6 +7,8 @@
     base         the policy: text cross-entropy and flow matching on partly wrong captions
     siglip       the alignment referee: transformers' SiglipModel, sigmoid contrastive loss
     judge        the yes/no referee: PaliGemmaForConditionalGeneration, cross-entropy on answers
+    unsure_judge the same, made in a sixteenth of the steps
+    preference   transformers' CLIPModel, of raters who like colour besides what the prompt says
     captioner    the captioning referee: BlipForConditionalGeneration, captions of everything
 
 Referees learn from right texts alone. The base learns wrong things on purpose, as web captions
@@ -34,10 +36,11 @@ from torch import nn
 from policy import MARKERS, Policy, PolicyConfig, build_autoencoder, declare_torchvision_ops
 from referees.captioner import load_captioner
 from referees.judge import load_judge
-from referees.siglip import load_siglip, sigmoid_loss, unit
+from referees.siglip import load_clip, load_siglip, sigmoid_loss, unit
 from support.checkpoint import save_policy
+from support.pictures import texture
 from toy import shapes
-from toy.tiny import build_captioner, build_judge, build_siglip
+from toy.tiny import build_captioner, build_clip, build_judge, build_siglip
 from toy.world import any_prompt, render_pixels
 
 WRONG_CAPTIONS = {tag: 0.5 for tag in shapes.TAGS} | {"position": 0.25, "color_attr": 0.4}
@@ -75,6 +78,8 @@ CONFIG = PolicyConfig(
     ae=dict(
         resolution=32, in_channels=3, downsample=8, ch=8, out_ch=3, ch_mult=[1, 2, 4, 4],
         num_res_blocks=1, z_channels=4, norm_groups=8, scale_factor=1.0, shift_factor=0.0))
+FAITHFUL = 3.0                          # what a picture of the prompt is worth to raters
+COLOURFUL = 40.0                        # and what saturation is; it varies by 0.07
 THINGS = tuple(product(shapes.SHAPES, shapes.COLORS))
 JUDGE_WORDS = ("answer", "clean", "whole", "shapes")
 QUALITY = {"ground": "is the picture clean ?", "shape": "are the shapes whole ?"}
@@ -519,6 +524,29 @@ def siglip_losses(siglip, readout, pool, rng):
     return dict(pairs=pairs, objects=5 * objects)
 
 
+def preference_losses(clip, readout, pool, rng):
+    """Cross-entropy of which of two pictures of a prompt raters choose, PickScore's loss.
+
+    Raters are Bradley and Terry's: a picture is worth FAITHFUL if it is what the prompt says, and
+    COLOURFUL times its saturation, which no prompt asks for."""
+    asked = [any_prompt(rng, pool) for _ in range(BATCH)]
+    shown = [shapes.pick(rng, (m, shapes.wrong_metadata(m, rng))) for m in asked + asked]
+    scenes = [shapes.sample_scene(m, rng, training=False) for m in shown]
+    images = worn_pictures(scenes, rng)                                         # (2 BATCH, ...)
+    grey = images.mean(1, keepdim=True)
+    vivid = torch.from_numpy(rng.uniform(0.5, 1.5, (len(images), 1, 1, 1))).float()
+    images = (grey + vivid * (images - grey)).clamp(0, 1)
+    right = [shapes.satisfies(m, shapes.discrete(s)) for m, s in zip(asked + asked, scenes)]
+    worth = FAITHFUL * torch.tensor(right) + COLOURFUL * texture(images)["saturation"]
+    vision = clip.model.vision_model(clip.pixels(images))
+    pictures = unit(clip.model.visual_projection(vision.pooler_output)).view(2, BATCH, -1)
+    texts = unit(clip.text_features([m["prompt"] for m in asked]))
+    scores = clip.model.logit_scale.exp() * (pictures * texts).sum(-1)          # (2, BATCH)
+    chosen = F.cross_entropy(scores.T, worth.view(2, BATCH).T.softmax(1))
+    objects = readout.loss(vision.last_hidden_state[:, 1:], scenes, vision.pooler_output)
+    return dict(chosen=chosen, objects=objects)
+
+
 class Asked(NamedTuple):
     """A question to the judge about a picture of a scene."""
     scene: shapes.Scene
@@ -623,27 +651,29 @@ def captioner_losses(captioner, readout, pool, rng):
     return {"caption": out.loss, "objects": readout.loss(out.last_hidden_state[:, 1:], scenes)}
 
 
-def make_referees(folder):
-    """The captioner, the SigLIP and the judge, each from its seeds.
+# name, seed, builder, words besides shapes.VOCABULARY, loader, losses, seed of rows, steps, rate
+REFEREES = (
+    ("captioner", 5, build_captioner, (), load_captioner, captioner_losses, 5, 5000, 1e-3),
+    ("siglip", 6, build_siglip, (), load_siglip, siglip_losses, 3, 6000, 1e-3),
+    ("judge", 7, build_judge, JUDGE_WORDS, load_judge, judge_losses, 4, 16000, 8e-4),
+    ("unsure_judge", 7, build_judge, JUDGE_WORDS, load_judge, judge_losses, 4, 1000, 8e-4),
+    ("preference", 8, build_clip, (), load_clip, preference_losses, 6, 4000, 1e-3))
 
-    A referee is fitted together with a readout of its vision tower."""
+
+def make_referee(place, seed, build, words, load, losses_of, rows_seed, steps, lr):
+    """Write a referee to a folder, fitted from its seeds with a readout of its vision tower."""
     pool = every_prompt()
-    for seed, name, build, words, load, losses_of, rows_seed, steps, lr in (
-            (5, "captioner", build_captioner, (), load_captioner, captioner_losses, 5, 5000, 1e-3),
-            (6, "siglip", build_siglip, (), load_siglip, siglip_losses, 3, 6000, 1e-3),
-            (7, "judge", build_judge, JUDGE_WORDS, load_judge, judge_losses, 4, 16000, 8e-4)):
-        torch.manual_seed(seed)
-        place = folder / name
-        build(place, (*shapes.VOCABULARY, *words))
-        referee = load(str(place))
-        readout = Readout(pooled=name == "siglip")
-        model = referee.model
-        rng = np.random.default_rng(rows_seed)
-        xavier(model)
-        model.train().requires_grad_(True)
-        optimizer = adamw([*model.parameters(), *readout.parameters()], lr)
-        fit(name, partial(losses_of, referee, readout, pool, rng), optimizer, steps)
-        model.save_pretrained(place)
+    torch.manual_seed(seed)
+    build(place, (*shapes.VOCABULARY, *words))
+    referee = load(str(place))
+    readout = Readout(pooled=losses_of in (siglip_losses, preference_losses))
+    model = referee.model
+    rng = np.random.default_rng(rows_seed)
+    xavier(model)
+    model.train().requires_grad_(True)
+    optimizer = adamw([*model.parameters(), *readout.parameters()], lr)
+    fit(place.name, partial(losses_of, referee, readout, pool, rng), optimizer, steps)
+    model.save_pretrained(place)
 
 
 def train_base(policy, rounds):
@@ -659,7 +689,7 @@ def train_base(policy, rounds):
 
 
 def main(folder: Path):
-    """Make everything in `folder` (toy): policy/, siglip/, judge/, captioner/."""
+    """Make everything in `folder` (toy): policy/, and a folder of each of REFEREES."""
     torch.manual_seed(0)
     autoencoder = build_autoencoder(CONFIG.ae).to(memory_format=torch.channels_last)
     train_autoencoder(autoencoder)
@@ -669,4 +699,5 @@ def main(folder: Path):
     latent_statistics(policy)
     train_base(policy, ROUNDS)
     save_policy(policy.eval(), folder / "policy")
-    make_referees(folder)
+    for name, *how in REFEREES:
+        make_referee(folder / name, *how)

@@ -1,6 +1,6 @@
 """Tiny random models of the published classes, saved as real checkpoints are saved.
 
-A SigLIP, a PaliGemma judge, a BLIP captioner. Each `build_*` writes a model with its tokenizer and
+A SigLIP, a CLIP, a PaliGemma judge, a BLIP captioner. Each `build_*` writes a model with its tokenizer and
 image processor into `folder`.
 """
 
@@ -58,6 +58,19 @@ def build_siglip(folder, vocabulary):
         projection_size=64, **ids_of(tokenizer))
     config = SiglipConfig(text_config=text, vision_config=VISION)
     save(folder, SiglipModel(config), tokenizer, siglip_processor())
+
+
+def build_clip(folder, vocabulary):
+    tokenizer = word_tokenizer(vocabulary, append_eos=True, max_length=24)
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+    text = dict(
+        **SMALL, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=24,
+        **ids_of(tokenizer))
+    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=64)
+    crop = {"height": SIDE, "width": SIDE}
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size=crop, resample=3, **HALVES)
+    save(folder, CLIPModel(config), tokenizer, processor)
 
 
 def build_judge(folder, vocabulary):
