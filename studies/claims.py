@@ -12,6 +12,7 @@ interval of the difference, paired by seed: see `verdict_of`. The claims and the
 are in claims.toml.
 """
 
+import math
 import os
 import re
 import shutil
@@ -26,17 +27,19 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import mean_and_error
+from eval import evaluate_rows, load_toy_policy, mean_and_error, mean_of_parts
 from rewards import NUMBER_WORDS
 from studies.tables import markdown_table, write_json
 from support.disk import read_json, write_atomic
 from support.plots import pyplot, save_figure
 from support.run import Owner, read_log
 from support.terminal import Arguments, number, say
+from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 OUT = ROOT / "out/claims"                       # the folder of the arms
+REACH = 0.7                                     # truth up to which the figure shows differences
 MARGIN = 0.03                                   # of truth: less than this counts as no difference
 LEAST = 6                                       # seeds that a verdict needs
 HOLDS = "holds"
@@ -50,12 +53,9 @@ T90 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 
 PREAMBLE = f"""# Claims in miniature
 
-What the papers say, run again on the toy: `python -m studies.claims NAME --jobs 2`. The arms are
-shorter than the recipes' runs. Nothing is tuned per arm; the recipes were tuned as they are, on
-seed 0, and an arm with another image loss takes the rates of the recipe that has it.
-LVRPO's claim that larger policies learn faster (1.3B, 7B, 13B) is not run: the toy has weights of
-one width. CoRL samples an image as VQ tokens: its claims stand twice, of flow steps, and of image
-tokens under names that end so.
+What the papers say, run again on the toy: `python -m studies.claims NAME --jobs 2`.
+
+![The primary comparison of each claim: difference, 95% interval, verdict](claims.png)
 
 **The rule.** A claim has one primary comparison, the paper's own sentence, first in its table. The
 others are shown and not judged. `a > b in x` is the x of arm a less that of arm b, paired by seed,
@@ -67,17 +67,25 @@ six are run is decided by the width of the interval, never by its sign.
 
 **What it means, and what it leaves out.** If there were no difference, a claim would hold in 2.5%
 of cases and fail in as many, so that about one of all claims on this page would be misjudged. The
-interval takes the differences of seeds as normal. It is about other seeds of training, and nothing
-else: the held-out prompts are the same for all seeds, as are the base's weights, and the rates,
-lengths and sizes of the runs. A comparison that is not judged is a place to look, no finding.
+interval takes the differences of seeds as normal. It is about other seeds of training: the held-out
+prompts are the same for all seeds, as are the base's weights, and the rates, lengths and sizes of
+the runs. So a second interval is of other prompts too: the variance over seeds and the variance
+over prompts, within each tag, of the mean difference are added up. It is wider than need be, since
+what a seed and a prompt make together is in both. It stands with a claim whose verdict it changes.
+A comparison that is not judged is a place to look, no finding.
 
 **What is measured** is held-out truth of a task (`draw`, `think`, `ask` and so on), the share of
 right samples, or what the key says in [the log](results.md#the-numbers-in-logjsonl), as the mean of
 five steps, at the end; the seeds follow in brackets. `x at equal y` compares x when both arms first
 reach the same y; `uneven` is the spread of a value over the noisy steps, divided by its mean; `sem`
-is r_sem of held-out pictures by the toy's own frozen SigLIP.
+is r_sem of held-out pictures by the toy's own frozen SigLIP; `refine, judge/curve` the mean of the
+truth after two, three and four pictures.
 
-![The primary comparisons that were run](claims.png)"""
+The arms are shorter than the recipes' runs. Nothing is tuned per arm; the recipes were tuned as
+they are, on seed 0, and an arm with another image loss takes the rates of the recipe that has it.
+LVRPO's claim that larger policies learn faster (1.3B, 7B, 13B) is not run: the toy has weights of
+one width. CoRL samples an image as VQ tokens: its claims stand twice, of flow steps, and of image
+tokens under names that end so."""
 
 # ---- the claims ----
 
@@ -94,13 +102,13 @@ class Claim:
     says: str                                   # in a sentence
     compares: Sequence[str]                     # the first is judged; see parse_comparison
     also: Sequence[str] = ()                    # measures that are shown besides those compared
-    reading: str = ""                           # what the measures show
+    reading: str = ""                           # what we think is going on
+    doubt: str = ""                             # what would change our mind
 
     @property
     def arms(self) -> list[str]:
-        """Those that it compares."""
-        compared = map(parse_comparison, self.compares)
-        return list(dict.fromkeys(arm for c in compared for arm in (c.a, c.b)))
+        """Those that it compares, the primary comparison's first."""
+        return list(dict.fromkeys(arm for text in self.compares for arm in arms_of(text)))
 
     @property
     def measures(self) -> list[str]:
@@ -113,6 +121,7 @@ class Claim:
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 ARMS = TABLES["arms"]                           # name -> flags
 CLAIMS = {name: Claim(**entry) for name, entry in TABLES["claims"].items()}
+UNKNOWN = 5.0                                   # minutes of an arm that nobody has run
 
 
 # ---- running arms ----
@@ -198,17 +207,32 @@ def run_arm(arm: str, seed: int) -> str:
 
 
 def with_parents(names: list[str]) -> list[str]:
-    """The arms of some claims, and those that they start from."""
+    """The arms of some claims and those that they start from, the most often needed first."""
     arms = [arm for name in names for arm in CLAIMS[name].arms]
     for arm in arms:                            # grows while it is walked
         arms += parents_of(arm)
-    return list(dict.fromkeys(arms))
+    return [arm for arm, _ in Counter(arms).most_common()]
 
 
 def missing_runs(names: list[str], seeds: int) -> list[tuple[str, int]]:
     """The runs (arm, seed) of some claims that are not done."""
-    runs = [(arm, seed) for seed in range(seeds) for arm in with_parents(names)]
+    runs = [(arm, seed) for arm in with_parents(names) for seed in range(seeds)]
     return [run for run in runs if not is_done(*run)]
+
+
+def minutes_of(arm: str, seeds: int) -> float:
+    """Minutes of an arm's fastest run: of those that are done, or kept, or else UNKNOWN."""
+    logs = [folder_of(arm, seed) / "log.jsonl" for seed in range(seeds) if is_done(arm, seed)]
+    minutes = [read_log(path)[1][-1]["seconds"] / 60 for path in logs if path.exists()]
+    for result in map(kept_result, CLAIMS):
+        if arm in result["arms"]:
+            minutes.append(result["arms"][arm].get("minutes", UNKNOWN))
+    return min(minutes, default=UNKNOWN)
+
+
+def minutes_missing(names: list[str], seeds: int) -> float:
+    """Minutes of one process for the runs of some claims that are not done."""
+    return sum(minutes_of(arm, seeds) for arm, _ in missing_runs(names, seeds))
 
 
 def run_missing(names: list[str], seeds: int, jobs: int) -> list[str]:
@@ -216,9 +240,10 @@ def run_missing(names: list[str], seeds: int, jobs: int) -> list[str]:
     todo = missing_runs(names, seeds)
     failed = []
     if todo:
+        hours = minutes_missing(names, seeds) / 60 / jobs
         say(
-            f"{len(todo)} runs of 1 to 15 minutes are missing, {jobs} at a time; a call that was "
-            "stopped goes on with them")
+            f"{len(todo)} runs are missing, about {hours:.1f} hours with {jobs} at a time; a call "
+            "that was stopped goes on with them")
     while todo:
         ready = [
             (arm, seed)
@@ -244,13 +269,19 @@ def values_of(arm: str, seed: int) -> dict:
 
 
 def values_of_table(path: Path) -> dict:
-    """Of an evaluation, of scores' means, or of refinement's table, whose steps are the numbers of
-    pictures drawn."""
+    """Of an evaluation, of scores' means, or of refinement's table.
+
+    Its steps are the numbers of pictures drawn: key/2 is the value at two, key/curve the mean from
+    two on."""
     result = read_json(path)
     values = {}
     for key, cell in result.get("means", result["table"]).items():
         values[key] = np.atleast_2d(np.array(cell, dtype=float))[:, 0].tolist()
     longest = max(map(len, values.values()))
+    if longest > 1:
+        for key, by_count in list(values.items()):
+            values[f"{key}/curve"] = [float(np.mean(by_count[1:]))]
+            values |= {f"{key}/{n}": [x] for n, x in enumerate(by_count, 1)}
     return {"steps": list(range(1, 1 + longest))} | values
 
 
@@ -311,6 +342,12 @@ def parse_comparison(text: str) -> Comparison:
     return Comparison(*arms.split(" > "), key_a, key_b or key_a, by)
 
 
+def arms_of(text: str) -> tuple[str, str]:
+    """The two arms of a comparison."""
+    comparison = parse_comparison(text)
+    return comparison.a, comparison.b
+
+
 def values_when_equal(one: dict, other: dict, key: str, by: str) -> tuple[float, float]:
     """`key` of two runs when each first reaches, in `by`, what both reach.
 
@@ -349,42 +386,82 @@ def runs_of(arm: dict) -> list[dict]:
     return [dict(zip(arm["values"], runs)) for runs in zip(*arm["values"].values())]
 
 
-def t_interval(differences: list[float], quantiles: tuple[float, ...]) -> tuple[float, float]:
-    """What the mean of 2 to 10 differences lies within. quantiles: T95 or T90."""
+def t_interval(
+    differences: list[float], quantiles: tuple[float, ...], other: float = 0.0
+) -> tuple[float, float]:
+    """What the mean of 2 to 10 differences lies within. quantiles: T95 or T90. other: another
+    standard error of the mean, independent of the one over the differences."""
     mean, error = mean_and_error(differences)
-    reach = quantiles[len(differences) - 2] * error
+    reach = quantiles[len(differences) - 2] * math.hypot(error, other)
     return mean - reach, mean + reach
 
 
-def verdict_of(differences: list[float]) -> str:
-    """The verdict of a primary comparison of truth, by its differences paired by seed."""
+def verdict_of(differences: list[float], other: float = 0.0) -> str:
+    """The verdict of a primary comparison of truth, by its differences paired by seed. other: see
+    `t_interval`."""
     seeds = len(differences)
     if seeds < LEAST:
         return f"not judged ({NUMBER_WORDS[seeds]} seeds)"
-    low, high = t_interval(differences, T95)
+    low, high = t_interval(differences, T95, other)
     if low > 0:
         return HOLDS
     if high < 0:
         return FAILS
-    low, high = t_interval(differences, T90)
+    low, high = t_interval(differences, T90, other)
     return EQUAL if -MARGIN < low and high < MARGIN else OPEN
 
 
 def result_of(name: str, seeds: int) -> dict:
-    """What a claim's arms gave and the verdict, as docs/claims keeps it."""
+    """What the arms that are done gave and the verdict, as docs/claims keeps it."""
     claim = CLAIMS[name]
     arms = {}
     for arm in claim.arms:
+        if not all(is_done(arm, seed) for seed in range(seeds)):
+            continue
         runs = [values_of(arm, seed) for seed in range(seeds)]
         rounded = {}
         for key in claim.measures:
             if key in runs[0]:
                 rounded[key] = [[float(f"{x:.4g}") for x in run[key]] for run in runs]
-        arms[arm] = dict(command=command_of(arm), steps=runs[0]["steps"], values=rounded)
-    comparisons = [compare(arms, text) for text in claim.compares]
-    return dict(
+        arms[arm] = dict(
+            command=command_of(arm), minutes=round(minutes_of(arm, seeds), 1),
+            steps=runs[0]["steps"], values=rounded)
+    comparisons = [compare(arms, text) for text in claim.compares if arms.keys() >= {*arms_of(text)}]
+    result = dict(
         claim=name, paper=claim.paper, says=claim.says, seeds=seeds, arms=arms,
         comparisons=comparisons, verdict=verdict_of(comparisons[0]["differences"]))
+    result["prompts_error"] = prompts_error(claim.compares[0], seeds)
+    return result
+
+
+def prompts_error(text: str, seeds: int) -> float | None:
+    """The standard error over held-out prompts, within each tag, of a comparison's mean difference.
+
+    None for what is not the truth of a task at the end of two runs of train.py."""
+    c = parse_comparison(text)
+    trained = all(ARMS[arm].split()[0] not in PROGRAMS for arm in (c.a, c.b))
+    if c.by or not trained or c.key_a.partition("/")[0] not in TASKS:
+        return None
+    differences = []                                    # for each seed and tag (rows,)
+    for seed in range(seeds):
+        both = rows_of(c.a, seed, c.key_a), rows_of(c.b, seed, c.key_b)
+        differences.append([np.subtract(a, b) for a, b in zip(*both)])
+    _, error = mean_of_parts([np.mean(by_seed, axis=0) for by_seed in zip(*differences)])
+    return round(error, 4)
+
+
+def rows_of(arm: str, seed: int, key: str) -> list[list[float]]:
+    """What each held-out row is worth to an arm's policy at the end, tag by tag; kept in its folder.
+
+    The policy is the exported one, whose weights are rounded."""
+    task = key.partition("/")[0]
+    folder = folder_of(arm, seed)
+    path = folder / f"{task}_rows.json"
+    if not path.exists():
+        values = evaluate_rows(load_toy_policy(str(folder / "policy")), only=task)
+        kept = {name: [part.tolist() for part in parts] for name, parts in values.items()}
+        write_json(path, kept)
+    return read_json(path)[key]
 
 
 def command_of(arm: str) -> str:
@@ -403,40 +480,54 @@ def kept_result(name: str) -> dict:
 
 
 def page() -> str:
-    """docs/claims.md from the kept results."""
-    rows = []
-    sections = []
-    for name, claim in CLAIMS.items():
-        result = kept_result(name)
-        primary = print_comparisons(result)[0][:3]
-        rows.append([f"[{name}](#{name}): {claim.says}", claim.paper, *primary, result["verdict"]])
-        sections.append(section(result))
-    heads = ["claim", "paper", "primary comparison", "difference", "95% interval", "verdict"]
-    return "\n\n".join([PREAMBLE, markdown_table(heads, rows), *sections]) + "\n"
+    """docs/claims.md from the kept results: a paragraph a claim, then tables, then commands."""
+    results = [kept_result(name) for name in CLAIMS]
+    paragraphs = []
+    paper = ""
+    for claim, result in zip(CLAIMS.values(), results):
+        if claim.paper != paper:
+            paper = claim.paper
+            paragraphs.append(f"## {paper}")
+        paragraphs.append(paragraph(result))
+    tables = [tables_of(result) for result in results if result["arms"]]
+    made = [[f"`{arm}`", f"`{command_of(arm)}`"] for arm in sorted(with_parents(list(CLAIMS)))]
+    return "\n\n".join([
+        PREAMBLE, *paragraphs, "## Tables", *tables, "## Commands", TABLES["changed"].strip(),
+        markdown_table(["arm", "command of the first seed"], made)]) + "\n"
 
 
-def section(result: dict) -> str:
-    """The text of one claim: verdict, comparisons, measures, commands."""
+def paragraph(result: dict) -> str:
+    """One claim in words: its sentence, the verdict, what we think, what would change our mind."""
     name = result["claim"]
     claim = CLAIMS[name]
+    primary = str(parse_comparison(claim.compares[0]))
+    lines = [f"### {name}", "", claim.says]
+    if result["arms"]:
+        first = result["comparisons"][0]
+        primary += f" {first['mean']:+.3f} {print_numbers(first['interval'])}"
+        primary += f", {result['seeds']} seeds ([numbers](#numbers-of-{name}))"
+        if other := result.get("prompts_error"):
+            wider = verdict_of(first["differences"], other)
+            if wider != result["verdict"]:
+                ends = print_numbers(t_interval(first["differences"], T95, other))
+                primary += f"; over prompts too {ends}, {wider}"
+    lines += [f"**{result['verdict'].capitalize()}**: {primary}.", claim.reading]
+    if claim.doubt:
+        lines.append(f"What would change our mind: {claim.doubt}")
+    return "\n".join(lines)
+
+
+def tables_of(result: dict) -> str:
+    """The comparisons and measures of one claim."""
+    name = result["claim"]
     arms = result["arms"]
-    comparisons = print_comparisons(result)
-    primary = comparisons[0][0]
-    if arms:
-        primary = f"{' '.join(comparisons[0][:3])}, {result['seeds']} seeds"
+    measures = []
+    for key in CLAIMS[name].measures:
+        measures.append([key, *(print_seeds(arm["values"].get(key)) for arm in arms.values())])
     heads = ["comparison", "difference", "95% interval", "of each seed"]
-    parts = [
-        f"## {name}",
-        f"{claim.paper}: {claim.says}\n"
-        f"**{result['verdict'].capitalize()}**: {primary}. {claim.reading}",
-        markdown_table(heads, comparisons)]
-    if arms:
-        measures = []
-        for key in claim.measures:
-            measures.append([key, *(print_seeds(arm["values"].get(key)) for arm in arms.values())])
-        parts.append(markdown_table(["measure", *arms], measures))
-    made = [[arm, f"`{command_of(arm)}`"] for arm in with_parents([name])]
-    return "\n\n".join([*parts, markdown_table(["arm", "command"], made)])
+    return "\n\n".join([
+        f"### Numbers of {name}", markdown_table(heads, print_comparisons(result)),
+        markdown_table(["measure", *arms], measures)])
 
 
 def print_comparisons(result: dict) -> list[list[str]]:
@@ -466,22 +557,40 @@ def print_seeds(runs: list[list[float]] | None) -> str:
     return f"{np.mean(last):.3g} ({', '.join(f'{x:.3g}' for x in last)})"
 
 
+# verdict -> the marker and the colour of its line in the figure
+MARKS = {
+    HOLDS: ("^", "tab:blue"), FAILS: ("v", "tab:red"), EQUAL: ("s", "black"), OPEN: ("o", "0.45")}
+
+
 def save_forest(out: Path) -> None:
-    """A PNG of the primary comparisons that were run: a line each, its mean and 95% interval."""
-    figure, axis = pyplot().subplots(figsize=(8, 8), layout="constrained")
+    """A PNG of the primary comparisons that were run: a line each, its mean, its 95% interval and
+    its verdict; under each paper its claims."""
+    figure, axis = pyplot().subplots(figsize=(8, 10), layout="constrained")
     axis.axvspan(-MARGIN, MARGIN, color="0.9")
     axis.axvline(0, color="0.5", linewidth=0.8)
     labels = []
-    for result in map(kept_result, CLAIMS):
-        if result["comparisons"]:
-            each = result["comparisons"][0]
-            place = len(labels)
-            axis.plot(each["interval"], [place] * 2, color="tab:grey")
-            axis.plot(each["mean"], place, ".", color="tab:grey")
-            labels.append(f"{result['paper']}: {result['claim']}\n{result['verdict']}")
-    axis.set_yticks(range(len(labels)), labels, fontsize=6.5)
+    for name, claim in CLAIMS.items():
+        result = kept_result(name)
+        if not result["arms"]:
+            continue
+        if f"{claim.paper}:" not in labels:
+            labels.append(f"{claim.paper}:")
+        first = result["comparisons"][0]
+        place = len(labels)
+        verdict = result["verdict"]
+        marker, color = MARKS.get(verdict, (".", "0.7"))
+        low, high = np.clip(first["interval"], -REACH, REACH)
+        axis.plot([low, high], [place] * 2, color=color)
+        axis.plot(first["mean"], place, marker, color=color)
+        axis.text(1.02 * REACH, place, verdict, va="center", fontsize=9)
+        labels.append(f"{name} ({result['seeds']})")
+    axis.set_yticks(range(len(labels)), labels, fontsize=9)
+    for label in axis.get_yticklabels():
+        if label.get_text().endswith(":"):
+            label.set_weight("bold")
     axis.invert_yaxis()
-    axis.set_xlabel("difference in held-out truth, 95% interval (band: up to 0.03)")
+    axis.set_xlim(-REACH, REACH)
+    axis.set_xlabel("difference in held-out truth, 95% interval (band: up to 0.03); seeds in brackets")
     save_figure(figure, out, dpi=100)
 
 
@@ -508,12 +617,13 @@ def run_claims(names: list[str], seeds: int, jobs: int) -> str:
     failed = run_missing(names, seeds, jobs)
     lines = []
     for name in names:
-        if missing_runs([name], seeds):
-            lines.append(f"{name}: not all arms are there")
+        primary = arms_of(CLAIMS[name].compares[0])
+        if not all(is_done(arm, seed) for arm in primary for seed in range(seeds)):
+            lines.append(f"{name}: not all arms of its primary comparison are there")
             continue
         result = result_of(name, seeds)
         write_json(kept / f"{name}.json", result)
-        lines.append(section(result))
+        lines += [paragraph(result), tables_of(result)]
     owner.close()
     write_atomic(DOCS / "claims.md", page().encode())
     save_forest(DOCS / "claims.png")
@@ -521,15 +631,15 @@ def run_claims(names: list[str], seeds: int, jobs: int) -> str:
 
 
 def list_claims() -> str:
-    """The claims, the seeds that are kept, and the runs of six seeds that are not done."""
+    """The claims, the seeds that are kept, and the minutes that six seeds still take."""
     lines = []
     for name, claim in CLAIMS.items():
-        runs = Counter(arm for arm, _ in missing_runs([name], LEAST))
-        missing = ", ".join(f"{arm} {count}" for arm, count in runs.items())
+        result = kept_result(name)
+        minutes = minutes_missing([name], max(LEAST, result["seeds"]))
         lines += [
-            f"{name:<22} {claim.paper}: {claim.says}",
-            f"  {kept_result(name)['seeds']} of {LEAST} seeds kept; runs that are missing: "
-            f"{missing or 'none'}",
+            f"{name}: {claim.says} ({claim.paper})",
+            f"  {result['verdict']}; {result['seeds']} of {LEAST} seeds kept, "
+            f"{minutes:.0f} minutes are missing",
         ]
     return "\n".join(lines)
 

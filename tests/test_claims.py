@@ -32,7 +32,7 @@ def test_every_arm_is_a_command_that_parses():
 
 
 def test_every_claim_compares_arms_and_its_primary_comparison_is_of_truth():
-    truths = {*TASKS, "draw/position", "refine, judge", "reflect/self_spoiled"}
+    truths = {*TASKS, "draw/position", "refine, judge/curve", "reflect/self_spoiled"}
     for claim in claims.CLAIMS.values():
         assert set(claim.arms) <= claims.ARMS.keys()
         primary = claims.parse_comparison(claim.compares[0])
@@ -74,9 +74,9 @@ def tail(t, degrees):
     return weight[angles > math.atan(t / math.sqrt(degrees))].sum() / weight.sum()
 
 
-def verdict_by_tests(differences):
+def verdict_by_tests(differences, other=0.0):
     n, mean = len(differences), np.mean(differences)
-    error = np.std(differences, ddof=1) / math.sqrt(n) + 1e-12
+    error = math.sqrt(np.var(differences, ddof=1) / n + other**2) + 1e-12
     if n < 6:
         return {3: "not judged (three seeds)", 5: "not judged (five seeds)"}[n]
     if tail(mean / error, n - 1) < 0.025:
@@ -105,12 +105,14 @@ def test_a_kept_verdict_follows_from_the_kept_values_of_the_claims_first_compari
 
 @pytest.mark.parametrize("seeds", [3, 5, 6, 8, 10])
 def test_the_rule_gives_the_verdicts_of_t_tests(seeds):
+    """Of the error over seeds, and of that over seeds and prompts."""
     rng = np.random.default_rng(seeds)
     found = set()
     for mean in np.linspace(-0.06, 0.06, 30):
         differences = rng.normal(mean, rng.choice([0.01, 0.05]), seeds).tolist()
         found.add(claims.verdict_of(differences))
-        assert claims.verdict_of(differences) == verdict_by_tests(differences)
+        for other in (0.0, 0.01):
+            assert claims.verdict_of(differences, other) == verdict_by_tests(differences, other)
     assert seeds < 6 or found == {HOLDS, FAILS, EQUAL, OPEN}
 
 
@@ -136,6 +138,11 @@ LOG = [
 ]
 
 
+# What rows of two tags are worth to the policies of arms a and b.
+ROWS = {"a": [np.array([0.5, 0.7]), np.array([1.0, 0.0])],
+        "b": [np.array([0.5, 0.3]), np.array([0.5, 0.5])]}
+
+
 def write_log(folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, LOG)))
@@ -151,6 +158,8 @@ def started(monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "ARMS", {"a": "--steps 2", "b": "a --ins 0", "c": "--policy {a}"})
     rules = claims.Claim("nobody", "Rules help.", ("a > b : draw",), ("loss",))
     monkeypatch.setattr(claims, "CLAIMS", {"rules": rules})
+    monkeypatch.setattr(claims, "load_toy_policy", lambda folder: Path(folder).parent.name)
+    monkeypatch.setattr(claims, "evaluate_rows", lambda policy, only: {only: ROWS[policy[0]]})
     commands = []
 
     def run(command, **_):
@@ -170,18 +179,21 @@ def run_rules():
 
 def test_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(started, tmp_path):
     text = run_rules()
-    assert "**Not judged (two seeds)**: a > b in draw +0.000 [+0.000, +0.000], 2 seeds." in text
+    assert "**Not judged (two seeds)**: a > b in draw +0.000 [+0.000, +0.000], 2 seeds (" in text
     assert len(started) == 4
     result = read_json(tmp_path / "claims" / "rules.json")
     assert result["arms"]["a"]["steps"] == [0, 2]
+    assert result["arms"]["a"]["minutes"] == pytest.approx(0.1)     # 3 seconds
+    # Differences (0, 0.4) and (0.5, -0.5), whose standard errors are 0.2 and 0.5.
+    assert result["prompts_error"] == pytest.approx(math.hypot(0.2, 0.5) / 2, abs=1e-4)
     assert result["arms"]["a"]["values"] == {
         "draw": [[0.25, 0.5]] * 2, "loss": [[2.0, 2.0]] * 2}
     assert (tmp_path / "claims.png").stat().st_size > 5000
-    assert "## rules" in (tmp_path / "claims.md").read_text(encoding="utf-8")
+    assert "### rules" in (tmp_path / "claims.md").read_text(encoding="utf-8")
     assert run_rules() == text
     assert len(started) == 4
     listed = claims.list_claims()
-    assert "2 of 6 seeds kept; runs that are missing: a 4, b 4" in listed
+    assert "2 of 6 seeds kept, 0 minutes are missing" in listed
 
 
 def test_kept_results_of_more_seeds_are_not_overwritten(started, tmp_path):
@@ -227,7 +239,7 @@ def test_a_run_that_fails_is_one_line_and_holds_up_what_needs_it(started, tmp_pa
     monkeypatch.setitem(
         claims.CLAIMS, "rules", claims.Claim("nobody", "", ("c > c : draw",)))
     text = run_rules()
-    assert "rules: not all arms are there" in text
+    assert "rules: not all arms of its primary comparison are there" in text
     assert "failed: a, seed 0: --group_size 1: a group needs 2 (exit 1)" in text
     assert "failed: c, seed 0: needs an arm that failed" in text
 
@@ -237,7 +249,7 @@ def test_an_unknown_claim_is_refused_and_the_list_names_all(capsys):
         SystemExit, match="no claim is called flat-earth; the claims are frozen-referee"):
         claims.main(["flat-earth"])
     claims.main(["--list"])
-    assert set(claims.CLAIMS) <= set(capsys.readouterr().out.split())
+    assert claims.CLAIMS.keys() <= set(re.findall(r"^([\w-]+):", capsys.readouterr().out, re.M))
 
 
 # ---- values ----
@@ -254,7 +266,8 @@ def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path, monkeyp
     (tmp_path / "r-0").mkdir()
     (tmp_path / "r-0" / "table.json").write_text(json.dumps({"table": table}))
     values = claims.values_of("r", 0)
-    assert values == {"steps": [1, 2], "refine, judge": [0.3, 0.6], "best, judge": [0.3, 0.5]}
+    assert values["refine, judge"] == [0.3, 0.6]
+    assert values["refine, judge/curve"] == values["refine, judge/2"] == [0.6]
 
 
 def test_unevenness_over_noisy_steps_is_their_spread_over_their_mean():
