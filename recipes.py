@@ -252,7 +252,9 @@ SCALES = {
 TOKEN_SCALES = ("toy_janus", "janus")           # whose policies draw token by token
 
 # What is set of noisy steps, as a matching loss has it.
-NOISELESS = dict(shared_noise=False, step_weights="none", image_beta=0.0)
+NOISELESS = dict(
+    shared_noise=False, step_weights="none", image_beta=0.0, noise_level=0.0, sampler="sde",
+    window_high=0)
 # What is set of flow steps, as image tokens have it.
 FLOWLESS = dict(
     image_loss="token", old_decay=0.0, mse_weight=0.0, step_weights="none", denoise_steps=0,
@@ -560,11 +562,6 @@ def parse(argv: list[str] | None = None, scale: str = "") -> Config:
     chosen |= NOISELESS if loss in FORMS else dict(old_decay=0.0)
     if loss == "fpo":
         chosen["image_clip"] = FPO_CLIP
-    for name in ("noise_level", "sampler", "window_high"):
-        refuse(
-            loss in FORMS and name in given,
-            f"--{name} is of noisy steps, which --image_loss {loss} does not have; leave it out, or "
-            "set --image_loss grpo")
     chosen |= given
     rows = {name: chosen.pop(name, 0) for name in TASKS}
     scoring = {reward for name, task in TASKS.items() if rows[name] for reward in rewards_of(task)}
@@ -647,7 +644,7 @@ def check(cfg: Config, world: int) -> None:
         f"--stop {cfg.stop} is for pictures that are drawn again, and no task of this run does so; "
         "see --reflect and --rounds")
     refuse(cfg.stop > 1, f"--stop {cfg.stop}: must be a share, at most 1")
-    check_tokens(cfg)
+    check_image_loss(cfg)
     each = cfg.normalise == "each"
     refuse(
         each and (refining or gain),
@@ -657,7 +654,6 @@ def check(cfg: Config, world: int) -> None:
         "--advantage none has no effect: --normalise each divides each reward by its group's std; "
         "leave one out",
     )
-    check_matching(cfg)
     learning = f"--train_referee {cfg.train_referee}" if cfg.train_referee else ""
     refuse(
         learning and not (cfg.weights["sem"] or cfg.weights["dense"]),
@@ -682,8 +678,6 @@ def check(cfg: Config, world: int) -> None:
     for name, decay in dict(ema=cfg.ema, old_decay=cfg.old_decay).items():
         refuse(
             decay >= 1, f"--{name} {decay}: must be below 1, or the average would never move")
-    if not cfg.matches and cfg.image_loss != "token":
-        check_window(cfg)
 
 
 def check_task(cfg: Config, task: Task, world: int) -> None:
@@ -704,23 +698,13 @@ def check_task(cfg: Config, task: Task, world: int) -> None:
     )
 
 
-def check_tokens(cfg: Config) -> None:
-    """ValueError for settings of flow steps with image tokens, or the reverse."""
-    if cfg.image_loss != "token":
-        refuse(
-            cfg.guidance_in != "both",
-            f"--guidance_in {cfg.guidance_in} is of image tokens, and {cfg.policy} draws by flow "
-            "steps; leave it out")
-        return
-    for name, value in FLOWLESS.items():
-        refuse(
-            getattr(cfg, name) != value,
-            f"--{name} {getattr(cfg, name)} is of flow steps, and {cfg.policy} draws token by "
-            "token; leave it out")
-
-
-def check_matching(cfg: Config) -> None:
-    """ValueError for settings of noisy steps with a matching loss, or the reverse."""
+def check_image_loss(cfg: Config) -> None:
+    """ValueError for settings of another image loss, or for noisy steps that do not fit."""
+    tokens = cfg.image_loss == "token"
+    refuse(
+        cfg.guidance_in != "both" and not tokens,
+        f"--guidance_in {cfg.guidance_in} is of image tokens, and {cfg.policy} draws by flow "
+        "steps; leave it out")
     refuse(
         cfg.old_decay and not cfg.matches,
         f"--old_decay {cfg.old_decay} is of a matching loss; set --image_loss to one of "
@@ -728,11 +712,24 @@ def check_matching(cfg: Config) -> None:
     refuse(
         cfg.step_weights == "flat" and cfg.image_loss == "ratio_norm",
         "--step_weights flat is for plain ratios: RatioNorm's gradients are of other sizes; set dt")
-    for name, value in NOISELESS.items():
+    if tokens:
+        refuse_others(cfg, FLOWLESS, "flow steps")
+    elif cfg.matches:
+        refuse_others(cfg, NOISELESS, "noisy steps")
+    else:
+        check_window(cfg)
+
+
+def refuse_others(cfg: Config, wanted: dict, what: str) -> None:
+    """ValueError for a setting of `what`, which the image loss does not have, with another value
+    than the wanted one.
+    """
+    for name, value in wanted.items():
+        given = getattr(cfg, name)
         refuse(
-            cfg.matches and getattr(cfg, name) != value,
-            f"--{name} {getattr(cfg, name)} is of noisy steps, which --image_loss "
-            f"{cfg.image_loss} does not have; leave it out, or set --image_loss grpo")
+            given != value,
+            f"--{name} {given} is of {what}, which --image_loss {cfg.image_loss} does not have; "
+            "leave it out")
 
 
 def check_window(cfg: Config) -> None:
