@@ -509,7 +509,7 @@ def argument_parser() -> Arguments:
     """One flag per task (rows a step), reward (weight) and setting."""
     ap = Arguments(
         description="GRPO for one policy that reads and writes text and images.",
-        usage="%(prog)s [--FLAG VALUE ...]")
+        usage="%(prog)s [--FLAG VALUE ...]", argument_default=argparse.SUPPRESS)
     ap.add_argument(
         "--recipe", default="lvrpo", choices=[*RECIPES, "control", "pretrain"],
         help="a method; or control, more pretraining; or pretrain, which makes the toy's weights")
@@ -534,11 +534,7 @@ def parse(argv: list[str] | None = None, scale: str = "") -> Config:
     """Command line -> Config. Later wins: Config's default, the scale, the recipe, the flag.
     Unknown names are refused. scale: by default what fits --policy.
     """
-    given = {
-        name: value
-        for name, value in vars(argument_parser().parse_args(argv)).items()
-        if value is not None
-    }
+    given = vars(argument_parser().parse_args(argv))            # what is not given has no entry
     if given["recipe"] == "pretrain":
         given.setdefault("out", str(WORLD))
     scale = scale or scale_of(Path(given.get("policy", Config.policy)))
