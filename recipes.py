@@ -614,16 +614,14 @@ def refuse(wrong, why: str) -> None:
 def check(cfg: Config, world: int) -> None:
     """ValueError for settings that cannot work together on `world` ranks, before anything loads."""
     used = in_use(cfg)
-    names = ", ".join(task.name for task in used)
-    flags = ", ".join(f"--{name}" for name in TASKS)
-    refuse(not used, f"nothing to learn from: {flags} are all 0; give one rows and its file")
+    refuse(not used, "nothing to learn from: no task has rows; give one rows and its file")
     for task in used:
         check_task(cfg, task, world)
     for name, weight in cfg.weights.items():
-        reads = " or ".join(" and ".join(fields) for fields in REWARDS[name].reads)
         scores = any(name in rewards_of(task) for task in used)
-        why = f"it reads {reads}, which no sample of {names} has"
-        refuse(weight and not scores, f"--{name} {weight} would score nothing: {why}")
+        refuse(
+            weight and not scores,
+            f"--{name} {weight} would score nothing: it reads what no task of this run gives")
     refining = any(task.refines for task in used)
     refuse(
         (cfg.rectify != "off" or cfg.initial > 1) and not refining,
@@ -659,11 +657,9 @@ def check(cfg: Config, world: int) -> None:
         f"{learning} trains a whole SigLIP in fp32 on every rank; it does not go with --shard or "
         "--bf16",
     )
-    halves = [task.name for task in used if task.pair]
-    rows = " and ".join(f"--{name} {cfg.rows[name]}" for name in halves)
     refuse(
-        len({cfg.rows[name] for name in halves}) > 1,
-        f"{rows} are halves of the same rows; give both one number, or one 0")
+        len({cfg.rows[task.name] for task in used if task.pair}) > 1,
+        "--pair_image and --pair_text are halves of the same rows; give both one number, or one 0")
     refuse(
         cfg.shard and "RANK" not in os.environ,
         "--shard cuts the policy over ranks; start with torchrun")
@@ -684,9 +680,7 @@ def check_task(cfg: Config, task: Task, world: int) -> None:
     rewarded = any(cfg.weights[name] for name in scoring) or cfg.recipe == "control"
     choice = ", ".join(f"--{name}" for name in scoring)
     refuse(not rewarded, f"{flag} has no reward: give one of {choice} a weight")
-    less = count - count % world
-    fitting = f"{less} or {less + world}" if less else f"{world}"
-    refuse(count % world, f"{flag} prompts do not divide over {world} ranks; {fitting} would")
+    refuse(count % world, f"{flag} prompts do not divide over {world} ranks; a multiple would")
     refuse(
         not task.draws and not cfg.lr_understanding,
         f"{flag} rows teach the understanding expert, which --lr_understanding 0 freezes; set "
