@@ -69,11 +69,11 @@ CORL_JANUS = dict(
 CORL_TOY_JANUS = dict(
     guidance=(1.0, "d: 5"), image_weight=(1.0, "p"), likeness=(1.0, "d: LPIPS"),
     grad_clip=(20.0, "o"), lr_generation=(0.0, "p"))
+CORL_QUESTIONS_TOY = dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch"))
 CORL_QUESTIONS = dict(
     format=(1.0, "p"), group_size=(16, "p"), advantage=("unbiased", "p"),
-    text_average=("sequence", "p"), text_beta=(0.02, "p"),
-    toy=dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
-    toy_janus=dict(lr_understanding=(1e-4, "d: 1e-6"), steps=(75, "d: 1 epoch")),
+    text_average=("sequence", "p"), text_beta=(0.02, "p"), toy=CORL_QUESTIONS_TOY,
+    toy_janus=CORL_QUESTIONS_TOY,
     bagel=dict(think_tokens=(512, "p"), lr_understanding=(1e-6, "d: 1e-6, all weights")),
     janus=dict(
         think_tokens=(512, "p"), lora=(0, "p"), lr_understanding=(1e-6, "p"),
@@ -208,8 +208,12 @@ RECIPES = {
     "corl_oe": dict(**CORL_QUESTIONS, reason=(32, "p"), accuracy=(1.0, "d: its code grades")),
 }
 
+TOYS = dict(
+    group_size=16, steps=100, lr_understanding=2e-4, resolution=32, think_tokens=24,
+    answer_tokens=4)
 RELEASED = dict(
     bf16=True, checkpointing=True, save_every=5,        # a step takes minutes
+    steps=1000, lr_understanding=1e-6, think_tokens=256, answer_tokens=256, lora=64, micro=4,
     # The toy's referees are not for photographs, nor its rule for free captions.
     siglip="google/siglip2-so400m-patch14-384", judge="google/paligemma2-3b-mix-448",
     captioner="Salesforce/blip-image-captioning-base", pref_model="yuvalkirstain/PickScore_v1",
@@ -219,35 +223,15 @@ RELEASED = dict(
 # has them, but for the resolution.
 SCALES = {
     "toy": dict(
-        group_size=16, steps=100, lr_understanding=2e-4, lr_generation=5e-4, image_clip=1e-3,
-        denoise_steps=6, noise_level=0.8, sampler="cps", window=3, window_high=3, shared_noise=True,
-        resolution=32, think_tokens=24, answer_tokens=4),
-    "toy_janus": dict(
-        group_size=16, steps=100, lr_understanding=2e-4, lr_generation=0.0, image_clip=0.2,
-        resolution=32, think_tokens=24, answer_tokens=4),
+        **TOYS, lr_generation=5e-4, image_clip=1e-3, denoise_steps=6, noise_level=0.8,
+        sampler="cps", window=3, window_high=3, shared_noise=True),
+    "toy_janus": dict(**TOYS, lr_generation=0.0, image_clip=0.2),
     "janus": dict(
-        **RELEASED, group_size=8, steps=1000, lr_understanding=1e-6, lr_generation=1e-6,
-        image_clip=0.2, guidance=5.0, resolution=384, think_tokens=256, answer_tokens=256, lora=64,
-        micro=4, rollout_batch=16),
+        **RELEASED, group_size=8, lr_generation=1e-6, image_clip=0.2, guidance=5.0, resolution=384,
+        rollout_batch=16),
     "bagel": dict(
-        **RELEASED,
-        group_size=24,
-        steps=1000,
-        lr_understanding=1e-6,
-        lr_generation=3e-5,
-        image_clip=1e-6,
-        denoise_steps=25,
-        noise_level=0.8,
-        sampler="sde",
-        window=3,
-        window_high=5,
-        resolution=512,
-        think_tokens=256,
-        answer_tokens=256,
-        lora=64,
-        micro=4,
-        rollout_batch=24,
-    ),
+        **RELEASED, group_size=24, lr_generation=3e-5, image_clip=1e-6, denoise_steps=25,
+        noise_level=0.8, sampler="sde", window=3, window_high=5, resolution=512, rollout_batch=24),
 }
 TOKEN_SCALES = ("toy_janus", "janus")           # whose policies draw token by token
 
@@ -269,8 +253,7 @@ def setting(
     """
     return field(
         default=default,
-        metadata=dict(
-            help=help, least=None if above is not None else least, above=above, choices=choices),
+        metadata=dict(help=help, least=least, above=above, choices=choices),
     )
 
 
