@@ -43,7 +43,7 @@ from referees.build import build_rewards, hub_commits, referee_bytes
 from referees.siglip import Learner
 from rewards import Samples
 from sample import (
-    Picture, Rollout, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan)
+    Picture, Rollout, Scored, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan)
 from support.checkpoint import (
     freeze, keep_gathered, load_policy, reset_adapters, save_adapters, save_policy, shard)
 from support.lora import adapters_off
@@ -428,61 +428,60 @@ def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[
     range. Those of noisy steps are the rollout's; a matching loss has velocities, see `follow`.
     """
     with precision(cfg, policy.device):
-        scored = replay_rollout(policy, piece.rollout)
+        replay = replay_rollout(policy, piece.rollout)
     loss = 0.0
     log = {}
-    for i, segment in enumerate(scored):
-        reference = piece.reference[i] if piece.reference else None
+    for i, scored in enumerate(replay):
+        reference = piece.reference[i] if piece.reference else Scored(scored.segment)
         adv = piece.adv[:, i]
-        if segment.logp is not None:
-            piece.old.setdefault(i, segment.logp.detach())
-        one_loss = text_loss if segment.kind == "text" else image_loss
-        term, stats = one_loss(segment, piece.old.get(i), reference, adv, piece.totals, cfg)
+        if scored.logp is not None:
+            piece.old.setdefault(i, scored.logp.detach())
+        one_loss = text_loss if scored.kind == "text" else image_loss
+        term, stats = one_loss(scored, piece.old.get(i), reference, adv, piece.totals, cfg)
         loss = loss + term
         log |= stats
     return loss, log
 
 
 def text_loss(
-    scored, old: Tensor, reference, adv: Tensor, totals: dict, cfg: Config
+    scored: Scored, old: Tensor, reference: Scored, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted GRPO loss of one written text; old (n, L), adv (n,)."""
+    """The weighted GRPO loss of one written text; old (n, L), adv (n,). reference: the frozen
+    policy's replay of the text, without numbers if no penalty asks for it.
+    """
     loss, stats = grpo_loss(
         scored.logp, old, adv, scored.segment.chosen, total=totals["text"], per=cfg.text_average,
         level=cfg.text_ratio, low=cfg.text_clip, high=cfg.text_clip_high or cfg.text_clip,
-        beta=cfg.text_beta, logp_ref=None if reference is None else reference.logp)
+        beta=cfg.text_beta, logp_ref=reference.logp)
     return cfg.text_weight * loss, as_numbers("text", stats)
 
 
 def image_loss(
-    scored, old: Tensor | None, reference, adv: Tensor, totals: dict, cfg: Config
+    scored: Scored, old: Tensor | None, reference: Scored, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted loss of one drawn image; adv (n,), old: the follower's velocities, or log-probs
-    (n, M) of image tokens.
+    (n, M) of image tokens. reference: as `text_loss` has it.
     """
     drawn = scored.segment.drawn
     if cfg.image_loss == "token":
         loss, stats = grpo_loss(
             scored.logp, old, adv, torch.ones_like(old), total=totals["image"], low=cfg.image_clip,
-            high=cfg.image_clip, beta=cfg.image_beta,
-            logp_ref=None if reference is None else reference.logp)
-        return cfg.image_weight * loss, as_numbers("image", stats)
-    if cfg.matches:
+            high=cfg.image_clip, beta=cfg.image_beta, logp_ref=reference.logp)
+    elif cfg.matches:
         loss, stats = flow_grpo.matching_loss(
             scored.v, drawn, adv, form=cfg.image_loss, total=totals["image"], clip=cfg.image_clip,
-            v_old=old, v_ref=None if reference is None else reference.v, relative=True,
-            mse_weight=cfg.mse_weight)
-        return cfg.image_weight * loss, as_numbers("image", stats)
-    weights = None
-    if cfg.step_weights != "none":
-        over = drawn.window if cfg.window > 1 else (0, cfg.window_high)
-        weights = flow_grpo.step_weights(                               # (W,)
-            drawn.times, drawn.window, kind=cfg.step_weights, noise_level=cfg.noise_level,
-            sampler=cfg.sampler, over=over)
-    loss, stats = flow_grpo.flow_grpo_loss(
-        scored.flow, drawn, adv, total=totals["image"], low=cfg.image_clip, high=cfg.image_clip,
-        ratio_norm=cfg.image_loss == "ratio_norm", weights=weights, kl_beta=cfg.image_beta,
-        mse_weight=cfg.mse_weight, reference=None if reference is None else reference.flow)
+            v_old=old, v_ref=reference.v, relative=True, mse_weight=cfg.mse_weight)
+    else:
+        weights = None
+        if cfg.step_weights != "none":
+            over = drawn.window if cfg.window > 1 else (0, cfg.window_high)
+            weights = flow_grpo.step_weights(                           # (W,)
+                drawn.times, drawn.window, kind=cfg.step_weights, noise_level=cfg.noise_level,
+                sampler=cfg.sampler, over=over)
+        loss, stats = flow_grpo.flow_grpo_loss(
+            scored.flow, drawn, adv, total=totals["image"], low=cfg.image_clip,
+            high=cfg.image_clip, ratio_norm=cfg.image_loss == "ratio_norm", weights=weights,
+            kl_beta=cfg.image_beta, mse_weight=cfg.mse_weight, reference=reference.flow)
     return cfg.image_weight * loss, as_numbers("image", stats)
 
 
