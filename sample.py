@@ -40,7 +40,7 @@ from grpo import token_logp
 from policy import Guidance, Policy, guided_velocity
 from support.checkpoint import load_policy
 from support.pictures import read_picture, save_grid, vit_pixels
-from support.terminal import Arguments, number, one_line, plain_text, the_device
+from support.terminal import Arguments, number, plain_text, the_device
 
 TOY = Path(__file__).parent / "toy" / "policy"
 # The system prompts with which BAGEL was trained to think before an answer and before an image.
@@ -628,9 +628,6 @@ SAMPLING = {
     "toy": dict(
         size=32, steps=10, shift=2.0, tokens=24, system_prompt=False, zoom=4,
         guidance=Guidance(1.0), edit=Guidance(1.0), judge=str(TOY.parent / "judge")),
-    "toy_janus": dict(
-        size=32, steps=None, shift=None, tokens=24, system_prompt=False, zoom=4,
-        guidance=Guidance(1.0), edit=Guidance(1.0), judge=str(TOY.parent / "judge")),
     "janus": dict(
         size=384, steps=None, shift=None, tokens=512, system_prompt=False, zoom=1,
         guidance=Guidance(5.0), edit=Guidance(5.0), judge="google/paligemma2-3b-mix-448"),
@@ -639,6 +636,7 @@ SAMPLING = {
         guidance=Guidance(4.0), edit=Guidance(4.0, 2.0, "text_channel", 0.0, (0.0, 1.0)),
         judge="google/paligemma2-3b-mix-448"),
 }
+SAMPLING["toy_janus"] = SAMPLING["toy"] | dict(steps=None, shift=None)
 
 
 def plain_draw(scale: str, size: Size, steps: int | None = None) -> Draw:
@@ -655,7 +653,7 @@ def plain_draw(scale: str, size: Size, steps: int | None = None) -> Draw:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = Arguments(description="Prompt in, PNG grid or answer out.", allow_abbrev=False)
+    ap = Arguments(prog="sample.py", description="Prompt in, PNG grid or answer out.")
     ap.add_argument(
         "prompt", type=plain_text,
         help="what to draw, what to ask about --question, or how to change --edit")
@@ -692,9 +690,7 @@ def main(argv: list[str] | None = None) -> None:
         "--image_guidance", type=number(float, least=0),
         help="image guidance scale of an edit (1 for the toy, 2 for BAGEL)")
     ap.add_argument("--out", default="samples.png", help="the image that is written")
-    args = ap.parse_args(argv)
-    with one_line("sample.py"):
-        print(run(args))
+    ap.run(run, argv)
 
 
 def check_kind(args: argparse.Namespace, policy: Policy) -> None:
