@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from policy import (
-    Context, Policy, PolicyConfig, append_keys, check_finite, declare_torchvision_ops,
-    invert_cumulative, own_attention, pad_right, rotary)
+    Context, Policy, PolicyConfig, append_keys, check_finite, check_lengths,
+    declare_torchvision_ops, invert_cumulative, own_attention, rotary)
 
 MARKERS = ("<|User|>", "<|Assistant|>", "<begin_of_image>", "<end_of_image>")
 # Sizes that the original folders name, and keep in their scripts [deepseek-ai/Janus].
@@ -141,6 +141,8 @@ class Janus(nn.Module):
     device = Policy.device
     empty = Policy.empty
     sample_text = Policy.sample_text
+    _spell = Policy._spell
+    _batch = Policy._batch
 
     def __init__(self, model, tokenizer):
         super().__init__()
@@ -216,11 +218,6 @@ class Janus(nn.Module):
 
     # -- text --
 
-    def _spell(self, texts: list[str]) -> list[list[int]]:
-        """The ids of texts. A marker inside a text is spelled, or dropped."""
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-        return [[i for i in ids if i not in self.reserved] for ids in encoded.input_ids]
-
     def token_ids(
         self, texts: list[str], room: int = 0, after: str = "nothing"
     ) -> list[list[int]]:
@@ -232,15 +229,9 @@ class Janus(nn.Module):
         limit = self.config.release.text_config.max_position_embeddings - room
         head = {"nothing": [self.bos, self.user], "image": [], "turn": [self.end, self.user]}[after]
         separator = "\n" if after == "image" else ": "
-        rows = []
         spelled = self._spell([f"{separator}{text.strip()}\n\n" for text in texts])
-        for text, ids in zip(texts, spelled):
-            row = [*head, *ids, self.assistant]
-            if len(row) > limit:
-                raise ValueError(
-                    f"text of {len(row)} tokens is longer than the context, which has room for "
-                    f"{limit}: {text[:60]!r}")
-            rows.append(row)
+        rows = [[*head, *ids, self.assistant] for ids in spelled]
+        check_lengths(texts, rows, limit)
         return rows
 
     def encode_text(self, texts: list[str], after: str = "nothing") -> tuple[Tensor, Tensor]:
@@ -251,10 +242,6 @@ class Janus(nn.Module):
         """The same of texts that the policy is taught to write: colon, words, end of sentence."""
         spelled = self._spell([f": {text.strip()}" for text in texts])
         return self._batch([[*ids, self.end] for ids in spelled])
-
-    def _batch(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        tokens, mask = pad_right([torch.tensor(ids) for ids in rows], value=self.end)
-        return tokens.to(self.device), mask.to(self.device)
 
     def decode_text(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """The words of tokens (N, L) under the mask (N, L), without the end."""

@@ -381,6 +381,15 @@ def pad_right(rows: list[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1]) < length[:, None]
 
 
+def check_lengths(texts: list[str], rows: list[list[int]], limit: int) -> None:
+    """ValueError for a text whose row of ids is longer than the limit."""
+    for text, row in zip(texts, rows):
+        if len(row) > limit:
+            raise ValueError(
+                f"text of {len(row)} tokens is longer than the context, which has room for "
+                f"{limit}: {text[:60]!r}")
+
+
 def check_finite(x: Tensor, what: str) -> None:
     """Raise FloatingPointError if what the autoencoder made is not finite."""
     if not x.isfinite().all():
@@ -481,24 +490,21 @@ class Policy(nn.Module):
 
     # -- text --
 
+    def _spell(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts. A marker inside a text is spelled like any other word, or dropped."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        return [[i for i in ids if i not in self.reserved] for ids in encoded.input_ids]
+
     def token_ids(self, texts: list[str], room: int = 0) -> list[list[int]]:
         """Return the ids of each text between <|im_start|> and <|im_end|>.
 
-        A marker inside a text is spelled like any other word, or dropped, so that no text ends
-        itself. Errors: ValueError for a text that leaves less than `room` positions of the context
-        (max_position_embeddings). Differs: the official code takes such a marker for a marker.
+        No text ends itself, see `_spell`. Errors: ValueError for a text that leaves less than
+        `room` positions of the context (max_position_embeddings). Differs: the official code takes
+        a marker inside a text for a marker.
         """
+        rows = [[self.start, *ids, self.end] for ids in self._spell(texts)]
         limit = self.config.llm.get("max_position_embeddings", 32768) - room
-        encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-        rows = []
-        for text, ids in zip(texts, encoded.input_ids):
-            ids = [i for i in ids if i not in self.reserved]
-            row = [self.start, *ids, self.end]
-            if len(row) > limit:
-                raise ValueError(
-                    f"text of {len(row)} tokens is longer than the context, which has room for "
-                    f"{limit}: {text[:60]!r}")
-            rows.append(row)
+        check_lengths(texts, rows, limit)
         return rows
 
     def encode_text(self, texts: list[str], after: str = "nothing") -> tuple[Tensor, Tensor]:
@@ -506,8 +512,10 @@ class Policy(nn.Module):
 
         after: what was read before, "nothing", an "image" or a "turn"; here all texts are alike.
         """
-        rows = [torch.tensor(ids) for ids in self.token_ids(texts)]
-        tokens, mask = pad_right(rows, value=self.end)
+        return self._batch(self.token_ids(texts))
+
+    def _batch(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        tokens, mask = pad_right([torch.tensor(ids) for ids in rows], value=self.end)
         return tokens.to(self.device), mask.to(self.device)
 
     encode_written = encode_text                      # of texts that the policy is taught to write
