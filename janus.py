@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from policy import (
-    Context, Policy, PolicyConfig, append_keys, check_finite, check_lengths,
-    declare_torchvision_ops, invert_cumulative, own_attention, rotary)
+    Context, Policy, PolicyConfig, append_keys, attention_after, check_finite, check_lengths,
+    declare_torchvision_ops, invert_cumulative, rotary)
 
 MARKERS = ("<|User|>", "<|Assistant|>", "<begin_of_image>", "<end_of_image>")
 # Sizes that the original folders name, and keep in their scripts [deepseek-ai/Janus].
@@ -269,9 +269,7 @@ class Janus(nn.Module):
         text = self.config.release.text_config
         index = (mask.cumsum(1) - 1).clamp(min=0)                                # (N, L)
         position = context.position[:, None] + index
-        own = own_attention(mask, causal=True)                                   # (N, 1, L, L)
-        before = context.valid[:, None, None, :].expand(-1, -1, own.shape[2], -1)
-        allowed = torch.cat([before, own], dim=-1)                               # (N, 1, L, S+L)
+        allowed = attention_after(context.valid, mask, causal=True)              # (N, 1, L, S+L)
         theta = text.rope_parameters["rope_theta"]
         cos, sin = rotary(position, self.config.head_dim, theta, x.dtype)        # (N, 1, L, d)
         angles = cos[:, 0], sin[:, 0]

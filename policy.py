@@ -364,6 +364,15 @@ def own_attention(mask: Tensor, causal: bool) -> Tensor:
     return (columns & before) | itself
 
 
+def attention_after(valid: Tensor, mask: Tensor, causal: bool) -> Tensor:
+    """Return who sees whom if a segment of mask (N, L) is appended to a context that is `valid`
+    (N, S): (N, 1, L or 1, S+L), all of the context and `own_attention`.
+    """
+    own = own_attention(mask, causal)                                            # (N, 1, L or 1, L)
+    before = valid[:, None, None, :].expand(-1, -1, own.shape[2], -1)
+    return torch.cat([before, own], dim=-1)
+
+
 def patchify(images: Tensor, patch: int) -> Tensor:
     """(N, C, h, w) -> (N, M, F): row-major patches, features ordered (p_h, p_w, C)."""
     return rearrange(images, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
@@ -556,10 +565,8 @@ class Policy(nn.Module):
         R = len(mask) // len(context.valid)
         valid = context.valid.repeat_interleave(R, dim=0)                        # (N, S)
         position = position.repeat_interleave(R, dim=0)                          # (N, L)
-        own = own_attention(mask, causal)                                        # (N, 1, L or 1, L)
-        before = valid[:, None, None, :].expand(-1, -1, own.shape[2], -1)
-        allowed = torch.cat([before, own], dim=-1)                               # (.., L or 1, S+L)
-        if own.shape[2] > 1:                          # one row serves all queries of a key head
+        allowed = attention_after(valid, mask, causal)                           # (.., L or 1, S+L)
+        if allowed.shape[2] > 1:                      # one row serves all queries of a key head
             allowed = allowed.repeat(1, 1, self.config.queries_per_key, 1)
         dtype = streams[UNDERSTANDING].dtype
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, dtype)
