@@ -117,7 +117,7 @@ def evaluate_task(
     if unseen:
         _, _, others = sample_truth(policy, task, unseen, seed + 2, G, guidance)
         values[f"{name}/held_out"] = [mean_of_groups(others, G)]
-    parts = task.parts(samples, found, detect) if task.parts else {}
+    parts = task.parts(samples, found) if task.parts else {}
     if task.before:
         parts |= parts_of_stops(task, samples)
     for part, each in parts.items():
@@ -134,7 +134,7 @@ def parts_of_stops(task: Task, samples: Samples) -> dict[str, Tensor]:
     """
     kept, samples = keep_first(samples, task, WORDING["toy"])
     found = detect(samples.images)
-    parts = task.parts(samples, found, detect)
+    parts = task.parts(samples, found)
     return {
         "self_repaired": parts["repaired"], "self_spoiled": parts["spoiled"],
         "self_kept": kept.cpu(), "self": task.truth(samples, found)}

@@ -93,8 +93,7 @@ class Task:
     help: str                                   # of its flag
     plan: Callable[[list[Row], Choices], list]  # what a trajectory is made of
     gives: tuple[str, ...]  # the fields of rewards.Samples that its samples have
-    # Samples and detections -> (N,) in [0, 1]; None if it is unknown.
-    truth: Callable[[Samples, list | None], Tensor | None]
+    truth: Callable[[Samples, list | None], Tensor]     # samples, detections -> (N,) in [0, 1]
     toy: Callable[[], Pool]                     # rows of the toy world
     file: str = "prompts"  # the setting that names its file: prompts, questions, edits
     reads: tuple[str, ...] = ("prompt",)        # fields that a file's row must have, its text first
@@ -105,8 +104,8 @@ class Task:
     sees: bool = False                          # whether it draws an image changed
     refines: bool = False                       # whether it refines a picture that is drawn first
     rounds: int = 1                             # how often it draws
-    # Logged with truth: samples, detections, detector -> name -> (N,).
-    parts: Callable[[Samples, list, Callable], dict] | None = None
+    # Logged with truth: samples, detections -> name -> (N,).
+    parts: Callable[[Samples, list], dict] | None = None
     # Rows of the evaluation, of a split: "test", "unseen" or "validation" (toy/world.py).
     held_out: Callable[[str], list[Row]] | None = None
     samples: int = 1                            # of each row in an evaluation
@@ -504,19 +503,19 @@ def token_states(reference: Callable, precision: Callable, size: int) -> Callabl
 
 
 def truth_and_variety(task: Task, samples: Samples, detector, G: int) -> dict[str, float]:
-    """What is logged of a task's samples besides rewards: truth, and variety within groups, as far
-    as they are known.
+    """What is logged of a task's samples besides rewards: truth, and variety within groups. Without
+    a detector nothing is known of pictures.
     """
-    found = detector(samples.images) if detector is not None and task.draws else None
-    right = task.truth(samples, found)
-    out = {}
-    if right is not None:
-        out["truth"] = right.double().mean().item()
-    if found is not None:
-        parts = task.parts(samples, found, detector) if task.parts else {}
-        out |= {name: values.double().mean().item() for name, values in parts.items()}
-        out |= shapes.diversity(to_bytes(samples.images), found, G)
-    return out
+    if not task.draws:
+        return {"truth": task.truth(samples, None).double().mean().item()}
+    if detector is None:
+        return {}
+    found = detector(samples.images)
+    values = {"truth": task.truth(samples, found)}
+    if task.parts:
+        values |= task.parts(samples, found)
+    means = {name: value.double().mean().item() for name, value in values.items()}
+    return means | shapes.diversity(to_bytes(samples.images), found, G)
 
 
 # ---- what an update is made of ----

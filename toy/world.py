@@ -1,8 +1,8 @@
 """The toy world as tasks ask it: rows drawn from seeds, held-out rows, what is true of a sample.
 
 Legend: B rows, G samples of each, N = B*G prompt-major. Pixels that the policy reads are in
-[-1, 1], images that rewards read in [0, 1]. Detections are None if there is no detector. Every rng
-is a np.random.Generator.
+[-1, 1], images that rewards read in [0, 1]. Detections are None of samples without pictures. Every
+rng is a np.random.Generator.
 """
 
 from collections.abc import Callable
@@ -184,7 +184,7 @@ def held_out_edits(split: str) -> list[Row]:
 # ---- truths ----
 
 # As tasks.Task has them: truth(samples, detections) -> (N,), 1 if a sample is right; parts(samples,
-# detections, detector) -> {name: (N,)}; also(rows, samples, detections, G) -> {name: (B,)}.
+# detections) -> {name: (N,)}; also(rows, samples, detections, G) -> {name: (B,)}.
 
 
 def detect(images: Tensor) -> list[list[dict]]:
@@ -192,15 +192,13 @@ def detect(images: Tensor) -> list[list[dict]]:
     return shapes.detect(to_bytes(images))
 
 
-def drawn_truth(samples, detections) -> Tensor | None:
+def drawn_truth(samples, detections) -> Tensor:
     """1 if GenEval's checker passes what the detector found."""
-    if detections is None:
-        return None
     passed = [geneval_check(m, found)[0] for m, found in zip(samples.metadata, detections)]
     return torch.tensor(passed, dtype=torch.float)
 
 
-def edit_parts(samples, detections, detector) -> dict[str, Tensor]:
+def edit_parts(samples, detections) -> dict[str, Tensor]:
     """Whether the asked change is there, and whether everything else is as it was."""
     verdicts = []
     for m, found in zip(samples.metadata, detections):
@@ -209,11 +207,9 @@ def edit_parts(samples, detections, detector) -> dict[str, Tensor]:
     return dict(changed=changed, kept=kept)
 
 
-def edit_truth(samples, detections) -> Tensor | None:
+def edit_truth(samples, detections) -> Tensor:
     """1 if the asked change is there and everything else is as it was."""
-    if detections is None:
-        return None
-    parts = edit_parts(samples, detections, None)
+    parts = edit_parts(samples, detections)
     return parts["changed"] * parts["kept"]
 
 
@@ -226,8 +222,8 @@ def compare_with_first(images: str):
 
     images: the field of Samples that has the first pictures."""
 
-    def parts(samples, detections, detector) -> dict[str, Tensor]:
-        first = drawn_truth(samples, detector(getattr(samples, images)))
+    def parts(samples, detections) -> dict[str, Tensor]:
+        first = drawn_truth(samples, detect(getattr(samples, images)))
         last = drawn_truth(samples, detections)
         return dict(initial=first, repaired=(1 - first) * last, spoiled=first * (1 - last))
 
