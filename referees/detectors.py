@@ -48,10 +48,6 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[int]:
     return kept
 
 
-def text_of(name: str) -> str:
-    """What OWLv2 is asked for a class."""
-    return f"a photo of a {name}"
-
 
 @dataclass
 class ZeroShot:
@@ -83,7 +79,7 @@ class ZeroShot:
 
     def find_boxes(self, images: Tensor, names: list[str]) -> list[dict]:
         """The processor's scores, labels and boxes of each image, with scores above LEAST."""
-        text = [text_of(name) for name in names]
+        text = [f"a photo of a {name}" for name in names]
         sizes = [images.shape[-2:]] * len(images)
         given = self.processor(
             images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt")

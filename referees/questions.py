@@ -130,8 +130,9 @@ HALVES = ("semantic_questions", "quality_questions")
 
 def with_questions(row: dict, path: str) -> dict:
     """A row of any file, with the questions that it brings read into "questions"."""
-    row = {key: value for key, value in row.items() if key != "questions"}
-    if "semantic_questions" in row or "quality_questions" in row:
+    row = dict(row)
+    row.pop("questions", None)
+    if row.keys() & HALVES:
         row["questions"] = questions_of_row(row, path)
     return row
 
