@@ -36,11 +36,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from policy import (
     Context, Policy, PolicyConfig, append_keys, attention_after, check_finite, check_lengths,
-    declare_torchvision_ops, invert_cumulative, rotary)
+    choose_token, declare_torchvision_ops, rotary, run_block)
 
 MARKERS = ("<|User|>", "<|Assistant|>", "<begin_of_image>", "<end_of_image>")
 # Sizes that the original folders name, and keep in their scripts [deepseek-ai/Janus].
@@ -276,12 +275,8 @@ class Janus(nn.Module):
         keys = []
         values = []
         for layer, past_keys, past_values in zip(self.blocks, context.keys, context.values):
-            arguments = layer, x, past_keys, past_values, angles, allowed
-            if layer.checkpointing and torch.is_grad_enabled():
-                x, k, v = checkpoint(
-                    self._layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, k, v = self._layer(*arguments)
+            x, k, v = run_block(
+                self._layer, layer.checkpointing, layer, x, past_keys, past_values, angles, allowed)
             keys.append(k)
             values.append(v)
         valid = torch.cat([context.valid, mask], dim=1)                          # (N, S+L)
@@ -370,12 +365,8 @@ class Janus(nn.Module):
         for i in range(M):
             states, context = self._read(context, x)
             logits = self._image_logits(states[:, -1:], without, scale)[:, 0]    # (N, C)
-            logp = (logits / (temperature or 1.0)).log_softmax(-1)
-            if temperature:
-                token = invert_cumulative(logp, uniforms[:, i])                  # (N, 1)
-            else:
-                token = logp.argmax(-1, keepdim=True)
-            written.append((token, logp.gather(1, token)))
+            token, logp = choose_token(logits, uniforms[:, i], temperature)      # (N, 1) each
+            written.append((token, logp))
             x = self._embed_codes(token, without)
         tokens, logp = (torch.cat(parts, dim=1) for parts in zip(*written))
         if not logp.isfinite().all():

@@ -251,6 +251,15 @@ def append_keys(past: Tensor, new: Tensor, length: int) -> Tensor:
     return torch.cat([past, new], dim=3).flatten(0, 1)
 
 
+def run_block(function: Callable, checkpointing: bool, *inputs):
+    """Call a function; with `checkpointing` the backward pass computes it again instead of storing
+    it.
+    """
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
 class Block(nn.Module):
     """Two experts, one attention [MoT Sec. 3]; `streams` maps an expert to its tokens (N, L, D)."""
 
@@ -260,14 +269,8 @@ class Block(nn.Module):
         self.checkpointing = False
 
     def forward(self, *inputs):
-        """(streams, past keys, past values, cos, sin, allowed) -> (streams, keys, values).
-
-        With `checkpointing` the backward pass computes it again instead of storing it.
-        """
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(*inputs)
+        """(streams, past keys, past values, cos, sin, allowed) -> (streams, keys, values)."""
+        return run_block(self._forward, self.checkpointing, *inputs)
 
     def _forward(self, streams, past_keys, past_values, cos, sin, allowed):
         projected = [self.experts[e].project(x) for e, x in streams.items()]
@@ -757,14 +760,9 @@ class Policy(nn.Module):
         written = []
         for i in range(L):
             logits, context = self.append_text(context, token, alive)
-            logits = logits[:, -1].float() / (temperature or 1.0)
-            logp = logits.log_softmax(-1)                                        # (N, V)
-            if temperature:
-                token = invert_cumulative(logp, uniforms[:, i])                  # (N, 1)
-            else:
-                token = logp.argmax(-1, keepdim=True)
-            logp = torch.where(alive, logp.gather(1, token), 0.0)                # (N, 1)
-            token = torch.where(alive, token, self.end)
+            token, logp = choose_token(logits[:, -1].float(), uniforms[:, i], temperature)
+            logp = torch.where(alive, logp, 0.0)                                 # (N, 1)
+            token = torch.where(alive, token, self.end)                          # (N, 1)
             written.append((token, alive, logp))
             alive = alive & (token != self.end)
             going = alive.any().int()
@@ -779,6 +777,19 @@ class Policy(nn.Module):
                 f"text logits are not finite at token {bad[0, 0]}; the policy's weights or its "
                 "precision are at fault")
         return tokens, mask, logp
+
+
+def choose_token(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sample a token of each row, or take the likeliest at temperature 0.
+
+    logits (N, V), uniforms (N,) -> ids and log-probs (N, 1); those of temperature 0 are of 1.
+    """
+    logp = (logits / (temperature or 1.0)).log_softmax(-1)                       # (N, V)
+    if temperature:
+        token = invert_cumulative(logp, uniforms)
+    else:
+        token = logp.argmax(-1, keepdim=True)
+    return token, logp.gather(1, token)
 
 
 def invert_cumulative(logp: Tensor, uniforms: Tensor) -> Tensor:
