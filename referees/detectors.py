@@ -63,17 +63,14 @@ class ZeroShot:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, classes: list[list[str]]) -> list[list[dict]]:
-        """The things of each image: class, box and score."""
+        """The things of each image: class, box and score. Each is asked for one class or more."""
         found = []
         start = 0
         for names, same in itertools.groupby(classes):          # one call asks one text
             stop = start + len(list(same))
-            if not names:
-                found += [[] for _ in range(start, stop)]
-            else:
-                for part in images[start:stop].split(self.batch_size):
-                    for seen in self.find_boxes(part, names):
-                        found.append(self.things(seen, images.shape[-2:], names))
+            for part in images[start:stop].split(self.batch_size):
+                for seen in self.find_boxes(part, names):
+                    found.append(self.things(seen, images.shape[-2:], names))
             start = stop
         return found
 
