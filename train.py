@@ -248,8 +248,8 @@ def advantages(
     if each and scale == "group":               # each reward is already divided by its own
         scale = "none"
     adv = group_advantage(value, G, scale=scale, std=std, clamp=clamp)              # (N,)
-    mine = len(adv) // ranks.world
-    return adv[ranks.rank * mine:(ranks.rank + 1) * mine], stats, improved
+    mine = ranks.share(len(adv))
+    return adv[mine.start:mine.stop], stats, improved
 
 
 def share_advantage(halves: list[Part], cfg: Config, ranks: Ranks) -> None:
