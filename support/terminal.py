@@ -14,8 +14,6 @@ from tqdm import tqdm
 
 from support.disk import out_of_memory
 
-LONGEST = 1000                                  # characters of an error that a terminal shows
-
 
 def the_device(rank: int = 0) -> torch.device:
     """The GPU of that number, or the CPU without one.
@@ -148,8 +146,7 @@ def one_line(program: str):
 
 
 def first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def end(program: str, why: str, status: int = 1) -> None:

@@ -98,7 +98,6 @@ def test_a_terminal_that_knows_no_umlauts_gets_them_spelled():
     [
         (ValueError("a\nb"), "x.py: a"), (FloatingPointError("nan"), "x.py: nan"),
         (RecursionError(""), "x.py: RecursionError"),
-        (ValueError("a" * 9999), f"x.py: {'a' * 1000} ..."),
         (MemoryError(), "x.py: MemoryError; the memory is full, try fewer samples at once"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
