@@ -15,8 +15,9 @@ uint8 (N, 32, 32, 3). Things are what a scene says (`discrete`) and what detecti
 All sampling takes a np.random.Generator.
 
     metadata, rng = prompts("train")[0], np.random.default_rng(0)
-    found = detect(render(sample_scene(metadata, rng)))[0]  # [{"class", "box", "score", "color"}]
-    satisfies(metadata, read(found))                        # True
+    picture = render(sample_scene(metadata, rng))
+    found = detect(picture[None])[0]    # [{"class", "box", "score", "color"}]
+    satisfies(metadata, read(found))    # True
 """
 import functools
 import re
@@ -736,14 +737,12 @@ def overlap(shape: str, x, y, area, owner):
 def detect(images: np.ndarray) -> list[list[dict]]:
     """Per image a list of {"class", "box" [x1, y1, x2, y2], "score", "color"}, best first.
 
-    images: uint8 (N, 32, 32, 3), or one. Ink is a pixel's largest drop below the ground: every
+    images: uint8 (N, 32, 32, 3). Ink is a pixel's largest drop below the ground: every
     palette colour has one channel near zero, so ink is the covered fraction whatever the colour,
     blurred or not. A component's shape is the best of three templates, its colour the nearest
     palette direction. The score in (0, 1] multiplies how well and how clearly shape and colour
     agree, how full the ink and how clean the image's ground is, and whether the size is possible:
     junk loses on several at once, and what scores 0 is left out."""
-    if images.ndim == 3:
-        images = images[None]
     if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(
             f"detect: images are {images.dtype} {images.shape}, must be uint8 (N, 32, 32, 3)")
