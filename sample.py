@@ -69,7 +69,7 @@ class Read:
 
 @dataclass(frozen=True)
 class See:
-    """A given image per prompt, read as ViT patches of `pixels`.
+    """A given image per prompt, read as ViT patches of `pixels`. It stands before what is chosen.
 
     If the answer is this image changed, `source` is the same image at the autoencoder's size, whose
     clean latents are read first.
@@ -212,7 +212,6 @@ class Reader:
         self.policy = policy
         self.guidance = guidance if guidance and guidance.text_scale > 1 else None
         self.repeats = 1
-        self.repeated = False
         self.started = False
         self.full = self.no_text = self.no_image = policy.empty(B)
 
@@ -245,10 +244,9 @@ class Reader:
         """Repeat every row for the G samples of its prompt, at the first chosen segment; later
         calls do nothing.
         """
-        if self.repeated:
+        if self.repeats == G:
             return
         self.repeats = G
-        self.repeated = True
         self.full = self.full.repeat(G)
         if self.guidance:
             self.no_text = self.no_text.repeat(G)
@@ -325,7 +323,7 @@ def sample_plan(
             segment = Text(*policy.encode_text(texts, after=what_came(segments)))
             reader.text(segment.tokens, segment.mask)
         elif isinstance(item, See):
-            segment = see(policy, item, reader)
+            segment = see(policy, item)
             reader.image(segment.pixels, segment.latents, segment.size)
         elif isinstance(item, Write):
             segment = write(policy, item, reader, generators)
@@ -349,10 +347,8 @@ def what_came(segments: list[Text | Picture]) -> str:
     return "image" if isinstance(last, Picture) and last.is_given else "turn"
 
 
-def see(policy: Policy, item: See, reader: Reader) -> Picture:
-    """The segment of a given image. Errors: ValueError after a chosen segment."""
-    if reader.repeated:
-        raise ValueError("an image given after a chosen segment is not supported; put it first")
+def see(policy: Policy, item: See) -> Picture:
+    """The segment of a given image."""
     sized = item.pixels if item.source is None else item.source
     if isinstance(sized, Tensor):
         size = tuple(sized.shape[-2:])

@@ -106,12 +106,6 @@ def test_an_image_without_a_noisy_step_cannot_be_replayed(policy):
         replay_rollout(policy, rollout)
 
 
-def test_a_given_image_comes_first(policy):
-    plan = [Read(PROMPTS), Write(3), See(torch.zeros(3, 3, 32, 32))]
-    with pytest.raises(ValueError, match="put it first"):
-        sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1, 2], G=2)
-
-
 def test_a_truncated_text_is_closed_and_only_sampled_tokens_are_chosen(policy):
     plan = [Read(PROMPTS), Write(4, temperature=2.0)]
     text = sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1, 2], G=8).segments[-1]
