@@ -147,17 +147,25 @@ def look_again(rows: list[Row], choices: Choices) -> Read:
     return Read([choices.wording.look.format(prompt=row.text) for row in rows])
 
 
+def read_texts(rows: list[Row]) -> Read:
+    return Read([row.text for row in rows])
+
+
+def see_images(rows: list[Row]) -> See:
+    """The image that is to be changed."""
+    return See([row.pixels for row in rows], [row.full for row in rows])
+
+
 def draw_plan(rows: list[Row], choices: Choices) -> list:
-    return [Read([row.text for row in rows]), choices.draw]
+    return [read_texts(rows), choices.draw]
 
 
 def think_plan(rows: list[Row], choices: Choices) -> list:
-    return [
-        *think_prompt(rows, choices), Read([row.text for row in rows]), choices.think, choices.draw]
+    return [*think_prompt(rows, choices), read_texts(rows), choices.think, choices.draw]
 
 
 def ask_plan(rows: list[Row], choices: Choices) -> list:
-    return [See([row.pixels for row in rows]), Read([row.text for row in rows]), choices.answer]
+    return [See([row.pixels for row in rows]), read_texts(rows), choices.answer]
 
 
 def reason_plan(rows: list[Row], choices: Choices) -> list:
@@ -166,14 +174,13 @@ def reason_plan(rows: list[Row], choices: Choices) -> list:
 
 
 def edit_plan(rows: list[Row], choices: Choices) -> list:
-    image = See([row.pixels for row in rows], [row.full for row in rows])
-    return [image, Read([row.text for row in rows]), choices.draw]
+    return [see_images(rows), read_texts(rows), choices.draw]
 
 
 def reflect_plan(rows: list[Row], choices: Choices) -> list:
-    image = See([row.pixels for row in rows], [row.full for row in rows])
     return [
-        *think_prompt(rows, choices), image, look_again(rows, choices), choices.think, choices.draw]
+        *think_prompt(rows, choices), see_images(rows), look_again(rows, choices), choices.think,
+        choices.draw]
 
 
 def rounds_plan(rows: list[Row], choices: Choices) -> list:
