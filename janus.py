@@ -93,16 +93,16 @@ class JanusLayout:
         return self.vit["patch_size"]
 
 
+@dataclass
 class Past:
     """Keys and values of one layer, (N, heads, S, d) each, in place of transformers' cache.
 
     transformers' own cache is no function of its inputs: gradient checkpointing would drop it.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int):
-        self.keys = keys
-        self.values = values
-        self.length = length
+    keys: Tensor
+    values: Tensor
+    length: int
 
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Append a layer's keys and values, and return all of them."""
