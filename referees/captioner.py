@@ -1,6 +1,5 @@
 """The models that CoRL's cycle reward asks: a captioner, a text encoder, LPIPS."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,8 +79,7 @@ def load_lpips(*, device="cpu") -> Callable:
     try:
         import lpips
 
-        with contextlib.redirect_stdout(None):
-            model = lpips.LPIPS(net="vgg", verbose=False)
+        model = lpips.LPIPS(net="vgg", verbose=False)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--likeness needs the package {error.name}: pip install lpips; "
