@@ -46,7 +46,7 @@ def open_trained(folder: Path, stem: str, base: dict[str, Tensor]) -> dict:
     return opened
 
 
-def merge(first: Path, second: Path, base: Path, out: Path, bound: float = 2.0) -> None:
+def merge(first: Path, second: Path, base: Path, out: Path) -> None:
     """Write the policy folder `out`: the base, with the merged changes of two policies.
 
     What is not trained is the base's. Only the merged policy is held in memory.
@@ -60,7 +60,7 @@ def merge(first: Path, second: Path, base: Path, out: Path, bound: float = 2.0) 
     trained = [open_trained(folder, policy.stem, weights) for folder in (first, second)]
     for key, x in weights.items():
         changes = [tensors[key].get_tensor(key).float() - x.float() for tensors in trained]
-        x += gaussian_merge(*changes, bound)
+        x += gaussian_merge(*changes)
         if not all_finite(x):
             raise ValueError(f"{key} is not finite after merging; are {first} and {second} whole?")
     save_policy(policy, out)

@@ -70,10 +70,10 @@ def tensors_of(folder):
 
 
 def test_whole_policies_merge_and_load(pair, tmp_path):
-    merge(*pair, GOLDEN, tmp_path / "c", 1.5)
+    merge(*pair, GOLDEN, tmp_path / "c")
     base, one, two, merged = map(tensors_of, (GOLDEN, *pair, tmp_path / "c"))
     for key, x in base.items():
-        wanted = x + gaussian_merge(one[key] - x, two[key] - x, 1.5)
+        wanted = x + gaussian_merge(one[key] - x, two[key] - x)
         assert merged[key].dtype == x.dtype
         assert torch.allclose(merged[key], wanted, atol=1e-6), key
     load_policy(tmp_path / "c")
