@@ -428,11 +428,6 @@ class Config:
     ema: float = setting(0.95, "decay of the average of weights that is evaluated and exported")
 
     @property
-    def penalised(self) -> bool:
-        """Whether a penalty compares with the frozen policy."""
-        return self.recipe != "control" and self.penalises(texts=True, images=True)
-
-    @property
     def cycles_by_rule(self) -> bool:
         """Whether CoRL's cycle compares captions by rule and images by SSIM."""
         return self.captioner == str(WORLD / "captioner")
@@ -449,7 +444,9 @@ class Config:
 
     @property
     def needs_reference(self) -> bool:
-        return self.penalised or bool(self.weights.get("tim"))
+        """Whether a penalty or token matching reads the frozen policy."""
+        penalised = self.recipe != "control" and self.penalises(texts=True, images=True)
+        return penalised or bool(self.weights.get("tim"))
 
     @property
     def experts(self) -> tuple[str, ...]:
