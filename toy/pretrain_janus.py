@@ -73,7 +73,6 @@ def build_tokenizer():
 
 def build_config(tokenizer):
     """The JanusConfig of the toy's sizes, for the words of a tokenizer."""
-    declare_torchvision_ops()
     from transformers import JanusConfig
     text = LLM | {"vocab_size": len(tokenizer)} | ids_of(tokenizer)
     return JanusConfig(
