@@ -660,10 +660,11 @@ def main(argv: list[str] | None = None) -> None:
         "--adapter", default="", help="a folder of adapters to put on, such as out/adapter"
     )
     ap.add_argument("--think", action="store_true", help="write a thought first")
-    ap.add_argument(
+    given = ap.add_mutually_exclusive_group()
+    given.add_argument(
         "--question", metavar="IMAGE", help="answer the prompt about this image instead of drawing"
     )
-    ap.add_argument("--edit", metavar="IMAGE", help="draw this image changed as the prompt says")
+    given.add_argument("--edit", metavar="IMAGE", help="draw this image changed as the prompt says")
     ap.add_argument("--seed", type=number(int, least=0), default=0, help="seed of noise and texts")
     ap.add_argument("--n", type=number(int, least=1), default=8, help="samples")
     ap.add_argument(
@@ -704,8 +705,6 @@ def check_kind(args: argparse.Namespace, policy: Policy) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Carry out a parsed command line; returns what to print."""
-    if args.question and args.edit:
-        raise ValueError("--question answers and --edit draws; give one of them")
     out = Path(args.out)
     if not args.question and (not out.parent.is_dir() or out.suffix.lower() != ".png"):
         raise ValueError(f"--out {out}: must be a .png file in a folder that exists")

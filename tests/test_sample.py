@@ -304,7 +304,7 @@ def test_the_command_line_draws_thinks_edits_and_answers(tmp_path, capsys):
         (["--policy", "nowhere"], "policy folder nowhere does not exist"), (["--n", "0"], "--n"),
         (["--out", "nowhere/x.png"], "in a folder that exists"),
         (["--out", "x.xyz"], "must be a .png file"), (["--question", "missing.png"], "missing.png"),
-        (["--question", "a", "--edit", "b"], "give one of them")],
+        (["--question", "a", "--edit", "b"], "not allowed with argument --question")],
 )
 def test_bad_input_ends_in_one_line(more, words, capsys):
     with pytest.raises(SystemExit) as stop:
