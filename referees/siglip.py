@@ -193,9 +193,10 @@ class OpenClip(Encoder):
     batch_size: int
 
     def image_features(self, images: Tensor) -> Tensor:
+        from open_clip.utils import to_2tuple
+
         cfg = self.model.visual.preprocess_cfg
-        size = cfg["size"]
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = to_2tuple(cfg["size"])
         images = images.to(self.model.logit_scale.device)
         pixels = to_pixels(images, size, cfg["interpolation"], cfg["mean"], cfg["std"])
         return self.model.encode_image(pixels)
