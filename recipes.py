@@ -628,14 +628,13 @@ def check(cfg: Config, world: int) -> None:
         "--advantage none has no effect: --normalise each divides each reward by its group's std; "
         "leave one out",
     )
-    learning = f"--train_referee {cfg.train_referee}" if cfg.train_referee else ""
     refuse(
-        learning and not (cfg.weights["sem"] or cfg.weights["dense"]),
-        f"{learning} teaches the SigLIP, which no reward of this run asks; give --sem a weight")
+        cfg.train_referee and not (cfg.weights["sem"] or cfg.weights["dense"]),
+        "--train_referee teaches the SigLIP, which no reward of this run asks; give --sem a weight")
     refuse(
-        learning and (cfg.shard or cfg.bf16),
-        f"{learning} trains a whole SigLIP in fp32 on every rank; it does not go with --shard or "
-        "--bf16",
+        cfg.train_referee and (cfg.shard or cfg.bf16),
+        "--train_referee trains a whole SigLIP in fp32 on every rank; it does not go with --shard "
+        "or --bf16",
     )
     refuse(
         len({cfg.rows[task.name] for task in used if task.pair}) > 1,
