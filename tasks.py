@@ -585,8 +585,6 @@ def drop_tied(rollout: Rollout, adv: Tensor, ranks) -> tuple[Rollout, Tensor]:
     order = has.logical_not().to(torch.uint8).argsort(stable=True)      # those with a signal first
     prompts = sorted(order[:most].tolist())
     rows = [prompt * G + sample for prompt in prompts for sample in range(G)]
-    if not rows:
-        return replace(rollout, B=0), adv[:0]
     return subset(rollout, prompts), adv[rows]
 
 
