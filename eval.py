@@ -330,9 +330,8 @@ def gallery(policy: Policy) -> list[tuple[Task, list[Row]]]:
     """Four held-out rows of each task that draws once."""
     shown = []
     for task in TASKS.values():
-        if not can_do(policy, task):
-            continue
-        if task.draws and task.held_out and not task.refines and task.rounds == 1:
+        once = task.draws and task.held_out and not task.before
+        if once and can_do(policy, task):
             shown.append((task, evenly_spaced(task.held_out("test"), 4)))
     return shown
 
