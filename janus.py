@@ -69,7 +69,7 @@ class JanusLayout:
     @property
     def image_tokens(self) -> int:
         """M, the tokens of a picture, read or drawn."""
-        return (self.side // self.release.vision_config.patch_size) ** 2
+        return (self.side // self.stride) ** 2
 
     @property
     def vit_resize(self) -> tuple[int, int, int]:
@@ -90,7 +90,7 @@ class JanusLayout:
 
     @property
     def stride(self) -> int:
-        return self.vit["patch_size"]
+        return self.release.vision_config.patch_size
 
 
 @dataclass

@@ -589,7 +589,7 @@ def train(cfg: Config, ranks: Ranks) -> int:
                 raise
             if done == cfg.steps or due(done, cfg.save_every):
                 keep(run, done)                                                     # 6. keep
-            if cfg.eval_every and (done == cfg.steps or due(done, cfg.eval_every)):
+            if done == cfg.steps or due(done, cfg.eval_every):
                 evaluation.evaluate_run(run, done)
         export(run)
     return 128 + run.caught[0] if run.caught else 0
