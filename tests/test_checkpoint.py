@@ -22,7 +22,7 @@ from support import checkpoint
 from support.checkpoint import (
     load_adapters, load_policy, release_ae_name, release_name, save_adapters, save_policy,
     save_tensors)
-from support.disk import one_line_error, read_json, write_atomic
+from support.disk import one_line_error, read_json
 from support.lora import adapters, add_lora
 from support.run import load_checkpoint, save_checkpoint
 
@@ -582,14 +582,6 @@ def test_an_export_that_fails_half_way_keeps_what_it_has_not_replaced(folder, mo
         save_policy(policy, folder)
     assert (folder / "vocab.json").read_bytes() == old
     assert same_weights(policy, load_policy(folder))
-
-
-def test_a_file_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "w.safetensors"
-    with pytest.raises(OSError, match="could not be written") as error:
-        write_atomic(path, b"a")
-    assert str(path) in str(error.value)
 
 
 def test_a_save_clears_away_what_a_killed_one_left(tmp_path):
