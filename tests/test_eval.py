@@ -162,12 +162,6 @@ def test_a_policy_does_not_change_against_itself(monkeypatch, small, tmp_path, c
     assert "before     after    change" in capsys.readouterr().out
 
 
-def test_one_sample_has_no_variety_and_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        evaluation.main(["--samples", "1"])
-    assert "--samples: 1: must be at least 2" in capsys.readouterr().err
-
-
 # ---- logs ----
 
 HEAD = {"config": {"recipe": "lvrpo", "seed": 0}}
