@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from support.checkpoint import load_policy
-from support.pictures import (
-    as_shown, fit_size, open_picture, read_picture, texture)
+from support.pictures import fit_size, open_picture, read_picture, texture
 
 GOLDEN = Path(__file__).parent / "golden" / "bagel_tiny"
 RAMP = (
@@ -70,14 +69,6 @@ def test_a_picture_is_read_upright(tmp_path, name, options, orientation):
     nearest = [
         min(CORNERS, key=lambda name: np.abs(CORNERS[name] - corner).sum()) for corner in corners]
     assert nearest == TURNED[orientation].split()
-
-
-def test_a_picture_is_turned_once(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image = open_picture(save(tmp_path, Image.new("RGB", (20, 10)), exif=exif))
-    assert image.size == (10, 20)
-    assert as_shown(image).size == (10, 20)
 
 
 @pytest.mark.parametrize("name", ["i.png", "i.tif", "i.pgm"])
