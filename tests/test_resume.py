@@ -20,7 +20,7 @@ import eval as evaluation
 import train
 from recipes import parse
 from support.checkpoint import load_policy, save_tensors
-from support.run import Average, Ranks, load_checkpoint, refuse_finished
+from support.run import Average, Ranks, load_checkpoint
 
 ROOT = Path(train.__file__).parent
 STUB = {"loss": 0.0, "grad_norm": 0.0}          # what a step logs that does nothing
@@ -187,10 +187,6 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(run_folder, name):
     with pytest.raises(ValueError, match="holds a run; --resume goes on, another --out begins anew"):
         train.begin(small(run_folder), ALONE)
     assert {path: path.is_file() and path.read_bytes() for path in run_folder.iterdir()} == before
-
-
-def test_a_folder_that_does_not_exist_is_free(tmp_path):
-    refuse_finished(tmp_path / "new")
 
 
 def test_to_resume_needs_a_checkpoint_in_safetensors(tmp_path):
