@@ -12,7 +12,7 @@ import flow_grpo
 from policy import Guidance, guided_velocity
 from sample import (
     TOY, Draw, Read, Reader, See, Text, Write, images_of, join, main, replay_rollout,
-    sample_generators, sample_plan, subset, texts_of)
+    sample_plan, subset, texts_of)
 from support.checkpoint import load_policy
 
 SIZE = (16, 32)
@@ -160,12 +160,6 @@ def test_another_seed_step_prompt_or_number_gives_another_sample(policy, change)
     settings = dict(seed=1, step=2, prompts=[0], first_sample=0)
     one, other = (walk(policy, "text to image", [0], **(settings | more)) for more in ({}, change))
     assert (one.segments[-1].drawn.latents - other.segments[-1].drawn.latents).abs().max() > 1e-2
-
-
-def test_no_two_samples_share_a_generator():
-    places = [(seed, step) for seed in range(3) for step in range(3)]
-    generators = [g for place in places for g in sample_generators(*place, [0, 1, 2], range(3))]
-    assert len({generator.initial_seed() for generator in generators}) == 81
 
 
 def test_sampling_leaves_the_global_generator_alone(policy):
