@@ -267,8 +267,6 @@ def test_pictures_of_another_side_are_refused(policy):
     "flags, said",
     [
         ("--window 3", "--window 3 is of flow steps"),
-        ("--denoise_steps 6", "--denoise_steps 6 is of flow steps"),
-        ("--noise_level 0.5", "--noise_level 0.5 is of flow steps"),
         ("--step_weights dt", "--step_weights dt is of flow steps"),
         ("--recipe unifpo", "--recipe unifpo is of flow steps"),
         ("--image_loss nft", "--image_loss nft does not fit a policy of scale toy_janus"),
