@@ -599,9 +599,9 @@ def check(cfg: Config, world: int) -> None:
         check_task(cfg, task, world)
     for name, weight in cfg.weights.items():
         scores = any(name in rewards_of(task) for task in used)
-        refuse(
-            weight and not scores,
-            f"--{name} {weight} would score nothing: it reads what no task of this run gives")
+        reads = " or ".join(" and ".join(fields) for fields in REWARDS[name].reads)
+        why = f"it reads {reads}, which no task of this run gives"
+        refuse(weight and not scores, f"--{name} {weight} would score nothing: {why}")
     refining = any(task.refines for task in used)
     refuse(
         (cfg.rectify != "off" or cfg.initial > 1) and not refining,
@@ -659,7 +659,9 @@ def check_task(cfg: Config, task: Task, world: int) -> None:
     rewarded = any(cfg.weights[name] for name in scoring) or cfg.recipe == "control"
     choice = ", ".join(f"--{name}" for name in scoring)
     refuse(not rewarded, f"{flag} has no reward: give one of {choice} a weight")
-    refuse(count % world, f"{flag} prompts do not divide over {world} ranks; a multiple would")
+    less = count - count % world
+    fitting = f"{less} or {less + world}" if less else f"{world}"
+    refuse(count % world, f"{flag} prompts do not divide over {world} ranks; {fitting} would")
     refuse(
         not task.draws and not cfg.lr_understanding,
         f"{flag} rows teach the understanding expert, which --lr_understanding 0 freezes; set "
