@@ -15,6 +15,7 @@ asks one model to write, a second time to check and a third time to tag each que
 quality questions are a call of their own; here one answer holds all and is checked by rule.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rewards import NUMBER_WORDS
-from support.rows import Metadata, has_text, read_json_lines, read_prompts
+from support.disk import fingerprint, write_atomic
+from support.rows import Metadata, has_text, read_prompts
 from support.terminal import Arguments, new_file, say, the_device
 
 
@@ -187,19 +189,21 @@ Prompt: {prompt}"""
 
 
 def decompose(
-    path: str, write: Writer, out: Path, batch: int = 8, tries: int = 5
+    path: str, write: Writer, model: str, out: Path, batch: int = 8, tries: int = 5
 ) -> list[str]:
     """Add the rows of a file of prompts to `out`, each with questions by a language model.
 
-    A prompt that `out` already has is not asked again. Returns the prompts that got no questions,
-    each with the reason.
-    Errors: ValueError if no prompt at all gets questions, and for an `out` of other rows.
+    A row that `out` already has, with the same model and instruction, is not asked again. Returns
+    the prompts that got no questions, each with the reason.
+    Errors: ValueError if no prompt at all gets questions.
     """
-    waiting = {row["prompt"]: row for row in read_prompts(path)}
-    if out.exists() and out.stat().st_size:
-        for row in read_json_lines(str(out), ("prompt",)):
-            questions_of_row(row, str(out))
-            waiting.pop(row["prompt"], None)
+    rows = {}
+    writer = fingerprint(Path(model)) if Path(model).is_dir() else model
+    for row in read_prompts(path):
+        key = json.dumps([row, writer, ASK], sort_keys=True)
+        rows[hashlib.sha256(key.encode()).hexdigest()[:16]] = row
+    done = finished_rows(out)
+    waiting = {key: row for key, row in rows.items() if key not in done}
     reasons = {}                                # why the last try of each failed
     asked = len(waiting)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -208,23 +212,34 @@ def decompose(
             left = list(waiting.items())
             for i in range(0, len(left), batch):
                 some = left[i:i + batch]
-                requests = [ASK.format(prompt=prompt) for prompt, _ in some]
+                requests = [ASK.format(prompt=row["prompt"]) for _, row in some]
                 answers = write(requests, 0.7 if attempt else 0.0)
-                for (prompt, row), answer in zip(some, answers):
+                for (key, row), answer in zip(some, answers):
                     try:
-                        questions = read_answer(prompt, answer)
+                        questions = read_answer(row["prompt"], answer)
                     except ValueError as error:
-                        reasons[prompt] = error
+                        reasons[key] = error
                         continue
-                    del waiting[prompt]
-                    print(json.dumps(row | questions), file=file, flush=True)
+                    del waiting[key]
+                    print(json.dumps({**row, **questions, "hash": key}), file=file, flush=True)
                     bar.update()
-    failures = [f"{prompt}: {reasons[prompt]}" for prompt in waiting]
+    failures = [f"{row['prompt']}: {reasons[key]}" for key, row in waiting.items()]
     if asked and len(failures) == asked:
         raise ValueError(
-            f"the model gave no valid questions for any of {asked} prompts in {tries} tries each; "
+            f"{model} gave no valid questions for any of {asked} prompts in {tries} tries each; "
             f"the last reason: {failures[-1]}")
     return failures
+
+
+def finished_rows(out: Path) -> set[str]:
+    """The hashes of the rows that an earlier run wrote; a line that a kill has cut is removed."""
+    text = out.read_text(encoding="utf-8") if out.exists() else ""
+    if text and '"hash": "' not in text.partition("\n")[0]:
+        raise ValueError(f"{out} holds what this program did not write; give another --out")
+    whole = text[:text.rfind("\n") + 1]
+    if whole != text:
+        write_atomic(out, whole.encode())
+    return {json.loads(line).get("hash") for line in whole.splitlines()}
 
 
 def read_answer(prompt: str, answer: str) -> dict:
@@ -283,14 +298,14 @@ def main(argv: list[str] | None = None) -> None:
         "--llm", required=True, help="a chat model: a folder or hub name, such as Qwen/Qwen3-8B")
     ap.add_argument(
         "--out", type=new_file, default="with_questions.jsonl",
-        help="where rows are added with their questions; prompts that it has are not asked again")
+        help="where the rows are added with their questions; rows that it has are not asked again")
     ap.run(run, argv)
 
 
 def run(a) -> str:
     """Carry out a parsed command line; returns what to print."""
     read_prompts(a.prompts)                     # before a large model is loaded
-    left = decompose(a.prompts, load_writer(a.llm, the_device()), a.out)
+    left = decompose(a.prompts, load_writer(a.llm, the_device()), a.llm, a.out)
     for prompt in left:
         say(f"left out: {prompt}")
     return f"{a.out} holds the prompts with their questions; {len(left)} got none"

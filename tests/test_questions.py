@@ -195,7 +195,7 @@ def test_decomposition_writes_rows_whole_retries_resumes_and_leaves_out_what_sta
         }
         return [answers[request.rsplit("Prompt: ", 1)[1]] for request in requests]
 
-    left = decompose(str(file), write, out, batch=2, tries=3)
+    left = decompose(str(file), write, "m", out, batch=2, tries=3)
     assert left == ["two: invalid JSON (substring not found)"]
     assert heard == [(2, 0.0), (1, 0.0), (2, 0.7), (1, 0.7)]
     written = read_prompts(str(out))            # as --prompts reads it
@@ -203,13 +203,15 @@ def test_decomposition_writes_rows_whole_retries_resumes_and_leaves_out_what_sta
     assert written[0]["tag"] == "colors"
     assert written[0]["include"] == rows[0]["include"]
     assert with_questions(written[1], str(out))["questions"] == questions_of_row(LINE, "")
+    with out.open("a") as cut:
+        cut.write('{"prompt": "cut')            # as a kill leaves it
     heard.clear()
     with pytest.raises(
-        ValueError, match="model gave no valid questions for any of 1 prompts in 2 tries each; .*invalid JSON"):
-        decompose(str(file), write, out, tries=2)
+        ValueError, match="m gave no valid questions for any of 1 prompts in 2 tries each; .*invalid JSON"):
+        decompose(str(file), write, "m", out, tries=2)
     assert heard == [(1, 0.0), (1, 0.7)]        # only the one that is still without
-    decompose(str(file), lambda requests, temperature: [ANSWER] * len(requests), out)
-    assert [row["prompt"] for row in read_prompts(str(out))] == ["one", "three", "two"]
+    decompose(str(file), lambda requests, temperature: [ANSWER] * len(requests), "another model", out)
+    assert [row["prompt"] for row in read_prompts(str(out))] == ["one", "three", "one", "two", "three"]
 
 
 def test_an_answer_is_validated():
@@ -234,11 +236,9 @@ def test_a_real_language_model_is_asked_through_its_chat_template(tmp_path):
     assert len(questions.load_writer(str(folder), "cpu", longest=4)(["a red circle", "two"], 0.0)) == 2
     prompts = tmp_path / "p.txt"
     prompts.write_text("a circle\n")
-    bare = tmp_path / "bare.jsonl"
-    bare.write_text('{"prompt": "a circle"}')
     refusals = {
         tmp_path / "q.jsonl": "gave no valid questions for any of 1 prompts in 5 tries each",
-        prompts: "not a JSON object", bare: "semantic_questions must be a list of at least one question"}
+        prompts: "holds what this program did not write; give another --out"}
     for out, words in refusals.items():
         with pytest.raises(SystemExit) as error:
             questions.main([str(prompts), "--llm", str(folder), "--out", str(out)])
