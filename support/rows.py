@@ -139,7 +139,8 @@ def has_text(row: dict, name: str) -> bool:
 def read_prompts(path: str) -> list[Metadata]:
     """Prompts, from GenEval's JSON lines or plain text.
 
-    The ending decides: .jsonl, .json and .ndjson, or .txt and none.
+    The ending decides: .jsonl, .json and .ndjson, or .txt and none. A file whose content says
+    otherwise is refused.
     """
     ending = Path(path).suffix.lower()
     if ending in (".jsonl", ".json", ".ndjson"):
@@ -149,9 +150,21 @@ def read_prompts(path: str) -> list[Metadata]:
             f"file {path}: its ending {ending} must be .jsonl (JSON objects) or .txt (plain text)")
     prompts = []
     for number, line in read_lines(path):
-        prompt = without_image_place(line.strip(), f"{path}:{number}")
+        where = f"{path}:{number}"
+        if is_json(line):
+            raise ValueError(
+                f"{where}: JSON in a file that its ending calls plain text; name it .jsonl")
+        prompt = without_image_place(line.strip(), where)
         prompts.append(Metadata(tag="", include=[], prompt=prompt))
     return prompts
+
+
+def is_json(line: str) -> bool:
+    """Whether a line holds a JSON object or list, or opens one."""
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except ValueError:
+        return line.strip() in ("{", "[")       # the first line of an indented file
 
 
 def read_questions(path: str) -> list[dict]:

@@ -36,6 +36,9 @@ def test_prompts_are_read_as_their_files_ending_says(tmp_path, name, content, en
 @pytest.mark.parametrize(
     "name, content, encoding, words",
     [
+        ("p.txt", RED, "utf-8", "p.txt:1: JSON in a file that its ending calls plain text"),
+        ("p", f"a circle\n[{RED}]", "utf-8", "p:2: JSON in a file"),
+        ("p.txt", f"[\n {RED}\n]", "utf-8", "p.txt:1: JSON"),
         ("p.json", f"[{RED}, {RED}]", "utf-8", "p.json:1: must be one object"),
         ("p.jsonl", f"{RED}\n\n{{\n", "utf-8", "p.jsonl:3: not a JSON object"),
         ("p.jsonl", "[" * 100_000, "utf-8", "p.jsonl:1: not a JSON object"),
