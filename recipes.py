@@ -594,7 +594,8 @@ def refuse(wrong, why: str) -> None:
 def check(cfg: Config, world: int) -> None:
     """ValueError for settings that cannot work together on `world` ranks, before anything loads."""
     used = in_use(cfg)
-    refuse(not used, "nothing to learn from: no task has rows; give one rows and its file")
+    refuse(
+        not used, "nothing to learn from: no task has rows; give one rows, such as --draw 16")
     for task in used:
         check_task(cfg, task, world)
     for name, weight in cfg.weights.items():
@@ -638,7 +639,8 @@ def check(cfg: Config, world: int) -> None:
     )
     refuse(
         len({cfg.rows[task.name] for task in used if task.pair}) > 1,
-        "--pair_image and --pair_text are halves of the same rows; give both one number, or one 0")
+        f"--pair_image {cfg.rows['pair_image']} and --pair_text {cfg.rows['pair_text']} are halves "
+        "of the same rows; give both the same number, or set one to 0")
     refuse(
         cfg.shard and "RANK" not in os.environ,
         "--shard cuts the policy over ranks; start with torchrun")
@@ -700,7 +702,7 @@ def refuse_others(cfg: Config, wanted: dict, what: str) -> None:
         refuse(
             given != value,
             f"--{name} {given} is of {what}, which --image_loss {cfg.image_loss} does not have; "
-            "leave it out")
+            "leave it out, or choose another image loss")
 
 
 def check_window(cfg: Config) -> None:

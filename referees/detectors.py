@@ -48,7 +48,6 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[int]:
     return kept
 
 
-
 @dataclass
 class ZeroShot:
     """OWLv2, asked for the classes that a prompt names.
@@ -63,7 +62,7 @@ class ZeroShot:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, classes: list[list[str]]) -> list[list[dict]]:
-        """The things of each image: class, box and score. Each is asked for one class or more."""
+        """The things of each image: class, box and score. `classes` names at least one for each."""
         found = []
         start = 0
         for names, same in itertools.groupby(classes):          # one call asks one text
@@ -79,7 +78,8 @@ class ZeroShot:
         text = [f"a photo of a {name}" for name in names]
         sizes = [images.shape[-2:]] * len(images)
         given = self.processor(
-            images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt")
+            images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt",
+            truncation=True)
         out = self.model(**given.to(self.model.device))
         return self.processor.post_process_grounded_object_detection(out, LEAST, sizes)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from support.disk import write_atomic
-from support.run import read_log
+from support.run import FREE, read_log
 
 
 def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
@@ -44,10 +44,11 @@ def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
 
 
 def by_settings(runs: list[tuple[dict, list[dict]]]) -> list[list[tuple[dict, list[dict]]]]:
-    """Runs (head, rows of the log) in groups of equal settings but for the seed."""
+    """Runs (head, rows of the log) in groups of equal settings but for the seed, and those that
+    change nothing."""
     groups = {}
     for run in runs:
-        settings = run[0]["config"] | dict(seed="", out="", resume="")
+        settings = run[0]["config"] | dict.fromkeys(["seed", *FREE])
         groups.setdefault(str(settings), []).append(run)
     return list(groups.values())
 
@@ -69,7 +70,7 @@ def curve(runs: list[list[dict]], key: str) -> np.ndarray:
         if len(runs) > 1:
             error = values[:, 1].std(ddof=1) / math.sqrt(len(runs))
         points.append((minutes, mean, error))
-    return np.array(points).T
+    return np.array(points).reshape(-1, 3).T
 
 
 def pyplot():

@@ -183,7 +183,7 @@ def test_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(started
     assert len(started) == 4
     result = read_json(tmp_path / "claims" / "rules.json")
     assert result["arms"]["a"]["steps"] == [0, 2]
-    assert result["arms"]["a"]["minutes"] == pytest.approx(0.1)     # 3 seconds
+    assert result["arms"]["a"]["minutes"] == [0.1, 0.1]             # 3 seconds each
     # Differences (0, 0.4) and (0.5, -0.5), whose standard errors are 0.2 and 0.5.
     assert result["prompts_error"] == pytest.approx(math.hypot(0.2, 0.5) / 2, abs=1e-4)
     assert result["arms"]["a"]["values"] == {
@@ -193,7 +193,7 @@ def test_arms_run_to_a_verdict_a_figure_and_a_page_and_are_not_run_again(started
     assert run_rules() == text
     assert len(started) == 4
     listed = claims.list_claims()
-    assert "2 of 6 seeds kept, 0 minutes are missing" in listed
+    assert "2 of 6 seeds are kept, 1 minutes of runs are missing" in listed
 
 
 def test_kept_results_of_more_seeds_are_not_overwritten(started, tmp_path):

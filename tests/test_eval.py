@@ -197,7 +197,9 @@ def test_a_file_that_is_no_log_is_refused(tmp_path, content):
 def test_runs_that_differ_in_the_seed_alone_are_one_curve_with_the_error_over_seeds():
     def run(seed, kn, *truths):
         head = {"config": {"recipe": "lvrpo", "seed": seed, "out": str(seed), "kn": kn}}
-        rows = [{"step": i, "seconds": 60.0 * i, "eval": {"draw": [x, 0.01]}} for i, x in enumerate(truths)]
+        rows = []
+        for step, truth in enumerate(truths):
+            rows.append({"step": step, "seconds": 60.0 * step, "eval": {"draw": [truth, 0.01]}})
         return head, rows
 
     runs = [run(0, 1, 0.25, 0.5), run(1, 1, 0.25, 0.75, 0.9), run(0, 0, 0.25, 0.3)]

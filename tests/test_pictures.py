@@ -1,4 +1,4 @@
-"""Picture files: what is read is what viewers show; what is written is whole."""
+"""Picture files: what is read is what viewers show."""
 
 import io
 import struct
@@ -227,7 +227,7 @@ def test_a_picture_of_any_shape_is_read(tmp_path, size):
         assert torch.allclose(pixels, red.expand_as(pixels), atol=1e-6)
 
 
-# ---- what a grid shows ----
+# ---- saturation and roughness ----
 
 
 def test_texture_tells_grey_from_glaring_and_smooth_from_rough():

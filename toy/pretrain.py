@@ -79,7 +79,7 @@ CONFIG = PolicyConfig(
         resolution=32, in_channels=3, downsample=8, ch=8, out_ch=3, ch_mult=[1, 2, 4, 4],
         num_res_blocks=1, z_channels=4, norm_groups=8, scale_factor=1.0, shift_factor=0.0))
 FAITHFUL = 3.0                          # what a picture of the prompt is worth to raters
-COLOURFUL = 40.0                        # and what saturation is; it varies by 0.07
+COLOURFUL = 40.0                        # the same of saturation 1; it varies by 0.07
 THINGS = tuple(product(shapes.SHAPES, shapes.COLORS))
 JUDGE_WORDS = ("answer", "clean", "whole", "shapes")
 QUALITY = {"ground": "is the picture clean ?", "shape": "are the shapes whole ?"}

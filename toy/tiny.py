@@ -1,7 +1,7 @@
 """Tiny random models of the published classes, saved as real checkpoints are saved.
 
-A SigLIP, a CLIP, a PaliGemma judge, a BLIP captioner. Each `build_*` writes a model with its tokenizer and
-image processor into `folder`.
+A SigLIP, a CLIP, a PaliGemma judge, a BLIP captioner. Each `build_*` writes a model with its
+tokenizer and image processor into `folder`.
 """
 
 from policy import declare_torchvision_ops
