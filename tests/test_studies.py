@@ -54,7 +54,8 @@ def test_every_reward_of_pictures_is_compared_with_the_truth(monkeypatch, tmp_pa
     table = result["table"]
     assert result["means"].keys() == table.keys()
     assert 0 < result["means"]["sem"][0] < 1
-    assert table.keys() == {"sem", "kn", "dense", "ins", "recaption", "likeness", "dvreward", "tim"}
+    assert table.keys() == {
+        "sem", "kn", "dense", "ins", "recaption", "likeness", "dvreward", "pref", "tim"}
     assert all(-1 <= row["overall"] <= 1 for row in table.values())
     assert table["ins"]["overall"] > 0.5
     assert sum(row["share"] for row in table.values()) == pytest.approx(1)
