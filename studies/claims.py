@@ -83,9 +83,8 @@ not a finding.
 **What is measured** is held-out truth of a task (`draw`, `think`, `ask` and so on), the share of
 right samples, or what the key says in [the log](results.md#the-numbers-in-logjsonl), as the mean of
 five steps, at the end; the seeds follow in brackets. `x at equal y` compares x when both arms first
-reach the same y; `uneven` is the spread of a value over the noisy steps, divided by its mean; `sem`
-is r_sem of held-out pictures by the toy's own frozen SigLIP; `refine, judge/curve` the mean of the
-truth after two, three and four pictures.
+reach the same y; `sem` is r_sem of held-out pictures by the toy's own frozen SigLIP; `refine,
+judge/curve` the mean of the truth after two, three and four pictures.
 
 The arms are shorter than the recipes' runs. Nothing is tuned per arm; an arm with another image
 loss takes the rates of the recipe that has it. LVRPO's claim that larger policies learn faster
@@ -318,15 +317,7 @@ def values_of_log(path: Path) -> dict:
         everywhere = set.intersection(*map(set, steps))
         for key in everywhere - values.keys():
             values[key] = [np.mean([row[key] for row in some]) for some in near]
-    for key in [key.removesuffix("/0") for key in values if key.endswith("/0")]:
-        values[f"{key}/uneven"] = unevenness(values, key)
     return values
-
-
-def unevenness(values: dict, key: str) -> list[float]:
-    """The spread of key/0, key/1, ... (one for each noisy step) over their mean, per evaluation."""
-    by_step = np.array([values[k] for k in values if k.rpartition("/")[0] == key])  # (W, looks)
-    return (by_step.std(0) / np.maximum(by_step.mean(0), 1e-12)).tolist()
 
 
 # ---- comparing arms ----

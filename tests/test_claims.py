@@ -270,12 +270,6 @@ def test_a_table_of_refinement_is_read_over_the_pictures_drawn(tmp_path, monkeyp
     assert values["refine, judge/curve"] == values["refine, judge/2"] == [0.6]
 
 
-def test_unevenness_over_noisy_steps_is_their_spread_over_their_mean():
-    values = {"std/0": [1.0, 2.0], "std/1": [3.0, 2.0], "std": [9.0, 9.0], "other/0": [5.0, 5.0]}
-    assert claims.unevenness(values, "std") == [0.5, 0.0]
-    assert claims.unevenness({"clipped/0": [0.0], "clipped/1": [0.0]}, "clipped") == [0.0]
-
-
 def test_variety_is_compared_when_both_arms_reach_the_same_truth():
     slow = {"truth": [0.2, 0.3, 0.4], "variety": [2.0, 1.9, 1.8]}
     fast = {"truth": [0.2, 0.6, 0.5], "variety": [2.0, 1.0, 0.5]}
