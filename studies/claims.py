@@ -86,8 +86,9 @@ five steps, at the end; the seeds follow in brackets. `x at equal y` compares x 
 reach the same y; `sem` is r_sem of held-out pictures by the toy's own frozen SigLIP; `refine,
 judge/curve` the mean of the truth after two, three and four pictures.
 
-The arms are shorter than the recipes' runs. Nothing is tuned per arm; an arm with another image
-loss takes the rates of the recipe that has it. LVRPO's claim that larger policies learn faster
+The arms are shorter than the recipes' runs. Nothing is tuned per arm, but for the weights of the
+two penalties of velocity-penalty, which were set together on seed 0; an arm with another image loss
+takes the rates of the recipe that has it. LVRPO's claim that larger policies learn faster
 (1.3B, 7B, 13B) is not run: the toy has weights of one width. CoRL samples an image as VQ tokens:
 most of its claims stand twice, for flow steps and, with a name in -tokens, for image tokens."""
 
@@ -517,9 +518,9 @@ def paragraph(result: dict) -> str:
             if wider != result["verdict"]:
                 ends = print_numbers(t_interval(first["differences"], T95, other))
                 primary += f"; over prompts too {ends}, {wider}"
-    lines += [f"**{result['verdict'].capitalize()}**: {primary}.", claim.reading]
-    if claim.doubt:
-        lines.append(f"What would change our mind: {claim.doubt}")
+    lines.append(f"**{result['verdict'].capitalize()}**: {primary}.")
+    if result["arms"]:
+        lines += [claim.reading, f"What would change our mind: {claim.doubt}"]
     return "\n".join(lines)
 
 
