@@ -433,12 +433,12 @@ def result_of(name: str, seeds: int) -> dict:
         arms[arm] = dict(
             command=command_of(arm), minutes=minutes_run(arm, seeds), steps=runs[0]["steps"],
             values=rounded)
-    comparisons = [compare(arms, text) for text in claim.compares if arms.keys() >= {*arms_of(text)}]
-    result = dict(
+    run = [text for text in claim.compares if arms.keys() >= {*arms_of(text)}]
+    comparisons = [compare(arms, text) for text in run]
+    return dict(
         claim=name, paper=claim.paper, says=claim.says, seeds=seeds, arms=arms,
-        comparisons=comparisons, verdict=verdict_of(comparisons[0]["differences"]))
-    result["prompts_error"] = prompts_error(claim.compares[0], seeds)
-    return result
+        comparisons=comparisons, verdict=verdict_of(comparisons[0]["differences"]),
+        prompts_error=prompts_error(claim.compares[0], seeds))
 
 
 def prompts_error(text: str, seeds: int) -> float | None:
