@@ -702,7 +702,7 @@ def refuse_others(cfg: Config, wanted: dict, what: str) -> None:
         refuse(
             given != value,
             f"--{name} {given} is of {what}, which --image_loss {cfg.image_loss} does not have; "
-            "leave it out, or choose another image loss")
+            "leave it out")
 
 
 def check_window(cfg: Config) -> None:
