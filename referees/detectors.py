@@ -48,6 +48,11 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[int]:
     return kept
 
 
+def text_of(name: str) -> str:
+    """What OWLv2 is asked for a class."""
+    return f"a photo of a {name}"
+
+
 @dataclass
 class ZeroShot:
     """OWLv2, asked for the classes that a prompt names.
@@ -75,13 +80,22 @@ class ZeroShot:
 
     def find_boxes(self, images: Tensor, names: list[str]) -> list[dict]:
         """The processor's scores, labels and boxes of each image, with scores above LEAST."""
-        text = [f"a photo of a {name}" for name in names]
+        text = [text_of(name) for name in names]
         sizes = [images.shape[-2:]] * len(images)
         given = self.processor(
-            images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt",
-            truncation=True)
+            images=list(images), text=[text] * len(images), do_rescale=False, return_tensors="pt")
         out = self.model(**given.to(self.model.device))
         return self.processor.post_process_grounded_object_detection(out, LEAST, sizes)
+
+    def check(self, names: list[str]) -> None:
+        """ValueError for classes of more tokens than the model reads."""
+        longest = self.model.config.text_config.max_position_embeddings
+        for name in names:
+            length = len(self.processor.tokenizer(text_of(name)).input_ids)
+            if length > longest:
+                raise ValueError(
+                    f"the detector reads {longest} tokens, and {text_of(name)[:80]!r} has "
+                    f"{length}; give the class a shorter name")
 
     def things(
         self, seen: dict[str, Tensor], size: tuple[int, int], names: list[str]
@@ -127,7 +141,9 @@ class Detector:
     thresholds = dict(threshold=THRESHOLD, counting_threshold=THRESHOLD)
 
     def check(self, metadata: list[Metadata]) -> None:
-        """ValueError for a colour that is none of the ten."""
+        """ValueError for a colour that is none of the ten, and for a class of too many words."""
+        for m in metadata:
+            self.find.check(names_of(m))
         clauses = [clause for m in metadata for clause in clauses_of(m)]
         colors = {clause["color"] for clause in clauses if "color" in clause}
         if unknown := sorted(colors - set(COLORS)):

@@ -202,6 +202,11 @@ def test_only_objects_that_a_clause_judges_get_a_colour(detector):
     assert not any("color" in each for each in found[1])
 
 
+def test_a_class_of_more_tokens_than_the_detector_reads_is_refused_before_a_run(detector):
+    with pytest.raises(ValueError, match=r"the detector reads \d+ tokens, and .* has \d+; give"):
+        detector.check([{"include": [{"class": "cat dog " * 200, "count": 1}]}])
+
+
 def test_a_colour_that_geneval_does_not_know_and_a_model_of_another_kind_are_refused(detector, folders):
     detector.check([CAT, BOTH])
     with pytest.raises(ValueError, match=f"GenEval's colours are {', '.join(COLORS)}, not mauve"):
