@@ -129,8 +129,9 @@ def evaluate_task(
 
 
 def parts_of_stops(task: Task, samples: Samples) -> dict[str, Tensor]:
-    """What a task's refinements are worth if a diagnosis that nothing needs to change keeps the
-    picture before, and how many it keeps: name -> (N,).
+    """What refinements are worth if the policy itself may keep the picture before: name -> (N,).
+
+    It keeps it by a diagnosis that nothing needs to change; `self_kept` says how often.
     """
     kept, samples = keep_first(samples, task, WORDING["toy"])
     found = detect(samples.images)
@@ -274,9 +275,7 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
 
 
 def picture_run(log: Path, before: str, device: torch.device) -> str:
-    """Draw a run's curves, and its pictures before and after, next to its log; returns the
-    summary.
-    """
+    """Draw a run's curves and pictures next to its log; returns the summary."""
     out = log.parent
     titles = {name: task.title for name, task in TASKS.items()}
     policies = [load_policy(folder, device) for folder in (before, out / "policy")]

@@ -252,9 +252,7 @@ def append_keys(past: Tensor, new: Tensor, length: int) -> Tensor:
 
 
 def run_block(function: Callable, checkpointing: bool, *inputs):
-    """Call a function; with `checkpointing` the backward pass computes it again instead of storing
-    it.
-    """
+    """Call a function; with `checkpointing` the backward pass calls it again and stores less."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return function(*inputs)
@@ -368,8 +366,9 @@ def own_attention(mask: Tensor, causal: bool) -> Tensor:
 
 
 def attention_after(valid: Tensor, mask: Tensor, causal: bool) -> Tensor:
-    """Return who sees whom if a segment of mask (N, L) is appended to a context that is `valid`
-    (N, S): (N, 1, L or 1, S+L), all of the context and `own_attention`.
+    """Return who sees whom if a segment of mask (N, L) comes after a context `valid` (N, S).
+
+    (N, 1, L or 1, S+L): all of the context, and `own_attention`.
     """
     own = own_attention(mask, causal)                                            # (N, 1, L or 1, L)
     before = valid[:, None, None, :].expand(-1, -1, own.shape[2], -1)

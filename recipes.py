@@ -1,5 +1,4 @@
-"""What each method sets: RECIPES, a column per method; the scales; every setting with its help and
-bounds.
+"""What each method sets, and every setting with its help and bounds.
 
 A run's settings come from Config's defaults, the scale, the recipe and its part for the scale, and
 the flags, of which the later wins. `python train.py recipes` prints the table.
@@ -248,8 +247,9 @@ FLOWLESS = dict(
 def setting(
     default, help: str, least: float | None = 0, above: float | None = None, choices: tuple = ()
 ):
-    """A field of Config: its default, what --help says, and its bounds (numbers from 0 up unless
-    something else is said).
+    """A field of Config: its default, what --help says, and its bounds.
+
+    Numbers go from 0 up unless something else is said.
     """
     return field(
         default=default,
@@ -559,8 +559,9 @@ def describe(cfg: Config) -> str:
 
 
 def recipe_table(scale: str) -> str:
-    """The recipes side by side at a scale, in markdown: a row per switch that several set, and one
-    of what each sets alone.
+    """The recipes side by side at a scale, in markdown.
+
+    A row per switch that several set, and one of what each sets alone.
     """
     columns = {recipe: settings_of(recipe, scale) for recipe in RECIPES}
     order = [*TASKS, *REWARDS, *(f.name for f in SETTINGS)]
@@ -694,9 +695,7 @@ def check_image_loss(cfg: Config) -> None:
 
 
 def refuse_others(cfg: Config, wanted: dict, what: str) -> None:
-    """ValueError for a setting of `what`, which the image loss does not have, with another value
-    than the wanted one.
-    """
+    """ValueError for a setting that is not as wanted, though the image loss has no `what`."""
     for name, value in wanted.items():
         given = getattr(cfg, name)
         refuse(

@@ -1,5 +1,4 @@
-"""Rollout and replay: a trajectory is a list of segments, and acting and learning walk it with the
-same calls.
+"""Rollout and replay of a trajectory, a list of segments that both walk with the same calls.
 
     question        See(pixels), Read(questions), Write(8)
     text to image   Read(prompts), Draw(size, times, ...)
@@ -60,9 +59,7 @@ Size = tuple[int, int]                                                  # (heigh
 
 @dataclass(frozen=True)
 class Read:
-    """A given text per prompt. After a chosen segment it is repeated for all samples of the
-    prompt.
-    """
+    """A given text per prompt; after a chosen segment all samples of the prompt read it."""
 
     texts: list[str]
 
@@ -89,8 +86,10 @@ class Write:
 
 @dataclass(frozen=True)
 class Draw:
-    """An image that the policy chooses: noisy steps inside the window, ODE steps elsewhere; or
-    without times token by token, at a temperature.
+    """An image that the policy chooses.
+
+    With times, noisy steps inside the window and ODE steps elsewhere; without, token by token at a
+    temperature.
     """
 
     size: Size
@@ -133,16 +132,13 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image segment: B rows with pixels (and latents) if it was given, N rows of what was drawn
-    if chosen.
-    """
+    """An image segment: B rows if it was given, N rows of what was drawn if it was chosen."""
 
     size: Size | list[Size]  # of the latents if there are some, else of the pixels
-    pixels: Tensor | list[Tensor] | None = (
-        None  # as the ViT reads them; of a chosen one if it is read back
-    )
+    # As the ViT reads them; of a chosen one if it is read back.
+    pixels: Tensor | list[Tensor] | None = None
     latents: Tensor | None = None                                       # (B, M, F) clean
-    # None: the image was given.
+    # None if the image was given.
     drawn: flow_grpo.Trajectory | flow_grpo.Renoised | ImageTokens | None = None
 
     @property
@@ -169,13 +165,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scored:
-    """A chosen segment under the weights of a replay: logp of a text's or an image's tokens,
-    (N, L) or (N, M), or the velocities at an image's points.
+    """A chosen segment under the weights of a replay.
+
+    It has the log-probs of a text's or an image's tokens, or the velocities at an image's points.
     """
 
     segment: Text | Picture
-    logp: Tensor | None = None
-    v: Tensor | None = None                     # (N, W or J, M, F)
+    logp: Tensor | None = None                                          # (N, L) or (N, M)
+    v: Tensor | None = None                                             # (N, W or J, M, F)
 
     @property
     def kind(self) -> str:
@@ -188,9 +185,7 @@ class Scored:
 
     @property
     def gaps(self) -> Tensor:
-        """|replay - rollout| of what was chosen: log-probs of tokens or noisy steps, or velocities,
-        a mean over entries.
-        """
+        """|replay - rollout| of what was chosen: of log-probs, or of velocities in the mean."""
         if self.kind == "text":
             return (self.logp - self.segment.logp)[self.segment.chosen].abs()
         drawn = self.segment.drawn
@@ -218,8 +213,9 @@ class Reader:
     def text(
         self, tokens: Tensor, mask: Tensor, chosen: bool = False, logits: bool = False
     ) -> Tensor | None:
-        """Read text; the logits (N, L, V) if they are asked for. What the policy wrote enters the
-        full context alone.
+        """Read text -> its logits (N, L, V) if they are asked for.
+
+        What the policy wrote enters the full context alone.
         """
         self.started = chosen
         if self.guidance and self.policy.reads_blanks:
@@ -241,8 +237,9 @@ class Reader:
             self.no_text = self.full
 
     def repeat(self, G: int) -> None:
-        """Repeat every row for the G samples of its prompt, at the first chosen segment; later
-        calls do nothing.
+        """Repeat every row for the G samples of its prompt; later calls do nothing.
+
+        It is called before every chosen segment.
         """
         if self.repeats == G:
             return
@@ -359,8 +356,9 @@ def see(policy: Policy, item: See) -> Picture:
 
 
 def write(policy: Policy, item: Write, reader: Reader, generators: list[torch.Generator]) -> Text:
-    """Sample a text and wrap it: <|im_start|> sampled tokens <|im_end|>. If it was cut off, its end
-    is given.
+    """Sample a text and wrap it: <|im_start|> sampled tokens <|im_end|>.
+
+    If it was cut off, its end is given.
     """
     uniforms = torch.stack(
         [torch.rand(item.length, generator=generator) for generator in generators])
@@ -374,8 +372,9 @@ def write(policy: Policy, item: Write, reader: Reader, generators: list[torch.Ge
 
 
 def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Generator]) -> Picture:
-    """Draw an image and keep its tokens, its trajectory, or the image with fresh noise, one for a
-    group.
+    """Draw an image and keep its tokens, its trajectory, or the image with fresh noise.
+
+    The fresh noise is one for a group.
     """
     if item.times is None:
         policy.check_size(item.size)
@@ -500,8 +499,9 @@ def pick_rows(rows: list[int], column: Tensor | list) -> Tensor | list:
 
 
 def join(rollouts: list[Rollout]) -> Rollout:
-    """One rollout of several that follow the same plan for other prompts; texts are padded to the
-    longest.
+    """One rollout of several that follow the same plan for other prompts.
+
+    Texts are padded to the longest.
     """
     together = zip(*(rollout.segments for rollout in rollouts))
     segments = tuple(map_rows(join_rows, *same) for same in together)
@@ -539,9 +539,7 @@ def chosen_pictures(rollout: Rollout) -> list[Picture]:
 
 
 def texts_of(policy: Policy, rollout: Rollout, last: int = 1) -> list[str] | None:
-    """What the samples wrote last, or (last=2) before that: N strings without marker tokens, or
-    None.
-    """
+    """What the samples wrote last, or (last=2) before that: N strings without markers, or None."""
     texts = chosen_texts(rollout)
     if len(texts) < last:
         return None

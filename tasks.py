@@ -37,9 +37,7 @@ from toy.world import (
     held_out_reasons, held_out_riddles, format_kept, open_question, right_diagnoses, right_thoughts,
     toy_edit, toy_pair, toy_rows, variety)
 
-IMAGE_GUIDANCE = (
-    2.0  # of an edit or a refinement drawn with guidance, as BAGEL and AlphaGRPO have it
-)
+IMAGE_GUIDANCE = 2.0    # of an edit or a refinement drawn with guidance [BAGEL, AlphaGRPO]
 FIRST_PICTURES = 10**6  # number, within its group, of the first picture to refine
 
 
@@ -315,8 +313,9 @@ def in_use(cfg) -> list[Task]:
 
 
 def random_place(task: Task) -> int:
-    """The task's number in the random key of its rows; the halves of a pair share one, and so their
-    rows.
+    """The task's number in the random key of its rows.
+
+    The halves of a pair share one, and so their rows.
     """
     for place, other in enumerate(TASKS.values()):
         if other is task or (other.pair and task.pair):
@@ -345,9 +344,10 @@ class Batch:
 
 
 def draw_of(cfg, scale: str, place: int) -> Draw:
-    """How a training run draws: token by token, with a window of noisy steps, or by the ODE with
-    times at which a matching loss reads the picture. place: a step s, or -1 - s for the second of
-    two rounds.
+    """How a training run draws.
+
+    Token by token, with a window of noisy steps, or by the ODE with times at which a matching loss
+    reads the picture. place: a step s, or -1 - s for the second of two rounds.
     """
     plain = plain_draw(scale, (cfg.resolution, cfg.resolution), cfg.denoise_steps)
     if cfg.image_loss == "token":
@@ -371,18 +371,14 @@ def choices_of(cfg, scale: str, draw: Draw, again: Draw | None = None) -> Choice
 
 
 def guidance_of(cfg, sees: bool) -> Guidance:
-    """Guidance as AlphaGRPO sets it: of a drawing from text, or, if the policy sees the image that
-    it changes, of an edit.
-    """
+    """Guidance as AlphaGRPO sets it: of a drawing from text, or of an image that is changed."""
     if sees:
         return Guidance(cfg.guidance, IMAGE_GUIDANCE, "text_channel", 0.0, (0.0, 1.0))
     return Guidance(cfg.guidance)
 
 
 class Source:
-    """The rows of a run's tasks, of the toy world or of files, each checked before the run
-    begins.
-    """
+    """The rows of a run's tasks, of the toy world or of files, checked before the run begins."""
 
     def __init__(self, cfg, policy: Policy):
         self.cfg = cfg
@@ -472,8 +468,9 @@ def samples_of(
 
 
 def keep_first(samples: Samples, task: Task, wording: Wording) -> tuple[Tensor, Samples]:
-    """Which samples say that nothing needs to change, (N,); and all of them, of which these have
-    the picture before the last in place of the last. [R3]
+    """Let samples that say that nothing needs to change keep the picture before the last. [R3]
+
+    -> which do, (N,), and all samples, of which these have that picture in place of the last.
 
     Differs: under --credit gain R3 counts a right picture that is kept as a gain of 1, here it is 0.
     """
@@ -510,8 +507,9 @@ def token_states(reference: Callable, precision: Callable, size: int) -> Callabl
 
 
 def truth_and_variety(task: Task, samples: Samples, detector, G: int) -> dict[str, float]:
-    """What is logged of a task's samples besides rewards: truth, and variety within groups. Without
-    a detector nothing is known of pictures.
+    """What is logged of a task's samples besides rewards: truth, and variety within groups.
+
+    Without a detector nothing is known of pictures.
     """
     if not task.draws:
         return {"truth": task.truth(samples, None).double().mean().item()}
@@ -529,10 +527,10 @@ def truth_and_variety(task: Task, samples: Samples, detector, G: int) -> dict[st
 
 
 def counts(rollout: Rollout, per: str, most: int) -> Tensor:
-    """What a rollout's losses are averaged over, (2,): units of text, and of images noisy steps,
-    times of fresh noise or tokens.
+    """What a rollout's losses are averaged over, (2,): units of text, and of images.
 
-    per: "token" counts sampled tokens, "sequence" texts, "constant" texts times `most` tokens.
+    per: "token" counts sampled tokens, "sequence" texts, "constant" texts times `most` tokens. Of
+    images noisy steps count, times of fresh noise, or tokens.
     """
     texts = 0
     for text in chosen_texts(rollout):
@@ -553,8 +551,9 @@ def step_counts(parts: list, cfg) -> Tensor:
 
 
 def micro_batches(rollout: Rollout, size: int) -> list[tuple[Rollout, list[int]]]:
-    """Parts of a rollout with their rows: whole groups if `size` samples hold one, else parts of a
-    group; 0: one part.
+    """Parts of a rollout, of at most `size` samples (0: one part), with their rows.
+
+    Whole groups if `size` samples hold one, else parts of a group.
     """
     B = rollout.B
     G = rollout.G
@@ -592,8 +591,10 @@ def drop_tied(rollout: Rollout, adv: Tensor, ranks) -> tuple[Rollout, Tensor]:
 
 
 def check_rows(rows: list[dict], path: str, task: Task, cfg, policy: Policy) -> None:
-    """ValueError for rows of a file that a task cannot use or a reward cannot score; a warning for
-    words that the policy was never taught."""
+    """ValueError for rows of a file that a task cannot use or a reward cannot score.
+
+    A warning for words that the policy was never taught.
+    """
     for field in task.reads:
         if bare := [row for row in rows if not row.get(field)]:
             raise ValueError(

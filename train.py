@@ -211,8 +211,7 @@ def advantages(
     components: dict[str, Tensor], weights: dict[str, float], cfg: Config, ranks: Ranks,
     initial: Tensor | None = None, kept: Tensor | None = None
 ) -> tuple[Tensor, dict[str, float], float | None]:
-    """Advantages (n,) of this rank's samples, statistics of all ranks' groups, and the share that
-    improved.
+    """This rank's advantages (n,), statistics of all ranks' groups, and the share that improved.
 
     components, initial, kept: (n,). initial is the value of the picture that a sample changes,
     without which the share is None, see grpo.rectify, which passes over what `kept` this picture.
@@ -364,8 +363,10 @@ class Piece:
 
 
 def pieces_of(run: Run, part: Part, totals: dict[str, float]) -> list[Piece]:
-    """The micro-batches of a part. The totals count all tasks and ranks, so that a picture weighs
-    as much as any other, and so does a text.
+    """The micro-batches of a part.
+
+    The totals count all tasks and ranks, so that a picture weighs as much as any other, and so does
+    a text.
     """
     cfg = run.cfg
     policy = run.policy
@@ -390,8 +391,9 @@ def pieces_of(run: Run, part: Part, totals: dict[str, float]) -> list[Piece]:
 
 
 def segment_advantages(part: Part) -> Tensor:
-    """The advantage of every chosen segment, (n, segments): of its round, and 0 for the last
-    picture of a sample that keeps the one before.
+    """The advantage of every chosen segment, (n, segments): that of its round.
+
+    It is 0 for the last picture of a sample that keeps the one before.
     """
     columns = []
     place = 0
@@ -446,8 +448,9 @@ def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[
 def text_loss(
     scored: Scored, old: Tensor, reference: Scored, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted GRPO loss of one written text; old (n, L), adv (n,). reference: the frozen
-    policy's replay of the text, without numbers if no penalty asks for it.
+    """The weighted GRPO loss of one written text; old (n, L), adv (n,).
+
+    reference: the frozen policy's replay of the text, without numbers if no penalty asks for it.
     """
     loss, stats = grpo_loss(
         scored.logp, old, adv, scored.segment.chosen, total=totals["text"], per=cfg.text_average,
@@ -459,8 +462,10 @@ def text_loss(
 def image_loss(
     scored: Scored, old: Tensor | None, reference: Scored, adv: Tensor, totals: dict, cfg: Config
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted loss of one drawn image; adv (n,), old: the follower's velocities, or log-probs
-    (n, M) of image tokens. reference: as `text_loss` has it.
+    """The weighted loss of one drawn image; adv (n,).
+
+    old: the follower's velocities, or log-probs (n, M) of image tokens. reference: as `text_loss`
+    has it.
     """
     drawn = scored.segment.drawn
     if cfg.image_loss == "token":
@@ -486,9 +491,7 @@ def image_loss(
 
 
 def as_numbers(kind: str, stats: dict[str, Tensor]) -> dict[str, float]:
-    """A loss's statistics as they are logged: kind/name, or kind/name/0, kind/name/1, ... per noisy
-    step.
-    """
+    """A loss's statistics as they are logged: kind/name, or kind/name/0, ... per noisy step."""
     out = {}
     for name, value in stats.items():
         for i, number in enumerate(value.flatten().tolist()):
@@ -497,16 +500,14 @@ def as_numbers(kind: str, stats: dict[str, Tensor]) -> dict[str, float]:
 
 
 def reference_of(policy: Policy, frozen: Policy | None):
-    """A context of the frozen reference: with adapters the policy is its own, while they are
-    off.
-    """
+    """A context of the frozen reference: with adapters the policy itself, while they are off."""
     return adapters_off(policy) if frozen is None else nullcontext(frozen)
 
 
 def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
-    """Mean and 0.99 quantile of |replay - rollout| of log-probs, or of velocities of a matching
-    loss, before any update.
+    """Mean and 0.99 quantile of |replay - rollout| before any update.
 
+    Of log-probs, or of velocities if the loss is a matching loss.
     A gap beyond the clip range is said. Errors: ValueError far beyond it, where the two are
     different functions, which is meant with --guidance_in sampling.
     """
@@ -644,8 +645,9 @@ def begin(cfg: Config, ranks: Ranks) -> Run:
 
 
 def prepare_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
-    """The policy to train, or its frozen reference, whose memory is checked before a weight is
-    read.
+    """The policy to train, or its frozen reference.
+
+    The memory of a run is checked before a weight is read.
     """
 
     def prepare(policy: Policy) -> None:        # it is on the meta device

@@ -32,10 +32,10 @@ OVERLAP = 0.5                                   # IoU above which two boxes are 
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[int]:
-    """Non-maximum suppression: places of the boxes (Q, 4) that overlap no better one of their
-    label, best first.
+    """Non-maximum suppression: places of the boxes (Q, 4) that are kept, best first.
 
-    Two boxes overlap if their intersection over union is above OVERLAP.
+    A box is kept if it overlaps no better one of its label: if their intersection over union is at
+    most OVERLAP.
     """
     declare_torchvision_ops()
     from torchvision.ops import box_iou

@@ -301,8 +301,10 @@ def values_of_table(path: Path) -> dict:
 
 
 def values_of_log(path: Path) -> dict:
-    """Of a run: each planned evaluation, and the mean of each logged number over the five steps
-    before it (at the start, over the first five). A run that was stopped has others."""
+    """Of a run: each planned evaluation, and each logged number near it.
+
+    The number is the mean of the five steps before (at the start, of the first five). A run that
+    was stopped has evaluations besides the planned ones."""
     head, rows = read_log(path)
     end = head["config"]["steps"]
     planned = {*range(0, end, head["config"]["eval_every"]), end}
@@ -396,16 +398,19 @@ def runs_of(arm: dict) -> list[dict]:
 def t_interval(
     differences: list[float], quantiles: tuple[float, ...], other: float = 0.0
 ) -> tuple[float, float]:
-    """What the mean of 2 to 10 differences lies within. quantiles: T95 or T90. other: another
-    standard error of the mean, independent of the one over the differences."""
+    """What the mean of 2 to 10 differences lies within.
+
+    quantiles: T95 or T90. other: another standard error of the mean, independent of the one over
+    the differences."""
     mean, error = mean_and_error(differences)
     reach = quantiles[len(differences) - 2] * math.hypot(error, other)
     return mean - reach, mean + reach
 
 
 def verdict_of(differences: list[float], other: float = 0.0) -> str:
-    """The verdict of a primary comparison of truth, by its differences paired by seed. other: see
-    `t_interval`."""
+    """The verdict of a primary comparison of truth, by its differences paired by seed.
+
+    other: see `t_interval`."""
     seeds = len(differences)
     if seeds < LEAST:
         return f"not judged ({NUMBER_WORDS[seeds]} seeds)"
@@ -538,8 +543,9 @@ def tables_of(result: dict) -> str:
 
 
 def print_comparisons(result: dict) -> list[list[str]]:
-    """A row for each comparison of a claim, the primary one first: words, difference, interval,
-    and the difference of each seed."""
+    """A row for each comparison of a claim, the primary one first.
+
+    Its cells: words, difference, interval, and the difference of each seed."""
     kept = {each["comparison"]: each for each in result["comparisons"]}
     rows = []
     for text in CLAIMS[result["claim"]].compares:
@@ -570,8 +576,9 @@ MARKS = {
 
 
 def save_forest(out: Path) -> None:
-    """A PNG of the primary comparisons that were run: a line each, its mean, its 95% interval and
-    its verdict; under each paper its claims."""
+    """A PNG of the primary comparisons that were run, under each paper its claims.
+
+    A line each: its mean, its 95% interval and its verdict."""
     figure, axis = pyplot().subplots(figsize=(8, 10), layout="constrained")
     axis.axvspan(-MARGIN, MARGIN, color="0.9")
     axis.axvline(0, color="0.5", linewidth=0.8)

@@ -31,8 +31,10 @@ def draw_pictures(
     policy: Policy, rows: list[Metadata], out: Path, samples: int, size: int, steps: int,
     text_scale: float
 ) -> None:
-    """Draw pictures of every prompt that has none into GenEval's own folders: 00000/metadata.jsonl,
-    00000/samples/0000.png and so on. The official script can judge them too."""
+    """Draw pictures of every prompt that has none into GenEval's own folders.
+
+    00000/metadata.jsonl, 00000/samples/0000.png and so on. The official script can judge them too.
+    """
     draw = plain_draw(policy.config.scale, (size, size), steps)
     guidance = replace(                         # at every step, as the official script guides
         SAMPLING[policy.config.scale]["guidance"], text_scale=text_scale, interval=(0.0, 1.0))
@@ -54,8 +56,10 @@ def paths_of(out: Path, row: int, samples: int) -> list[Path]:
 def judge_pictures(
     rows: list[Metadata], out: Path, samples: int, detector: Detector | None
 ) -> Table:
-    """Judge the pictures by GenEval's rules: tag -> (share that passes, standard error over
-    prompts), and the mean of the tags, "overall". detector: None for the toy's exact one."""
+    """Judge the pictures by GenEval's rules: tag -> (share that passes, standard error).
+
+    The error is over prompts; "overall" is the mean of the tags. detector: None for the toy's exact
+    one."""
     thresholds = detector.thresholds if detector else {}
     right = {}                                  # tag -> the share that passes, of each prompt
     for i, row in enumerate(tqdm(rows, desc="judging")):

@@ -40,8 +40,9 @@ def refine_prompts(
 
 
 def judge_of(policy: Policy, prompts: list[str]) -> Callable[[Tensor], Tensor]:
-    """What pictures (N, 3, H, W) of the prompts are worth, (N,): how surely a judge says yes to
-    "is this <prompt> ?"; each scale has its judge.
+    """What pictures (N, 3, H, W) of the prompts are worth, (N,).
+
+    How surely a judge says yes to "is this <prompt> ?"; each scale has its judge.
     """
     knowledge = Knowledge(
         load_judge(SAMPLING[policy.config.scale]["judge"], device=policy.device))
@@ -59,8 +60,7 @@ def judge_of(policy: Policy, prompts: list[str]) -> Callable[[Tensor], Tensor]:
 def refinement_table(
     policy: Policy, rounds: int, samples: int = 4, seed: int = 1234
 ) -> dict[str, list]:
-    """name -> pairs of the truth's mean and standard error, by how many pictures are drawn, from 1
-    to rounds + 1.
+    """name -> pairs (mean, standard error) of the truth of 1, 2, ... rounds + 1 pictures.
 
     `refine, always|self|judge|oracle`: sample.refine with each way of selecting. `best,
     judge|oracle`: of as many pictures drawn anew, the one that the judge prefers, or any that is

@@ -29,8 +29,9 @@ SEED = 1234                                     # of held-out pictures and noise
 
 
 def held_out_samples(policy: Policy) -> tuple[Samples, Tensor]:
-    """Samples of held-out prompts, 8 of each, with a picture of the prompt as the real one, and
-    their truth (N,)."""
+    """Samples of held-out prompts, 8 of each, and their truth (N,).
+
+    The real picture of each is one of the prompt."""
     rng = np.random.default_rng(SEED)
     task = TASKS["draw"]
     rows = []
@@ -42,8 +43,9 @@ def held_out_samples(policy: Policy) -> tuple[Samples, Tensor]:
 
 
 def score_samples(policy: Policy, samples: Samples) -> dict[str, Tensor]:
-    """name -> scores (N,) of every reward of pictures that the toy can ask. tim compares the states
-    of the policy itself."""
+    """name -> scores (N,) of every reward of pictures that the toy can ask.
+
+    tim compares the states of the policy itself."""
     names = list(rewards_of(TASKS["pair_image"]))
     flags = " ".join(f"--{name} 1" for name in names)
     cfg = parse(f"--pair_image 1 {flags}".split())
@@ -60,8 +62,10 @@ def correlation(a: Tensor, b: Tensor) -> float | None:
 
 
 def truth_table(scores: dict[str, Tensor], truth: Tensor, G: int) -> dict[str, dict]:
-    """name -> its correlation with the truth over all samples ("overall") and within groups
-    ("in_group"), and its share of the variance within groups if all rewards were added up."""
+    """name -> how well a reward follows the truth.
+
+    Its correlation with it over all samples ("overall") and within groups ("in_group"), and its
+    share of the variance within groups if all rewards were added up."""
     share = variance_share(scores, dict.fromkeys(scores, 1.0), G)
     table = {}
     for name, values in scores.items():

@@ -171,9 +171,7 @@ def print_numbers(values: Tensor, digits: int = 4) -> list[str]:
 
 @dataclass
 class Step:
-    """One update of one prompt: the run after it, its part, and what the policy said before and
-    after.
-    """
+    """One update of one prompt: the run, its part, and what the policy said before and after."""
 
     run: train.Run
     part: train.Part

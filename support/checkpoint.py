@@ -263,8 +263,10 @@ class OriginalTensor:
 
 
 def open_original(folder: Path) -> dict[str, OriginalTensor]:
-    """transformers' key -> tensor of an original Janus folder. What transformers leaves out, the
-    vision encoder's pooling head and the VQ autoencoder's counters, is left out.
+    """transformers' key -> tensor of an original Janus folder.
+
+    Left out is what transformers leaves out: the vision encoder's pooling head and the VQ
+    autoencoder's counters.
     """
     opened = {}
     for key, file in open_tensors(folder, "model").items():
@@ -418,10 +420,9 @@ def reset_adapters(policy: Policy, device, seed: int = 0) -> None:
 
 
 def merged_state(policy: Policy):
-    """Yield (released key, tensor) of a policy without adapters and autoencoder, each whole and in
-    the stored dtype.
+    """Yield (released key, tensor) of a policy, each whole and in the stored dtype.
 
-    An adapted weight becomes base + alpha/rank * B A.
+    Adapters and the autoencoder are left out. An adapted weight becomes base + alpha/rank * B A.
     """
     state = policy.state_dict()
     modules = adapters(policy)

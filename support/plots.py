@@ -44,8 +44,9 @@ def plot(paths: list[Path], out: Path, titles: dict[str, str]) -> None:
 
 
 def by_settings(runs: list[tuple[dict, list[dict]]]) -> list[list[tuple[dict, list[dict]]]]:
-    """Runs (head, rows of the log) in groups of equal settings but for the seed, and those that
-    change nothing."""
+    """Runs (head, rows of the log) in groups that differ in the seed alone.
+
+    Settings that change nothing are passed over."""
     groups = {}
     for run in runs:
         settings = run[0]["config"] | dict.fromkeys(["seed", *FREE])

@@ -66,8 +66,9 @@ class Ranks:
         return range(self.rank * mine, (self.rank + 1) * mine)
 
     def add_gradients(self, optimizer, averaged: int) -> None:
-        """Sum the gradients of all ranks where FSDP2 has not; averaged: what the losses were
-        multiplied by for FSDP2.
+        """Sum the gradients of all ranks, unless FSDP2 has done it.
+
+        averaged: what the losses were multiplied by for FSDP2.
         """
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -77,9 +78,7 @@ class Ranks:
                     self.total(p.grad).div_(averaged)
 
     def mean_over_ranks(self, log: dict[str, list[float]]) -> dict[str, float]:
-        """One number per name: the mean over micro-batches and ranks, or the extreme if the name
-        ends in min or max.
-        """
+        """One number per name: `reduce_metric` over micro-batches and ranks."""
         mine = [reduce_metric(name, np.array(values)) for name, values in log.items()]
         row = torch.tensor([mine], dtype=torch.float64, device=self.device)
         everyone = self.gather(row)                                                 # (ranks, names)
@@ -87,9 +86,7 @@ class Ranks:
 
 
 def reduce_metric(name: str, values):
-    """The mean of an array or tensor of values; the least or largest of a metric whose name ends in
-    min or max.
-    """
+    """The mean of an array or tensor; its extreme if the metric's name ends in min or max."""
     if name.endswith("min"):
         return values.min()
     if name.endswith("max"):
@@ -98,17 +95,16 @@ def reduce_metric(name: str, values):
 
 
 def precision(cfg, device: torch.device):
-    """A context of bf16 autocast, if it is asked for: for the policy's calls, not for losses and
-    rewards.
-    """
+    """A context of bf16 autocast, if asked for: of the policy's calls, not of the losses."""
     return torch.autocast(device.type, torch.bfloat16) if cfg.bf16 else nullcontext()
 
 
 def make_optimizer(
     policy: nn.Module, rates: dict[str, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW with a rate per expert, and with its moments, so that a checkpoint can be read in
-    place.
+    """AdamW with a rate per expert.
+
+    It has its moments from the start, so that a checkpoint can be read in place.
     """
     groups = []
     for expert, params in trainable_by_expert(policy).items():
@@ -237,8 +233,9 @@ class Log:
 
 
 class Owner:
-    """The lock by which a run owns its folder; it ends with the process. Errors: ValueError if
-    another run holds it.
+    """The lock by which a run owns its folder; it ends with the process.
+
+    Errors: ValueError if another run holds it.
     """
 
     def __init__(self, out: Path):
@@ -276,8 +273,9 @@ def refuse_finished(out: Path) -> None:
 
 
 def differences(old: dict, new: dict) -> dict[str, list]:
-    """name -> [old, new] of the settings, commit, versions and number of ranks in which two heads
-    of a log differ.
+    """name -> [old, new] of what differs in two heads of a log.
+
+    Settings, commit, versions and the number of ranks.
     """
     a = flatten_head(old)
     b = flatten_head(new)
@@ -300,9 +298,7 @@ def flatten_head(head: dict) -> dict:
 
 
 def commit() -> str | None:
-    """The commit of these files, with "+" if they differ from it; None outside git or without
-    it.
-    """
+    """The commit of these files, with "+" if they differ from it; None without git."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     here = Path(__file__).parent
     try:
@@ -313,8 +309,9 @@ def commit() -> str | None:
 
 
 def read_rows(path: Path) -> tuple[dict | None, list[dict]]:
-    """A log's head, or None if it is lost, and its other rows. Torn and blank lines, as a crash
-    leaves them, are skipped.
+    """A log's head, or None if it is lost, and its other rows.
+
+    Torn and blank lines, as a crash leaves them, are skipped.
     """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -338,10 +335,10 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
 
 @contextmanager
 def signals():
-    """A list to which SIGINT, SIGTERM, SIGQUIT and SIGHUP append their numbers, with a line to the
-    terminal; the old handlers come back afterwards.
+    """A list to which SIGINT, SIGTERM, SIGQUIT and SIGHUP append their numbers.
 
-    A SIGHUP that is ignored, as nohup does, stays ignored.
+    Each says so on the terminal; the old handlers come back afterwards. A SIGHUP that is ignored,
+    as nohup does, stays ignored.
     """
     caught = []
     old = {}
@@ -405,8 +402,9 @@ class Average:
 
 
 def run_state(run) -> dict[str, Tensor]:
-    """The live tensors of a train.Run's checkpoint but the step: weights, their averages, AdamW's
-    moments, a referee that learns.
+    """The live tensors of a train.Run's checkpoint, but the step.
+
+    Weights, their averages, AdamW's moments, a referee that learns.
     """
     out = run.learner.state() if run.learner else {}
     for name, p in trainable(run.policy).items():

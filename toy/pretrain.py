@@ -331,8 +331,9 @@ def flow_loss(policy, context, data, generator):
 
 
 def token_loss(policy, context, data, started, without=None):
-    """Mean surprise of image tokens (N, 16), in nats; after the blanks in `without`, if any, which
-    guidance of scale 0 reads alone."""
+    """Mean surprise of image tokens (N, 16), in nats.
+
+    After the blanks in `without`, if any, which guidance of scale 0 reads alone."""
     logp = policy.score_image(context, data, started=started, without=without, scale=0.0)
     return -logp.mean()
 

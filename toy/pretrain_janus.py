@@ -1,5 +1,6 @@
-"""How toy/janus is made, by `torchrun train.py --recipe pretrain` too. What is not said here is as
-in toy/pretrain.
+"""How toy/janus is made, by `torchrun train.py --recipe pretrain` too.
+
+What is not said here is as in toy/pretrain.
 
     tokenizer    the same closed vocabulary, with Janus's markers, the colon and line breaks
     vq           transformers' JanusVQVAE: 32x32x3 pixels to 4x4 codes, each one of 2048

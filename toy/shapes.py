@@ -274,8 +274,9 @@ def build(tag: str, include: list[dict], prefix: str = "") -> dict:
 
 
 def compositions() -> Iterator:
-    """(tag, ways) of every meaning; `ways`, to be walked once, are the include
-    clauses of each order of saying it."""
+    """(tag, ways) of every meaning.
+
+    `ways`, to be walked once, are the include clauses of each order of saying it."""
     pairs = list(combinations(SHAPES, 2))
     for shape in SHAPES:
         yield "single_object", [[new_clause(shape)]]
