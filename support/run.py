@@ -444,9 +444,9 @@ def save_checkpoint(
     if rank == 0:
         shutil.rmtree(scratch, ignore_errors=True)
     dist.barrier()
-    writer = dcp.HuggingFaceStorageWriter(str(scratch), save_distributed=True)
+    storage = dcp.HuggingFaceStorageWriter(str(scratch), save_distributed=True)
     with one_line_error(f"{scratch} could not be written"):
-        dcp.save(tensors, storage_writer=writer)
+        dcp.save(tensors, storage_writer=storage)
     dist.barrier()
     if rank == 0:
         shutil.rmtree(old, ignore_errors=True)
