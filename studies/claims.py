@@ -598,16 +598,20 @@ def save_forest(out: Path) -> None:
         low, high = np.clip(first["interval"], -REACH, REACH)
         axis.plot([low, high], [place] * 2, color=color)
         axis.plot(first["mean"], place, marker, color=color)
-        axis.text(1.02 * REACH, place, verdict, va="center", fontsize=9)
+        axis.text(1.1 * REACH, place, verdict, va="center", fontsize=9)
         labels.append(f"{name} ({result['seeds']})")
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     for label in axis.get_yticklabels():
         if label.get_text().endswith(":"):
             label.set_weight("bold")
     axis.invert_yaxis()
+    axis.set_xscale("symlog", linthresh=0.1)                    # most differences are below 0.1
+    ticks = (-0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_xlim(-REACH, REACH)
     axis.set_xlabel(
-        f"difference in held-out truth, 95% interval (band: ±{MARGIN}); seeds in brackets")
+        f"difference in held-out truth, 95% interval (band: ±{MARGIN})\n"
+        "logarithmic beyond ±0.1; seeds in brackets")
     save_figure(figure, out, dpi=100)
 
 
