@@ -493,10 +493,11 @@ def argument_parser() -> Arguments:
     ap.add_argument(
         "--recipe", default="lvrpo", choices=[*RECIPES, "control", "pretrain"],
         help="a method; or control, more pretraining; or pretrain, which makes the toy's weights")
-    for name, task in TASKS.items():
-        ap.add_argument(f"--{name}", type=number(int, least=0), help=task.help)
+    for name, task in TASKS.items():            # dest: argparse would turn - into _
+        ap.add_argument(f"--{name}", dest=name, type=number(int, least=0), help=task.help)
     for name, entry in REWARDS.items():
-        ap.add_argument(f"--{name}", type=number(float), help=f"weight of {entry.help}")
+        ap.add_argument(
+            f"--{name}", dest=name, type=number(float), help=f"weight of {entry.help}")
     for f in SETTINGS:
         bounds = f.metadata
         if f.type is bool:
