@@ -21,10 +21,10 @@ from policy import Policy, PolicyConfig
 from recipes import Config, parse
 from referees.build import referee_bytes
 from sample import TOY
-from studies.tables import markdown_table
 from support.checkpoint import freeze, load_policy, reset_adapters
 from support.memory import memory, peak
 from support.run import Ranks, precision
+from support.tables import markdown_table
 from support.terminal import Arguments, first_line, one_line, the_device
 from tasks import in_use
 

@@ -29,10 +29,10 @@ import numpy as np
 
 from eval import evaluate_rows, load_toy_policy, mean_and_error, mean_of_parts
 from rewards import NUMBER_WORDS
-from studies.tables import markdown_table, write_json
 from support.disk import read_json, write_atomic
 from support.plots import pyplot, save_figure
 from support.run import Owner, read_log
+from support.tables import markdown_table, write_json
 from support.terminal import Arguments, number, say
 from tasks import TASKS
 

@@ -18,11 +18,11 @@ from policy import Policy
 from referees.detectors import Detector, load_detector
 from referees.geneval import geneval_check
 from sample import SAMPLING, TOY, Read, images_of, plain_draw, sample_plan
-from studies.tables import write_json
 from support.checkpoint import load_policy
 from support.disk import fingerprint, read_json, write_atomic
 from support.pictures import save_grid
 from support.rows import Metadata, check_rules, read_prompts
+from support.tables import write_json
 from support.terminal import Arguments, number, the_device
 from toy.world import detect
 

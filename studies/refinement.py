@@ -15,9 +15,9 @@ from policy import Policy
 from referees.judge import load_judge
 from rewards import Knowledge, Samples
 from sample import SAMPLING, TOY, Read, Round, Write, images_of, plain_draw, refine, sample_plan
-from studies.tables import markdown_table, write_json
 from support.checkpoint import load_policy
 from support.pictures import save_grid
+from support.tables import markdown_table, write_json
 from support.terminal import Arguments, new_file, number, plain_text, the_device
 from tasks import TASKS, WORDING
 from toy import shapes

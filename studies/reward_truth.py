@@ -19,7 +19,7 @@ from referees.build import build_rewards
 from referees.questions import Questions
 from rewards import Samples, score
 from sample import TOY
-from studies.tables import markdown_table, write_json
+from support.tables import markdown_table, write_json
 from support.terminal import Arguments, new_file
 from tasks import TASKS, rewards_of, token_states
 from toy import shapes

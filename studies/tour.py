@@ -20,10 +20,10 @@ from eval import before_after, load_toy_policy
 from grpo import grpo_loss
 from policy import Policy
 from sample import TOY, images_of, replay_rollout, sample_plan
-from studies.tables import markdown_table
 from support.disk import write_atomic
 from support.pictures import save_grid
 from support.run import Ranks
+from support.tables import markdown_table
 from support.terminal import Arguments
 from tasks import TASKS
 
