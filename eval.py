@@ -12,7 +12,6 @@ independent. Every random number comes from --seed.
 Legend: B rows, G samples of each, N = B*G prompt-major.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from policy import Guidance, Policy
 from rewards import Samples
 from sample import TOY, Read, See, Write, images_of, plain_draw, sample_plan, texts_of
 from support.checkpoint import keep_gathered, load_policy
-from support.disk import write_atomic
+from support.disk import write_json
 from support.memory import room_to_gather
 from support.pictures import save_grid, to_bytes
 from support.plots import plot, pyplot, save_figure
@@ -236,7 +235,7 @@ def evaluate_run(run, step: int) -> None:
     policy = run.policy
     due = cfg.eval_every and run.ranks.rank == 0 and step not in run.log.evaluated
     if policy.sharded:                          # then the forwards need all ranks
-        due = run.ranks.total(torch.tensor(int(due), device=run.ranks.device)).item()
+        due = run.ranks.add(due)
     if not due:
         return
     room = room_to_gather(policy.device)
@@ -250,7 +249,7 @@ def evaluate_run(run, step: int) -> None:
         images = preview(policy, run.source, cfg)
     if images is not None and run.ranks.rank == 0:
         path = Path(cfg.out) / "samples" / f"{step:06d}.png"
-        save_grid(images, str(path), columns=4)
+        save_grid(images, path, columns=4)
 
 
 def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
@@ -265,7 +264,7 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     index = range(4)
     draw = plain_draw(source.scale, (cfg.resolution, cfg.resolution), cfg.denoise_steps)
     choices = choices_of(cfg, source.scale, draw)
-    rows = source.pools[task.name]((cfg.seed, 0, random_place(task)), 4, range(4))
+    rows = source.pools[task.name]((cfg.seed, 0, random_place(task)), 4, index)
     if task.refines:
         rows, _ = first_pictures(policy, rows, choices, seed=cfg.seed, step=0, index=index, n=1)
     rollout = sample_plan(
@@ -391,7 +390,7 @@ def run(a) -> str:
         change = paired_change(before, values)
         result |= dict(against=a.against, change=as_json(change))
         text = f"from {a.against} to {a.policy}\n{print_change(table_of(before), table, change)}"
-    write_atomic(a.out, json.dumps(result, indent=1).encode())
+    write_json(a.out, result)
     return f"{text}\n\nwritten to {a.out}"
 
 

@@ -159,6 +159,7 @@ class Janus(nn.Module):
                 f"policy's vocab_size {V}; they are not of one checkpoint")
         self.user, self.assistant, self.image_start, self.image_end = markers
         self.bos, self.end, self.pad = named
+        self.frame = {self.end}
         self.embed.padding_idx = self.pad             # has no gradient, as in transformers
         added = tokenizer.added_tokens_decoder.items()
         self.reserved = {i for i, token in added if token.special} - {tokenizer.unk_token_id}
@@ -244,10 +245,7 @@ class Janus(nn.Module):
 
     def decode_text(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """The words of tokens (N, L) under the mask (N, L), without the end."""
-        rows = []
-        for row, chosen in zip(tokens.cpu(), mask.cpu()):
-            rows.append([i for i in row[chosen].tolist() if i != self.end])
-        return [text.strip() for text in self.tokenizer.batch_decode(rows)]
+        return [text.strip() for text in Policy.decode_text(self, tokens, mask)]
 
     def blank(self, tokens: Tensor) -> Tensor:
         """What the context without the prompt reads in place of tokens: padding, but for bos."""

@@ -453,6 +453,7 @@ class Policy(nn.Module):
                 f"tokenizer needs the special tokens {MARKERS} and ids below the policy's "
                 f"vocab_size {V}, its last is {last}; they are not of one checkpoint")
         self.start, self.end, self.image_start, self.image_end = markers
+        self.frame = {self.start, self.end}           # of a text, no words of it
         # Ids that no text may hold; a word that the tokenizer does not know may become unk_token.
         added = tokenizer.added_tokens_decoder.items()
         self.reserved = {i for i, token in added if token.special}
@@ -535,8 +536,7 @@ class Policy(nn.Module):
         """Return the words of tokens (N, L) under the mask (N, L), without start and end."""
         rows = []
         for row, chosen in zip(tokens.cpu(), mask.cpu()):
-            ids = row[chosen].tolist()
-            rows.append([i for i in ids if i not in (self.start, self.end)])
+            rows.append([i for i in row[chosen].tolist() if i not in self.frame])
         return self.tokenizer.batch_decode(rows)
 
     # -- reading --

@@ -14,6 +14,7 @@ from flow_grpo import FORMS
 from policy import PolicyConfig
 from rewards import REWARDS
 from support.disk import read_json
+from support.tables import markdown_table
 from support.terminal import Arguments, number
 from tasks import TASKS, Task, in_use, rewards_of
 
@@ -266,8 +267,8 @@ class Config:
     """
 
     recipe: str
-    rows: dict[str, int] = field(default_factory=dict)          # task -> rows a step, a flag each
-    weights: dict[str, float] = field(default_factory=dict)     # reward -> weight, a flag each
+    rows: dict[str, int]                        # task -> rows a step, a flag each
+    weights: dict[str, float]                   # reward -> weight, a flag each
     policy: str = setting(str(WORLD / "policy"), "the policy folder to start from")
     prompts: str = setting(
         "",
@@ -566,7 +567,7 @@ def recipe_table(scale: str) -> str:
     columns = {recipe: settings_of(recipe, scale) for recipe in RECIPES}
     order = [*TASKS, *REWARDS, *(f.name for f in SETTINGS)]
     names = sorted({name for column in columns.values() for name in column}, key=order.index)
-    lines = [["switch", *RECIPES], ["---"] * (1 + len(RECIPES))]
+    rows = []
     own = {recipe: [] for recipe in RECIPES}
     for name in names:
         cells = {
@@ -575,12 +576,12 @@ def recipe_table(scale: str) -> str:
             if name in column
         }
         if len(cells) > 1:
-            lines.append([f"`{name}`", *(cells.get(recipe, "-") for recipe in RECIPES)])
+            rows.append([f"`{name}`", *(cells.get(recipe, "-") for recipe in RECIPES)])
             continue
         for recipe, cell in cells.items():
             own[recipe].append(f"`{name}` {cell}")
-    lines.append(["alone", *(", ".join(cells) or "-" for cells in own.values())])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows.append(["alone", *(", ".join(cells) or "-" for cells in own.values())])
+    return markdown_table(["switch", *RECIPES], rows)
 
 
 # ---- what cannot work ----

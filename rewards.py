@@ -265,11 +265,16 @@ class Semantic:
     encoder: object                             # with embed_images, embed_texts: referees.siglip's
 
     def __call__(self, samples: Samples) -> Tensor:
-        distinct = list(dict.fromkeys(samples.prompts))  # embedded once per prompt, not per sample
-        place = [distinct.index(prompt) for prompt in samples.prompts]
-        images = self.encoder.embed_images(samples.need("images"))                  # (N, D)
-        texts = self.encoder.embed_texts(distinct)[place]                           # (N, D)
-        return (images * texts).sum(-1).clamp(-1, 1)                                # (N,)
+        images = samples.need("images")
+        return prompt_cosine(self.encoder, images, samples.prompts).clamp(-1, 1)    # (N,)
+
+
+def prompt_cosine(encoder, images: Tensor, prompts: list[str]) -> Tensor:
+    """Cosine of each image (N, 3, H, W) and its prompt, (N,); equal prompts are embedded once."""
+    distinct = list(dict.fromkeys(prompts))
+    place = [distinct.index(prompt) for prompt in prompts]
+    texts = encoder.embed_texts(distinct)[place]                                    # (N, D)
+    return (encoder.embed_images(images) * texts).sum(-1)
 
 
 @dataclass

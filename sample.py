@@ -162,6 +162,18 @@ class Rollout:
     G: int
     guidance: Guidance | None = None
 
+    @property
+    def texts(self) -> list[Text]:
+        """The texts that the policy wrote, in order."""
+        chosen = [segment for segment in self.segments if not segment.is_given]
+        return [segment for segment in chosen if isinstance(segment, Text)]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The images that the policy drew, in order."""
+        chosen = [segment for segment in self.segments if not segment.is_given]
+        return [segment for segment in chosen if isinstance(segment, Picture)]
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -347,10 +359,7 @@ def what_came(segments: list[Text | Picture]) -> str:
 def see(policy: Policy, item: See) -> Picture:
     """The segment of a given image."""
     sized = item.pixels if item.source is None else item.source
-    if isinstance(sized, Tensor):
-        size = tuple(sized.shape[-2:])
-    else:
-        size = [tuple(image.shape[-2:]) for image in sized]
+    size = [tuple(image.shape[-2:]) for image in sized]
     reads = item.source is not None and policy.reads_latents
     return Picture(size, item.pixels, policy.encode(item.source) if reads else None)
 
@@ -513,45 +522,24 @@ def join_rows(*columns: Tensor | list) -> Tensor | list:
     """
     if isinstance(columns[0], list):
         return sum(columns, [])
-    if columns[0].ndim > 3:
-        return torch.cat(columns)
     longest = max(x.shape[1] for x in columns)
     unpadded = (0, 0) * (columns[0].ndim - 2)
     return torch.cat([F.pad(x, (*unpadded, 0, longest - x.shape[1])) for x in columns])
 
 
-def chosen_texts(rollout: Rollout) -> list[Text]:
-    """The texts that the policy wrote, in order."""
-    return [
-        segment
-        for segment in rollout.segments
-        if isinstance(segment, Text) and not segment.is_given
-    ]
-
-
-def chosen_pictures(rollout: Rollout) -> list[Picture]:
-    """The images that the policy drew, in order."""
-    return [
-        segment
-        for segment in rollout.segments
-        if isinstance(segment, Picture) and not segment.is_given
-    ]
-
-
 def texts_of(policy: Policy, rollout: Rollout, last: int = 1) -> list[str] | None:
     """What the samples wrote last, or (last=2) before that: N strings without markers, or None."""
-    texts = chosen_texts(rollout)
-    if len(texts) < last:
+    if len(rollout.texts) < last:
         return None
-    return policy.decode_text(texts[-last].tokens, texts[-last].chosen)
+    text = rollout.texts[-last]
+    return policy.decode_text(text.tokens, text.chosen)
 
 
 def images_of(policy: Policy, rollout: Rollout, last: int = 1) -> Tensor | None:
     """What the samples drew last, or (last=2) before that: (N, 3, H, W) fp32 in [0, 1], or None."""
-    pictures = chosen_pictures(rollout)
-    if len(pictures) < last:
+    if len(rollout.pictures) < last:
         return None
-    return (decode_images(policy, pictures[-last]) * 0.5 + 0.5).clamp(0, 1)
+    return (decode_images(policy, rollout.pictures[-last]) * 0.5 + 0.5).clamp(0, 1)
 
 
 # ---- refinement ----
@@ -570,9 +558,8 @@ class Round:
 
 def refine(
     policy: Policy, prompts: list[str], rounds: int, select: str, value: Callable[[Tensor], Tensor],
-    first: list, again: list, *, look: str, seed: int,
-    stop: str, guidance: tuple[Guidance | None, Guidance | None] = (None, None),
-    system: bool = False
+    write: Write, draw: Draw, *, look: str, seed: int, stop: str,
+    guidance: tuple[Guidance | None, Guidance | None] = (None, None), system: bool = False
 ) -> list[Round]:
     """Draw, then look at what is kept and draw again, `rounds` times -> rounds + 1 Rounds.
     [AlphaGRPO]
@@ -581,30 +568,28 @@ def refine(
     its value is higher;
     "oracle": the new one if the old one's value is below 1, which asks the truth (AlphaGRPO's
     released evaluation); "self": the new one, unless the text before it says `stop` [R3]. value:
-    images (N, 3, H, W) in [0, 1] -> (N,). first, again: what follows the prompt, and the
-    instruction `look`, in the plan. system: BAGEL's think prompt before what writes a thought.
+    images (N, 3, H, W) in [0, 1] -> (N,). look: the instruction, after which the policy writes and
+    draws. system: whether BAGEL's think prompt comes before it.
     """
     N = len(prompts)
+    start = [Read([THINK_TO_DRAW] * N)] if system else []
     looks = Read([look.format(prompt=prompt) for prompt in prompts])
 
-    def walk(given: list, plan: list, step: int, guide: Guidance | None):
-        thinks = system and any(isinstance(item, Write) for item in plan)
-        start = [Read([THINK_TO_DRAW] * N)] if thinks else []
+    def walk(plan: list, step: int, guide: Guidance | None):
         rollout = sample_plan(
-            policy, start + given + plan, seed=seed, step=step, prompts=range(N), G=1,
-            guidance=guide)
+            policy, plan, seed=seed, step=step, prompts=range(N), G=1, guidance=guide)
         drawn = images_of(policy, rollout)
         return drawn, value(drawn), texts_of(policy, rollout)
 
-    drawn, worth, texts = walk([Read(prompts)], first, 0, guidance[0])
+    drawn, worth, texts = walk([Read(prompts), draw], 0, guidance[0])
     out = [Round(drawn, worth, drawn, worth, texts)]
     for step in range(1, rounds + 1):
         kept = out[-1].kept
         best = out[-1].value
         source = kept * 2 - 1
-        seen = [See(vit_pixels(policy, source), source), looks]
-        drawn, worth, texts = walk(seen, again, step, guidance[1])
-        said = torch.tensor([stop in text.lower() for text in texts or [""] * N]).to(worth.device)
+        seen = See(vit_pixels(policy, source), source)
+        drawn, worth, texts = walk([*start, seen, looks, write, draw], step, guidance[1])
+        said = torch.tensor([stop in text.lower() for text in texts]).to(worth.device)
         better = {
             "always": worth == worth, "judge": worth > best, "oracle": best < 1, "self": ~said
         }[select]
@@ -738,7 +723,7 @@ def run(args: argparse.Namespace) -> str:
     plan.append(draw)
     rollout = sample_plan(
         policy, plan, seed=args.seed, step=0, prompts=[0], G=args.n, guidance=guidance)
-    save_grid(images_of(policy, rollout), args.out, columns=min(args.n, 8), zoom=scale["zoom"])
+    save_grid(images_of(policy, rollout), out, columns=min(args.n, 8), zoom=scale["zoom"])
     texts = dict.fromkeys(texts_of(policy, rollout) or [])
     return "\n".join([*texts, f"{args.n} images in {args.out}"])
 

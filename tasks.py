@@ -23,8 +23,8 @@ from referees.captions import caption_tuples
 from referees.questions import Questions, with_questions
 from rewards import REWARDS, Samples
 from sample import (
-    SAMPLING, THINK_TO_DRAW, Draw, Read, Rollout, See, Write, chosen_pictures, chosen_texts,
-    images_of, plain_draw, sample_plan, subset, texts_of)
+    SAMPLING, THINK_TO_DRAW, Draw, Read, Rollout, See, Write, images_of, plain_draw, sample_plan,
+    subset, texts_of)
 from support.pictures import to_bytes, vit_pixels
 from support.rows import (
     READERS, Pool, Row, captions_of_file, check_rules, choices_of_file, edits_of_file, pool_by_tag,
@@ -37,7 +37,6 @@ from toy.world import (
     held_out_reasons, held_out_riddles, format_kept, open_question, right_diagnoses, right_thoughts,
     toy_edit, toy_pair, toy_rows, variety)
 
-IMAGE_GUIDANCE = 2.0    # of an edit or a refinement drawn with guidance [BAGEL, AlphaGRPO]
 FIRST_PICTURES = 10**6  # number, within its group, of the first picture to refine
 
 
@@ -373,7 +372,7 @@ def choices_of(cfg, scale: str, draw: Draw, again: Draw | None = None) -> Choice
 def guidance_of(cfg, sees: bool) -> Guidance:
     """Guidance as AlphaGRPO sets it: of a drawing from text, or of an image that is changed."""
     if sees:
-        return Guidance(cfg.guidance, IMAGE_GUIDANCE, "text_channel", 0.0, (0.0, 1.0))
+        return replace(SAMPLING["bagel"]["edit"], text_scale=cfg.guidance)
     return Guidance(cfg.guidance)
 
 
@@ -533,11 +532,11 @@ def counts(rollout: Rollout, per: str, most: int) -> Tensor:
     images noisy steps count, times of fresh noise, or tokens.
     """
     texts = 0
-    for text in chosen_texts(rollout):
+    for text in rollout.texts:
         texts += {
             "token": int(text.chosen.sum()), "sequence": len(text.chosen),
             "constant": len(text.chosen) * most}[per]
-    images = sum(picture.choices for picture in chosen_pictures(rollout))
+    images = sum(picture.choices for picture in rollout.pictures)
     return torch.tensor([texts, images], dtype=torch.float64)
 
 

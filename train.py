@@ -42,8 +42,7 @@ from recipes import SCALES, Config, check, describe, parse, recipe_table
 from referees.build import build_rewards, hub_commits, referee_bytes
 from referees.siglip import Learner
 from rewards import Samples
-from sample import (
-    Picture, Rollout, Scored, chosen_pictures, chosen_texts, join, replay_rollout, sample_plan)
+from sample import Picture, Rollout, Scored, join, replay_rollout, sample_plan
 from support.checkpoint import (
     freeze, keep_gathered, load_policy, reset_adapters, save_adapters, save_policy, shard)
 from support.lora import adapters_off
@@ -81,7 +80,7 @@ class Run:
     rewards: dict[str, rewards.Reward]
     imitation: object                           # more pretraining, for the control; else None
     log: Log
-    learner: Learner | None = None              # a SigLIP that learns from the policy's pictures
+    learner: Learner | None                     # a SigLIP that learns from the policy's pictures
     start: int = 0                              # first step
     between: bool = False                       # whether a step has changed the weights in part
     parts: list = field(default_factory=list)   # of the last step
@@ -173,7 +172,7 @@ def reward(run: Run, batch: Batch, rollout: Rollout) -> Part:
         kept, samples = keep_first(samples, task, batch.choices.wording)
     scores = rewards.score(scoring, samples)                            # name -> (n,)
     stats = truth_and_variety(task, samples, run.source.detector, rollout.G)
-    if texts := chosen_texts(rollout):
+    if texts := rollout.texts:
         lengths = [text.chosen.sum(1).float() for text in texts]                    # (n,) each
         stats["completions/mean_length"] = torch.stack(lengths).mean().item()
     if kept is not None:
@@ -219,8 +218,7 @@ def advantages(
     G = cfg.group_size
     each = cfg.normalise == "each"
     scale, std, clamp = ADVANTAGES[cfg.advantage]
-    components = {
-        name: ranks.gather(value.to(ranks.device)) for name, value in components.items()}  # (N,)
+    components = {name: ranks.gather(value) for name, value in components.items()}   # (N,) each
     summed = normalise_each(components, G, std) if each else components
     total = rewards.combine(components, weights)                        # (N,) as it is logged
     value = rewards.combine(summed, weights)                            # (N,) as it is compared
@@ -235,11 +233,11 @@ def advantages(
     for name, share in variance_share(summed, weights, G).items():
         stats[f"advantage_share/{name}"] = share
     if initial is not None:
-        initial = ranks.gather(initial.to(ranks.device))                            # (N,)
+        initial = ranks.gather(initial)                                             # (N,)
         own = value
         value = rectify(value, initial, G, cfg.rectify)
         if kept is not None:
-            value = torch.where(ranks.gather(kept.to(ranks.device)), own, value)
+            value = torch.where(ranks.gather(kept), own, value)
         if cfg.credit == "gain":
             value = value - initial
         improved = (total > initial).float().mean().item()
@@ -311,8 +309,7 @@ def improve(run: Run, parts: list[Part]) -> dict[str, float]:
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         run.between = True
         run.optimizer.step()
-    total = ranks.total(torch.tensor(total, dtype=torch.float64, device=ranks.device))
-    return ranks.mean_over_ranks(log) | {"loss": total.item(), "grad_norm": norm.item()}
+    return ranks.mean_over_ranks(log) | {"loss": ranks.add(total), "grad_norm": norm.item()}
 
 
 # ---- what the phases are made of ----
@@ -373,8 +370,8 @@ def pieces_of(run: Run, part: Part, totals: dict[str, float]) -> list[Piece]:
     adv = segment_advantages(part)                                      # (n, segments)
     whole = part.rollout
     pieces = []
-    texts = bool(chosen_texts(whole))
-    images = bool(chosen_pictures(whole))
+    texts = bool(whole.texts)
+    images = bool(whole.pictures)
     penalised = cfg.penalises(texts, images)
     if not penalised and not (images and cfg.image_loss == "nft"):  # its curvature acts on all
         whole, adv = drop_tied(whole, adv, run.ranks)
@@ -415,7 +412,7 @@ def follow(run: Run, pieces: list[Piece]) -> None:
     """Fill in the velocities of the follower at the points of every drawn image."""
     with run.follower.in_place_of(run.policy), precision(run.cfg, run.policy.device):
         for piece in pieces:
-            if not chosen_pictures(piece.rollout):
+            if not piece.rollout.pictures:
                 continue
             for i, scored in enumerate(replay_rollout(run.policy, piece.rollout)):
                 if scored.kind == "image":
@@ -580,7 +577,7 @@ def train(cfg: Config, ranks: Ranks) -> int:
             except Stop:
                 keep(run, done)
                 say(f"stopped after {done} steps, checkpoint saved; go on with --resume")
-                ranks.wait()                    # torchrun ends all ranks when the first leaves
+                ranks.add(0)                    # torchrun ends all ranks when the first leaves
                 return 128 + (run.caught or [signal.SIGTERM])[0]
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}; stopped") from error
@@ -662,7 +659,7 @@ def prepare_policy(cfg: Config, ranks: Ranks, trained: bool = True) -> Policy:
 
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     policy = load_policy(cfg.policy, device=ranks.device, dtype=dtype, prepare=prepare)
-    reset_adapters(policy, ranks.device, cfg.seed)
+    reset_adapters(policy, cfg.seed)
     return policy
 
 
@@ -675,8 +672,7 @@ def keep(run: Run, step: int, writer: int = 0) -> None:
 def export(run: Run) -> None:
     """Write the averaged policy, its adapters, and the pictures of a run that was evaluated."""
     cfg = run.cfg
-    out = Path(run.cfg.out)
-    device = run.ranks.device
+    out = Path(cfg.out)
     run.log.open()
     if run.ranks.rank == 0 or run.policy.sharded:
         with run.average.in_place_of(run.policy), keep_gathered(run.policy):
@@ -686,7 +682,7 @@ def export(run: Run) -> None:
     if run.ranks.rank > 0:
         return
     if cfg.eval_every and run.log.evaluated:
-        print(evaluation.picture_run(run.log.path, cfg.policy, device))
+        print(evaluation.picture_run(run.log.path, cfg.policy, run.ranks.device))
     print(f"the policy is in {out / 'policy'}, its log in {run.log.path}")
 
 

@@ -170,7 +170,7 @@ class Detector:
         """
         if not crops:
             return []
-        squares = torch.stack([middle_square(crop, self.clip.size) for crop in crops])
+        squares = torch.stack([middle_square(crop, self.clip.side) for crop in crops])
         images = self.clip.embed_images(squares)                                    # (n, D)
         texts = {name: self.color_texts(name) for name in dict.fromkeys(names)}
         places = [int((texts[name] @ image).argmax()) for name, image in zip(names, images)]

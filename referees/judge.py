@@ -34,6 +34,7 @@ class Judge(Viewer):
     """
 
     max_question = 96
+    request = ""                                # what follows a question
 
     def __post_init__(self):
         self.answers = [spellings(self.tokenizer, word) for word in ("yes", "no")]
@@ -102,7 +103,7 @@ class Judge(Viewer):
         def logits_of(about: list[int], questions: list[str]) -> Tensor:
             return self.logits(features[about], questions)
 
-        worded = [self.word_question(question) for question in questions]
+        worded = [question + self.request for question in questions]
         logits = in_batches(logits_of, self.batch_size, about, worded)              # (R, 3)
         answers = logits[:, :2]
         mass = (answers.logsumexp(1) - logits[:, 2]).exp().mean().item()
@@ -112,10 +113,6 @@ class Judge(Viewer):
                 "it; a model that thinks before it answers, or that was not trained for such "
                 "questions, is no judge")
         return answers.softmax(-1)[:, 0]                                            # (R,)
-
-    def word_question(self, question: str) -> str:
-        """The question as this kind of model is asked it."""
-        return question
 
 
 class ChatJudge(Judge):
@@ -129,6 +126,7 @@ class ChatJudge(Judge):
     """
 
     max_question = 2**20                        # it reads what its context holds
+    request = " Answer yes or no."
 
     def __post_init__(self):
         super().__post_init__()
@@ -137,9 +135,6 @@ class ChatJudge(Judge):
             raise ValueError(
                 "the judge is made to think before it answers, so that its next token is no "
                 "answer; use its Instruct variant")
-
-    def word_question(self, question: str) -> str:
-        return f"{question} Answer yes or no."
 
     def row(self, question: str) -> str:
         """The text of a row, with the place of the image."""

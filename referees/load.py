@@ -105,13 +105,16 @@ class Viewer:
     image_processor: Callable
     batch_size: int = 128
 
+    @property
+    def side(self) -> int:
+        return self.model.config.vision_config.image_size
+
     def pixels(self, images: Tensor) -> Tensor:
-        """(N, 3, size, size): what the image processor would give, without its detour by 8 bits."""
-        side = self.model.config.vision_config.image_size
+        """(N, 3, side, side): what the image processor would give, without its detour by 8 bits."""
         processor = self.image_processor
         mode = {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
         pixels = to_pixels(
-            images.to(self.model.device), (side, side), mode, processor.image_mean,
+            images.to(self.model.device), (self.side, self.side), mode, processor.image_mean,
             processor.image_std)
         return pixels.to(self.model.dtype)
 

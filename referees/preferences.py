@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from referees.siglip import Clip, load_clip
+from rewards import prompt_cosine
 
 
 @dataclass
@@ -23,11 +24,8 @@ class ClipPreference:
     clip: Clip
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        distinct = list(dict.fromkeys(prompts))
-        place = [distinct.index(prompt) for prompt in prompts]
-        texts = self.clip.embed_texts(distinct)[place]                              # (N, D)
         scale = self.clip.model.logit_scale.exp().item() / 26
-        return scale * (self.clip.embed_images(images) * texts).sum(-1)             # (N,)
+        return scale * prompt_cosine(self.clip, images, prompts)                    # (N,)
 
 
 def load_preference(path: str, *, device="cpu", batch_size: int = 128) -> ClipPreference:

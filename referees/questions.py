@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rewards import NUMBER_WORDS
-from support.disk import fingerprint, write_atomic
+from support.disk import fingerprint, write_text
 from support.rows import Metadata, has_text, read_prompts
 from support.terminal import Arguments, new_file, say, the_device
 
@@ -238,7 +238,7 @@ def finished_rows(out: Path) -> set[str]:
         raise ValueError(f"{out} holds what this program did not write; give another --out")
     whole = text[:text.rfind("\n") + 1]
     if whole != text:
-        write_atomic(out, whole.encode())
+        write_text(out, whole)
     return {json.loads(line).get("hash") for line in whole.splitlines()}
 
 

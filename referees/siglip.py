@@ -103,14 +103,6 @@ class Learner:
         self.optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=lr, weight_decay=0.0)
         start_moments(self.optimizer)
 
-    def loss(self, images: Tensor, prompts: list[str], distinct: list[str]) -> Tensor:
-        """SigLIP's loss of each image against all distinct prompts, one of them its own, summed."""
-        model = self.encoder.model
-        texts = unit(self.encoder.text_features(distinct))                          # (prompts, D)
-        own = torch.tensor(                                                         # (N, prompts)
-            [[prompt == other for other in distinct] for prompt in prompts], device=texts.device)
-        return sigmoid_loss(model, unit(self.encoder.image_features(images)), texts, own)
-
     def learn_step(self, parts: list, ranks) -> dict[str, float]:
         """Learn from the pictures of a step's train.Parts; returns what is logged."""
         losses = []
@@ -120,18 +112,24 @@ class Learner:
         return ranks.mean_over_ranks({"referee/loss": losses}) if losses else {}
 
     def learn(self, images: Tensor, prompts: list[str], ranks) -> float:
-        """One step on the mean loss, in parts of the encoder's batch size; returns the loss before.
+        """One step on SigLIP's mean loss, in parts of the encoder's batch size -> the loss before.
 
-        The ranks add up their gradients; each compares its pictures with its own prompts.
+        Each image is compared with all distinct prompts, one of them its own. The ranks add up
+        their gradients; each has its own pictures and prompts.
         """
         self.optimizer.zero_grad()
         distinct = list(dict.fromkeys(prompts))
         size = self.encoder.batch_size
         total = 0.0
         for i in range(0, len(prompts), size):
-            part = self.loss(images[i:i + size], prompts[i:i + size], distinct) / len(prompts)
-            (part / ranks.world).backward()
-            total += part.item()
+            texts = unit(self.encoder.text_features(distinct))                      # (prompts, D)
+            pictures = unit(self.encoder.image_features(images[i:i + size]))        # (size, D)
+            own = torch.tensor(                                                     # (size, prompts)
+                [[prompt == other for other in distinct] for prompt in prompts[i:i + size]],
+                device=texts.device)
+            loss = sigmoid_loss(self.encoder.model, pictures, texts, own) / len(prompts)
+            (loss / ranks.world).backward()
+            total += loss.item()
         ranks.add_gradients(self.optimizer, 1)
         self.optimizer.step()
         return total
@@ -151,10 +149,6 @@ class Clip(Encoder, Viewer):
 
     Differs: images are squashed to a square, not cropped.
     """
-
-    @property
-    def size(self) -> int:
-        return self.model.config.vision_config.image_size
 
     def image_features(self, images: Tensor) -> Tensor:
         return self.model.get_image_features(self.pixels(images)).pooler_output

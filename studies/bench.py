@@ -118,7 +118,7 @@ def random_release(cfg: Config, ranks: Ranks) -> Policy:
     policy.to_empty(device=ranks.device)
     for x in policy.state_dict().values():
         x.normal_(std=0.02)
-    reset_adapters(policy, ranks.device)
+    reset_adapters(policy)
     return policy
 
 

@@ -29,10 +29,10 @@ import numpy as np
 
 from eval import evaluate_rows, load_toy_policy, mean_and_error, mean_of_parts
 from rewards import NUMBER_WORDS
-from support.disk import read_json, write_atomic
+from support.disk import read_json, write_json, write_text
 from support.plots import pyplot, save_figure
 from support.run import Owner, read_log
-from support.tables import markdown_table, write_json
+from support.tables import markdown_table
 from support.terminal import Arguments, number, say
 from tasks import TASKS
 
@@ -202,7 +202,7 @@ def run_arm(arm: str, seed: int) -> str:
         todo[0].append("--resume")
     elif begun.exists():
         shutil.rmtree(folder)
-    write_atomic(begun, meaning(arm).encode())
+    write_text(begun, meaning(arm))
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     output = folder / "output.txt"
     for command in todo:
@@ -212,7 +212,7 @@ def run_arm(arm: str, seed: int) -> str:
         if code:
             *_, last = ["no output", *output.read_text(errors="replace").strip().splitlines()]
             return f"{arm}, seed {seed}: {last[:200]} (exit {code}); see {output}"
-    write_atomic(folder / "done.txt", meaning(arm).encode())
+    write_text(folder / "done.txt", meaning(arm))
     return ""
 
 
@@ -649,7 +649,7 @@ def run_claims(names: list[str], seeds: int, jobs: int) -> str:
         write_json(kept / f"{name}.json", result)
         lines += [paragraph(result), tables_of(result)]
     owner.close()
-    write_atomic(DOCS / "claims.md", page().encode())
+    write_text(DOCS / "claims.md", page())
     save_forest(DOCS / "claims.png")
     return "\n".join([*lines, *(f"failed: {why}" for why in failed)])
 

@@ -19,10 +19,9 @@ from referees.detectors import Detector, load_detector
 from referees.geneval import geneval_check
 from sample import SAMPLING, TOY, Read, images_of, plain_draw, sample_plan
 from support.checkpoint import load_policy
-from support.disk import fingerprint, read_json, write_atomic
+from support.disk import fingerprint, read_json, write_json, write_text
 from support.pictures import save_grid
 from support.rows import Metadata, check_rules, read_prompts
-from support.tables import write_json
 from support.terminal import Arguments, number, the_device
 from toy.world import detect
 
@@ -44,7 +43,7 @@ def draw_pictures(
             continue
         rollout = sample_plan(policy, [Read([row["prompt"]]), draw], seed=0, step=0, prompts=[i],
                               G=samples, guidance=guidance)
-        write_atomic(paths[0].parents[1] / "metadata.jsonl", json.dumps(row).encode())
+        write_text(paths[0].parents[1] / "metadata.jsonl", json.dumps(row))
         for path, image in zip(paths, images_of(policy, rollout)):
             save_grid(image[None], path, columns=1)
 

@@ -16,8 +16,9 @@ from referees.judge import load_judge
 from rewards import Knowledge, Samples
 from sample import SAMPLING, TOY, Read, Round, Write, images_of, plain_draw, refine, sample_plan
 from support.checkpoint import load_policy
+from support.disk import write_json
 from support.pictures import save_grid
-from support.tables import markdown_table, write_json
+from support.tables import markdown_table
 from support.terminal import Arguments, new_file, number, plain_text, the_device
 from tasks import TASKS, WORDING
 from toy import shapes
@@ -34,7 +35,7 @@ def refine_prompts(
     draw = plain_draw(name, (scale["size"],) * 2)
     write = Write(scale["tokens"], temperature=0.0)
     return refine(
-        policy, prompts, rounds, select, value, [draw], [write, draw], look=wording.look, seed=seed,
+        policy, prompts, rounds, select, value, write, draw, look=wording.look, seed=seed,
         stop=wording.stop, guidance=(scale["guidance"], scale["edit"]),
         system=wording.system_prompt)
 

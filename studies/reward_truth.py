@@ -19,7 +19,8 @@ from referees.build import build_rewards
 from referees.questions import Questions
 from rewards import Samples, score
 from sample import TOY
-from support.tables import markdown_table, write_json
+from support.disk import write_json
+from support.tables import markdown_table
 from support.terminal import Arguments, new_file
 from tasks import TASKS, rewards_of, token_states
 from toy import shapes

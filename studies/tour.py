@@ -8,7 +8,7 @@ import inspect
 import math
 import tempfile
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +19,8 @@ import train
 from eval import before_after, load_toy_policy
 from grpo import grpo_loss
 from policy import Policy
-from sample import TOY, images_of, replay_rollout, sample_plan
-from support.disk import write_atomic
+from sample import TOY, images_of, replay_rollout
+from support.disk import write_text
 from support.pictures import save_grid
 from support.run import Ranks
 from support.tables import markdown_table
@@ -272,11 +272,9 @@ def page(step: Step) -> str:
 # ---- pictures ----
 
 
-def redraw(policy: Policy, part: train.Part) -> Tensor:
+def redraw(policy: Policy, step: Step) -> Tensor:
     """The step's samples as a policy draws them from the same noise."""
-    plan = part.batch.task.plan(part.batch.rows, part.batch.choices)
-    rollout = sample_plan(
-        policy, plan, seed=0, step=0, prompts=part.batch.index, G=part.rollout.G)
+    rollout = train.act(replace(step.run, policy=policy), step.part.batch)
     return images_of(policy, rollout)
 
 
@@ -307,10 +305,10 @@ def run(a) -> str:
         if a.after:
             base = load_toy_policy(str(TOY))
             after = load_toy_policy(a.after)
-            drawn = [redraw(policy, step.part) for policy in (base, step.run.policy, after)]
+            drawn = [redraw(policy, step) for policy in (base, step.run.policy, after)]
             save_grid(torch.cat(drawn), DOCS / "tour_noise.png", columns=len(images), zoom=3)
             before_after(base, after, first_rows(), DOCS / "first.png", dpi=82)
-        write_atomic(DOCS / "tour.md", page(step).encode())
+        write_text(DOCS / "tour.md", page(step))
         return f"{DOCS / 'tour.md'} is written"
 
 

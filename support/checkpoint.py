@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from janus import ORIGINAL_NAMES, Janus, build_model, convert_config
 from policy import (
     EXPERTS, RELEASE_AE, RELEASE_BAGEL, Policy, PolicyConfig, declare_torchvision_ops)
-from support.disk import one_line_error, read_json, replacing, write_atomic
+from support.disk import one_line_error, read_json, replacing, write_atomic, write_text
 from support.lora import adapters, add_lora
 
 
@@ -208,7 +208,7 @@ def load_policy(
         ae_names = {release_ae_name(name, levels): name for name in policy.autoencoder.state_dict()}
         policy.stored = assign(policy, folder, "ema", names, dtype, device, masters)
         assign(policy.autoencoder, folder, "ae", ae_names, None, device)
-    reset_adapters(policy, device)
+    reset_adapters(policy)
     if adapter:
         load_adapters(policy, Path(adapter))
     return policy.eval()
@@ -309,7 +309,7 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
         return
     if isinstance(policy, Janus):
         release = policy.config.release
-        write_atomic(folder / "config.json", release.to_json_string().encode())
+        write_text(folder / "config.json", release.to_json_string())
         save_tensors(tensors, folder / "model.safetensors")
     else:
         save_bagel(policy, tensors, folder)
@@ -321,7 +321,7 @@ def save_bagel(policy: Policy, tensors: dict[str, Tensor], folder: Path) -> None
     config = policy.config
     for name in ("llm", "vit", "bagel", "ae"):
         content = json.dumps(getattr(config, name), indent=2)
-        write_atomic(folder / f"{name}_config.json", content.encode())
+        write_text(folder / f"{name}_config.json", content)
     save_tensors(tensors, folder / "ema.safetensors")
     ae = {}
     for name, value in policy.autoencoder.state_dict().items():
@@ -406,7 +406,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 # ---- adapters ----
 
 
-def reset_adapters(policy: Policy, device, seed: int = 0) -> None:
+def reset_adapters(policy: Policy, seed: int = 0) -> None:
     """Put fresh adapters in place of those without memory: A normal / rank, B zero.
 
     A comes from (seed, place), whatever the number of ranks.
@@ -415,8 +415,8 @@ def reset_adapters(policy: Policy, device, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed * 100_003 + i)
         A = torch.randn(module.A.shape, generator=generator) / module.rank
         B = torch.zeros(module.B.shape)
-        module.A = nn.Parameter(shard_like(A, module.A).to(device))
-        module.B = nn.Parameter(shard_like(B, module.B).to(device))
+        module.A = nn.Parameter(shard_like(A, module.A).to(policy.device))
+        module.B = nn.Parameter(shard_like(B, module.B).to(policy.device))
 
 
 def merged_state(policy: Policy):
@@ -459,7 +459,7 @@ def save_adapters(policy: Policy, folder: Path) -> None:
     config = dict(
         peft_type="LORA", r=modules[0].rank, lora_alpha=modules[0].alpha, lora_dropout=0.0,
         bias="none", fan_in_fan_out=False, target_modules=sorted(targets))
-    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
     save_tensors(tensors, folder / "adapter_model.safetensors")
 
 
@@ -473,8 +473,8 @@ ADAPTER_PLAIN = dict(
     peft_type=["LORA"], bias=["none"], init_lora_weights=[True, "gaussian", "orthogonal", "eva"])
 
 
-def adapter_strength(folder: Path) -> tuple[int, float]:
-    """(rank, alpha) of a folder of adapters, which add alpha/rank * B A.
+def load_adapters(policy: Policy, folder: Path) -> Policy:
+    """Put the adapters of a folder of `save_adapters`, or of peft, on the policy, in place.
 
     Errors: ValueError for anything but plain LoRA.
     """
@@ -484,12 +484,8 @@ def adapter_strength(folder: Path) -> tuple[int, float]:
         for name, value in config.items():
             if value and name not in ADAPTER_FREE and value not in ADAPTER_PLAIN.get(name, []):
                 raise ValueError(f"{name} {value!r} is not implemented")
-        return int(config["r"]), float(config["lora_alpha"])
-
-
-def load_adapters(policy: Policy, folder: Path) -> Policy:
-    """Put the adapters of a folder of `save_adapters`, or of peft, on the policy, in place."""
-    rank, alpha = adapter_strength(folder)
+        rank = int(config["r"])
+        alpha = float(config["lora_alpha"])
     keys = open_tensors(folder, "adapter_model")
     experts = {re.search("_moe_gen|generation_", key) is not None for key in keys}
     add_lora(policy, rank, alpha, tuple(EXPERTS[generates] for generates in sorted(experts)))

@@ -4,7 +4,6 @@ Pixels that the policy reads are (3, H, W) in [-1, 1]; images that are written a
 [0, 1].
 """
 
-import io
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from policy import Policy
-from support.disk import one_line_error, write_atomic
+from support.disk import one_line_error, replacing
 
 MOST_PIXELS = 14 * 14 * 9 * 1024                # of an input image, by the official rule
 
@@ -143,13 +142,12 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(images: Tensor, path: str, columns: int, zoom: int = 1) -> None:
+def save_grid(images: Tensor, path: Path, columns: int, zoom: int = 1) -> None:
     """Write (N, 3, H, W) in [0, 1] as one PNG, row by row, with a thin gap."""
     from PIL import Image
 
     cells = to_bytes(images).repeat(zoom, 1).repeat(zoom, 2)
     cells = np.pad(cells, ((0, -len(cells) % columns), (0, 2), (0, 2), (0, 0)), constant_values=255)
     grid = rearrange(cells, "(r c) h w k -> (r h) (c w) k", c=columns)[:-2, :-2]
-    png = io.BytesIO()
-    Image.fromarray(grid).save(png, "PNG")
-    write_atomic(Path(path), png.getvalue())
+    with replacing(path) as file:
+        Image.fromarray(grid).save(file, "PNG")

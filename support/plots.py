@@ -1,13 +1,12 @@
 """Curves of runs, from their logs, and the one way in which a figure is written."""
 
-import io
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 
-from support.disk import write_atomic
+from support.disk import replacing
 from support.run import FREE, read_log
 
 
@@ -87,7 +86,6 @@ def pyplot():
 
 def save_figure(figure, out: Path, dpi: int) -> None:
     """Write a matplotlib figure as PNG, whole or not at all."""
-    png = io.BytesIO()
-    figure.savefig(png, dpi=dpi, format="png")
+    with replacing(out) as file:
+        figure.savefig(file, dpi=dpi, format="png")
     pyplot().close(figure)
-    write_atomic(out, png.getvalue())

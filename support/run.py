@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from support.checkpoint import (
     full_tensor, save_tensors, shard_like, trainable, trainable_by_expert)
-from support.disk import fingerprint, one_line_error, write_atomic
+from support.disk import fingerprint, one_line_error, write_text
 from support.terminal import say, the_device
 
 # ---- ranks ----
@@ -48,12 +48,13 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def wait(self) -> None:
-        """Wait until every rank is here."""
-        self.total(torch.zeros(1, device=self.device)).item()
+    def add(self, number: float) -> float:
+        """Sum a number over ranks; each waits for all."""
+        return self.total(torch.tensor(number, dtype=torch.float64, device=self.device)).item()
 
     def gather(self, x: Tensor) -> Tensor:
-        """Concatenate equal-sized x of all ranks in rank order."""
+        """Concatenate equal-sized x of all ranks in rank order, on this rank's device."""
+        x = x.to(self.device)
         if self.world == 1:
             return x
         everyone = [torch.empty_like(x) for _ in range(self.world)]
@@ -80,7 +81,7 @@ class Ranks:
     def mean_over_ranks(self, log: dict[str, list[float]]) -> dict[str, float]:
         """One number per name: `reduce_metric` over micro-batches and ranks."""
         mine = [reduce_metric(name, np.array(values)) for name, values in log.items()]
-        row = torch.tensor([mine], dtype=torch.float64, device=self.device)
+        row = torch.tensor([mine], dtype=torch.float64)
         everyone = self.gather(row)                                                 # (ranks, names)
         return {name: reduce_metric(name, everyone[:, i]).item() for i, name in enumerate(log)}
 
@@ -229,7 +230,7 @@ class Log:
             self.write([self.head, *self.waiting])
 
     def write(self, rows: list[dict]) -> None:
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Owner:
@@ -370,8 +371,7 @@ def stop_if_asked(run) -> None:
 
     run: a train.Run, of which this reads `ranks` and `caught`.
     """
-    caught = torch.tensor([len(run.caught)], device=run.ranks.device)
-    if run.ranks.total(caught).item():
+    if run.ranks.add(len(run.caught)):
         raise Stop
 
 

@@ -1,9 +1,4 @@
-"""Tables in markdown, as the studies print them and the docs hold them, and results as JSON."""
-
-import json
-from pathlib import Path
-
-from support.disk import write_atomic
+"""Tables in markdown, as programs print them and the docs hold them."""
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
@@ -13,7 +8,3 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
         row = " | ".join(cells)
         lines.append(f"| {row} |")
     return "\n".join(lines)
-
-
-def write_json(path: Path, result: dict) -> None:
-    write_atomic(path, json.dumps(result, indent=1).encode())

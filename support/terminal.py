@@ -71,7 +71,7 @@ class Arguments(argparse.ArgumentParser):
     """A command line whose errors are one line, and whose flags are written in full."""
 
     def __init__(self, **settings):
-        super().__init__(**{"formatter_class": Defaults, "allow_abbrev": False, **settings})
+        super().__init__(formatter_class=Defaults, allow_abbrev=False, **settings)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see --help\n")

@@ -171,7 +171,7 @@ RGB = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
 class ClipOfColours:
     """A CLIP that embeds a picture as its mean colour, and a text as the colour that it names."""
 
-    size = 8
+    side = 8
 
     def embed_images(self, images):
         return images.mean((2, 3))

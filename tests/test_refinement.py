@@ -190,8 +190,8 @@ def test_a_diagnosis_is_right_if_it_names_what_is_wrong_with_the_picture():
 def refine_six(policy, select, value, rounds=2, stop=""):
     draw = Draw((32, 32), flow_grpo.time_grid(4, 2.0))
     return refine(
-        policy, [metadata["prompt"] for metadata in PROMPTS] * 2, rounds, select, value, [draw],
-        [Write(24, 0.0), draw], look=WORDING["toy"].look, seed=0, stop=stop)
+        policy, [metadata["prompt"] for metadata in PROMPTS] * 2, rounds, select, value,
+        Write(24, 0.0), draw, look=WORDING["toy"].look, seed=0, stop=stop)
 
 
 def test_the_policy_keeps_a_picture_that_it_finds_right(policy):

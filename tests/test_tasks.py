@@ -18,7 +18,7 @@ import tasks
 import train
 from policy import Guidance
 from recipes import RECIPES, check
-from sample import THINK_TO_DRAW, Rollout, chosen_texts, replay_rollout, sample_plan
+from sample import THINK_TO_DRAW, Rollout, replay_rollout, sample_plan
 from tasks import (
     TASKS, Source, choices_of, counts, draw_of, first_pictures, micro_batches, samples_of, truth_and_variety)
 
@@ -161,7 +161,7 @@ def test_losses_are_averaged_over_tokens_or_texts_and_over_noisy_steps(policy):
     """Two prompts of three samples, each of two texts and two images of two noisy steps."""
     plan = TASKS["rounds"].plan(toy_rows("rounds"), choices())
     rollout = sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1], G=3)
-    tokens = sum(text.chosen.sum().item() for text in chosen_texts(rollout))
+    tokens = sum(text.chosen.sum().item() for text in rollout.texts)
     assert counts(rollout, "token", 9).tolist() == [tokens, 6 * 2 * 2]
     assert counts(rollout, "sequence", 9).tolist() == [6 * 2, 24]
     assert counts(rollout, "constant", 9).tolist() == [6 * 2 * 9, 24]

@@ -498,12 +498,6 @@ def worn_pictures(scenes, rng):
     return wear([shapes.render(scene) for scene in scenes], rng)
 
 
-def every_prompt() -> dict[str, list[dict]]:
-    """tag -> its prompts of both splits; "implicit" holds the implicit ones."""
-    implicit = [m for split in shapes.SPLITS for m in shapes.implicit_prompts(split)]
-    return shapes.prompts_by_tag(*shapes.SPLITS) | {"implicit": implicit}
-
-
 def any_scene(rng):
     return shapes.random_scene(rng, shapes.pick(rng, shapes.SPLITS))
 
@@ -663,7 +657,8 @@ REFEREES = (
 
 def make_referee(place, seed, build, words, load, losses_of, rows_seed, steps, lr):
     """Write a referee to a folder, fitted from its seeds with a readout of its vision tower."""
-    pool = every_prompt()
+    implicit = [m for split in shapes.SPLITS for m in shapes.implicit_prompts(split)]
+    pool = shapes.prompts_by_tag(*shapes.SPLITS) | {"implicit": implicit}
     torch.manual_seed(seed)
     build(place, (*shapes.VOCABULARY, *words))
     referee = load(str(place))

@@ -42,6 +42,10 @@ def ids_of(tokenizer):
     return {name: getattr(tokenizer, name) for name in names}
 
 
+def text_sizes(tokenizer, **more):
+    return dict(**SMALL, vocab_size=len(tokenizer), **ids_of(tokenizer), **more)
+
+
 def siglip_processor():
     """SigLIP's image processor at a small size, with bicubic resizing."""
     from transformers import SiglipImageProcessor
@@ -53,9 +57,8 @@ def siglip_processor():
 def build_siglip(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=True, max_length=24)
     from transformers import SiglipConfig, SiglipModel
-    text = dict(
-        **SMALL, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=24,
-        projection_size=64, **ids_of(tokenizer))
+    text = text_sizes(
+        tokenizer, num_hidden_layers=2, max_position_embeddings=24, projection_size=64)
     config = SiglipConfig(text_config=text, vision_config=VISION)
     save(folder, SiglipModel(config), tokenizer, siglip_processor())
 
@@ -63,9 +66,7 @@ def build_siglip(folder, vocabulary):
 def build_clip(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=True, max_length=24)
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-    text = dict(
-        **SMALL, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=24,
-        **ids_of(tokenizer))
+    text = text_sizes(tokenizer, num_hidden_layers=2, max_position_embeddings=24)
     config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=64)
     crop = {"height": SIDE, "width": SIDE}
     processor = CLIPImageProcessor(
@@ -76,9 +77,9 @@ def build_clip(folder, vocabulary):
 def build_judge(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=False, max_length=128)
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    text = dict(
-        **SMALL, vocab_size=len(tokenizer), num_hidden_layers=3, num_key_value_heads=1, head_dim=16,
-        max_position_embeddings=256, **ids_of(tokenizer))
+    text = text_sizes(
+        tokenizer, num_hidden_layers=3, num_key_value_heads=1, head_dim=16,
+        max_position_embeddings=256)
     vision = dict(**VISION, vision_use_head=False, projection_dim=64)
     config = PaliGemmaConfig(
         text_config=text, vision_config=vision, projection_dim=64,
@@ -90,9 +91,9 @@ def build_judge(folder, vocabulary):
 def build_captioner(folder, vocabulary):
     tokenizer = word_tokenizer(vocabulary, append_eos=False, max_length=64)
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
-    text = dict(
-        **SMALL, vocab_size=len(tokenizer), encoder_hidden_size=64, num_hidden_layers=2,
-        max_position_embeddings=64, sep_token_id=tokenizer.eos_token_id, **ids_of(tokenizer))
+    text = text_sizes(
+        tokenizer, encoder_hidden_size=64, num_hidden_layers=2, max_position_embeddings=64,
+        sep_token_id=tokenizer.eos_token_id)
     config = BlipConfig(text_config=text, vision_config=VISION, projection_dim=64)
     processor = BlipImageProcessor(size={"height": SIDE, "width": SIDE}, resample=3, **HALVES)
     save(folder, BlipForConditionalGeneration(config), tokenizer, processor)
