@@ -68,9 +68,9 @@ def sample_task(
         index = range(len(rows))
         rows, _ = first_pictures(policy, rows, choices, seed=seed, step=0, index=index, n=1)
         G = 1
-    scale = 1.0 if task.sees else guidance
+    scale = 1.0 if task.redraws else guidance
     rollout = sample_plan(
-        policy, task.plan(rows, choices), seed=seed, step=0, prompts=range(len(rows)), G=G,
+        policy, task.plan(rows, choices), seed=seed, step=0, index=range(len(rows)), G=G,
         guidance=Guidance(scale))
     return samples_of(policy, task, rows, rollout)
 
@@ -84,7 +84,7 @@ def evaluate_rows(
     The names are <task>/<tag>, <task>, <task>/held_out (pairs of colour and shape that training
     never shows), what a task measures besides its truth, and captions. guidance: see `sample_task`.
     samples: of each row of a task that draws; None: as many as its evaluation takes. split: "test",
-    or "validation", to tune on. only: the one task to evaluate.
+    or "validation", see toy/world.py. only: the one task to evaluate.
     """
     values = {}
     for place, task in enumerate(TASKS.values()):
@@ -163,7 +163,7 @@ def captions_truth(policy: Policy, seed: int, per_prompt: int = 4) -> np.ndarray
     questions = Read([shapes.CAPTION] * len(scenes))
     think = plain_choices(policy.config.scale).think
     plan = [See(render_pixels(scenes)), questions, think]
-    rollout = sample_plan(policy, plan, seed=seed, step=0, prompts=range(len(scenes)), G=1)
+    rollout = sample_plan(policy, plan, seed=seed, step=0, index=range(len(scenes)), G=1)
     meaning = shapes.captions_by_text()
     right = []
     for text, scene in zip(texts_of(policy, rollout), map(shapes.discrete, scenes)):
@@ -268,8 +268,8 @@ def preview(policy: Policy, source: Source, cfg) -> Tensor | None:
     if task.refines:
         rows, _ = first_pictures(policy, rows, choices, seed=cfg.seed, step=0, index=index, n=1)
     rollout = sample_plan(
-        policy, task.plan(rows, choices), seed=cfg.seed, step=0, prompts=index, G=4,
-        guidance=guidance_of(cfg, task.sees))
+        policy, task.plan(rows, choices), seed=cfg.seed, step=0, index=index, G=4,
+        guidance=guidance_of(cfg, task.redraws))
     return images_of(policy, rollout)
 
 
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
         help="pictures of each prompt, whose variety is measured; default: by task")
     ap.add_argument(
         "--split", choices=["test", "validation"], default="test",
-        help="the rows that are reported, or others to tune on")
+        help="the rows that are reported, or prompts of training and other scenes")
     ap.add_argument(
         "--seed", type=number(int, least=0), default=1234, help="of held-out pictures and noise"
     )

@@ -209,7 +209,8 @@ def step_weights(
     """Return weights of the window's steps for the surrogate, (W,).
 
     "dt": 1/|dt| [GRPO-Guard]. RatioNorm leaves gradients proportional to |dt|, which these weights
-    undo. Without RatioNorm the SDE's gradients grow as sqrt(|dt|), and they favour short steps.
+    undo. Without RatioNorm the SDE's gradients grow as sqrt(|dt|), and these weights favour short
+    steps.
     "flat": std / |d mean / dv|, Flash-GRPO's coefficient. A log-ratio has the gradient
     (d mean / dv) noise / std on the velocity, which gets one size at every step.
     The last step of "cps" has flat weight 0.
@@ -565,8 +566,8 @@ def matching_loss(
     "fpo": PPO's clip, to 1 - clip .. 1 + clip, of the ratio exp(-rise), |rise| at most 3 (FPO,
     2507.21053).
     At v = v_old all have the gradient of A |v - u|^2. They part as v moves. `total` is counted over
-    the whole optimisation step: samples x times. v_ref (N, J, ...) are the frozen policy's velocities, for
-    mse_weight * velocity_mse.
+    the whole optimisation step: samples x times. v_ref (N, J, ...) are the frozen policy's
+    velocities, for mse_weight * velocity_mse.
     "rise" and "shift", the mean of |v - v_old|^2, enter the stats, and "velocity_mse".
     Errors: ValueError for another form, a penalty without v_ref, and see `check_loss`.
     Differs: DiffusionNFT divides each branch by the mean absolute error of its data, clamps A / 5 to
@@ -610,7 +611,7 @@ def flow_loss_stats(
 
     ratio and log_ratio, the plain one, (N, W); adv (N, 1).
     "clip_ratio/{low,high}_mean": fraction whose gradient the clip removes, on the side that adv
-    favours; "ratio/{mean,std}", std with divisor N*S; "ratio/step_{mean,std}",
+    favours; "ratio/{mean,std}", std with divisor N*W; "ratio/step_{mean,std}",
     "clip_ratio/step_mean" (W,): per step; "approx_kl": mean log_ratio^2 / 2, within 20 nats.
     """
     below = ratio < 1 - low                                                      # (N, W)

@@ -102,11 +102,11 @@ def group_advantage(
 
 
 def rectify(reward: Tensor, initial: Tensor, G: int, how: str = "group") -> Tensor:
-    """Lower the reward of every refinement that does not beat its initial reward, (N,) -> (N,).
+    """Replace the reward of a refinement that does not beat its initial reward, (N,) -> (N,).
 
     Such a false positive earns nothing by being the least bad of a failed group [AlphaGRPO].
-    `how` "group" lowers it to the group's least reward (the paper), "initial" to the initial
-    reward, (N,) (the paper's code), "off" changes nothing. With "initial" no failure gets a
+    `how` "group" takes the group's least reward (the paper), "initial" the initial reward, (N,)
+    (the paper's code), "off" changes nothing. With "initial" no failure gets a
     positive advantage, and a group in which all fail is tied. Both agree under the group's std
     if all that improve have one reward. Errors: ValueError for another name.
     """

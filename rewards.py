@@ -117,7 +117,6 @@ def _reward_error(name: str, prompt: str, what: str) -> RewardError:
 def combine(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The weighted sum of rewards, (N,) each -> (N,). [LVRPO Eq. 3]
 
-    Each needs a weight; 0 means that it is only logged.
     Errors: ValueError if the names of rewards and weights differ, or there are none.
     """
     if components.keys() != weights.keys() or not components:

@@ -14,7 +14,7 @@ written token by token (janus.py). `replay_rollout` walks the kept segments agai
 under other weights and with gradients. A prompt is read once and repeated for its group; what a
 sample wrote is read once for all noisy steps of its image.
 
-Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M latent tokens, F
+Legend: B prompts, G samples each, N = B*G prompt-major, L text positions, M image tokens, F
 features, W noisy steps, J times of fresh noise.
 
     python sample.py "a red circle and a blue square" --n 8            # a grid in samples.png
@@ -146,11 +146,12 @@ class Picture:
         return self.drawn is None
 
     @property
-    def choices(self) -> int:
-        """How many noisy steps, times or tokens were drawn of it, of all samples."""
+    def steps(self) -> int:
+        """How many noisy steps, times or tokens were drawn of it, over all samples."""
         if isinstance(self.drawn, ImageTokens):
             return self.drawn.data.numel()
-        return self.drawn.points[0][..., 0, 0].numel()
+        latents, times = self.drawn.points                              # (N, W or J, M, F), (W,)
+        return len(latents) * len(times)
 
 
 @dataclass(frozen=True)
@@ -285,14 +286,14 @@ class Reader:
 
 
 def sample_generators(
-    seed: int, step: int, prompts: list[int], samples: range
+    seed: int, step: int, index: list[int], samples: range
 ) -> list[torch.Generator]:
     """One CPU generator per sample, prompt-major, from (seed, step, prompt index, sample index).
 
     So neither ranks nor the split of a batch change what is drawn.
     """
     generators = []
-    for prompt in prompts:
+    for prompt in index:
         for sample in samples:
             word = np.random.SeedSequence((seed, step, prompt, sample)).generate_state(
                 1, np.uint64)[0]
@@ -311,7 +312,7 @@ def initial_noise(policy: Policy, size: Size, generators: list[torch.Generator],
 
 @torch.no_grad()
 def sample_plan(
-    policy: Policy, plan: list, *, seed: int, step: int, prompts: list[int], G: int,
+    policy: Policy, plan: list, *, seed: int, step: int, index: list[int], G: int,
     first_sample: int = 0, guidance: Guidance | None = None
 ) -> Rollout:
     """Act: walk the plan for the prompts with the given indices, G samples each.
@@ -320,8 +321,8 @@ def sample_plan(
     sample's random numbers are drawn in the order of its chosen segments. An image that is drawn
     before the plan's end is read back clean: its latents at t = 0, then its pixels through the ViT.
     """
-    generators = sample_generators(seed, step, prompts, range(first_sample, first_sample + G))
-    reader = Reader(policy, len(prompts), guidance)
+    generators = sample_generators(seed, step, index, range(first_sample, first_sample + G))
+    reader = Reader(policy, len(index), guidance)
     segments = []
     for place, item in enumerate(plan):
         last = place + 1 == len(plan)
@@ -345,7 +346,7 @@ def sample_plan(
                     segment, pixels=vit_pixels(policy, decode_images(policy, segment)))
                 reader.image(segment.pixels, segment.drawn.data, segment.size)
         segments.append(segment)
-    return Rollout(tuple(segments), len(prompts), G, guidance)
+    return Rollout(tuple(segments), len(index), G, guidance)
 
 
 def what_came(segments: list[Text | Picture]) -> str:
@@ -577,7 +578,7 @@ def refine(
 
     def walk(plan: list, step: int, guide: Guidance | None):
         rollout = sample_plan(
-            policy, plan, seed=seed, step=step, prompts=range(N), G=1, guidance=guide)
+            policy, plan, seed=seed, step=step, index=range(N), G=1, guidance=guide)
         drawn = images_of(policy, rollout)
         return drawn, value(drawn), texts_of(policy, rollout)
 
@@ -703,7 +704,7 @@ def run(args: argparse.Namespace) -> str:
         pixels, _ = read_picture(args.question, policy)
         plan += [See(pixels[None]), prompt, write]
         G = args.n if args.temperature else 1
-        rollout = sample_plan(policy, plan, seed=args.seed, step=0, prompts=[0], G=G)
+        rollout = sample_plan(policy, plan, seed=args.seed, step=0, index=[0], G=G)
         return "\n".join(texts_of(policy, rollout))
     size = (args.size or scale["size"],) * 2
     guidance = scale["edit" if args.edit else "guidance"]
@@ -722,7 +723,7 @@ def run(args: argparse.Namespace) -> str:
         draw = replace(draw, temperature=args.image_temperature)
     plan.append(draw)
     rollout = sample_plan(
-        policy, plan, seed=args.seed, step=0, prompts=[0], G=args.n, guidance=guidance)
+        policy, plan, seed=args.seed, step=0, index=[0], G=args.n, guidance=guidance)
     save_grid(images_of(policy, rollout), out, columns=min(args.n, 8), zoom=scale["zoom"])
     texts = dict.fromkeys(texts_of(policy, rollout) or [])
     return "\n".join([*texts, f"{args.n} images in {args.out}"])

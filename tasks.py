@@ -89,7 +89,7 @@ class Task:
     title: str                                  # in plots and tables
     help: str                                   # of its flag
     plan: Callable[[list[Row], Choices], list]  # what a trajectory is made of
-    gives: tuple[str, ...]  # the fields of rewards.Samples that its samples have
+    gives: tuple[str, ...]  # the fields of rewards.Samples that its rewards may read
     truth: Callable[[Samples, list | None], Tensor]     # samples, detections -> (N,) in [0, 1]
     toy: Callable[[], Pool]                     # rows of the toy world
     file: str = "prompts"  # the setting that names its file: prompts, questions, edits
@@ -98,7 +98,7 @@ class Task:
     writes: str = ""                            # the setting that bounds the tokens that it writes
     form: str = ""  # the tags that its texts are asked for: "thought", "answer"
     pair: str = ""                              # "image" or "text": which half of a pair it is
-    sees: bool = False                          # whether it draws an image changed
+    redraws: bool = False                       # whether it draws a given picture changed
     refines: bool = False                       # whether it refines a picture that is drawn first
     rounds: int = 1                             # how often it draws
     # Logged with truth: samples, detections -> name -> (N,).
@@ -201,15 +201,16 @@ def first_pictures(
     """
     plain = replace(choices, draw=Draw(choices.draw.size, choices.draw.times))
     rollout = sample_plan(
-        policy, draw_plan(rows, plain), seed=seed, step=step, prompts=index, G=n,
+        policy, draw_plan(rows, plain), seed=seed, step=step, index=index, G=n,
         first_sample=FIRST_PICTURES, guidance=guidance)
     samples = samples_of(policy, TASKS["draw"], rows, rollout)
     chosen = torch.arange(len(rows)) * n                                            # (B,)
     worth = None
     if value is not None:
         values = value(samples).view(-1, n)                                         # (B, n)
-        ends = torch.tensor([int((i + 1) * best) > int(i * best) for i in index])   # (B,)
-        place = torch.where(ends.to(values.device), values.argmax(1), values.argmin(1))
+        # The prompts of which the best is refined, evenly spaced among all.
+        takes_best = torch.tensor([int((i + 1) * best) > int(i * best) for i in index])     # (B,)
+        place = torch.where(takes_best.to(values.device), values.argmax(1), values.argmin(1))
         worth = values.gather(1, place[:, None])[:, 0]
         chosen = chosen + place.to(chosen)
     images = samples.images[chosen.to(samples.images.device)] * 2 - 1               # (B, 3, H, W)
@@ -278,13 +279,13 @@ TABLE = (
         reads=("question",), pool=choices_of_file),
     Task(
         name="edit", title="edits", help="edits a step", plan=edit_plan,
-        gives=("images", "sources"), truth=edit_truth, parts=edit_parts, sees=True,
+        gives=("images", "sources"), truth=edit_truth, parts=edit_parts, redraws=True,
         toy=lambda: toy_rows(toy_edit), file="edits", reads=("instruction",), pool=edits_of_file,
         held_out=held_out_edits, samples=2, tags=("make", "remove", "add")),
     Task(
         name="reflect", title="refinements",
         help="prompts a step whose first picture is looked at and drawn again", plan=reflect_plan,
-        gives=("images",), truth=drawn_truth, writes="think_tokens", sees=True, refines=True,
+        gives=("images",), truth=drawn_truth, writes="think_tokens", redraws=True, refines=True,
         toy=toy_prompts, held_out=held_out_prompts, samples=4, tags=shapes.TAGS,
         also=right_diagnoses, parts=compare_with_first("sources")),
     Task(
@@ -298,7 +299,7 @@ TASKS = {task.name: task for task in TABLE}
 
 
 def rewards_of(task: Task) -> list[str]:
-    """The rewards that can score a task: those that read no more than its samples have."""
+    """The rewards that can score a task: those that read no more than it gives."""
     names = []
     for name, entry in REWARDS.items():
         if any(set(fields) <= set(task.gives) for fields in entry.reads):
@@ -369,9 +370,9 @@ def choices_of(cfg, scale: str, draw: Draw, again: Draw | None = None) -> Choice
     return Choices(think, answer, draw, WORDING[scale], again=again)
 
 
-def guidance_of(cfg, sees: bool) -> Guidance:
+def guidance_of(cfg, redraws: bool) -> Guidance:
     """Guidance as AlphaGRPO sets it: of a drawing from text, or of an image that is changed."""
-    if sees:
+    if redraws:
         return replace(SAMPLING["bagel"]["edit"], text_scale=cfg.guidance)
     return Guidance(cfg.guidance)
 
@@ -536,7 +537,7 @@ def counts(rollout: Rollout, per: str, most: int) -> Tensor:
         texts += {
             "token": int(text.chosen.sum()), "sequence": len(text.chosen),
             "constant": len(text.chosen) * most}[per]
-    images = sum(picture.choices for picture in rollout.pictures)
+    images = sum(picture.steps for picture in rollout.pictures)
     return torch.tensor([texts, images], dtype=torch.float64)
 
 

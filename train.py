@@ -13,7 +13,7 @@ Losses are divided by global counts, so that ranks and micro-batches change a gr
 alone.
 
 Legend: B prompts per step and task, G samples each, N = B*G prompt-major, n of them on this rank, L
-text positions, W noisy steps, J times of fresh noise.
+text positions, M image tokens, F features, W noisy steps, J times of fresh noise.
 """
 
 import os
@@ -55,7 +55,7 @@ from tasks import (
     Batch, Source, drop_tied, first_pictures, guidance_of, in_use, keep_first, micro_batches,
     rewards_of, samples_of, step_counts, token_states, truth_and_variety)
 
-VELOCITY_GAP = 0.1  # of one function whose steps are computed together or one by one
+VELOCITY_GAP = 0.1  # that a matching loss allows in self_check, in place of its clip range
 # --advantage -> scale and std of grpo.group_advantage, and the largest size.
 ADVANTAGES = {
     "group": ("group", "population", None), "unbiased": ("group", "unbiased", None),
@@ -151,7 +151,7 @@ def act(run: Run, batch: Batch) -> Rollout:
             rollouts.append(
                 sample_plan(
                     policy, task.plan(rows, batch.choices), seed=cfg.seed, step=batch.step,
-                    prompts=index, G=cfg.group_size, guidance=guidance_of(cfg, task.sees))
+                    index=index, G=cfg.group_size, guidance=guidance_of(cfg, task.redraws))
             )
     rollout = join(rollouts)
     return replace(rollout, guidance=None) if cfg.guidance_in == "sampling" else rollout
@@ -176,7 +176,7 @@ def reward(run: Run, batch: Batch, rollout: Rollout) -> Part:
         lengths = [text.chosen.sum(1).float() for text in texts]                    # (n,) each
         stats["completions/mean_length"] = torch.stack(lengths).mean().item()
     if kept is not None:
-        stats["kept"] = kept.float().mean().item()
+        stats["self_kept"] = kept.float().mean().item()
     return Part(batch, rollout, samples, scores, stats, earlier, kept)
 
 
@@ -212,8 +212,8 @@ def advantages(
 ) -> tuple[Tensor, dict[str, float], float | None]:
     """This rank's advantages (n,), statistics of all ranks' groups, and the share that improved.
 
-    components, initial, kept: (n,). initial is the value of the picture that a sample changes,
-    without which the share is None, see grpo.rectify, which passes over what `kept` this picture.
+    components, initial, kept: (n,). initial is the value of the picture that a sample changes; the
+    share is None without it. What `kept` this picture is not rectified (grpo.rectify).
     """
     G = cfg.group_size
     each = cfg.normalise == "each"
@@ -420,7 +420,7 @@ def follow(run: Run, pieces: list[Piece]) -> None:
 
 
 def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a micro-batch, a scalar, and its stats: the sum over its chosen segments.
+    """The loss of a micro-batch, summed over its chosen segments, and the last one's stats.
 
     The old log-probs of its tokens are those of the first call, at which their ratios are exactly
     1: in bf16, decoding and replay round otherwise, which at some tokens is more than the clip
@@ -505,8 +505,8 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
     """Mean and 0.99 quantile of |replay - rollout| before any update.
 
     Of log-probs, or of velocities if the loss is a matching loss.
-    A gap beyond the clip range is said. Errors: ValueError far beyond it, where the two are
-    different functions, which is meant with --guidance_in sampling.
+    A gap beyond the clip range gives a warning. Errors: ValueError far beyond it: the two are then
+    different functions, as only --guidance_in sampling means them to be.
     """
     cfg = run.cfg
     gaps = {}
@@ -517,8 +517,8 @@ def self_check(run: Run, parts: list[Part]) -> dict[str, float]:
             for scored in scored_segments:
                 gaps.setdefault(f"{part.name}/{scored.kind}", []).append(scored.gaps)
     out = {}
-    for name, parts in gaps.items():
-        values = torch.cat(parts)
+    for name, each in gaps.items():
+        values = torch.cat(each)
         mean = values.mean().item()
         high = values.quantile(0.99).item()
         out |= {f"self_check/{name}/mean": mean, f"self_check/{name}/q99": high}
@@ -554,7 +554,7 @@ def step_stats(run: Run) -> dict[str, float]:
 def train(cfg: Config, ranks: Ranks) -> int:
     """The six phases until --steps, or until a signal, which saves first; returns the exit status.
 
-    It is 0, or 128 and the signal's number. An error saves the last finished step.
+    It is 0, or 128 and the signal's number.
     """
     run = begin(cfg, ranks)
     with signals() as run.caught, run.log:

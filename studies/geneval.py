@@ -41,7 +41,7 @@ def draw_pictures(
         paths = paths_of(out, i, samples)
         if all(path.exists() for path in paths):
             continue
-        rollout = sample_plan(policy, [Read([row["prompt"]]), draw], seed=0, step=0, prompts=[i],
+        rollout = sample_plan(policy, [Read([row["prompt"]]), draw], seed=0, step=0, index=[i],
                               G=samples, guidance=guidance)
         write_text(paths[0].parents[1] / "metadata.jsonl", json.dumps(row))
         for path, image in zip(paths, images_of(policy, rollout)):

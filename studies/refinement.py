@@ -91,7 +91,7 @@ def refinement_table(
     score = []
     for step in range(rounds + 1):
         rollout = sample_plan(
-            policy, [Read(prompts), draw], seed=seed, step=step, prompts=range(len(prompts)), G=1)
+            policy, [Read(prompts), draw], seed=seed, step=step, index=range(len(prompts)), G=1)
         images = images_of(policy, rollout)
         right.append(truth(images))                                                        # (N,)
         score.append(judged(images))

@@ -30,7 +30,7 @@ from tasks import TASKS
 DOCS = Path(__file__).parent.parent / "docs"
 # One prompt of one task, so that the step has one thought and one image of each of eight samples.
 STEP = (
-    "--think 1 --draw 0 --ask 0 --edit 0 --accuracy 0 --group_size 8 --steps 1 --epochs 1 "
+    "--think 1 --draw 0 --ask 0 --edit 0 --accuracy 0 --ins 1 --group_size 8 --steps 1 --epochs 1 "
     "--eval_every 0 --image_loss grpo --image_weight 300 --image_beta 0.003 --step_weights dt "
     "--lr_generation 5e-4")
 SHOWN = (
@@ -44,7 +44,7 @@ loss    = -min(ratio * {adv:.4f}, clipped * {adv:.4f}) = {loss:.5f}"""
 PAGE = """# One step, with its numbers
 
 `python -m studies.tour` makes this page from the toy's policy: one prompt, eight samples, one
-update. It follows the six phases of `train.py`. This is the whole step:
+update by FlowGRPO. It follows the six phases of `train.py`, of which this function runs four:
 
 ```python
 {code[0]}```
@@ -223,9 +223,9 @@ def by_hand(logp: float, logp_old: float, adv: float, clip: float) -> str:
 
 
 CODE = (
-    (train.one_step, "def one_step", 99), (train.act, "rollouts.append", 3),
-    (train.reward, "scores = rewards.score", 1), (train.compare, "for part in parts", 7),
-    (train.improve, "loss, stats = piece_loss", 1), (train.train, "stats = one_step", 4))
+    (train.one_step, "def one_step", 99), (train.act, "rollouts.append", 5),
+    (train.reward, "scores = rewards.score", 1), (train.advantages, "adv = group_advantage", 1),
+    (train.improve, "loss, stats = piece_loss", 1), (train.train, "run.log(step", 1))
 
 
 def page(step: Step) -> str:

@@ -89,7 +89,7 @@ def tokens_before(policy: Policy, cfg, task, drawn: int) -> int:
     side, _ = fit_size(cfg.resolution, cfg.resolution, longest, shortest, stride)
     read_back = drawn + (side // patch) ** 2 + 2                # latents and ViT patches
     given = 0
-    if task.sees:
+    if task.redraws:
         given = read_back
     elif "sources" in task.gives:
         given = (longest // patch) ** 2 + 2

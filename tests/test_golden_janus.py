@@ -112,7 +112,7 @@ def test_pictures_are_read_as_the_processor_and_the_vision_encoder_read_them(
 
 def greedy(policy, plan, guidance=None):
     rollout = sample_plan(
-        policy, plan, seed=0, step=0, prompts=range(3), G=1, guidance=guidance)
+        policy, plan, seed=0, step=0, index=range(3), G=1, guidance=guidance)
     return rollout.segments[-1]
 
 

@@ -59,7 +59,7 @@ def walk(policy, layout, rows=(0, 1, 2), **settings):
         "question": [see, read, Write(5)], "draw": [read, DRAW],
         "think, draw": [read, Write(5, 0.9), DRAW], "refinement": [see, read, Write(4), DRAW],
         "rounds": [read, Write(4), DRAW, read, Write(3), DRAW]}[layout]
-    settings = dict(seed=1, step=2, prompts=rows, G=2) | settings
+    settings = dict(seed=1, step=2, index=rows, G=2) | settings
     return sample_plan(policy, plan, **settings)
 
 
@@ -260,7 +260,7 @@ def test_pictures_of_another_side_are_refused(policy):
     for function in (policy.encode, policy.image_states):
         assert refusal(function, torch.zeros(1, 3, 16, 32)) == said
     plan = [Read(PROMPTS), Draw((16, 32))]
-    assert refusal(sample_plan, policy, plan, seed=0, step=0, prompts=[0, 1, 2], G=1) == said
+    assert refusal(sample_plan, policy, plan, seed=0, step=0, index=[0, 1, 2], G=1) == said
 
 
 @pytest.mark.parametrize(

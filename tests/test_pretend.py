@@ -103,7 +103,7 @@ def plan(policy):
 def test_every_kind_of_segment_is_sampled_and_replayed(guidance):
     policy = load_policy(GOLDEN, device=DEVICE)
     rollout = sample_plan(
-        policy, plan(policy), seed=0, step=0, prompts=[0, 1], G=2, guidance=guidance)
+        policy, plan(policy), seed=0, step=0, index=[0, 1], G=2, guidance=guidance)
     assert images_of(policy, rollout).device == DEVICE
     assert len(texts_of(policy, rollout)) == 4
     for part in (rollout, subset(rollout, range(1), range(1))):

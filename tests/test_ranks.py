@@ -126,7 +126,7 @@ def test_the_adapters_of_sharded_ranks_on_their_base_are_the_policy_that_they_ex
     adapted = load_policy(folder, adapter=run / "adapter")
     plan = [Read(["a red cat"]), Draw((16, 24), torch.linspace(1, 0, 4))]
     ours, theirs = (
-        images_of(policy, sample_plan(policy, plan, seed=0, step=0, prompts=[0], G=2))
+        images_of(policy, sample_plan(policy, plan, seed=0, step=0, index=[0], G=2))
         for policy in (adapted, load_policy(run / "policy"))
     )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

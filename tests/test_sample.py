@@ -42,7 +42,7 @@ def plan_of(layout, rows=range(3), draw=DRAW):
 
 
 def walk(policy, layout, rows=range(3), *, draw=DRAW, **settings):
-    settings = dict(seed=1, step=2, prompts=list(rows), G=2) | settings
+    settings = dict(seed=1, step=2, index=list(rows), G=2) | settings
     return sample_plan(policy, plan_of(layout, rows, draw), **settings)
 
 
@@ -71,7 +71,7 @@ def test_replay_with_unchanged_weights_gives_the_log_probs_of_the_rollout(policy
 
 def test_sharing_what_was_read_is_the_plain_way_in_values_and_gradients(policy):
     plan = [Read(PROMPTS), Write(5), DRAW]
-    rollout = sample_plan(policy, plan, seed=1, step=0, prompts=[0, 1, 2], G=3)
+    rollout = sample_plan(policy, plan, seed=1, step=0, index=[0, 1, 2], G=3)
     found = []
     for values in (map(logp_of, replay_rollout(policy, rollout)), plain_replay(policy, rollout)):
         text, image = values
@@ -108,7 +108,7 @@ def test_an_image_without_a_noisy_step_cannot_be_replayed(policy):
 
 def test_a_truncated_text_is_closed_and_only_sampled_tokens_are_chosen(policy):
     plan = [Read(PROMPTS), Write(4, temperature=2.0)]
-    text = sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1, 2], G=8).segments[-1]
+    text = sample_plan(policy, plan, seed=0, step=0, index=[0, 1, 2], G=8).segments[-1]
     assert (text.tokens[:, 0] == policy.start).all()
     assert (text.logp[~text.chosen] == 0).all()
     for tokens, mask, chosen in zip(text.tokens, text.mask, text.chosen):
@@ -146,18 +146,18 @@ def test_an_image_that_is_read_back_carries_no_gradient_to_what_drew_it(policy):
 
 
 def test_a_sample_depends_on_its_own_seed_step_prompt_and_number_alone(policy):
-    whole = walk(policy, "think, draw", prompts=[7, 8, 9], G=4)
-    alone = walk(policy, "think, draw", [1], prompts=[8], first_sample=2)
+    whole = walk(policy, "think, draw", index=[7, 8, 9], G=4)
+    alone = walk(policy, "think, draw", [1], index=[8], first_sample=2)
     same = subset(whole, range(1, 2), range(2, 4))
     assert texts_of(policy, same) == texts_of(policy, alone)
     assert_near(same.segments[-1].drawn.data, alone.segments[-1].drawn.data)
 
 
 @pytest.mark.parametrize(
-    "change", [dict(seed=2), dict(step=3), dict(prompts=[1]), dict(first_sample=2)]
+    "change", [dict(seed=2), dict(step=3), dict(index=[1]), dict(first_sample=2)]
 )
 def test_another_seed_step_prompt_or_number_gives_another_sample(policy, change):
-    settings = dict(seed=1, step=2, prompts=[0], first_sample=0)
+    settings = dict(seed=1, step=2, index=[0], first_sample=0)
     one, other = (walk(policy, "text to image", [0], **(settings | more)) for more in ({}, change))
     assert (one.segments[-1].drawn.latents - other.segments[-1].drawn.latents).abs().max() > 1e-2
 

@@ -62,7 +62,7 @@ def test_samples_hold_what_their_task_says_and_earn_a_truth_between_0_and_1(poli
     if task.refines:
         rows, _ = first_pictures(policy, rows, choices(), seed=0, step=0, index=[0, 1], n=1)
     plan = task.plan(rows, choices())
-    rollout = sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1], G=G)
+    rollout = sample_plan(policy, plan, seed=0, step=0, index=[0, 1], G=G)
     samples = samples_of(policy, task, rows, rollout)
     assert {field for field in task.gives if getattr(samples, field) is None} == set()
     assert max(scored.gaps.max() for scored in replay_rollout(policy, rollout)) < 1e-4
@@ -75,7 +75,7 @@ def test_samples_hold_what_their_task_says_and_earn_a_truth_between_0_and_1(poli
 def test_samples_stand_next_to_their_own_prompt_source_and_answer(policy, name):
     """An edit is compared with a caption of the picture after it."""
     task, rows = TASKS[name], toy_rows(name)
-    rollout = sample_plan(policy, task.plan(rows, choices()), seed=0, step=0, prompts=[0, 1], G=3)
+    rollout = sample_plan(policy, task.plan(rows, choices()), seed=0, step=0, index=[0, 1], G=3)
     samples = samples_of(policy, task, rows, rollout)
     for i, row in enumerate(row for row in rows for _ in range(3)):
         assert samples.prompts[i] == (row.wanted or row.text)
@@ -160,7 +160,7 @@ def test_alternating_gives_one_task_a_step_in_turns(policy):
 def test_losses_are_averaged_over_tokens_or_texts_and_over_noisy_steps(policy):
     """Two prompts of three samples, each of two texts and two images of two noisy steps."""
     plan = TASKS["rounds"].plan(toy_rows("rounds"), choices())
-    rollout = sample_plan(policy, plan, seed=0, step=0, prompts=[0, 1], G=3)
+    rollout = sample_plan(policy, plan, seed=0, step=0, index=[0, 1], G=3)
     tokens = sum(text.chosen.sum().item() for text in rollout.texts)
     assert counts(rollout, "token", 9).tolist() == [tokens, 6 * 2 * 2]
     assert counts(rollout, "sequence", 9).tolist() == [6 * 2, 24]
