@@ -136,7 +136,7 @@ class Janus(nn.Module):
 
     stem = "model"                                    # of its file of weights
     reads_latents = False                             # so it cannot edit: it sees patches alone
-    reads_blanks = True                               # in place of a prompt, without guidance
+    reads_blanks = True                               # in place of a prompt, for guidance
     device = Policy.device
     empty = Policy.empty
     sample_text = Policy.sample_text

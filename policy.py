@@ -354,7 +354,7 @@ def own_attention(mask: Tensor, causal: bool) -> Tensor:
         text "a b c"        text with one padded position               image of 3 tokens
         1 0 0               1 0 0                                       1 1 1
         1 1 0               1 1 0
-        1 1 1               . . 1   (it sees itself: no row is empty)
+        1 1 1               1 1 1   (padding sees itself: no row is empty)
     """
     columns = mask[:, None, None, :]
     if not causal:
@@ -436,7 +436,7 @@ class Policy(nn.Module):
 
     stem = "ema"                                      # of its file of weights
     reads_latents = True                              # of a picture, so that it can edit
-    reads_blanks = False                              # in place of a prompt, without guidance
+    reads_blanks = False                              # in place of a prompt, for guidance
 
     def __init__(self, config: PolicyConfig, tokenizer):
         super().__init__()

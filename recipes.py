@@ -431,7 +431,7 @@ class Config:
     @property
     def cycles_by_rule(self) -> bool:
         """Whether CoRL's cycle compares captions by rule and images by SSIM."""
-        return self.captioner == str(WORLD / "captioner")
+        return Path(self.captioner).resolve() == (WORLD / "captioner").resolve()
 
     @property
     def matches(self) -> bool:
@@ -636,8 +636,8 @@ def check(cfg: Config, world: int) -> None:
         "--train_referee teaches the SigLIP, which no reward of this run asks; give --sem a weight")
     refuse(
         cfg.train_referee and (cfg.shard or cfg.bf16),
-        "--train_referee trains a whole SigLIP in fp32 on every rank; it does not go with --shard "
-        "or --bf16",
+        "--train_referee trains a whole SigLIP in fp32 on every rank; leave out --shard, and give "
+        "--no-bf16",
     )
     refuse(
         len({cfg.rows[task.name] for task in used if task.pair}) > 1,

@@ -554,7 +554,7 @@ class TokenMatch:
 
 @dataclass(frozen=True)
 class Entry:
-    """The help of a reward's flag, its weight, and the fields that it reads, one of these sets."""
+    """The help of the flag that is its weight, and the fields that it reads, one of these sets."""
 
     help: str
     reads: tuple[tuple[str, ...], ...] = (("images",),)

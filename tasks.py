@@ -108,7 +108,7 @@ class Task:
     samples: int = 1                            # of each row in an evaluation
     tags: tuple[str, ...] = ()                  # that an evaluation tells apart
     mean_of_tags: bool = False  # whether its headline weighs tags alike, as GenEval does
-    # Evaluated with truth: rows, samples, detections, G -> name -> one per row.
+    # Evaluated with truth: rows, samples, detections, G -> name -> one per row, or one number.
     also: Callable[[list[Row], Samples, list, int], dict] | None = None
 
     @property

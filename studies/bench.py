@@ -58,10 +58,10 @@ def release_on_meta(tokenizer) -> Policy:
 
 
 def memory_table() -> str:
-    """Markdown: GB on each GPU by support.memory, 4 prompts on each.
+    """Markdown: GB on each GPU by support.memory.
 
-    Of BAGEL for UniGRPO by what is trained, then for adapters under the other recipes that draw;
-    then of Janus-Pro-1B."""
+    Of BAGEL for UniGRPO by what is trained, 4 prompts on each, then for adapters under three other
+    recipes; then of Janus-Pro-1B."""
     runs = []
     for title, worlds, flags in (
             ("adapters, both experts", (1,), "--lora 64"),

@@ -5,7 +5,7 @@
 
 An arm is a run of train.py, a merge, or an evaluation of another arm's policy, in a folder
 out/claims/ARM-SEED that claims share. A call that was stopped goes on with its arms. Results are
-kept as JSON and a figure in docs/claims/, from which docs/claims.md is written.
+kept as JSON in docs/claims/, from which docs/claims.md and docs/claims.png are made.
 
 A claim has one primary comparison, the paper's own sentence. Its verdict follows from the 95% t
 interval of the difference, paired by seed: see `verdict_of`. The claims and the flags of the arms
@@ -85,8 +85,8 @@ comparison that is not judged is a hint, not a finding.
 
 **What is measured.** Each measure is taken at the end of training. `draw`, `think`, `ask` and so on
 are held-out truth of a task: the share of right samples. Other keys are explained in [the
-log](results.md#the-numbers-in-logjsonl); they are means of the last five steps. The value of each
-seed stands in brackets. `x at equal y` compares x when both arms first reach the same y; `sem` is
+log](results.md#the-numbers-in-logjsonl); what a step logs is a mean of the last five. The value of
+each seed stands in brackets. `x at equal y` compares x when both arms first reach the same y; `sem` is
 r_sem of held-out pictures by the toy's own frozen SigLIP; `refine, judge/curve` the mean of the
 truth after two, three and four pictures.
 

@@ -252,7 +252,7 @@ def page(step: Step) -> str:
     rewards = markdown_table(["sample", *columns], scores)
     token = int(logp.argmin())
     adv = part.adv[i].item()
-    ratios = (text_after.logp[i] - logp)[chosen].exp()
+    ratios = (text_after.logp[i] - logp)[chosen].exp().aminmax()
     step_ratio = (image_after.flow.logp - flow.logp)[i, 0].exp()
     every_step = torch.ones_like(flow.logp)
     start = (text_loss(text_before, part.adv, cfg, text.chosen),

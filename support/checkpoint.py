@@ -48,8 +48,9 @@ def open_tensors(folder: Path, stem: str) -> dict:
         file = open_file(single)
         opened = {key: file for key in file.keys()}
     elif not index.exists():
+        convert = CONVERT.replace("model.safetensors", single.name)
         raise FileNotFoundError(
-            f"{folder} has no {single.name}; pickled weights are not read, convert them: {CONVERT}")
+            f"{folder} has no {single.name}; pickled weights are not read, convert them: {convert}")
     else:
         with one_line_error(f"{index} cannot be followed"):
             file_of = dict(read_json(index)["weight_map"])
@@ -180,8 +181,8 @@ def load_policy(
 ) -> Policy:
     """Read a policy folder; every key and shape is checked, and missing or extra ones are named.
 
-    A folder of Janus-Pro, by its config.json, gives a Janus. dtype: None keeps the file's, which
-    BAGEL's autoencoder always does, but for a Janus on a CPU: fp32. prepare(policy) sees the policy
+    A folder of Janus-Pro, by its config.json, gives a Janus. dtype: None is the file's, or fp32 for
+    a Janus on a CPU; BAGEL's autoencoder always keeps its own. prepare(policy) sees the policy
     without memory (on the meta device), and may freeze it, add adapters or `shard` it. What it
     leaves trainable becomes fp32, and a sharded rank reads its own part alone. adapter: a folder of
     `save_adapters` to put on. Errors: OSError and ValueError, in one line that names the file.

@@ -29,9 +29,9 @@ Clause = TypedDict(
         "class": str,                           # what to look for, "dog"
         "count": int,                           # how many of it; 1 if a file does not say
         "color": NotRequired[str],
-        "position": NotRequired[tuple[str, int]],
+        "position": NotRequired[tuple[str, int]],       # its relation to the clause of that number
     },
-)                                               # its relation to the clause of that number
+)
 
 
 class Metadata(TypedDict):

@@ -205,7 +205,7 @@ def test_bad_flags_end_in_one_line_that_names_them(tmp_path, monkeypatch, capsys
         ("--normalise each --advantage none", "--advantage none has no effect"),
         ("--ema 1", "--ema 1.0: must be below 1"), ("--lr_understanding 0", "set --ask 0"),
         ("--train_referee 1e-4 --sem 0", "which no reward of this run asks"),
-        ("--train_referee 1e-4 --bf16", "does not go with --shard or --bf16"),
+        ("--train_referee 1e-4 --bf16", "leave out --shard, and give --no-bf16"),
         ("--shard", "start with torchrun"), ("--out toy", "give another --out")],
 )
 def test_settings_that_cannot_work_together_are_refused(tmp_path, monkeypatch, flags, said):

@@ -124,10 +124,11 @@ def prompts_of_split(prompts: Callable, split: str) -> list[Metadata]:
 
 
 def held_out_prompts(split: str) -> list[Row]:
-    """Prompts of the evaluation, none of which is trained on: at most PROMPTS_PER_TAG of every tag.
+    """Prompts of a split, at most PROMPTS_PER_TAG of every tag.
 
-    The test has 3, 6, 9, 15, 32 and 32. Training has another phrasing of the same meaning, but for
-    three in ten of position and nearly half of color_attr. Unseen pairs count together."""
+    The test has 3, 6, 9, 15, 32 and 32, none of them trained on. Training has another phrasing of
+    the same meaning, but for three in ten of position and nearly half of color_attr. Unseen pairs
+    count together."""
     pool = prompts_of_split(shapes.prompts, split)
     rows = []
     groups = [pool]
@@ -184,7 +185,8 @@ def held_out_edits(split: str) -> list[Row]:
 # ---- truths ----
 
 # As tasks.Task has them: truth(samples, detections) -> (N,), 1 if a sample is right; parts(samples,
-# detections) -> {name: (N,)}; also(rows, samples, detections, G) -> {name: (B,)}.
+# detections) -> {name: (N,)}; also(rows, samples, detections, G) -> {name: (B,) or one
+# number}.
 
 
 def detect(images: Tensor) -> list[list[dict]]:
