@@ -519,8 +519,7 @@ def join(rollouts: list[Rollout]) -> Rollout:
 
 
 def join_rows(*columns: Tensor | list) -> Tensor | list:
-    """All rows in one; tensors (n_i, L_i) or (n_i, M_i, F) are padded with zeros along dimension 1.
-    """
+    """All rows in one; tensors (n_i, L_i, ...) are padded with zeros along dimension 1."""
     if isinstance(columns[0], list):
         return sum(columns, [])
     longest = max(x.shape[1] for x in columns)
