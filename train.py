@@ -420,7 +420,9 @@ def follow(run: Run, pieces: list[Piece]) -> None:
 
 
 def piece_loss(policy: Policy, piece: Piece, cfg: Config) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a micro-batch, summed over its chosen segments, and the last one's stats.
+    """The loss of a micro-batch, summed over its chosen segments, and its stats.
+
+    The stats are those of its last text and of its last image.
 
     The old log-probs of its tokens are those of the first call, at which their ratios are exactly
     1: in bf16, decoding and replay round otherwise, which at some tokens is more than the clip
@@ -577,7 +579,7 @@ def train(cfg: Config, ranks: Ranks) -> int:
             except Stop:
                 keep(run, done)
                 say(f"stopped after {done} steps, checkpoint saved; go on with --resume")
-                ranks.add(0)                    # torchrun ends all ranks when the first leaves
+                ranks.add(0)                    # waits: torchrun ends all when the first leaves
                 return 128 + (run.caught or [signal.SIGTERM])[0]
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}; stopped") from error

@@ -124,7 +124,7 @@ class Learner:
         for i in range(0, len(prompts), size):
             texts = unit(self.encoder.text_features(distinct))                      # (prompts, D)
             pictures = unit(self.encoder.image_features(images[i:i + size]))        # (size, D)
-            own = torch.tensor(                                                     # (size, prompts)
+            own = torch.tensor(                                                 # (size, prompts)
                 [[prompt == other for other in distinct] for prompt in prompts[i:i + size]],
                 device=texts.device)
             loss = sigmoid_loss(self.encoder.model, pictures, texts, own) / len(prompts)

@@ -72,22 +72,22 @@ that all of them get ten, once two were open.
 about 8% of cases, at the first or the second look, and in 5% with one look; of a true difference of
 just {MARGIN}, `{EQUAL}` is said in at most 6.5% (simulated, with normal differences). So one or two
 verdicts on this page are wrong, and they are not independent, since claims share arms. That is
-exact only for seeds that nobody saw: of all claims but the three whose names end in -tokens, seeds
-0 to 2 were seen first, on this tree or an earlier one, and the recipes' settings were tuned on seed
-0 and on the same held-out prompts. The interval assumes normally distributed differences. It says
-what other seeds of training would give: the prompts, the noise of an evaluation, the base's weights
-and the settings of the runs stay the same. So there is a second interval, of other prompts too: the
-variance over seeds and the variance over prompts, within each tag, of the mean difference are added
-up, and the t quantile stays. For most claims it is too wide rather than too narrow, since the part
-that depends on seed and prompt together is counted twice. It is printed if it changes the verdict;
-velocity-penalty, no-guidance and refine-beats-best have none, nor have claims of three seeds. A
-comparison that is not judged is a hint, not a finding.
+exact only for seeds that nobody saw: of all that are judged, but for those whose names end in
+-tokens, seeds 0 to 2 were seen first, on this tree or an earlier one, and the recipes' settings
+were tuned on seed 0 and on the same held-out prompts. The interval assumes normally distributed
+differences. It says what other seeds of training would give: the prompts, the noise of an
+evaluation, the base's weights and the settings of the runs stay the same. So there is a second
+interval, of other prompts too: the variance over seeds and the variance over prompts, within each
+tag, of the mean difference are added up, and the t quantile stays. For most claims it is too wide
+rather than too narrow, since the part that depends on seed and prompt together is counted twice. It
+is printed if it changes the verdict; velocity-penalty, no-guidance and refine-beats-best have none,
+nor have claims of three seeds. A comparison that is not judged is a hint, not a finding.
 
 **What is measured.** Each measure is taken at the end of training. `draw`, `think`, `ask` and so on
 are held-out truth of a task: the share of right samples. Other keys are explained in [the
 log](results.md#the-numbers-in-logjsonl); what a step logs is a mean of the last five. The value of
-each seed stands in brackets. `x at equal y` compares x when both arms first reach the same y; `sem` is
-r_sem of held-out pictures by the toy's own frozen SigLIP; `refine, judge/curve` the mean of the
+each seed stands in brackets. `x at equal y` compares x when both arms first reach the same y; `sem`
+is r_sem of held-out pictures by the toy's own frozen SigLIP; `refine, judge/curve` the mean of the
 truth after two, three and four pictures.
 
 The arms are shorter than the recipes' runs. Nothing is tuned per arm, but for the weights of the

@@ -34,6 +34,12 @@ def test_every_recipe_is_a_run_that_can_be_at_every_scale(recipe, scale):
     assert cfg.steps > 0
 
 
+def test_the_toys_captioner_compares_by_rule_however_its_path_is_written(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert settings("--captioner toy/captioner").cycles_by_rule
+    assert not settings("--captioner toy/judge").cycles_by_rule
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_steps_of_every_recipe_learn_and_log_every_task_reward_and_loss(tiny, recipe):
     finished = tiny(recipe)
