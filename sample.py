@@ -414,8 +414,7 @@ def draw(policy: Policy, item: Draw, reader: Reader, generators: list[torch.Gene
 def decode_images(policy: Policy, picture: Picture) -> Tensor:
     """The images of a chosen segment, (N, 3, H, W), nominally in [-1, 1]."""
     pixels = picture.size[0] * picture.size[1]
-    batch = max(
-        1, min(256, 2**21 // pixels))  # the decoder's widest layer holds 256 numbers a pixel
+    batch = max(1, min(256, 2**21 // pixels))   # a decoder's widest layer has 256 numbers a pixel
     images = [policy.decode(part, picture.size) for part in picture.drawn.data.split(batch)]
     return torch.cat(images)
 
@@ -565,11 +564,10 @@ def refine(
     [AlphaGRPO]
 
     select: which picture is kept. "always": the new one (AlphaGRPO's code); "judge": the new one if
-    its value is higher;
-    "oracle": the new one if the old one's value is below 1, which asks the truth (AlphaGRPO's
-    released evaluation); "self": the new one, unless the text before it says `stop` [R3]. value:
-    images (N, 3, H, W) in [0, 1] -> (N,). look: the instruction, after which the policy writes and
-    draws. system: whether BAGEL's think prompt comes before it.
+    its value is higher; "oracle": the new one if the old one's value is below 1, which asks the
+    truth (AlphaGRPO's released evaluation); "self": the new one, unless the text before it says
+    `stop` [R3]. value: images (N, 3, H, W) in [0, 1] -> (N,). look: the instruction, after which
+    the policy writes and draws. system: whether BAGEL's think prompt comes before it.
     """
     N = len(prompts)
     start = [Read([THINK_TO_DRAW] * N)] if system else []
