@@ -12,7 +12,9 @@ penalty, and the loss as a whole. Steps agree with the code of the first three. 
 DiffusionNFT (2509.16117), AWM (2509.25050), FPO (2507.21053); flat weights: Flash-GRPO.
 Left out: text, guidance and transformers live in the caller's `velocity`, any f(x, t) -> v. The
 loss takes `adv`, so rewards and group advantage are the caller's. So are process groups: the caller
-counts `total` over micro-batches and ranks, and their gradients add up.
+counts `total` over micro-batches and ranks, and their gradients add up. (DDP and FSDP average them:
+multiply the loss by the number of ranks.) A micro-batch of samples takes these rows of `adv` and of
+every field with N rows: replace(old, latents=old.latents[rows], means=old.means[rows], ...).
 
 Notation: t is flow time, 1 = noise, 0 = data, dt = t_next - t < 0; x = (1-t)*data + t*noise,
 v = noise - data; B prompts, G samples of each, N = B*G in prompt-major order; K steps, W of them
@@ -23,6 +25,7 @@ is; `velocity` gets them so, and what it returns is widened.
 Example, two prompts with two samples each, two noisy steps of eight:
 
 >>> import torch
+>>> from dataclasses import replace
 >>> weight = torch.zeros(3, 3, requires_grad=True)
 >>> def velocity(x, t):
 ...     return x @ weight
@@ -41,15 +44,19 @@ The same samples without a noisy step, by a matching loss at three times:
 
 >>> path = rollout(velocity, noise, time_grid(8), window=(0, 0), noise_level=0.0)
 >>> drawn = renoise(path.data, stratified_times(3, seed=0, step=0), torch.randn(3, 4, 3))
->>> drawn = replace(drawn, v=velocities_at(velocity, drawn).detach())
+>>> with torch.no_grad():
+...     drawn = replace(drawn, v=velocities_at(velocity, drawn))
 >>> v = velocities_at(velocity, drawn)
 >>> loss, stats = matching_loss(v, drawn, adv.flatten(), form="nft", total=3 * 4)
 >>> loss.backward()
 >>> stats["rise"].item(), drawn.latents.shape
 (0.0, torch.Size([4, 3, 3]))
 
-With diffusers (SD3) the grid is scheduler.sigmas, and the prediction is noise - data: the velocity
-is transformer(x.to(dtype), timestep=1000 * t.expand(len(x)), ..., return_dict=False)[0].
+With diffusers (SD3) the grid is scheduler.sigmas, after scheduler.set_timesteps(K), and the
+prediction is noise - data: the velocity is
+transformer(x.to(dtype), timestep=1000 * t.expand(len(x)), ..., return_dict=False)[0]. FLUX and
+Qwen-Image multiply by 1000 themselves and take t. To check a velocity, draw with window (0, 0) and
+noise_level 0: that must be what scheduler.step draws from the same noise.
 
 The clip range depends on the number of entries of a latent, the noise and the learning rate, so
 measure the ratio: take as many updates per batch as the run will, with a range that never acts
@@ -109,8 +116,8 @@ def falling_times(times: Tensor) -> Tensor:
     falls = (times.diff() < 0).all()                                             # false for a NaN
     if times.ndim != 1 or not falls or times[0] > 1 + 1e-5 or times[-1] != 0:
         raise ValueError(
-            f"times are {times.tolist()}, expected a fall from at most 1, noise, to exactly 0, "
-            "data; take scheduler.sigmas, or its timesteps / 1000 with a 0 at the end")
+            f"times are {str(times.tolist())[:200]}, expected a fall from at most 1, noise, to "
+            "exactly 0, data; take scheduler.sigmas after set_timesteps")
     if times[0] > 1 - 1e-5:
         times = times.clone()
         times[0] = 1.0
@@ -259,8 +266,16 @@ class Trajectory:
 
     @property
     def points(self) -> tuple[Tensor, Tensor]:
-        """Where a replay needs velocities: latents (N, W, ...) and their times (W,)."""
-        return self.latents[:, :-1], self.times[slice(*self.window)]
+        """Where a replay needs velocities: latents (N, W, ...) and their times (W,).
+
+        Errors: ValueError for an empty window.
+        """
+        start, stop = self.window
+        if start == stop:
+            raise ValueError(
+                "samples drawn with an empty window have no noisy step to score; draw them with "
+                "one, or renoise them")
+        return self.latents[:, :-1], self.times[start:stop]
 
 
 @dataclass(frozen=True)
@@ -352,24 +367,24 @@ def replay_of(v: Tensor, trajectory: Trajectory) -> Replay:
     For a model that computes several steps in one call.
     Errors: ValueError when v is not of these samples and steps, or the window is empty.
     """
-    expected = trajectory.means.shape
-    if v.shape != expected or not expected[1]:
+    latents, _ = trajectory.points                                               # (N, W, ...)
+    logp = trajectory.logp                                                       # (N, W)
+    if v.shape != latents.shape or logp.shape != latents.shape[:2]:
         raise ValueError(
-            f"v is {tuple(v.shape)}, expected {tuple(expected)}, as the latents of a window of at "
-            "least one step")
+            f"v is {tuple(v.shape)} and logp {tuple(logp.shape)}, expected the samples and steps "
+            f"of the latents, {tuple(latents.shape)}")
     times = trajectory.times[trajectory.window[0]:]
     v = _wide(v)
     means = []
     logps = []
     for w, v_w in enumerate(v.unbind(1)):
-        x = trajectory.latents[:, w].contiguous()                                # (N, ...)
+        x = latents[:, w].contiguous()                                           # (N, ...)
         x_next = trajectory.latents[:, w + 1]
         mean, std = transition(
             x, v_w.contiguous(), times[w], times[w + 1],
             noise_level=trajectory.noise_level, sampler=trajectory.sampler)
-        logp = gaussian_logp(x_next, mean, std, density=trajectory.density)      # (N,)
         means.append(mean)
-        logps.append(logp)
+        logps.append(gaussian_logp(x_next, mean, std, density=trajectory.density))
     return Replay(torch.stack(logps, 1), torch.stack(means, 1), v)
 
 
@@ -403,7 +418,13 @@ def stratified_times(J: int, shift: float = 1.0, *, seed: int, step: int) -> Ten
 
 
 def renoise(data: Tensor, times: Tensor, noise: Tensor) -> Renoised:
-    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,)."""
+    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,).
+
+    Errors: ValueError for noise of another shape.
+    """
+    if noise.shape != (len(times), *data.shape):
+        raise ValueError(
+            f"noise is {tuple(noise.shape)}, expected {(len(times), *data.shape)}")
     data = _wide(data)
     noise = _wide(noise)
     times = times.to(data)
@@ -489,12 +510,22 @@ def clipped_surrogate(
     return -(ratio * adv).minimum(clipped * adv)
 
 
-def check_loss(total: float | Tensor, adv: Tensor, v: Tensor) -> None:
-    """ValueError for a total that is not positive, or an adv that is not (N,) as v (N, ...)."""
+def check_loss(
+    total: float | Tensor, adv: Tensor, v: Tensor, others: list[Tensor | None]
+) -> None:
+    """ValueError for a total that is not positive, and for shapes that might broadcast in silence.
+
+    adv is (N,). others, what v (N, ...) is compared with, have v's shape, or are None.
+    """
     if not total > 0:
         raise ValueError(f"total is {total}, expected the positive global count")
     if adv.shape != v.shape[:1]:
         raise ValueError(f"adv is {tuple(adv.shape)}, expected (N,), one number per sample")
+    for other in others:
+        if other is not None and other.shape != v.shape:
+            raise ValueError(
+                f"shapes {tuple(v.shape)} and {tuple(other.shape)} are compared, expected the same "
+                "samples and steps")
 
 
 def flow_grpo_loss(
@@ -517,9 +548,10 @@ def flow_grpo_loss(
     Errors: ValueError when shapes or steps do not fit, total is not positive, or a penalty lacks
     its reference.
     """
-    check_loss(total, adv, replayed.v)
     if reference is None and max(kl_beta, mse_weight) > 0:
         raise ValueError("kl_beta or mse_weight needs reference, a replay of the frozen policy")
+    v_ref = reference.v if reference else None
+    check_loss(total, adv, replayed.v, [trajectory.means, v_ref])
     x_next = trajectory.latents[:, 1:]                                           # (N, W, ...)
     means = trajectory.means
     std = trajectory.std
@@ -536,7 +568,7 @@ def flow_grpo_loss(
     stats = flow_loss_stats(ratio, plain, adv, low=low, high=high)
     if reference is not None:
         kl = transition_kl(replayed.mean, reference.mean.detach(), std, density=density)
-        mse = velocity_mse(replayed.v, reference.v.detach())
+        mse = velocity_mse(replayed.v, v_ref.detach())
         loss = loss + kl_beta * kl + mse_weight * mse                            # (N, W)
         stats["kl"] = kl.detach().mean()
         stats["velocity_mse"] = mse.detach().mean()
@@ -574,10 +606,14 @@ def matching_loss(
     -1 .. 1, and samples by the following copy; AWM weighs times, and adds a penalty to a running
     average.
     """
-    check_loss(total, adv, v)
     if v_ref is None and mse_weight > 0:
         raise ValueError("mse_weight needs v_ref, velocities of the frozen policy")
-    v_old = _wide(drawn.v if v_old is None else v_old).detach()                  # (N, J, ...)
+    if v_old is None:
+        v_old = drawn.v
+    if v_old is None:
+        raise ValueError("matching_loss needs v_old, or drawn with the velocities v")
+    check_loss(total, adv, v, [drawn.target, v_old, v_ref])
+    v_old = _wide(v_old).detach()                                                # (N, J, ...)
     adv = adv.detach()[:, None]                                                  # (N, 1)
     shift = _wide(v) - v_old                                                     # (N, J, ...)
     slope = 2 * (v_old - drawn.target) * shift

@@ -8,7 +8,8 @@ with the losses `grpo`, `bnpo`, `dr_grpo` and `dapo` of TRL 1.10.
 Left out: sampling, optimiser, process groups and logging belong to the caller. The caller counts
 `total` over the whole optimisation step. The loss of every micro-batch is divided by it, so the
 gradients of micro-batches and ranks add up to the gradient of the whole batch, and nothing here
-needs to know how that was split. GRPO has no value network and no entropy bonus.
+needs to know how that was split. (DDP and FSDP average over ranks: multiply the loss by their
+number.) GRPO has no value network and no entropy bonus.
 
 Notation: B prompts, G samples of each, N = B*G sequences in prompt-major order, L text positions,
 V vocabulary. `mask` is true where the policy chose the token. Prompt and padding are false and may
@@ -41,7 +42,7 @@ DIVISORS = {"population": 0, "unbiased": 1}      # a std divides squares by n mi
 
 
 def split_groups(reward: Tensor, G: int) -> Tensor:
-    """Split rewards into groups, (N,) -> (B, G).
+    """Split rewards into groups, (N,) -> (B, G), in fp32 at least.
 
     Errors: ValueError when G < 2, N is no positive multiple of G, or a reward is not finite.
     """
@@ -53,7 +54,8 @@ def split_groups(reward: Tensor, G: int) -> Tensor:
     bad = ~reward.isfinite()
     if bad.any():
         raise ValueError(f"reward {bad.nonzero().flatten().tolist()} is not finite")
-    return reward.view(-1, G)
+    wide = reward.to(torch.promote_types(reward.dtype, torch.float32))
+    return wide.view(-1, G)
 
 
 def is_tied(groups: Tensor) -> Tensor:
@@ -83,7 +85,6 @@ def group_advantage(
         raise ValueError(f'std is "{std}", expected "population" or "unbiased"')
     less = DIVISORS[std]
     r = split_groups(reward, G)                                                  # (B, G)
-    r = r.to(torch.promote_types(r.dtype, torch.float32))
     adv = r - r.mean(1, keepdim=True)                                            # (B, G)
     if scale == "group":
         spread = r.std(1, keepdim=True, correction=less)                         # (B, 1)
@@ -181,8 +182,9 @@ def token_logp(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tens
     """Return the log-probability of each token in nats: (N, L, V), (N, L) int64 -> (N, L).
 
     `logits[:, i]` is the prediction of `tokens[:, i]`. `temperature` must be the one that the
-    tokens were sampled with, otherwise the scored policy is not the acting one. Padding must hold
-    some valid id. Computed in fp32 at least: bf16 keeps 3 digits of a log-probability.
+    tokens were sampled with, otherwise the scored policy is not the acting one; so sample without
+    top_k and top_p, and sample and score without dropout. Padding must hold some valid id, not
+    -100. Computed in fp32 at least: bf16 keeps 3 digits of a log-probability.
     Errors: ValueError when temperature <= 0 or the shapes do not fit.
     """
     if not temperature > 0:
@@ -361,7 +363,7 @@ def loss_stats(
     "clip_ratio/low_min", "clip_ratio/high_max": least and greatest fraction of one sequence;
     "ratio/{mean,min,max}"; "approx_kl": mean log_ratio^2 / 2 in nats, log_ratio within 20.
     Without an active token means are 0, minima +inf and maxima -inf, which a minimum or maximum
-    over micro-batches ignores.
+    over micro-batches ignores; means over micro-batches are weighed by their active tokens.
 
     Differs: `delta` plays no part; in TRL a `delta` below 1 + high hides clipped ratios.
     """

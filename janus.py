@@ -353,8 +353,8 @@ class Janus(nn.Module):
 
         uniforms (N, M) in [0, 1): one number per token. temperature 0 is greedy; then log-probs are
         those of temperature 1. started: whether a written text has opened the turn. without: the
-        context that read blanks, for guidance by `scale`. Errors: FloatingPointError for logits
-        that are not finite.
+        context that read blanks, for guidance by `scale`, which does nothing without it. Errors:
+        FloatingPointError for logits that are not finite.
         """
         M = uniforms.shape[1]
         context, x = self._begin(context, started, without)

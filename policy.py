@@ -12,6 +12,9 @@ policy that is scored are one function:
     context = policy.append_image(context, pixels=..., latents=..., size=...)       # clean, t = 0
     v = policy.velocity(context, x, t, size)                           # noisy; the context stays
 
+An image is drawn from noise (N, M, config.latent_features), M = H * W / config.stride**2, by small
+steps x + v * (t_next - t) from t = 1 to 0, as flow_grpo.rollout takes them, and then decoded.
+
 Differs: the marker tokens of an image come before its patches. They share its position and its full
 attention, so the order inside an image block changes nothing, and every call is [understanding
 tokens | generation tokens], one split. Image contexts use the posterior mean; the official encoder
@@ -49,10 +52,16 @@ RELEASE_AE = dict(
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The four JSON files of a policy folder, kept as they are so that saving changes nothing."""
+    """The four JSON files of a policy folder, kept as they are so that saving changes nothing.
 
-    llm: dict                                         # Qwen2: hidden_size, num_hidden_layers, ...
-    vit: dict                                         # SigLIP; one layer fewer than it lists is used
+    llm is Qwen2's: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+    num_key_value_heads, vocab_size. vit is SigLIP's, of whose layers the last is not used:
+    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, patch_size, image_size.
+    A small ae needs `norm_groups`, a divisor of ch.
+    """
+
+    llm: dict
+    vit: dict
     bagel: dict = field(default_factory=lambda: dict(RELEASE_BAGEL))
     ae: dict = field(default_factory=lambda: dict(RELEASE_AE))
 
@@ -135,7 +144,10 @@ class Context:
         return replace(repeated, valid=each(self.valid), position=each(self.position))
 
     def with_room(self, L: int) -> "Context":
-        """Copy the cache and preallocate L positions, which `append_keys` then fills in place."""
+        """Copy the cache and preallocate L positions, which `append_keys` then fills in place.
+
+        For one line of calls: two that go on from the same context write to the same places.
+        """
         return self.map_cache(lambda x: F.pad(x, (0, 0, 0, L)))
 
 
@@ -242,10 +254,11 @@ def append_keys(past: Tensor, new: Tensor, length: int) -> Tensor:
     past (N, kv, S, d) and keys (or values) new (N*R, kv, L, d) -> (N*R, kv, S+L = length, d), each
     row of past being shared by R rows; a preallocated past is returned whole.
     """
-    L = new.shape[2]
+    S = length - new.shape[2]
     if past.shape[2] >= length:
-        past[:, :, length - L:length] = new
+        past[:, :, S:length] = new
         return past
+    past = past[:, :, :S]                             # without the room that is too small
     new = new.unflatten(0, (len(past), -1))                                      # (N, R, kv, L, d)
     past = past[:, None].expand(-1, new.shape[1], -1, -1, -1)                    # (N, R, kv, S, d)
     return torch.cat([past, new], dim=3).flatten(0, 1)
@@ -749,7 +762,9 @@ class Policy(nn.Module):
 
         uniforms (N, L) in [0, 1): one number per token, so that a sample does not depend on its
         batch. temperature 0 is greedy. -> tokens, mask (through the end token) and log-probs under
-        the distribution that was sampled (greedy: temperature 1), each (N, L' <= L).
+        the distribution that was sampled (greedy: temperature 1), each (N, L' <= L). The tokens do
+        not have the one that starts them, self.start, and the context has not read them: to score
+        them, or to read on, append_text takes self.start and then the tokens.
         Errors: FloatingPointError for logits that are not finite.
         """
         N, L = uniforms.shape

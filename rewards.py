@@ -57,6 +57,8 @@ class Samples:
             if column is not None and len(column) != len(self.prompts):
                 raise ValueError(
                     f"Samples: {name} has {len(column)} entries for {len(self.prompts)} prompts")
+        if self.images is not None and not 0 <= self.images.amin() <= self.images.amax() <= 1:
+            raise ValueError("Samples: images hold a number that is not in [0, 1]")
 
     def need(self, name: str):
         """The field of that name; ValueError if the task does not have it."""
@@ -72,6 +74,7 @@ class RewardError(ValueError):
     """A reward could not be computed; one line with its name and a prompt."""
 
 
+@torch.no_grad()
 def score(rewards: dict[str, Reward], samples: Samples) -> dict[str, Tensor]:
     """Every reward on the batch: name -> (N,) fp32 on the CPU, finite.
 
@@ -103,7 +106,7 @@ def _checked_scores(name: str, value, prompts: list[str]) -> Tensor:
     if value.shape != (len(prompts),) or not value.is_floating_point():
         what = f"it returned {value.dtype} {tuple(value.shape)}, not a float for each sample"
         raise _reward_error(name, prompts[0], what)
-    value = value.detach().float().cpu()
+    value = value.float().cpu()
     for n, number in enumerate(value.tolist()):
         if not math.isfinite(number):
             raise _reward_error(name, prompts[n], f"it returned {number} for sample {n}")
@@ -228,11 +231,15 @@ def think_format(samples: Samples) -> Tensor:
     may follow [UniGRPO].
     Gamed by an empty thought.
 
+    Errors: ValueError for another form.
+
     Differs: each tag occurs once, while CoRL's pattern lets it occur again inside; AlphaGRPO wants
     </think> at the very end.
     """
     scores = []
     for text, form in zip(samples.need("texts"), samples.need("formats")):
+        if form not in ("thought", "answer"):
+            raise ValueError(f'a format is "{form}", expected "thought" or "answer"')
         scores.append(float(_has_tags(text.strip(), form)))
     return torch.tensor(scores)
 
@@ -261,7 +268,7 @@ class Semantic:
     the words in writing.
     """
 
-    encoder: object                             # with embed_images, embed_texts: referees.siglip's
+    encoder: object  # embed_images, embed_texts -> (N, D) of length 1: referees.siglip's
 
     def __call__(self, samples: Samples) -> Tensor:
         images = samples.need("images")
@@ -269,7 +276,10 @@ class Semantic:
 
 
 def prompt_cosine(encoder, images: Tensor, prompts: list[str]) -> Tensor:
-    """Cosine of each image (N, 3, H, W) and its prompt, (N,); equal prompts are embedded once."""
+    """Cosine of each image (N, 3, H, W) and its prompt, (N,); equal prompts are embedded once.
+
+    The encoder's embeddings must be of length 1.
+    """
     distinct = list(dict.fromkeys(prompts))
     place = [distinct.index(prompt) for prompt in prompts]
     texts = encoder.embed_texts(distinct)[place]                                    # (N, D)
@@ -294,7 +304,8 @@ class Instruction:
 
     def __call__(self, samples: Samples) -> Tensor:
         found = self.detector(samples.need("images"), samples.metadata)
-        return torch.tensor([self.worth(*row) for row in zip(samples.metadata, found)])
+        worth = [self.worth(*row) for row in zip(samples.metadata, found)]
+        return torch.tensor(worth, dtype=torch.float32)
 
 
 SMALL_WORDS = {"", *"a an the of and or in on at to with is are photo image picture".split()}
@@ -321,7 +332,7 @@ class Dense:
     head by itself, which brings it into the space shared with texts. Key phrases are `key_phrases`.
     """
 
-    encoder: object  # with embed_patches, embed_texts: referees.siglip.Siglip
+    encoder: object  # embed_patches -> (N, P, D), embed_texts, of length 1: referees.siglip.Siglip
 
     def __call__(self, samples: Samples) -> Tensor:
         phrases = [key_phrases(*row) for row in zip(samples.prompts, samples.metadata)]
@@ -347,7 +358,7 @@ class Knowledge:
     Differs: LVRPO's equation and templates are not confirmed.
     """
 
-    judge: object                               # with yes_probability: referees.judge.Judge
+    judge: object  # yes_probability(images, N questions) -> (N,): referees.judge.Judge
     question: str = "is this {prompt} ?"
     statement: str = "{prompt} is the answer {answer} ?"
 
@@ -370,7 +381,8 @@ def aggregate(semantic: list[float], quality: list[float], how: str = "geometric
 
     semantic, quality: the answers, in [0, 1], to the two halves.
     "geometric": sqrt(mean of the semantic answers * mean of the quality answers). "binary": the
-    same of answers that are 1 above one half and else 0. ValueError if a half is empty.
+    same of answers that are 1 above one half and else 0. ValueError if a half is empty, and for
+    another `how`.
     """
     if not semantic or not quality:
         raise ValueError(
@@ -379,6 +391,8 @@ def aggregate(semantic: list[float], quality: list[float], how: str = "geometric
     if how == "binary":
         semantic = [float(answer > 0.5) for answer in semantic]
         quality = [float(answer > 0.5) for answer in quality]
+    elif how != "geometric":
+        raise ValueError(f'how is "{how}", expected "geometric" or "binary"')
     return math.sqrt(sum(semantic) / len(semantic) * (sum(quality) / len(quality)))
 
 
@@ -395,7 +409,7 @@ class Decomposed:
     an empty half is an error, not 1.
     """
 
-    judge: object                               # with yes_probability: referees.judge.Judge
+    judge: object  # yes_probability(images, R questions, each one's image) -> (R,): the same
     questions: Callable[[str, dict], list]
     how: str = "geometric"
 
@@ -558,7 +572,6 @@ class Entry:
 
     help: str
     reads: tuple[tuple[str, ...], ...] = (("images",),)
-
 
 
 # The sum of a task's rewards adds them in this order. To add a reward, write its function, its row

@@ -452,10 +452,6 @@ def replay_rollout(policy: Policy, rollout: Rollout) -> list[Scored]:
             out.append(Scored(segment, logp=logp))
         else:
             x, t = segment.drawn.points                                 # (N, W, M, F), (W,)
-            if not len(t):
-                raise ValueError(
-                    "an image drawn with an empty window has no noisy step to score; draw it "
-                    "with one, or renoise it")
             v = reader.velocity(segment.size)(x.flatten(0, 1), t.repeat(len(x)))    # (N*W, M, F)
             out.append(Scored(segment, v=v.view_as(x)))
         if isinstance(segment, Picture) and not segment.is_given and segment.pixels is not None:

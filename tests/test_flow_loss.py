@@ -193,7 +193,8 @@ def test_neither_the_old_policy_nor_the_reference_nor_the_advantage_receives_gra
 
 @pytest.mark.parametrize("change, words", [
     (dict(adv=torch.zeros(6, 1)), "adv"), (dict(total=0), "total"),
-    (dict(kl_beta=0.1), "reference"), (dict(mse_weight=0.1), "reference")])
+    (dict(kl_beta=0.1), "reference"), (dict(mse_weight=0.1), "reference"),
+    (dict(reference=Replay(None, None, torch.zeros(1, 3, 2, 2))), "are compared")])
 def test_a_loss_that_makes_no_sense_is_refused(change, words):
     old, weight, _ = sample_linear()
     arguments = dict(adv=torch.zeros(6), total=18, low=0.1, high=0.1) | change
@@ -371,6 +372,12 @@ def test_what_a_matching_loss_cannot_use_is_refused():
         matching_loss(v, drawn, adv[:, None], form="nft", total=1)
     with pytest.raises(ValueError, match="mse_weight needs v_ref"):
         matching_loss(v, drawn, adv, form="nft", total=1, mse_weight=0.1)
+    with pytest.raises(ValueError, match="are compared"):
+        matching_loss(v[:, :1], drawn, adv, form="nft", total=1)
+    with pytest.raises(ValueError, match="needs v_old"):
+        matching_loss(v, dataclasses.replace(drawn, v=None), adv, form="nft", total=1)
+    with pytest.raises(ValueError, match="noise is"):
+        renoise(drawn.data, drawn.times, drawn.target)
 
 
 # ---- learning ----

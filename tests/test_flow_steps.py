@@ -1,5 +1,6 @@
 """How a flow policy acts: times and windows, the Gaussian of a step, its density, rollout and replay."""
 
+import dataclasses
 import math
 
 import pytest
@@ -253,10 +254,12 @@ def test_a_rollout_carries_no_gradient():
     assert not (old.logp.requires_grad or old.data.requires_grad)
 
 
-def test_velocities_of_another_shape_are_refused():
+def test_velocities_and_log_probs_of_another_shape_are_refused():
     old, _, _ = sample_linear()
-    with pytest.raises(ValueError, match=r"v is \(6, 3, 1, 2\), expected \(6, 3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"v is \(6, 3, 1, 2\) and logp \(6, 3\), expected .*\(6, 3, 2, 2\)"):
         replay_of(torch.zeros(6, 3, 1, 2), old)
+    with pytest.raises(ValueError, match=r"logp \(1, 3\)"):
+        replay_of(old.means, dataclasses.replace(old, logp=old.logp[:1]))
     plain = rollout(stand_still, torch.zeros(2, 3), time_grid(5), window=(0, 0), noise_level=0.0)
-    with pytest.raises(ValueError, match="at least one step"):
-        replay_of(plain.means, plain)
+    with pytest.raises(ValueError, match="no noisy step"):
+        replay(stand_still, plain)

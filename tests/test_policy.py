@@ -263,6 +263,15 @@ def test_a_written_token_is_appended_without_a_copy_of_the_others(policy, monkey
     assert len(places) == 1
 
 
+@torch.no_grad()
+def test_room_that_is_too_small_changes_nothing(policy):
+    _, context = policy.append_text(policy.empty(2), torch.arange(6).view(2, 3))
+    tokens = torch.arange(4).expand(2, 4)
+    plain, _ = policy.append_text(context, tokens)
+    roomy, _ = policy.append_text(context.with_room(3), tokens)
+    torch.testing.assert_close(roomy, plain)
+
+
 def change_logits(policy, monkeypatch, change):
     """Let `change` alter the logits (N, L, V) of the i-th call of append_text, in place."""
     read = policy.append_text

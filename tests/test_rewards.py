@@ -44,6 +44,12 @@ def test_samples_of_unequal_length_are_refused():
         R.Samples(["a", "b"], [{}, {}], texts=["a"])
 
 
+@pytest.mark.parametrize("images", [torch.full((2, 3, 4, 4), -0.5), torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)])
+def test_pictures_that_are_not_between_0_and_1_are_refused(images):
+    with pytest.raises(ValueError, match="not in .0, 1."):
+        R.Samples(["a", "b"], [{}, {}], images=images)
+
+
 def broken(samples):
     raise KeyError("count")
 
@@ -56,7 +62,8 @@ def broken(samples):
         (lambda s: torch.tensor([0.0, math.inf]), "returned inf for sample 1"),
         (lambda s: torch.zeros(3), r"\(3,\)"), (lambda s: torch.zeros(2, 1), r"\(2, 1\)"),
         (lambda s: torch.zeros(2).long(), "int64"), (lambda s: [0.0, 0.0], "list"),
-        (R.answer_accuracy, "samples have no texts")],
+        (R.answer_accuracy, "samples have no texts"),
+        (lambda s: R.think_format(written("a", "b", form="r1")), 'a format is "r1"')],
 )
 def test_a_failed_reward_is_one_line_with_its_name_and_the_offending_prompt(reward, what):
     samples = R.Samples(["first prompt", "second\nprompt"], [{}, {}])
@@ -227,6 +234,8 @@ def test_aggregation_by_hand_and_an_empty_half_is_an_error():
     assert R.aggregate([1.0, 0.5, 0.0], [0.81], "binary") == pytest.approx((1 / 3) ** 0.5)
     with pytest.raises(ValueError, match="2 semantic and 0 quality questions"):
         R.aggregate([1.0, 1.0], [])
+    with pytest.raises(ValueError, match='how is "mean"'):
+        R.aggregate([1.0], [1.0], "mean")
 
 
 def test_an_attribute_of_an_absent_thing_scores_0_and_a_need_that_fell_takes_its_own_with_it():

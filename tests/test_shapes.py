@@ -213,6 +213,12 @@ def test_prompts_have_genevals_format_and_all_six_tags(split):
         assert {c["class"] for c in m["exclude"]} == set(SHAPES)
 
 
+@pytest.mark.parametrize("make", [prompts, implicit_prompts, lambda split: random_scene(None, split)])
+def test_a_split_that_is_not_there_is_refused(make):
+    with pytest.raises(ValueError, match='split is "test"'):
+        make("test")
+
+
 @pytest.mark.parametrize("make", [prompts, implicit_prompts])
 def test_prompt_strings_are_unique_over_both_splits_and_the_lists_are_not_shared(make):
     strings = [m["prompt"] for split in SPLITS for m in make(split)]

@@ -273,6 +273,12 @@ def build(tag: str, include: list[dict], prefix: str = "") -> dict:
     return metadata
 
 
+def check_split(split: str) -> None:
+    """ValueError for a name that is not in SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f'split is "{split}", expected "train" or "eval"')
+
+
 def compositions() -> Iterator:
     """(tag, ways) of every meaning.
 
@@ -302,6 +308,7 @@ def prompts(split: str) -> list[dict]:
     Eval has every prompt that names a HELD_OUT pair, every phrasing of one in seven compositions of
     position and color_attr, and one of the five phrasings (PREFIXES) of everything else, whose four
     other phrasings are in train."""
+    check_split(split)
     wanted = split == "eval"
     number = 0
     out = []
@@ -339,6 +346,7 @@ def implicit_prompts(split: str) -> list[dict]:
     They have the key "thought". Each fact meets two shapes in train and the third in eval; HELD_OUT
     pairs go to eval. The thought is "<think> a triangle has three sides </think> three circles": it
     ends in the explicit prompt."""
+    check_split(split)
     wanted = split == "eval"
     out = []
     for i, fact in enumerate(FACTS):
@@ -453,6 +461,7 @@ def scene_split(scene: Scene) -> str:
 
 def random_scene(rng, split: str = "train") -> Scene:
     """A scene of 1 to 4 objects of any shape and colour; the splits share no discrete content."""
+    check_split(split)
     while True:
         cells = rng.permutation(4)[:rng.integers(1, 5)]
         scene = tuple(
