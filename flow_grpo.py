@@ -418,13 +418,7 @@ def stratified_times(J: int, shift: float = 1.0, *, seed: int, step: int) -> Ten
 
 
 def renoise(data: Tensor, times: Tensor, noise: Tensor) -> Renoised:
-    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,).
-
-    Errors: ValueError for noise of another shape.
-    """
-    if noise.shape != (len(times), *data.shape):
-        raise ValueError(
-            f"noise is {tuple(noise.shape)}, expected {(len(times), *data.shape)}")
+    """Put noise (J, N, ...), standard normal, onto samples `data` (N, ...) at the times (J,)."""
     data = _wide(data)
     noise = _wide(noise)
     times = times.to(data)
@@ -510,9 +504,7 @@ def clipped_surrogate(
     return -(ratio * adv).minimum(clipped * adv)
 
 
-def check_loss(
-    total: float | Tensor, adv: Tensor, v: Tensor, others: list[Tensor | None]
-) -> None:
+def check_loss(total: float | Tensor, adv: Tensor, v: Tensor, *others: Tensor | None) -> None:
     """ValueError for a total that is not positive, and for shapes that might broadcast in silence.
 
     adv is (N,). others, what v (N, ...) is compared with, have v's shape, or are None.
@@ -551,7 +543,7 @@ def flow_grpo_loss(
     if reference is None and max(kl_beta, mse_weight) > 0:
         raise ValueError("kl_beta or mse_weight needs reference, a replay of the frozen policy")
     v_ref = reference.v if reference else None
-    check_loss(total, adv, replayed.v, [trajectory.means, v_ref])
+    check_loss(total, adv, replayed.v, trajectory.means, v_ref)
     x_next = trajectory.latents[:, 1:]                                           # (N, W, ...)
     means = trajectory.means
     std = trajectory.std
@@ -612,7 +604,7 @@ def matching_loss(
         v_old = drawn.v
     if v_old is None:
         raise ValueError("matching_loss needs v_old, or drawn with the velocities v")
-    check_loss(total, adv, v, [drawn.target, v_old, v_ref])
+    check_loss(total, adv, v, drawn.target, v_old, v_ref)
     v_old = _wide(v_old).detach()                                                # (N, J, ...)
     adv = adv.detach()[:, None]                                                  # (N, 1)
     shift = _wide(v) - v_old                                                     # (N, J, ...)
@@ -746,20 +738,16 @@ def improve(
     return rewards
 
 
-def save_picture(file: str, drawn: dict[str, Tensor], rewards: dict[str, list[float]]) -> None:
-    """Plot the samples (N, 2) of every named policy, and the rewards of each training."""
+def save_picture(file: str, drawn: dict[str, Tensor]) -> None:
+    """Plot the samples (N, 2) of every named policy."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(drawn) + 1, figsize=(17, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(drawn), figsize=(13, 4.2), layout="constrained")
     for ax, (name, data) in zip(axes, drawn.items()):
         won = data.sum(1) > 0                                                    # (N,)
         ax.scatter(*data.T, c=won, cmap="RdYlGn", vmin=0, vmax=1, s=7)
         ax.axline((0, 0), slope=-1, color="grey")
         ax.set_title(f"{name}: {won.float().mean():.0%} rewarded")
         ax.set_aspect(1)
-    for name, values in rewards.items():
-        axes[-1].plot(values, label=name)
-    axes[-1].legend()
-    axes[-1].set_title("mean reward of each batch")
     figure.savefig(file, dpi=150)
 
 
@@ -772,15 +760,14 @@ def main() -> None:
     noise = torch.randn(600, 2)
     frozen = learn_ring(1000)
     policies = {"before": frozen}
-    rewards = {}
     for form in ("grpo", "nft"):
         policies[form] = copy.deepcopy(frozen)
-        rewards[form] = improve(policies[form], updates=80, form=form)
+        improve(policies[form], updates=80, form=form)
     drawn = {}
     for name, net in policies.items():
         path = rollout(in_plane(net), noise, time_grid(40), window=(0, 0), noise_level=0.0)
         drawn[name] = path.data                                                  # (N, 2)
-    save_picture(args.out, drawn, rewards)
+    save_picture(args.out, drawn)
 
 
 if __name__ == "__main__":

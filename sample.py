@@ -166,14 +166,12 @@ class Rollout:
     @property
     def texts(self) -> list[Text]:
         """The texts that the policy wrote, in order."""
-        chosen = [segment for segment in self.segments if not segment.is_given]
-        return [segment for segment in chosen if isinstance(segment, Text)]
+        return [x for x in self.segments if isinstance(x, Text) and not x.is_given]
 
     @property
     def pictures(self) -> list[Picture]:
         """The images that the policy drew, in order."""
-        chosen = [segment for segment in self.segments if not segment.is_given]
-        return [segment for segment in chosen if isinstance(segment, Picture)]
+        return [x for x in self.segments if isinstance(x, Picture) and not x.is_given]
 
 
 @dataclass(frozen=True)

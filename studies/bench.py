@@ -88,7 +88,7 @@ def memory_table() -> str:
         need = memory(policy, cfg, world, in_use(cfg), referee_bytes(cfg))
         kept = sum(need.values()) - need["rollout"] - need["replay"]
         parts = [kept, need["rollout"], need["replay"], peak(need)]
-        rows.append([title, f"{cfg.resolution}", f"{world}", *(f"{gb:.0f}" for gb in parts)])
+        rows.append([title, cfg.resolution, world, *(f"{gb:.0f}" for gb in parts)])
     head = ["trained", "pixels", "GPUs", "kept", "rollout", "replay", "peak"]
     return markdown_table(head, rows)
 

@@ -105,7 +105,7 @@ def print_refinement(table: dict[str, list]) -> str:
     """The table in markdown, a row per number of pictures drawn."""
     rows = []
     for n, cells in enumerate(zip(*table.values()), 1):
-        rows.append([f"{n}", *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)])
+        rows.append([n, *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)])
     return markdown_table(["pictures drawn", *table], rows)
 
 

@@ -47,7 +47,7 @@ def score_samples(policy: Policy, samples: Samples) -> dict[str, Tensor]:
     """name -> scores (N,) of every reward of pictures that the toy can ask.
 
     tim compares the states of the policy itself."""
-    names = list(rewards_of(TASKS["pair_image"]))
+    names = rewards_of(TASKS["pair_image"])
     flags = " ".join(f"--{name} 1" for name in names)
     cfg = parse(f"--pair_image 1 {flags}".split())
     rewards = build_rewards(

@@ -248,7 +248,7 @@ def page(step: Step) -> str:
     noisy_step = markdown_table(["", "1", "2", "3", "4"], four)
     columns = part.rewards | {"sum": sum(part.rewards.values()), "advantage": part.adv}
     values = torch.stack([*columns.values()], 1)                                        # (n, R + 2)
-    scores = [[f"{n}", *print_numbers(values[n], 3)] for n in best_first(part)]
+    scores = [[n, *print_numbers(values[n], 3)] for n in best_first(part)]
     rewards = markdown_table(["sample", *columns], scores)
     token = int(logp.argmin())
     adv = part.adv[i].item()

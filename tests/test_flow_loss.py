@@ -376,8 +376,6 @@ def test_what_a_matching_loss_cannot_use_is_refused():
         matching_loss(v[:, :1], drawn, adv, form="nft", total=1)
     with pytest.raises(ValueError, match="needs v_old"):
         matching_loss(v, dataclasses.replace(drawn, v=None), adv, form="nft", total=1)
-    with pytest.raises(ValueError, match="noise is"):
-        renoise(drawn.data, drawn.times, drawn.target)
 
 
 # ---- learning ----

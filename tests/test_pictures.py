@@ -1,9 +1,7 @@
 """Picture files: what is read is what viewers show."""
 
 import io
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +75,6 @@ def test_greys_of_more_than_eight_bits_are_refused(tmp_path, name):
         save(tmp_path, Image.fromarray(RAMP.astype(np.uint16) * 257), name))
 
 
-def test_greys_that_are_fractions_are_refused(tmp_path):
-    assert "more than 8 bits" in refusal(
-        save(tmp_path, Image.fromarray(RAMP.astype(np.float32) / 255), "i.tif"))
-
-
 @pytest.mark.parametrize(
     "mode, name, options, near",
     [
@@ -113,15 +106,6 @@ def test_what_is_clear_is_white(tmp_path, image, options, wanted):
     assert np.abs(pixels_of(save(tmp_path, image, **options)) - wanted).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "name, options", [("i.gif", {}), ("i.webp", {"lossless": True}), ("i.tif", {})]
-)
-def test_the_first_frame_of_a_moving_picture_is_read(tmp_path, name, options):
-    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
-    path = save(tmp_path, first, name, save_all=True, append_images=[second], **options)
-    assert np.abs(pixels_of(path) - (255, 0, 0)).max() <= 3
-
-
 # ---- what is no picture ----
 
 FORMATS = {
@@ -147,15 +131,6 @@ def test_a_changed_bit_of_a_png_is_found(tmp_path, place):
     path = Path(save(tmp_path, noise(40, 52)))
     raw = bytearray(path.read_bytes())
     raw[place] ^= 1
-    path.write_bytes(raw)
-    refusal(path)
-
-
-def test_a_png_without_pixels_is_refused(tmp_path):
-    path = Path(save(tmp_path, Image.fromarray(RAMP)))
-    raw = bytearray(path.read_bytes())
-    raw[16:24] = bytes(8)                       # its width and height, and the right checksum
-    raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
     path.write_bytes(raw)
     refusal(path)
 

@@ -44,10 +44,9 @@ def test_samples_of_unequal_length_are_refused():
         R.Samples(["a", "b"], [{}, {}], texts=["a"])
 
 
-@pytest.mark.parametrize("images", [torch.full((2, 3, 4, 4), -0.5), torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)])
-def test_pictures_that_are_not_between_0_and_1_are_refused(images):
+def test_pictures_that_are_not_between_0_and_1_are_refused():
     with pytest.raises(ValueError, match="not in .0, 1."):
-        R.Samples(["a", "b"], [{}, {}], images=images)
+        R.Samples(["a", "b"], [{}, {}], images=torch.full((2, 3, 4, 4), -0.5))
 
 
 def broken(samples):
