@@ -741,7 +741,7 @@ def improve(
 def save_picture(file: str, drawn: dict[str, Tensor]) -> None:
     """Plot the samples (N, 2) of every named policy."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(drawn), figsize=(13, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(drawn), figsize=(13, 4.8), sharex=True, sharey=True)
     for ax, (name, data) in zip(axes, drawn.items()):
         won = data.sum(1) > 0                                                    # (N,)
         ax.scatter(*data.T, c=won, cmap="RdYlGn", vmin=0, vmax=1, s=7)
