@@ -12,9 +12,9 @@ penalty, and the loss as a whole. Steps agree with the code of the first three. 
 DiffusionNFT (2509.16117), AWM (2509.25050), FPO (2507.21053); flat weights: Flash-GRPO.
 Left out: text, guidance and transformers live in the caller's `velocity`, any f(x, t) -> v. The
 loss takes `adv`, so rewards and group advantage are the caller's. So are process groups: the caller
-counts `total` over micro-batches and ranks, and their gradients add up. (DDP and FSDP average them:
-multiply the loss by the number of ranks.) A micro-batch of samples takes these rows of `adv` and of
-every field with N rows: replace(old, latents=old.latents[rows], means=old.means[rows], ...).
+counts `total` over micro-batches and ranks, and their gradients add up. (DDP and FSDP average over
+ranks: multiply the loss by their number.) A micro-batch takes its own rows of all that has N:
+replace(old, latents=old.latents[rows], means=old.means[rows], ...), and so of adv and weights.
 
 Notation: t is flow time, 1 = noise, 0 = data, dt = t_next - t < 0; x = (1-t)*data + t*noise,
 v = noise - data; B prompts, G samples of each, N = B*G in prompt-major order; K steps, W of them
@@ -55,8 +55,8 @@ The same samples without a noisy step, by a matching loss at three times:
 With diffusers (SD3) the grid is scheduler.sigmas, after scheduler.set_timesteps(K), and the
 prediction is noise - data: the velocity is
 transformer(x.to(dtype), timestep=1000 * t.expand(len(x)), ..., return_dict=False)[0]. FLUX and
-Qwen-Image multiply by 1000 themselves and take t. To check a velocity, draw with window (0, 0) and
-noise_level 0: that must be what scheduler.step draws from the same noise.
+Qwen-Image multiply by 1000 themselves and take t, and their set_timesteps needs `mu`. To check a
+velocity, draw in fp32 with window (0, 0): that must be what scheduler.step draws from equal noise.
 
 The clip range depends on the number of entries of a latent, the noise and the learning rate, so
 measure the ratio: take as many updates per batch as the run will, with a range that never acts
@@ -537,8 +537,8 @@ def flow_grpo_loss(
     velocity_mse; their means enter the stats of `flow_loss_stats` as "kl" and "velocity_mse".
     A ratio is at most exp(20), see `bounded_exp`: no log-ratio, -inf included, makes loss, gradient
     or stats infinite or NaN.
-    Errors: ValueError when shapes or steps do not fit, total is not positive, or a penalty lacks
-    its reference.
+    Errors: ValueError when velocities are not of the same samples and steps, adv is not (N,), total
+    is not positive, or a penalty lacks its reference.
     """
     if reference is None and max(kl_beta, mse_weight) > 0:
         raise ValueError("kl_beta or mse_weight needs reference, a replay of the frozen policy")
@@ -593,7 +593,7 @@ def matching_loss(
     the whole optimisation step: samples x times. v_ref (N, J, ...) are the frozen policy's
     velocities, for mse_weight * velocity_mse.
     "rise" and "shift", the mean of |v - v_old|^2, enter the stats, and "velocity_mse".
-    Errors: ValueError for another form, a penalty without v_ref, and see `check_loss`.
+    Errors: ValueError for another form, a penalty without v_ref, no v_old, and see `check_loss`.
     Differs: DiffusionNFT divides each branch by the mean absolute error of its data, clamps A / 5 to
     -1 .. 1, and samples by the following copy; AWM weighs times, and adds a penalty to a running
     average.

@@ -363,7 +363,7 @@ def loss_stats(
     "clip_ratio/low_min", "clip_ratio/high_max": least and greatest fraction of one sequence;
     "ratio/{mean,min,max}"; "approx_kl": mean log_ratio^2 / 2 in nats, log_ratio within 20.
     Without an active token means are 0, minima +inf and maxima -inf, which a minimum or maximum
-    over micro-batches ignores; means over micro-batches are weighed by their active tokens.
+    over micro-batches ignores. To combine their means, weigh them by their units.
 
     Differs: `delta` plays no part; in TRL a `delta` below 1 + high hides clipped ratios.
     """

@@ -56,8 +56,9 @@ class PolicyConfig:
 
     llm is Qwen2's: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
     num_key_value_heads, vocab_size. vit is SigLIP's, of whose layers the last is not used:
-    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, patch_size, image_size.
-    A small ae needs `norm_groups`, a divisor of ch.
+    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, patch_size, and
+    image_size = patch_size * bagel's vit_max_num_patch_per_side. An ae whose ch is no multiple of
+    32 needs `norm_groups`.
     """
 
     llm: dict
@@ -146,7 +147,7 @@ class Context:
     def with_room(self, L: int) -> "Context":
         """Copy the cache and preallocate L positions, which `append_keys` then fills in place.
 
-        For one line of calls: two that go on from the same context write to the same places.
+        For one line of calls: two on one context, velocity included, write to the same places.
         """
         return self.map_cache(lambda x: F.pad(x, (0, 0, 0, L)))
 

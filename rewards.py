@@ -39,7 +39,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Samples:
-    """What a reward may read, one entry per sample. A field that the task does not have is None."""
+    """What a reward may read, one entry per sample. A field that the task does not have is None.
+
+    Errors: ValueError for columns of unequal length, and for images that are not in [0, 1].
+    """
 
     prompts: list[str]
     metadata: list[dict]                        # GenEval's format: tag, include, exclude
@@ -268,7 +271,7 @@ class Semantic:
     the words in writing.
     """
 
-    encoder: object  # embed_images, embed_texts -> (N, D) of length 1: referees.siglip's
+    encoder: object  # embed_images (N, D), embed_texts (K, D), of length 1: referees.siglip's
 
     def __call__(self, samples: Samples) -> Tensor:
         images = samples.need("images")
@@ -332,7 +335,7 @@ class Dense:
     head by itself, which brings it into the space shared with texts. Key phrases are `key_phrases`.
     """
 
-    encoder: object  # embed_patches -> (N, P, D), embed_texts, of length 1: referees.siglip.Siglip
+    encoder: object  # embed_patches (N, P, D), embed_texts (K, D), of length 1: siglip.Siglip
 
     def __call__(self, samples: Samples) -> Tensor:
         phrases = [key_phrases(*row) for row in zip(samples.prompts, samples.metadata)]

@@ -1,4 +1,4 @@
-"""What the papers claim, put to the test on the toy: arms of six seeds, judged by one rule.
+"""What the papers claim, put to the test on the toy: arms of six or ten seeds, judged by one rule.
 
     python -m studies.claims --list                         # the claims, and what is missing
     python -m studies.claims ins-teaches-space --seeds 6    # runs what is missing, then judges
@@ -59,19 +59,19 @@ What the papers say, run again on the toy: `python -m studies.claims NAME --jobs
 
 **The rule.** A claim has one primary comparison, the paper's own sentence, first in [its
 table](#tables). The others are shown and not judged. `a > b in x` means: x of arm a minus x of arm
-b, seed by seed, with the 95% t interval of the mean over the seeds. With six seeds a claim `holds`
-if the interval lies above 0, `does not hold` if it lies below, shows `no difference beyond 0.03` if
-the 90% interval lies within ±0.03 (two one-sided tests at 5%; truth is a share from 0 to 1), and
-else we `cannot tell`. A claim can hold by less than 0.03. A claim that six seeds leave open gets
-ten, whatever the sign of its difference. That open claims get more seeds was set before any was
-judged; that all of them get ten, once two were open.
+b, seed by seed, with the 95% t interval of the mean over the seeds. With six or ten seeds a claim
+`holds` if the interval lies above 0, `does not hold` if it lies below, shows `no difference beyond
+0.03` if the 90% interval lies within ±0.03 (two one-sided tests at 5%; truth is a share from 0 to
+1), and else we `cannot tell`. A claim can hold by less than 0.03. A claim that six seeds leave open
+gets ten, whatever the sign of its difference. That open claims get more seeds was set before any
+was judged; that all of them get ten, once two were open.
 
 **What it means, and what it leaves out.** If there is no true difference, a claim holds or fails in
-about 8% of cases, at the first or the second look, and in 5% with one look; of a true difference of
-just 0.03, `no difference beyond 0.03` is said in at most 6.5% (simulated, with normal differences).
-So one or two verdicts on this page are wrong, and they are not independent, since claims share
-arms. This is exact only for seeds that nobody saw: of all that are judged, but for those whose
-names end in -tokens, seeds 0 to 2 were seen first, on this tree or an earlier one (of
+at most 8% of cases, at the first or the second look, and in 5% with one look; of a true difference
+of just 0.03, `no difference beyond 0.03` is said in at most 6.5% (simulated, with normal
+differences). So one or two verdicts on this page are wrong, and they are not independent, since
+claims share arms. This is exact only for seeds that nobody saw: of all that are judged, but for
+those whose names end in -tokens, seeds 0 to 2 were seen first, on this tree or an earlier one (of
 frozen-referee and soft-answers with other arms), and the recipes' settings were tuned on seed 0 and
 on the same held-out prompts. The interval assumes normally distributed differences. It says what
 other seeds of training would give: the prompts, the noise of an evaluation, the base's weights and

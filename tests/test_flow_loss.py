@@ -197,9 +197,12 @@ def test_neither_the_old_policy_nor_the_reference_nor_the_advantage_receives_gra
     (dict(reference=Replay(None, None, torch.zeros(1, 3, 2, 2))), "are compared")])
 def test_a_loss_that_makes_no_sense_is_refused(change, words):
     old, weight, _ = sample_linear()
-    arguments = dict(adv=torch.zeros(6), total=18, low=0.1, high=0.1) | change
+    arguments = dict(adv=torch.zeros(6), total=18, low=0.1, high=0.1)
+    new = replay(linear_velocity(weight), old)
     with pytest.raises(ValueError, match=words):
-        flow_grpo_loss(replay(linear_velocity(weight), old), old, **arguments)
+        flow_grpo_loss(new, old, **arguments | change)
+    with pytest.raises(ValueError, match="are compared"):
+        flow_grpo_loss(dataclasses.replace(new, v=new.v[:, :1]), old, **arguments)
 
 
 # ---- any distance between policies ----
@@ -372,8 +375,10 @@ def test_what_a_matching_loss_cannot_use_is_refused():
         matching_loss(v, drawn, adv[:, None], form="nft", total=1)
     with pytest.raises(ValueError, match="mse_weight needs v_ref"):
         matching_loss(v, drawn, adv, form="nft", total=1, mse_weight=0.1)
-    with pytest.raises(ValueError, match="are compared"):
-        matching_loss(v[:, :1], drawn, adv, form="nft", total=1)
+    part = v[:, :1]
+    for one, others in (part, dict(v_old=part)), (v, dict(v_old=part)), (v, dict(v_ref=part)):
+        with pytest.raises(ValueError, match="are compared"):
+            matching_loss(one, drawn, adv, form="nft", total=1, **others)
     with pytest.raises(ValueError, match="needs v_old"):
         matching_loss(v, dataclasses.replace(drawn, v=None), adv, form="nft", total=1)
 

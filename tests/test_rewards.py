@@ -44,9 +44,10 @@ def test_samples_of_unequal_length_are_refused():
         R.Samples(["a", "b"], [{}, {}], texts=["a"])
 
 
-def test_pictures_that_are_not_between_0_and_1_are_refused():
+@pytest.mark.parametrize("value", [-0.5, 1.5, math.nan])
+def test_pictures_that_are_not_between_0_and_1_are_refused(value):
     with pytest.raises(ValueError, match="not in .0, 1."):
-        R.Samples(["a", "b"], [{}, {}], images=torch.full((2, 3, 4, 4), -0.5))
+        R.Samples(["a", "b"], [{}, {}], images=torch.full((2, 3, 4, 4), value))
 
 
 def broken(samples):
