@@ -234,7 +234,8 @@ def test_matching_of_tokens_is_the_released_one_on_all_that_follows_the_picture(
     tokens, mask = pad_right([torch.tensor([*row, policy.start]) for row in ids])
     words, _ = policy.append_text(context, tokens, mask, logits=False)
     match = TokenMatch(lambda *_: (patches, seen, words, mask))
-    close(2 * match(Samples(captions, captions, images=pixels)) - 1, tensors["tim.similarity"])
+    images = pixels / 2 + 0.5
+    close(2 * match(Samples(captions, captions, images=images)) - 1, tensors["tim.similarity"])
 
 
 # ---- folders ----

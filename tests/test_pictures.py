@@ -78,7 +78,7 @@ def test_greys_of_more_than_eight_bits_are_refused(tmp_path, name, kind):
 @pytest.mark.parametrize(
     "mode, name, options, near",
     [
-        ("1", "i.png", {}, 0), ("L", "i.png", {}, 0), ("P", "i.png", {}, 0),
+        ("1", "i.png", {}, 0), ("P", "i.png", {}, 0),
         ("CMYK", "i.jpg", {}, 4), ("RGB", "i.webp", {"lossless": True}, 0)],
 )
 def test_every_mode_of_file_shows_the_same_picture(tmp_path, mode, name, options, near):
