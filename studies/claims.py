@@ -659,8 +659,8 @@ def list_claims() -> str:
         minutes = minutes_missing([name], wanted) if result["seeds"] < wanted else 0
         lines += [
             f"{name}: {claim.says} ({claim.paper})",
-            f"  {result['verdict']}; {result['seeds']} of {wanted} seeds are kept, {minutes:.0f} "
-            "minutes of runs are missing",
+            f"  {result['verdict']}; {result['seeds']} seeds are kept, {minutes:.0f} minutes of runs "
+            "are missing",
         ]
     return "\n".join(lines)
 
