@@ -1,4 +1,4 @@
-"""What the papers claim, put to the test on the toy: arms of six or ten seeds, judged by one rule.
+"""What the papers claim, tested on the toy: arms of six or ten seeds, judged by one rule.
 
     python -m studies.claims --list                         # the claims, and what is missing
     python -m studies.claims ins-teaches-space --seeds 6    # runs what is missing, then judges
@@ -46,7 +46,7 @@ HOLDS = "holds"
 FAILS = "does not hold"
 OPEN = "cannot tell"
 NOT_RUN = "not run"
-EQUAL = "no difference beyond 0.03"
+EQUAL = f"no difference beyond {MARGIN}"
 # Student's t for so many seeds: what 95% and 90% lie within, on both sides.
 T95 = {LEAST: 2.571, MOST: 2.262}
 T90 = {LEAST: 2.015, MOST: 1.833}
@@ -659,8 +659,8 @@ def list_claims() -> str:
         minutes = minutes_missing([name], wanted) if result["seeds"] < wanted else 0
         lines += [
             f"{name}: {claim.says} ({claim.paper})",
-            f"  {result['verdict']}; {result['seeds']} seeds are kept, {minutes:.0f} minutes of runs "
-            "are missing",
+            f"  {result['verdict']}; {result['seeds']} seeds are kept, {minutes:.0f} minutes of "
+            "runs are missing",
         ]
     return "\n".join(lines)
 
