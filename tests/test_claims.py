@@ -167,7 +167,7 @@ def started(monkeypatch, tmp_path):
         (out / "policy").mkdir(exist_ok=True)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(claims.subprocess, "run", run)
+    monkeypatch.setattr(claims, "subprocess", SimpleNamespace(run=run))
     return commands
 
 
@@ -238,7 +238,7 @@ def test_a_run_that_fails_is_one_line_and_holds_up_what_needs_it(started, tmp_pa
         stdout.write("a warning\n--group_size 1: a group needs 2\n\n")
         return SimpleNamespace(returncode=1)
 
-    monkeypatch.setattr(claims.subprocess, "run", fail)
+    monkeypatch.setattr(claims, "subprocess", SimpleNamespace(run=fail))
     monkeypatch.setitem(
         claims.CLAIMS, "rules", claims.Claim("nobody", "", ("c > c : draw",)))
     text = run_rules()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import janus
 from grpo import token_logp
-from policy import Guidance, pad_right
+from policy import Guidance, declare_torchvision_ops, pad_right
 from rewards import Samples, TokenMatch
 from sample import Draw, Read, See, Write, sample_plan
 from support.checkpoint import load_policy, save_policy
@@ -50,6 +50,7 @@ def theirs():
 
 
 def transformers_janus(folder):
+    declare_torchvision_ops()
     from transformers import JanusForConditionalGeneration
 
     return JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -176,17 +177,12 @@ def test_images_and_their_tokens_are_the_official_ones(policy, tensors):
 
 
 @pytest.mark.parametrize("scale", CASES["scales"])
-def test_greedy_images_are_the_official_ones_and_those_of_transformers(
-    policy, tensors, theirs, scale
-):
+def test_greedy_images_are_the_official_ones(policy, tensors, scale):
     plan = [Read(words_of("draw")), Draw(SIZE, temperature=0.0)]
     tokens = greedy(policy, plan, Guidance(scale)).drawn.data
     assert torch.equal(tokens, tensors[f"greedy_cfg{scale:g}.tokens"])
     if scale == 5:
         close(policy.decode(tokens, SIZE), tensors["greedy_cfg5.pixels"], GUIDED)
-        prompts = (tensors[f"score.prompt_{name}"][:3] for name in ("ids", "mask"))
-        drawn = theirs.generate(*prompts, generation_mode="image", do_sample=False)
-        assert torch.equal(drawn, tokens)
 
 
 def score(policy, tokens, scale=1.0, temperature=1.0):

@@ -316,8 +316,8 @@ def two(folder, tmp_path_factory):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         str(HERE / "two_ranks.py"), json.dumps(lines), str(folder)]
     done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, capture_output=True, text=True,
-        timeout=600)
+        command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True,
+        text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
