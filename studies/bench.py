@@ -95,20 +95,19 @@ def memory_table() -> str:
 
 # ---- a GPU, measured: each part prints its rows of a table ----
 
-SMALL = "--recipe unigrpo --think 1 --group_size 4 --micro 2 --lora 4 --resolution 32"
-LARGE = (
-    "--recipe unigrpo --think 1 --group_size 4 --micro 2 --lora 64 --resolution 512 "
-    "--think_tokens 256 --pref 0 --ins 0 --format 1")
+FLAGS = dict(
+    toy="--recipe unigrpo --think 1 --group_size 4 --micro 2 --lora 4 --resolution 32 --out {0}",
+    bagel="--recipe unigrpo --think 1 --group_size 4 --micro 2 --pref 0 --ins 0 --format 1 "
+    "--out {0} --prompts {0}/prompts.txt")
 
 
-def begin(small: bool, out: Path, device: torch.device) -> train.Run:
+def begin(scale: str, out: Path, device: torch.device) -> train.Run:
     """A run of the toy, or of random weights of the release's sizes, with adapters."""
-    prompts = out / "prompts.txt"
-    prompts.write_text("a red circle and a blue square", encoding="utf-8")
-    flags = SMALL if small else f"{LARGE} --prompts {prompts}"
-    prepare = train.prepare_policy if small else random_release
+    (out / "prompts.txt").write_text("a red circle and a blue square", encoding="utf-8")
+    cfg = parse(FLAGS[scale].format(out).split(), scale)
+    prepare = train.prepare_policy if scale == "toy" else random_release
     with mock.patch.object(train, "prepare_policy", prepare):
-        return train.begin(parse([*flags.split(), "--out", str(out)]), Ranks(0, 1, device))
+        return train.begin(cfg, Ranks(0, 1, device))
 
 
 def random_release(cfg: Config, ranks: Ranks) -> Policy:
@@ -142,7 +141,7 @@ def parity(run: train.Run) -> None:
     """A step of the toy on the CPU and on the device, from the same random numbers."""
     for device in (torch.device("cpu"), run.ranks.device):
         with TemporaryDirectory() as out:
-            stats = train.one_step(begin(True, Path(out), device), 0)
+            stats = train.one_step(begin("toy", Path(out), device), 0)
         for name in ("loss", "grad_norm"):
             print(f"| the toy's {name}, {device.type} | {stats[name]:.6f} |")
 
@@ -185,7 +184,7 @@ def measure_gpu(small: bool) -> bool:
         raise ValueError("no GPU here; --small tries the same code on the toy")
     fine = True
     with TemporaryDirectory() as out:
-        run = begin(small, Path(out), the_device())
+        run = begin("toy" if small else "bagel", Path(out), the_device())
         print(f"| {run.ranks.device.type}, torch {torch.__version__} | measured |\n| --- | --- |")
         for part in PARTS:
             try:
