@@ -1,7 +1,7 @@
 """The memory that training at BAGEL's size needs, computed; and what a GPU does, measured.
 
     python -m studies.bench                     # GB on each GPU, in markdown
-    python -m studies.bench gpu                 # one GPU of 80 GB, some minutes, no download
+    python -m studies.bench gpu                 # one GPU of 80 GB or more, about five minutes
     python -m studies.bench gpu --small         # the same code on the toy, in seconds, on a CPU too
 """
 
@@ -104,7 +104,7 @@ FLAGS = dict(
 def begin(scale: str, out: Path, device: torch.device) -> train.Run:
     """A run of the toy, or of random weights of the release's sizes, with adapters."""
     (out / "prompts.txt").write_text("a red circle and a blue square", encoding="utf-8")
-    cfg = parse(FLAGS[scale].format(out).split(), scale)
+    cfg = parse([flag.format(out) for flag in FLAGS[scale].split()], scale)
     prepare = train.prepare_policy if scale == "toy" else random_release
     with mock.patch.object(train, "prepare_policy", prepare):
         return train.begin(cfg, Ranks(0, 1, device))

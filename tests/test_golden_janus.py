@@ -1,5 +1,5 @@
-"""The policy computes what the official Janus code computes, and what transformers does: every case
-of golden/janus_tiny.
+"""The policy computes what the official Janus code computes, every case of golden/janus_tiny, and
+answers as transformers does.
 """
 
 import json

@@ -74,8 +74,8 @@ def out(folder, tmp_path_factory):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         str(HERE / "two_ranks.py"), json.dumps([*plain, *sharded, *cut]), str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True,
-        text=True, timeout=600)
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in SHARDED:
         train.train(settings(*large(folder, out / f"one-{name}", name)), ALONE)

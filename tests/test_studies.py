@@ -39,6 +39,11 @@ def test_each_part_of_the_measurement_of_a_gpu_stands_alone(monkeypatch, capsys)
         assert rows[f"{what}, again"].endswith(" s, 0.0 GB")
 
 
+def test_a_gpu_is_measured_at_the_scale_of_the_release(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.train, "begin", lambda cfg, ranks: cfg)
+    assert bench.begin("bagel", tmp_path, None).checkpointing
+
+
 def test_without_a_gpu_only_the_small_measurement_is_made():
     with pytest.raises(SystemExit, match="no GPU here; --small tries"):
         bench.main(["gpu"])
