@@ -245,7 +245,7 @@ def minutes_of(arm: str, seeds: int) -> float:
     minutes = minutes_run(arm, seeds)
     for result in map(kept_result, CLAIMS):
         if arm in result["arms"]:
-            minutes += result["arms"][arm].get("minutes", [])
+            minutes += result["arms"][arm]["minutes"]
     return min(minutes, default=UNKNOWN)
 
 
@@ -519,7 +519,7 @@ def paragraph(result: dict) -> str:
         first = result["comparisons"][0]
         primary += f" {first['mean']:+.3f} {print_numbers(first['interval'])}"
         primary += f", {result['seeds']} seeds ([numbers](#numbers-of-{name}))"
-        if other := result.get("prompts_error"):
+        if other := result["prompts_error"]:
             wider = verdict_of(first["differences"], other)
             if wider != result["verdict"]:
                 ends = print_numbers(t_interval(first["differences"], T95, other))
