@@ -125,8 +125,9 @@ RECIPES = {
     "unigrpo_rounds": dict(
         **UNIGRPO,
         rounds=(16, "o"),
-        # One reward for two images is a noisier signal: at unigrpo's rate and penalty the toy
-        # drifts and forgets.
+        credit=("gain", "o"),
+        # Two images are a noisier signal than one: at unigrpo's rate and penalty the toy drifts and
+        # forgets.
         toy=dict(
             **UNIGRPO_TOY, image_clip=UNIGRPO_CLIP, mse_weight=(2e-4, "d: 1.5e-5, mean or sum"),
             lr_generation=(2e-4, "d: 3e-5")),
