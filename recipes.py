@@ -126,8 +126,8 @@ RECIPES = {
         **UNIGRPO,
         rounds=(16, "o"),
         credit=("gain", "o"),
-        # Two images are a noisier signal than one: at unigrpo's rate and penalty the toy drifts and
-        # forgets.
+        # Two images are a noisier signal than one: at unigrpo's rate and penalty the toy drifted and
+        # forgot, with credit "last"; with "gain" neither was searched.
         toy=dict(
             **UNIGRPO_TOY, image_clip=UNIGRPO_CLIP, mse_weight=(2e-4, "d: 1.5e-5, mean or sum"),
             lr_generation=(2e-4, "d: 3e-5")),
