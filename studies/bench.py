@@ -1,7 +1,7 @@
 """The memory that training at BAGEL's size needs, computed; and what a GPU does, measured.
 
     python -m studies.bench                     # GB on each GPU, in markdown
-    python -m studies.bench gpu                 # one GPU of 80 GB or more, about five minutes
+    python -m studies.bench gpu                 # one GPU of 80 GB or more, some minutes
     python -m studies.bench gpu --small         # the same code on the toy, in seconds, on a CPU too
 """
 
